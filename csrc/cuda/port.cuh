@@ -1,0 +1,81 @@
+// The only place that knows which compiler is looking: nvcc, or a C++ compiler for which tests/cuda_on_cpu
+// plays the GPU (FL_SIMT). Kernels declare shared memory and are launched through what stands here.
+//
+//   FL_SHARED(float, sums, 32);              a static block array; may stand in any device function
+//   FL_DYN_SHARED(float, tile);              the launch's dynamic shared memory, 16-byte aligned
+//   launch(&kernel<T>, grid, block, smem, stream, args...);
+#pragma once
+
+#if defined(FL_SIMT)
+
+#include "simt.h"  // defines FL_SHARED and FL_DYN_SHARED too
+
+namespace fastloss::cuda {
+using simt::launch;
+}
+
+#else
+
+#include <cuda_runtime.h>
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#define FL_SHARED(T, name, n) __shared__ T name[n]
+#define FL_DYN_SHARED(T, name)                                       \
+  extern __shared__ __align__(16) unsigned char fl_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(fl_dynamic_shared)
+
+namespace fastloss::cuda {
+
+constexpr size_t kDefaultDynamicShared = 48 * 1024;  // more than this has to be asked for
+
+[[noreturn]] inline void throw_launch_error(cudaError_t error, const char* step, const void* kernel,
+                                            dim3 grid, dim3 block, size_t smem) {
+  (void)cudaGetLastError();  // reported here, not to the next caller who asks
+  std::string name = "a kernel";
+#if CUDART_VERSION >= 12030
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) == cudaSuccess && mangled) {
+    char* readable = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+    name = readable ? readable : mangled;
+    std::free(readable);
+  }
+#endif
+  auto text = [](dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  };
+  throw std::runtime_error(std::string("fastloss: ") + step + " of " + name + " failed with " +
+                           cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + "); grid " +
+                           text(grid) + ", block " + text(block) + ", " + std::to_string(smem) +
+                           " bytes of dynamic shared memory");
+}
+
+// Launches `kernel` on `stream`; arguments are converted to the kernel's parameter types. Does not wait.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A&&... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "as many arguments as the kernel has parameters");
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  if (smem > kDefaultDynamicShared) {
+    cudaError_t error =
+        cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+    if (error != cudaSuccess) throw_launch_error(error, "shared memory attribute", entry, grid, block, smem);
+  }
+  std::tuple<std::decay_t<P>...> params(std::forward<A>(args)...);
+  cudaError_t error = std::apply(
+      [&](auto&... p) {
+        void* pointers[] = {const_cast<void*>(static_cast<const void*>(&p))..., nullptr};
+        return cudaLaunchKernel(entry, grid, block, pointers, smem, stream);
+      },
+      params);
+  if (error != cudaSuccess) throw_launch_error(error, "launch", entry, grid, block, smem);
+}
+
+}  // namespace fastloss::cuda
+
+#endif
