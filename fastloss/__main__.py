@@ -1,0 +1,74 @@
+"""`python -m fastloss`: what was built, whether it is right, how fast it is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """ "4096x32000" as (4096, 32000)."""
+    try:
+        return tuple(int(n) for n in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected sizes joined by x, like 4096x32000, not {text!r}"
+        ) from None
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m fastloss", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,check,bench}")
+
+    info = commands.add_parser("info", help="what was built, what this machine has, what will be used")
+    info.add_argument("--json", action="store_true", help="print JSON")
+
+    check = commands.add_parser("check", help="compare every loss with its float64 reference")
+    check.add_argument("--loss", action="append", metavar="NAME", help="only this loss; may be repeated")
+    check.add_argument("--device", action="append", choices=("cpu", "cuda"), help="default: every one here")
+    check.add_argument("--verbose", action="store_true", help="print every comparison")
+
+    bench = commands.add_parser("bench", help="time a loss beside eager PyTorch and torch.compile")
+    bench.add_argument("loss", nargs="?", help="name of the loss")
+    bench.add_argument("--shape", type=shape, metavar="4096x32000", help="default: the loss's own")
+    bench.add_argument("--dtype", default="float32", choices=DTYPES)
+    bench.add_argument("--case", help="one of the loss's cases; default: the first")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    bench.add_argument("--forward-only", action="store_true", help="no gradient")
+    bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
+    bench.add_argument("--rounds", type=int, metavar="N", help="default: as many as the budget allows")
+    bench.add_argument(
+        "--budget", type=float, default=20.0, metavar="SECONDS", help="timing per loss and dtype"
+    )
+    bench.add_argument("--peers", type=Path, metavar="FILE", help="Python file with more candidates")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the times (.png, .svg, .pdf)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    bench.add_argument("--all", action="store_true", help="every loss in float32 and bfloat16; needs --out")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for the report of --all")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    top = parser()
+    args = top.parse_args(argv)
+    if args.command == "bench" and args.all != (args.loss is None):
+        top.error("bench takes the name of a loss, or --all")
+    if args.command == "bench" and args.all != (args.out is not None):
+        top.error("--all and --out DIR go together")
+    try:
+        return importlib.import_module(f"fastloss.{args.command}").main(args)
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "matplotlib"):
+            raise
+        print(f"fastloss {args.command} needs {error.name}: pip install 'fastloss[cli]'", file=sys.stderr)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"fastloss {args.command}: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

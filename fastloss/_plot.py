@@ -1,0 +1,48 @@
+"""Bars of the times that `bench` measured, against the ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from fastloss._report import number, title
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel per allocator regime: a bar per candidate, a line where a copy of the same bytes stands."""
+    timed = [r for r in rows if "times" in r]
+    copy = next(r for r in timed if r["candidate"] == "copy")
+    bars = [r for r in timed if r is not copy]
+    regimes = list(copy["times"])
+    figure, panels = plt.subplots(
+        1, len(regimes), figsize=(5.5 * len(regimes), 1.2 + 0.5 * len(bars)), sharey=True, squeeze=False
+    )
+    for panel, regime in zip(panels[0], regimes, strict=True):
+        names = [r["candidate"] for r in bars]
+        ms = [r["times"][regime]["ms"] for r in bars]
+        colors = ["tab:orange" if n.startswith("fastloss") else "tab:gray" for n in names]
+        drawn = panel.barh(names, ms, color=colors)
+        ratios = [r["times"][regime].get("x_eager") for r in bars]
+        labels = [
+            f"{number(t)} ms" + ("" if n == "eager" or x is None else f", {number(x)}x")
+            for n, t, x in zip(names, ms, ratios, strict=True)
+        ]
+        panel.bar_label(drawn, labels, padding=3, fontsize=9)
+        ceiling = copy["times"][regime]["ms"]
+        panel.axvline(ceiling, color="black", linestyle="--", linewidth=1)
+        panel.set(xlabel="ms", xlim=(0, 1.4 * max([*ms, ceiling])))
+        panel.set_title(f"{regime} (dashed: a copy of the same bytes, {number(ceiling)} ms)", fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].invert_yaxis()
+    figure.suptitle(title(copy), fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

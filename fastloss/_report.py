@@ -1,0 +1,138 @@
+"""What `bench` prints and writes: a table, a JSON file with its provenance, a folder for `--all`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastloss import info
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fastloss._measure import Spec
+
+Row = dict[str, Any]
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package lies in, with "-dirty" where files differ from it."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()
+
+
+def header() -> dict[str, Any]:
+    """A report without rows: where, from which source and by which command it was made."""
+    return {
+        "machine": info.machine(),
+        "command": "python -m fastloss " + shlex.join(sys.argv[1:]),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "rows": [],
+    }
+
+
+def slug(spec: Spec) -> str:
+    return f"{spec.loss}-{'x'.join(map(str, spec.shape))}-{spec.dtype}"
+
+
+def title(row: Row) -> str:
+    passes = "forward + backward" if row["backward"] else "forward"
+    shape = "x".join(map(str, row["shape"]))
+    where = f"cpu, {row['threads']} threads" if row["device"] == "cpu" else "cuda"
+    return f"{row['loss']} ({row['case']}) {shape} {row['dtype']}, {passes}, {where}"
+
+
+def number(value: float | None) -> str:
+    """About three significant digits, without an exponent."""
+    if value is None:
+        return "-"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
+
+
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Column names, on two lines, and text of the table over all candidates of one measurement."""
+    regimes = next((list(r["times"]) for r in rows if "times" in r), [])
+    head = ["candidate"]
+    for regime in regimes:
+        head += [f"{regime}\nms", "\nGB/s", "of\ncopy", "x\neager", "x\ncompile"]
+    head += ["extra\nMiB", "x\ninput"]
+    body = []
+    for row in rows:
+        line = [row["candidate"]]
+        for regime in regimes:
+            found = row.get("times", {}).get(regime, {})
+            line += [number(found.get("ms")), number(found.get("GB_per_s"))]
+            line.append(f"{found['of_copy']:.0%}" if "of_copy" in found else "-")
+            line += [number(found.get("x_eager")), number(found.get("x_compile"))]
+        extra = row.get("extra_MiB")
+        line.append("refused" if "refused" in row else "-" if extra is None else f"{extra:.1f}")
+        line.append(f"{row['extra_per_input']:.2f}" if "extra_per_input" in row else "-")
+        body.append(line)
+    return head, body
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """For the terminal."""
+    from rich.table import Table
+
+    head, body = cells(rows)
+    made = Table(
+        title=title(rows[0]), title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0)
+    )
+    for column in head:
+        made.add_column(column, justify="left" if column == "candidate" else "right", no_wrap=True)
+    for line in body:
+        made.add_row(*line, style="bold" if line[0].startswith("fastloss") else "")
+    return made
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """For the report."""
+    head, body = cells(rows)
+    lines = [[name.replace("\n", " ").strip() for name in head], ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def write_folder(folder: Path, report: dict[str, Any], specs: Sequence[Spec]) -> None:
+    """`results.json` and `report.md` over everything measured so far."""
+    write_json(folder / "results.json", report)
+    machine = report["machine"]
+    gpus = ", ".join(g["name"] for g in machine["gpus"])
+    text = [
+        "# Benchmark",
+        f"{machine['cpu']}, {machine['cores']} cores{', ' + gpus if gpus else ''}; "
+        f"torch {machine['torch']} ({machine['torch_cpu_capability']}); "
+        f"commit {report['commit']}; {report['date']}.",
+        f"Command: `{report['command']}`.",
+        "Times are medians; ratios are medians of the ratios within each round, larger is faster. `of copy` "
+        "compares the least traffic of the loss per second with that of a copy measured in the same rounds. "
+        "`extra` is the peak memory of a step beyond its inputs.",
+    ]
+    for spec in specs:
+        key = (spec.loss, spec.dtype)
+        rows = [r for r in report["rows"] if (r["loss"], r["dtype"]) == key]
+        text += [f"## {title(rows[0])}", markdown(rows)]
+        text += [f"{r['candidate']} was not timed: {r['refused']}" for r in rows if "refused" in r]
+        text.append(f"![times]({slug(spec)}.png)")
+    (folder / "report.md").write_text("\n\n".join(text) + "\n")

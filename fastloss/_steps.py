@@ -1,0 +1,151 @@
+"""One candidate's step, and how its time and its memory are taken."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Step:
+    """Forward and backward of one candidate; with `own`, on inputs that it may overwrite."""
+
+    def __init__(self, function: Callable[..., Tensor], kwargs: Mapping[str, Any], wrt: list[str], own: bool):
+        self.function = function
+        self.pristine = {k: kwargs[k] for k in wrt} if own else {}
+        self.leaves = {k: (kwargs[k].clone() if own else kwargs[k].detach()).requires_grad_() for k in wrt}
+        self.kwargs = {**kwargs, **self.leaves}
+        self.upstream: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Undo what the last run overwrote (not timed)."""
+        with torch.no_grad():
+            for k, v in self.pristine.items():
+                self.leaves[k].copy_(v)
+
+    def run(self) -> Tensor:
+        value = self.function(**self.kwargs)
+        if self.leaves:
+            if self.upstream is None:
+                self.upstream = torch.ones_like(value)
+            value.backward(self.upstream)
+        return value
+
+    def release(self) -> None:
+        """Free the gradients (not timed)."""
+        for leaf in self.leaves.values():
+            leaf.grad = None
+
+    def results(self) -> dict[str, Tensor]:
+        self.prepare()
+        value = self.run()
+        return {"value": value.detach(), **{k: v.grad for k, v in self.leaves.items()}}
+
+
+class Copy:
+    """The ceiling: half the traffic read, half written, between two warm buffers."""
+
+    def __init__(self, traffic: int, device: str):
+        n = max(1, traffic // 8)
+        self.source = torch.ones(n, device=device)
+        self.target = torch.zeros(n, device=device)
+
+    def prepare(self) -> None: ...
+
+    def run(self) -> Tensor:
+        return self.target.copy_(self.source)
+
+    def release(self) -> None: ...
+
+
+class Clock:
+    """Milliseconds of one run; on CUDA with events, after the L2 cache was overwritten."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        if self.cuda:
+            self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+            self.flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def time(self, step: Step | Copy) -> float:
+        step.prepare()
+        if self.cuda:
+            self.flush.zero_()
+            self.start.record()
+            step.run()
+            self.stop.record()
+            torch.cuda.synchronize()
+            ms = self.start.elapsed_time(self.stop)
+        else:
+            start = time.perf_counter()
+            step.run()
+            ms = (time.perf_counter() - start) * 1e3
+        step.release()
+        return ms
+
+
+def status_bytes(field: str) -> int:
+    """A memory field of this process's /proc status, such as VmRSS or its high-water mark VmHWM."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+class RssSampler(threading.Thread):
+    """Highest resident size seen, looked at every millisecond: where the high-water mark cannot be reset."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.highest = 0
+        self.finished = threading.Event()
+
+    def run(self) -> None:
+        page = os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/statm", "rb", buffering=0) as statm:
+            while not self.finished.wait(0.001):
+                statm.seek(0)
+                self.highest = max(self.highest, int(statm.read().split()[1]) * page)
+
+
+def rss_peak(step: Step) -> int | None:
+    """Resident bytes that one run adds at its highest point; None on systems without /proc."""
+    step.prepare()
+    sampler: RssSampler | None = None
+    try:
+        before = status_bytes("VmRSS")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        except OSError:
+            sampler = RssSampler()
+            sampler.start()
+        step.run()
+        if sampler is None:
+            return max(0, status_bytes("VmHWM") - before)
+        sampler.finished.set()
+        sampler.join()
+        return max(0, sampler.highest - before)
+    except FileNotFoundError:
+        return None
+    finally:
+        step.release()
+
+
+def cuda_peak(step: Step) -> int:
+    """Bytes that one run allocates through torch at its highest point."""
+    step.prepare()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step.run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    step.release()
+    return peak

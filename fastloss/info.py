@@ -1,0 +1,117 @@
+"""What was built, what this machine has, and which kernels a tensor will therefore meet."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def cpu_model() -> str:
+    """The processor's name; Linux keeps it in /proc/cpuinfo."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpus() -> list[dict[str, Any]]:
+    """The GPUs that torch sees."""
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_GiB": round(p.total_memory / 2**30, 1)}
+        for p in found
+    ]
+
+
+def extension() -> Any | None:
+    """The compiled module, or None where it was not built."""
+    try:
+        return importlib.import_module("fastloss._C")
+    except ImportError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """What a number measured here depends on."""
+    compiled = extension()
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels_for": compiled.cpu_capability() if compiled else None,
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "gpus": gpus(),
+    }
+
+
+def will_use(built: dict[str, Any] | None, here: dict[str, Any]) -> dict[str, str]:
+    """What happens to a tensor, by its device."""
+    if built is None:
+        missing = "an error: the compiled part of fastloss is missing, so reinstall it"
+        return {"cpu tensors": missing, "cuda tensors": missing}
+    cpu = f"{here['kernels_for']} kernels, {here['threads']} threads"
+    if not here["gpus"]:
+        cuda = "none can exist: torch sees no GPU"
+    elif built.get("cuda"):
+        cuda = "CUDA kernels"
+    else:
+        cuda = "an error: this build has no CUDA kernels, so rebuild where nvcc is found"
+    return {"cpu tensors": cpu, "cuda tensors": cuda}
+
+
+def gather() -> dict[str, Any]:
+    """All facts, by section."""
+    compiled, here = extension(), machine()
+    built = dict(compiled.build_info()) if compiled else None
+    facts: dict[str, Any] = {
+        "built": built if built is not None else {"compiled": False},
+        "this machine": here,
+        "will be used for": will_use(built, here),
+    }
+    if compiled and here["gpus"]:
+        facts["CUDA kernels"] = [dict(kernel) for kernel in compiled.cuda_kernels()]
+    if compiled:
+        facts["memory pool"] = dict(importlib.import_module("fastloss.memory").stats())
+    return facts
+
+
+def text_of(value: Any) -> str:
+    """One line for one fact."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {text_of(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(text_of, value)) if value else "none"
+    return str(value)
+
+
+def main(args: argparse.Namespace) -> int:
+    """`python -m fastloss info`: plain text, so that it works without the extras."""
+    facts = gather()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for section, content in facts.items():
+        print(section)
+        lines = content if isinstance(content, dict) else {k.pop("name"): k for k in content}
+        width = max(map(len, lines), default=0)
+        for key, value in lines.items():
+            print(f"  {key.replace('_', ' '):{width}}  {text_of(value)}")
+    return 0
