@@ -144,7 +144,7 @@ def time_all(loss: Loss, spec: Spec, emit: Callable[..., None]) -> dict[str, Any
         else:
             steps[name] = step
     del expected
-    results = step = None  # noqa: F841  (the last ones would keep a gradient alive)
+    results = step = None  # the last ones would keep a gradient alive
     steps["copy"] = Copy(traffic, spec.device)
 
     clock = Clock(spec.device)

@@ -12,7 +12,7 @@ from fastloss._report import number, title
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib import pyplot as plt
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:

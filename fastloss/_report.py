@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -43,6 +44,7 @@ def header() -> dict[str, Any]:
         "command": "python -m fastloss " + shlex.join(sys.argv[1:]),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
+        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "rows": [],
     }
 

@@ -1,0 +1,65 @@
+// What a loss may use of the machine. A loss is written over a type F: `float` or `double` on the GPU and for
+// the few numbers of a row, a SIMD vector of them (core/simd.h) for the elements of a row on the CPU.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FL_FN __host__ __device__ __forceinline__
+#else
+#define FL_FN inline __attribute__((always_inline))
+#endif
+
+#define FL_NOINLINE __attribute__((noinline))
+
+// Everything that depends on the instruction set lives in an inline namespace named after it, so that the
+// copies compiled for different sets are different functions to the linker.
+#ifndef FL_ISA
+#define FL_ISA generic
+#endif
+
+namespace fastloss::inline FL_ISA {
+
+FL_FN float exp(float x) {
+#ifdef __CUDA_ARCH__
+  return __expf(x);  // ex2.approx: 2 ulp + |x| * 2^-24, and x is at most 0 here
+#else
+  return ::expf(x);
+#endif
+}
+FL_FN double exp(double x) { return ::exp(x); }
+FL_FN float log(float x) { return ::logf(x); }
+FL_FN double log(double x) { return ::log(x); }
+FL_FN float log1p(float x) { return ::log1pf(x); }
+FL_FN double log1p(double x) { return ::log1p(x); }
+FL_FN float tanh(float x) { return ::tanhf(x); }
+FL_FN double tanh(double x) { return ::tanh(x); }
+FL_FN float max(float a, float b) { return a > b ? a : b; }
+FL_FN double max(double a, double b) { return a > b ? a : b; }
+
+// The type in which the elements of T are summed.
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename Accumulate<T>::type;
+
+// The scalar of F, and F from a scalar: the identity for scalars; core/simd.h adds the vectors.
+template <class F>
+struct Lanes {
+  using scalar = F;
+  static FL_FN F fill(F x) { return x; }
+};
+template <class F>
+using scalar_t = typename Lanes<F>::scalar;
+template <class F>
+FL_FN F fill(scalar_t<F> x) {
+  return Lanes<F>::fill(x);
+}
+
+}  // namespace fastloss::inline FL_ISA

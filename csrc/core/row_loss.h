@@ -1,0 +1,48 @@
+// What a driver that walks rows of logits (cpu/rows.h, cuda/rows.cuh) and a loss (losses/token.h) say to each other.
+//
+// A driver reads a row once and keep, relative to a running maximum m, the sum of
+// exp(z - m) over all classes but the target: what is left when the target wins by a wide margin is then still
+// exact. A loss says the rest:
+//   Sums      what else to add up over the row, from e = exp(z - m) (0 at the target), d = z - m, the class weight
+//             w and the soft target q; `move` follows m to a new maximum: d += shift, e *= factor
+//   finish    all that -> the row's loss and the kSaved numbers that its gradient needs
+//   coef      what `grad` needs of one row, times the row's upstream gradient g
+//   grad      g * d loss / d z_j for every class, from p = softmax(z)_j
+//   target    the same for the target's class, where p - 1 would cancel
+#pragma once
+#include "portable.h"
+
+namespace fastloss::inline FL_ISA {
+
+template <class R>
+struct RowState {
+  R m;         // maximum of z
+  R log_sum;   // log sum exp(z - m); kept apart from m: their sum in one float loses small losses
+  R saved[4];  // the loss's own
+};
+
+template <class R>
+struct Target {
+  bool hard;  // false: no single class is the target
+  R d;        // z - m of the target's class
+  R weight;   // its class weight
+};
+
+struct NoSums {
+  template <class... Args>
+  FL_FN void add(Args...) {}
+  template <class... Args>
+  FL_FN void move(Args...) {}
+};
+
+// -log p and 1 - p of a target with e = exp(d), from the sum over the others.
+template <class R>
+struct TargetShare {
+  R nll, rest;
+};
+template <class R>
+FL_FN TargetShare<R> target_share(R others, R e, R d, R log_sum) {
+  return {others < e ? log1p(others / e) : log_sum - d, others / (others + e)};
+}
+
+}  // namespace fastloss::inline FL_ISA

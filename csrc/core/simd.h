@@ -1,0 +1,299 @@
+// One vector register of float or double for the instruction set being compiled for, and what losses and
+// drivers need of it: loads and stores with conversion, exp, tanh, max, sum. GCC vector types carry the
+// arithmetic; intrinsics appear only where the compiler has no operator for the thing.
+#pragma once
+#include <immintrin.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "dtype.h"
+#include "portable.h"
+
+namespace fastloss::inline FL_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+using f32v = float __attribute__((vector_size(kVectorBytes)));
+using f64v = double __attribute__((vector_size(kVectorBytes)));
+using i32v = int32_t __attribute__((vector_size(kVectorBytes)));
+using u32v = uint32_t __attribute__((vector_size(kVectorBytes)));
+using i64v = int64_t __attribute__((vector_size(kVectorBytes)));
+using u16v = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+
+template <>
+struct Lanes<f32v> {
+  using scalar = float;
+  static FL_FN f32v fill(float x) { return f32v{} + x; }
+};
+template <>
+struct Lanes<f64v> {
+  using scalar = double;
+  static FL_FN f64v fill(double x) { return f64v{} + x; }
+};
+template <class R>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = f32v;
+};
+template <>
+struct VectorOf<double> {
+  using type = f64v;
+};
+template <class R>
+using vector_t = typename VectorOf<R>::type;
+template <class F>
+inline constexpr int kLanes = sizeof(F) / sizeof(scalar_t<F>);
+
+// A NaN in `a` is dropped: a new element goes first and never spoils a maximum.
+FL_FN f32v max(f32v a, f32v b) { return a > b ? a : b; }
+FL_FN f64v max(f64v a, f64v b) { return a > b ? a : b; }
+FL_FN f32v select(i32v c, f32v a, f32v b) { return c ? a : b; }
+FL_FN f64v select(i64v c, f64v a, f64v b) { return c ? a : b; }
+
+// Lane numbers 0, 1, ..., and the mask of the first `count` lanes.
+template <class F>
+FL_FN auto lane_numbers() {
+  using I = std::conditional_t<sizeof(scalar_t<F>) == 4, i32v, i64v>;
+  I v;
+  for (int k = 0; k < kLanes<F>; ++k) v[k] = k;
+  return v;
+}
+template <class F>
+FL_FN auto first_lanes(int64_t count) {
+  using Lane = std::conditional_t<sizeof(scalar_t<F>) == 4, int32_t, int64_t>;
+  return lane_numbers<F>() < static_cast<Lane>(count);
+}
+
+template <class F>
+FL_FN scalar_t<F> horizontal_max(F v) {
+  scalar_t<F> m = v[0];
+  for (int k = 1; k < kLanes<F>; ++k) m = v[k] > m ? v[k] : m;
+  return m;
+}
+template <class F>
+FL_FN scalar_t<F> horizontal_sum(F v) {
+  scalar_t<F> part[kLanes<F>];
+  std::memcpy(part, &v, sizeof v);
+  for (int width = kLanes<F> / 2; width; width /= 2)  // pairwise, in a fixed order
+    for (int k = 0; k < width; ++k) part[k] += part[k + width];
+  return part[0];
+}
+
+// exp(x): Cody-Waite reduction, r + r^2 P(r). Error < 1 ulp in float for x in [-87.3, 88.7], zero below, infinity
+// above, NaN kept.
+FL_FN f32v exp(f32v x) {
+  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+#if defined(__AVX512F__)
+  const f32v n = _mm512_roundscale_ps(x * kLog2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const f32v bounded = x < -104.f ? fill<f32v>(-104.f) : (x > 89.f ? fill<f32v>(89.f) : x);
+  const f32v n = (bounded * kLog2e + 12582912.f) - 12582912.f;
+#endif
+  const f32v r = (x - n * kLn2High) - n * kLn2Low;
+  f32v p = r * 1.38145394e-3f + 8.36874545e-3f;  // minimax, 3e-9
+  p = p * r + 4.16683890e-2f;
+  p = p * r + 1.66665211e-1f;
+  p = p * r + 4.99999940e-1f;
+  p = p * (r * r) + r + 1.f;
+#if defined(__AVX512F__)
+  p = _mm512_scalef_ps(p, n);
+  return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_LT_OQ), _mm512_setzero_ps());
+#else
+  const i32v power = __builtin_convertvector(n, i32v);
+  const i32v half = power >> 1;  // two factors: 2^n alone leaves the range of normal floats at both ends
+  p = p * (f32v)((half + 127) << 23) * (f32v)((power - half + 127) << 23);
+  p = x < -104.f ? f32v{} : p;
+  p = x > 89.f ? fill<f32v>(INFINITY) : p;
+  return x != x ? x : p;
+#endif
+}
+
+FL_FN f64v exp(f64v x) {
+  constexpr double kLog2e = 1.4426950408889634, kLn2High = 6.93145751953125e-1, kLn2Low = 1.4286068203094172e-6;
+  const f64v bounded = x < -746. ? fill<f64v>(-746.) : (x > 710. ? fill<f64v>(710.) : x);
+  const f64v n = (bounded * kLog2e + 6755399441055744.) - 6755399441055744.;
+  const f64v r = (bounded - n * kLn2High) - n * kLn2Low;
+  f64v p = fill<f64v>(1. / 6227020800.);  // Taylor to r^13: |r| <= 0.347, remainder 4e-18
+  constexpr double kInverseFactorial[] = {1. / 479001600., 1. / 39916800., 1. / 3628800., 1. / 362880.,
+                                          1. / 40320.,     1. / 5040.,     1. / 720.,     1. / 120.,
+                                          1. / 24.,        1. / 6.,        0.5};
+  for (double c : kInverseFactorial) p = p * r + c;
+  p = p * (r * r) + r + 1.;
+#if defined(__AVX512DQ__)
+  const i64v power = (i64v)_mm512_cvtpd_epi64(n);
+#else
+  i64v power;
+  for (int k = 0; k < kLanes<f64v>; ++k) power[k] = static_cast<int64_t>(n[k]);
+#endif
+  const i64v half = power >> 1;
+  p = p * (f64v)((half + 1023) << 52) * (f64v)((power - half + 1023) << 52);
+  p = x < -746. ? f64v{} : p;
+  p = x > 710. ? fill<f64v>(INFINITY) : p;
+  return x != x ? x : p;
+}
+
+// tanh(x): odd polynomial near zero (float), 1 - 2 / (exp(2|x|) + 1) elsewhere.
+template <class F>
+FL_FN F tanh(F x) {
+  const F size = x < 0 ? -x : x;
+  const F e = exp(size + size);
+  F far = 1 - 2 / (e + 1);
+  far = x < 0 ? -far : far;
+  if constexpr (sizeof(scalar_t<F>) == 4) {
+    const F s = x * x;
+    F p = s * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * s - 5.37397155531e-2f;
+    p = p * s + 1.33314422036e-1f;
+    p = p * s - 3.33332819422e-1f;
+    return size < 0.625f ? p * s * x + x : far;
+  } else {
+    F near;
+    for (int k = 0; k < kLanes<F>; ++k) near[k] = std::tanh(x[k]);
+    return size < 1 ? near : far;
+  }
+}
+
+// ---- loads: kLanes elements of T as a vector of its accumulation type
+FL_FN f32v load(const float* p) {
+  f32v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+FL_FN f64v load(const double* p) {
+  f64v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+FL_FN f32v load(const BFloat16* p) {
+  u16v v;
+  std::memcpy(&v, p, sizeof v);
+  return (f32v)(__builtin_convertvector(v, u32v) << 16);
+}
+FL_FN float widen(Half h) {
+  const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
+  if (magnitude >= 0x7c00) {  // infinity, NaN
+    const uint32_t b = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+    float f;
+    std::memcpy(&f, &b, 4);
+    return f;
+  }
+  const uint32_t b = magnitude << 13;
+  float f;
+  std::memcpy(&f, &b, 4);
+  f *= 0x1p112f;  // exact, subnormals included
+  return sign ? -f : f;
+}
+FL_FN f32v load(const Half* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  f32v v;
+  for (int k = 0; k < kLanes<f32v>; ++k) v[k] = widen(p[k]);
+  return v;
+#endif
+}
+FL_FN float widen(float x) { return x; }
+FL_FN double widen(double x) { return x; }
+FL_FN float widen(BFloat16 h) {
+  const uint32_t b = uint32_t(h.bits) << 16;
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+
+// The first `count` (< kLanes) elements; `rest` in the other lanes. Nothing behind them is touched.
+template <class T>
+FL_FN vector_t<acc_t<T>> load_part(const T* p, int64_t count, acc_t<T> rest) {
+  using F = vector_t<acc_t<T>>;
+  T buffer[kLanes<F>] = {};
+  std::memcpy(buffer, p, count * sizeof(T));
+  return select(first_lanes<F>(count), load(buffer), fill<F>(rest));
+}
+
+// ---- stores: round to nearest even
+FL_FN void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
+FL_FN void store(double* p, f64v v) { std::memcpy(p, &v, sizeof v); }
+FL_FN u16v narrow_bf16(f32v v) {
+#if defined(__AVX512BF16__)
+  return (u16v)_mm512_cvtneps_pbh(v);
+#else
+  const u32v b = (u32v)v;
+  const u32v rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v != v ? u32v{} + 0x7fc0 : rounded, u16v);
+#endif
+}
+FL_FN void store(BFloat16* p, f32v v) {
+  const u16v h = narrow_bf16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+FL_FN Half narrow_half(float x) {
+  uint32_t b;
+  std::memcpy(&b, &x, 4);
+  const uint16_t sign = b >> 16 & 0x8000;
+  b &= 0x7fffffff;
+  if (b > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (b >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 65536 or more
+  float f;
+  std::memcpy(&f, &b, 4);
+  if (b < 0x38800000) {  // below 2^-14: adding 0.5 rounds at the last bit of a subnormal half
+    f += 0.5f;
+    std::memcpy(&b, &f, 4);
+    return {uint16_t(sign | (b - 0x3f000000))};
+  }
+  b += 0xfff + (b >> 13 & 1) - 0x38000000;
+  return {uint16_t(sign | b >> 13)};
+}
+FL_FN void store(Half* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int k = 0; k < kLanes<f32v>; ++k) p[k] = narrow_half(v[k]);
+#endif
+}
+template <class T>
+FL_FN void store_part(T* p, vector_t<acc_t<T>> v, int64_t count) {
+  T buffer[kLanes<vector_t<acc_t<T>>>];
+  store(buffer, v);
+  std::memcpy(p, buffer, count * sizeof(T));
+}
+template <class T>
+FL_FN void store_one(T* p, acc_t<T> x) {
+  store_part(p, fill<vector_t<acc_t<T>>>(x), 1);
+}
+
+// One vector past the cache; p is aligned to its size. The caller ends with _mm_sfence.
+template <class T>
+FL_FN void stream(T* p, vector_t<acc_t<T>> v) {
+  constexpr int kBytes = sizeof(T) * kLanes<vector_t<acc_t<T>>>;
+  alignas(64) T line[kLanes<vector_t<acc_t<T>>>];
+  store(line, v);
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(line));
+#endif
+#if defined(__AVX2__)
+  if constexpr (kBytes == 32)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                               _mm256_load_si256(reinterpret_cast<const __m256i*>(line)));
+#endif
+  if constexpr (kBytes == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<const __m128i*>(line)));
+  } else if constexpr (kBytes == 8) {
+    long long bits;
+    std::memcpy(&bits, line, 8);
+    _mm_stream_si64(reinterpret_cast<long long*>(p), bits);
+  }
+}
+
+}  // namespace fastloss::inline FL_ISA

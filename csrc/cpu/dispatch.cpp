@@ -1,0 +1,38 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace fastloss::cpu {
+namespace {
+
+struct Choice {
+  const char* name;
+  const Kernels* kernels;
+};
+
+Choice choose() {
+  const char* asked = std::getenv("FASTLOSS_CPU_CAPABILITY");
+  const auto allowed = [&](const char* name) { return !asked || std::strcmp(asked, name) == 0; };
+  // what x86-64-v4 and v3 promise beyond the baseline
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4 && allowed("avx512")) return {"avx512", &kernels_avx512};
+  if (v3 && (allowed("avx2") || (asked && std::strcmp(asked, "avx512") == 0))) return {"avx2", &kernels_avx2};
+  return {"sse2", &kernels_sse2};
+}
+
+const Choice& choice() {
+  static const Choice c = choose();
+  return c;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *choice().kernels; }
+const char* capability() { return choice().name; }
+
+}  // namespace fastloss::cpu

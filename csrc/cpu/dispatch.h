@@ -1,0 +1,25 @@
+// The CPU kernels of every instruction set that was compiled, and the choice among them.
+#pragma once
+#include <cstdint>
+
+#include "../core/export.h"
+#include "../core/rows.h"
+#include "../losses/token.h"
+
+namespace fastloss::cpu {
+
+using RowKernel = void (*)(const RowArgs& args, int64_t begin, int64_t end);
+
+struct Kernels {
+#define FASTLOSS_FIELD(name, Loss) RowKernel name;
+  FASTLOSS_TOKEN_LOSSES(FASTLOSS_FIELD)
+#undef FASTLOSS_FIELD
+};
+
+extern const Kernels kernels_sse2, kernels_avx2, kernels_avx512;
+
+// Chosen once: the best that this machine has, or less if FASTLOSS_CPU_CAPABILITY asks for it.
+const Kernels& kernels();
+FASTLOSS_EXPORT const char* capability();
+
+}  // namespace fastloss::cpu

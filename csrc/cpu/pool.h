@@ -1,0 +1,27 @@
+// Large output buffers that keep their pages. A fresh page costs a fault and a clearing, together more than the
+// kernels that fill it; a buffer given back here is used again by the next call that wants about its size.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../core/export.h"
+
+namespace fastloss::cpu {
+
+inline constexpr size_t kPoolMinimum = size_t{1} << 20;  // smaller requests are better served by malloc
+
+struct PoolStatistics {
+  int64_t in_use, cached, peak_in_use, limit;  // bytes
+  int64_t hits, misses;                        // requests served from the pool, and from the system
+};
+
+// A buffer of at least `bytes`, aligned to a huge page; contents undefined. Throws std::bad_alloc.
+void* pool_acquire(size_t bytes);
+// Gives back a buffer from pool_acquire: kept while the cached bytes stay within the limit, the oldest unmapped
+// first. Safe from any thread, after a fork, and while the interpreter shuts down.
+void pool_release(void* p);
+FASTLOSS_EXPORT void pool_empty();
+FASTLOSS_EXPORT void pool_set_limit(int64_t bytes);
+FASTLOSS_EXPORT PoolStatistics pool_statistics();
+
+}  // namespace fastloss::cpu

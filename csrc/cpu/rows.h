@@ -1,0 +1,323 @@
+// How a CPU walks rows of logits: one sweep over memory for value and gradient.
+//
+// A row is taken in blocks that fit in the first-level cache. Each block is searched for its maximum, then
+// summed against the running maximum while the next block is prefetched; for the gradient the exponentials go to
+// a scratch row that stays in the second-level cache, from where they are scaled and written out, past the
+// caches when the output is larger than these. Nothing but that scratch row is stored between. The backward pass
+// repeats the same arithmetic from the saved statistics, so both ways give the same bits.
+#pragma once
+#include "../core/row_loss.h"
+#include "../core/rows.h"
+#include "../core/simd.h"
+#include "scratch.h"
+
+namespace fastloss::inline FL_ISA {
+
+template <class Loss, class T>
+class RowWalker {
+  using R = acc_t<T>;
+  using F = vector_t<R>;
+  using Lane = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
+  using Sums = typename Loss::template Sums<F>;
+  static constexpr int W = kLanes<F>, kUnroll = 4, kStateHead = 3;  // state: m, log_sum, k, saved...
+  static constexpr int64_t kBlock = 32768 / sizeof(R);
+  static constexpr int kFields = std::is_empty_v<Sums> ? 0 : sizeof(Sums) / sizeof(F);
+
+ public:
+  FL_FN RowWalker(const RowArgs& args, const Loss& loss)
+      : a_(args), loss_(loss), n_(args.n), scale_(R(args.logit_scale)), cap_(R(args.softcap)) {
+    const int64_t blocks = (n_ + kBlock - 1) / kBlock, padded = (n_ + 2 * W) / W * W;
+    const int64_t exps = args.pass == RowPass::forward_gradient ? padded * sizeof(R) : 0;
+    const int64_t staged = padded * sizeof(T);
+    char* p = static_cast<char*>(cpu::thread_scratch(exps + blocks * sizeof(R) + 3 * staged + 64));
+    exps_ = reinterpret_cast<R*>(p);
+    staged_x_ = reinterpret_cast<T*>(p + exps);
+    staged_q_ = reinterpret_cast<T*>(p + exps + staged);
+    staged_dx_ = reinterpret_cast<T*>(p + exps + 2 * staged);
+    bases_ = reinterpret_cast<R*>(p + exps + 3 * staged);
+  }
+
+  FL_FN void run(int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) row(r);
+    if (a_.past_cache) _mm_sfence();
+  }
+
+ private:
+  struct Accumulator {
+    F s{};
+    Sums extra{};
+  };
+  struct Row {  // what the passes over one row share
+    const T* x;
+    const T* q;
+    int64_t t;
+    RowState<R> state;
+    Target<R> target;
+  };
+
+  FL_NOINLINE void row(int64_t r) {
+    R* state = static_cast<R*>(a_.state) + r * a_.state_width;
+    Row row{};
+    row.t = a_.target ? a_.target[r] : -1;
+    T* dx = a_.dx ? static_cast<T*>(a_.dx) + a_.dx_layout.start(r) : nullptr;
+    R k = a_.pass == RowPass::backward ? state[2] : row_weight(r, row.t);
+    if (k == 0) {
+      if (a_.pass != RowPass::backward) {
+        for (int64_t i = 0; i < a_.state_width; ++i) state[i] = 0;
+        static_cast<R*>(a_.loss)[r] = 0;
+      }
+      if (dx) write_zeros(dx);
+      return;
+    }
+    row.x = contiguous(static_cast<const T*>(a_.x), a_.x_layout, r, staged_x_);
+    row.q = a_.q ? contiguous(static_cast<const T*>(a_.q), a_.q_layout, r, staged_q_) : nullptr;
+    row.target.hard = a_.target;
+    row.target.weight = a_.target ? class_weight(row.t) : 1;
+    const R zt = a_.target ? logit(fill<F>(widen(row.x[row.t])))[0] : 0;
+    R g = 1;
+    if (a_.pass == RowPass::backward) {
+      row.state.m = state[0];
+      row.state.log_sum = state[1];
+      for (int i = 0; i < Loss::kSaved; ++i) row.state.saved[i] = state[kStateHead + i];
+      row.target.d = zt - row.state.m;
+      g = static_cast<const R*>(a_.upstream)[r * a_.upstream_stride];
+    } else {
+      static_cast<R*>(a_.loss)[r] = k * accumulate(row, zt);
+      if (a_.norm) k /= *static_cast<const R*>(a_.norm);
+      state[0] = row.state.m;
+      state[1] = row.state.log_sum;
+      state[2] = k;
+      for (int i = 0; i < Loss::kSaved; ++i) state[kStateHead + i] = row.state.saved[i];
+    }
+    if (!dx) return;
+    T* out = a_.dx_layout.class_stride == 1 ? dx : staged_dx_;
+    gradient(row, out, zt, g * k);
+    if (out != dx)
+      for (int64_t j = 0; j < n_; ++j) dx[j * a_.dx_layout.class_stride] = out[j];
+  }
+
+  // ---- one row's inputs
+  FL_FN R row_weight(int64_t r, int64_t t) const {
+    if (a_.target && t == a_.ignore_index) return 0;
+    return a_.row_weight ? static_cast<const R*>(a_.row_weight)[r] : 1;
+  }
+  FL_FN R class_weight(int64_t j) const {
+    return a_.class_weight ? static_cast<const R*>(a_.class_weight)[j] : 1;
+  }
+  FL_FN const T* contiguous(const T* base, const RowLayout& layout, int64_t r, T* staged) const {
+    const T* p = base + layout.start(r);
+    if (layout.class_stride == 1) return p;
+    for (int64_t j = 0; j < n_; ++j) staged[j] = p[j * layout.class_stride];
+    return staged;
+  }
+  FL_FN F logit(F x) const {
+    F z = x * scale_;
+    if constexpr (Loss::kSoftcap)
+      if (cap_ > 0) z = cap_ * tanh(z / cap_);
+    return z;
+  }
+  FL_FN F slope(F z) const {  // dz / dx
+    if constexpr (Loss::kSoftcap)
+      if (cap_ > 0) return scale_ * (1 - z / cap_ * (z / cap_));
+    return fill<F>(scale_);
+  }
+  struct Side {
+    F w, q;
+  };
+  FL_FN Side side(const Row& row, int64_t j) const {
+    if constexpr (!Loss::kSideStreams) return Side{};
+    return Side{a_.class_weight ? load(static_cast<const R*>(a_.class_weight) + j) : fill<F>(1),
+            row.q ? load(row.q + j) : F{}};
+  }
+  FL_FN Side side_part(const Row& row, int64_t j, int64_t count) const {
+    if constexpr (!Loss::kSideStreams) return Side{};
+    return Side{a_.class_weight ? load_part(static_cast<const R*>(a_.class_weight) + j, count, R(0)) : fill<F>(1),
+            row.q ? load_part(row.q + j, count, R(0)) : F{}};
+  }
+
+  // ---- statistics
+  FL_NOINLINE R block_max(const T* x, int64_t begin, int64_t end) const {
+    F top[kUnroll];
+    for (F& v : top) v = fill<F>(-INFINITY);
+    int64_t j = begin;
+    for (; j + kUnroll * W <= end; j += kUnroll * W)
+      for (int u = 0; u < kUnroll; ++u) top[u] = max(logit(load(x + j + u * W)), top[u]);
+    for (; j + W <= end; j += W) top[0] = max(logit(load(x + j)), top[0]);
+    if (j < end) {
+      const F z = logit(load_part(x + j, end - j, R(0)));
+      top[1] = max(select(first_lanes<F>(end - j), z, top[1]), top[1]);
+    }
+    return horizontal_max(max(max(top[0], top[1]), max(top[2], top[3])));
+  }
+
+  template <bool kKeep>
+  FL_FN void add(const Row& row, int64_t j, R base, Accumulator& acc) {
+    const F d = logit(load(row.x + j)) - base, e = exp(d);
+    const Side s = side(row, j);
+    acc.s += e;
+    acc.extra.add(e, d, s.w, s.q, loss_);
+    if constexpr (kKeep) store(exps_ + j, e);
+  }
+  // `count` elements from j on, the target's among them perhaps: its exponential does not count
+  template <bool kKeep>
+  FL_NOINLINE void add_part(const Row& row, int64_t j, int64_t count, R base, Accumulator& acc) {
+    const F x = count < W ? load_part(row.x + j, count, R(0)) : load(row.x + j);
+    const F d = logit(x) - base;
+    const auto here = first_lanes<F>(count);
+    const auto others = here & (lane_numbers<F>() != static_cast<Lane>(row.t >= j && row.t < j + W ? row.t - j : -1));
+    const F e = select(others, exp(d), F{});
+    const Side s = count < W ? side_part(row, j, count) : side(row, j);
+    acc.s += e;
+    Sums with = acc.extra;
+    with.add(e, d, s.w, s.q, loss_);
+    F* old = reinterpret_cast<F*>(&acc.extra);
+    const F* now = reinterpret_cast<const F*>(&with);
+    for (int f = 0; f < kFields; ++f) old[f] = select(here, now[f], old[f]);
+    if constexpr (kKeep) store(exps_ + j, e);
+  }
+  template <bool kKeep>
+  FL_FN void add_block(const Row& row, int64_t begin, int64_t end, R base, Accumulator* acc) {
+    const int64_t full = begin + (end - begin) / W * W;
+    const int64_t special = row.t >= begin && row.t < end ? begin + (row.t - begin) / W * W : full;
+    for (int64_t j = begin, stop = special;; stop = full) {
+      for (; j + kUnroll * W <= stop; j += kUnroll * W) {
+        for (size_t b = 0; b < kUnroll * W * sizeof(T); b += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(row.x + j + kBlock) + b);
+        for (int u = 0; u < kUnroll; ++u) add<kKeep>(row, j + u * W, base, acc[u]);
+      }
+      for (; j + W <= stop; j += W) add<kKeep>(row, j, base, acc[0]);
+      if (j >= end) break;
+      add_part<kKeep>(row, j, end - j < W ? end - j : W, base, acc[1]);
+      j += W;
+      if (j >= end) break;
+    }
+  }
+
+  // Follows the running maximum into a block. -infinity: nothing but -infinity so far.
+  FL_FN static bool raise(R& base, R top) {
+    if (!(top > base)) return false;
+    base = top;
+    return true;
+  }
+  FL_FN static R finite(R base) { return base == -INFINITY ? 0 : base; }
+
+  FL_NOINLINE R accumulate(Row& row, R zt) {
+    Accumulator acc[kUnroll];
+    R base = -INFINITY;
+    const bool keep = a_.pass == RowPass::forward_gradient;
+    for (int64_t begin = 0, b = 0; begin < n_; begin += kBlock, ++b) {
+      const int64_t end = begin + kBlock < n_ ? begin + kBlock : n_;
+      const R before = base;
+      if (raise(base, block_max(row.x, begin, end)) && before != -INFINITY) {
+        const R shift = before - base;
+        const F factor = fill<F>(exp(shift));
+        for (Accumulator& a : acc) {
+          a.extra.move(fill<F>(shift), factor, a.s);
+          a.s *= factor;
+        }
+      }
+      bases_[b] = base;
+      if (keep) {
+        add_block<true>(row, begin, end, finite(base), acc);
+      } else {
+        add_block<false>(row, begin, end, finite(base), acc);
+      }
+    }
+    base = finite(base);
+    const R others = horizontal_sum((acc[0].s + acc[1].s) + (acc[2].s + acc[3].s));
+    typename Loss::template Sums<R> sums{};
+    for (int f = 0; f < kFields; ++f) {
+      F v[kUnroll];
+      for (int u = 0; u < kUnroll; ++u) v[u] = reinterpret_cast<const F*>(&acc[u].extra)[f];
+      reinterpret_cast<R*>(&sums)[f] = horizontal_sum((v[0] + v[1]) + (v[2] + v[3]));
+    }
+    row.target.d = zt - base;
+    const R e = a_.target ? exp(row.target.d) : 0;
+    row.state.m = base;
+    row.state.log_sum = log(others + e);
+    return loss_.finish(row.state, sums, others, e, row.target);
+  }
+
+  // ---- gradient
+  FL_NOINLINE void gradient(const Row& row, T* dx, R zt, R g) {
+    const bool kept = a_.pass == RowPass::forward_gradient;
+    const bool capped = Loss::kSoftcap && cap_ > 0;
+    const auto coef = loss_.coef(row.state, row.target, capped ? g : g * scale_);
+    const bool past_cache = a_.past_cache && dx != staged_dx_;
+    const R p_target = exp(row.target.d - row.state.log_sum);
+    R base = -INFINITY;
+    for (int64_t begin = 0, b = 0; begin < n_; begin += kBlock, ++b) {
+      const int64_t end = begin + kBlock < n_ ? begin + kBlock : n_;
+      if (kept) {
+        base = bases_[b];
+      } else {
+        raise(base, block_max(row.x, begin, end));
+      }
+      const R share = exp((base - row.state.m) - row.state.log_sum), from = finite(base);
+      auto finished = [&](F e, F z, const Side& s) __attribute__((always_inline)) {
+        F dz = loss_.grad(e * share, z - row.state.m, s.w, s.q, coef);
+        if constexpr (Loss::kSoftcap)
+          if (capped) dz *= slope(z);
+        return dz;
+      };
+      auto at = [&](int64_t j) __attribute__((always_inline)) {
+        if constexpr (!Loss::kSoftcap && !Loss::kGradUsesLogit)
+          if (kept) return finished(load(exps_ + j), F{}, side(row, j));
+        const F z = logit(load(row.x + j));
+        return finished(kept ? load(exps_ + j) : exp(z - from), z, side(row, j));
+      };
+      auto part = [&](int64_t j, int64_t count) __attribute__((noinline)) {
+        const F z = logit(load_part(row.x + j, count, R(0)));
+        const F e = kept ? load(exps_ + j) : exp(z - from);
+        store_part(dx + j, finished(e, z, side_part(row, j, count)), count);
+      };
+      int64_t j = begin;
+      if (past_cache) {
+        const int64_t off = reinterpret_cast<uintptr_t>(dx + j) % 64 / sizeof(T);
+        const int64_t head = off ? 64 / sizeof(T) - off : 0, stop = begin + head < end ? begin + head : end;
+        for (; j < stop; j += W) part(j, stop - j < W ? stop - j : W);
+        j = stop;
+        for (; j + 2 * W <= end; j += 2 * W) {
+          if constexpr (sizeof(T) * W >= 32) __builtin_prefetch(row.x + n_ + j, 0, 2);
+          if constexpr (sizeof(T) * W == 64) __builtin_prefetch(row.x + n_ + j + W, 0, 2);
+          stream(dx + j, at(j));
+          stream(dx + j + W, at(j + W));
+        }
+      } else {
+        for (; j + 2 * W <= end; j += 2 * W) {
+          const F lo = at(j), hi = at(j + W);
+          store(dx + j, lo);
+          store(dx + j + W, hi);
+        }
+        for (; j + W <= end; j += W) store(dx + j, at(j));
+      }
+      for (; j < end; j += W) part(j, end - j < W ? end - j : W);
+    }
+    if (a_.target) {
+      const R dz = loss_.target(p_target, row.target.d, row.target.weight, coef);
+      store_one(dx + row.t, dz * (capped ? slope(fill<F>(zt))[0] : 1));
+    }
+  }
+  FL_FN void write_zeros(T* dx) const {
+    const int64_t stride = a_.dx_layout.class_stride;
+    if (stride == 1) {
+      std::memset(dx, 0, n_ * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < n_; ++j) dx[j * stride] = T{};
+    }
+  }
+
+  const RowArgs& a_;
+  const Loss loss_;
+  const int64_t n_;
+  const R scale_, cap_;
+  R *exps_, *bases_;  // this row's exponentials, and the maximum each block's are relative to
+  T *staged_x_, *staged_q_, *staged_dx_;
+};
+
+template <class Loss, class T>
+FL_FN void walk_rows(const RowArgs& args, int64_t begin, int64_t end) {
+  RowWalker<Loss, T>(args, Loss(args.options, args.n)).run(begin, end);
+}
+
+}  // namespace fastloss::inline FL_ISA

@@ -1,0 +1,17 @@
+// The row kernels' launchers, as the operators see them: raw pointers and a stream, no torch.
+#pragma once
+#include "../core/rows.h"
+#include "../losses/token.h"
+
+namespace fastloss::cuda {
+
+// norm[0] = sum over rows of row weight x class weight of the target, rows to be ignored left out.
+void row_norm(const RowArgs& args, void* norm, void* stream);
+// out[0] = sum of loss over rows [/ norm], in the type of the accumulation; one block, fixed order.
+void row_reduce(const RowArgs& args, void* out, void* stream);
+
+#define FASTLOSS_LAUNCHER(name, Loss) void name(const RowArgs& args, void* stream);
+FASTLOSS_TOKEN_LOSSES(FASTLOSS_LAUNCHER)
+#undef FASTLOSS_LAUNCHER
+
+}  // namespace fastloss::cuda

@@ -1,0 +1,106 @@
+// Token classification: losses of one row of logits z and one target (a class, or a probability for each class).
+// The protocol is in core/row_loss.h.
+#pragma once
+#include <type_traits>
+
+#include "../core/row_loss.h"
+#include "../core/rows.h"
+
+namespace fastloss::inline FL_ISA {
+
+enum Targets { kHard, kSmooth, kSoft };
+
+// w_y ((1 - s) nll + z_loss lse^2) + s / n sum_c w_c (lse - z_c); with soft targets q,
+// sum_c w_c ((1 - s) q_c + s / n) (lse - z_c) + z_loss lse^2.
+template <class R, int kTargets>
+struct CrossEntropy {
+  static constexpr int kVariants = 3;
+  static constexpr bool kSoftcap = kTargets == kSoft, kSideStreams = kTargets == kSoft;
+  static constexpr bool kGradUsesLogit = false;
+  static constexpr int kSaved = kTargets == kSoft ? 2 : 1;
+  R smoothing, z_loss, per_class;  // per_class = smoothing / n
+
+  static int variant(const RowArgs& a) {
+    if (a.q || a.softcap > 0 || (a.class_weight && a.options[0] != 0)) return kSoft;
+    return a.options[0] != 0 ? kSmooth : kHard;
+  }
+  FL_FN CrossEntropy(const double* options, int64_t n)
+      : smoothing(R(options[0])), z_loss(R(options[1])), per_class(R(options[0] / double(n))) {}
+
+  template <class F>
+  struct SmoothSums {
+    F count{}, d{};
+    FL_FN void add(F, F d_, F, F, const CrossEntropy&) {
+      count += 1;
+      d += d_;
+    }
+    FL_FN void move(F shift, F, F) { d += shift * count; }
+  };
+  template <class F>
+  struct SoftSums {  // y: the dense part of the target distribution
+    F y{}, yd{};
+    FL_FN void add(F, F d, F w, F q, const CrossEntropy& l) {
+      const F y_ = w * ((1 - l.smoothing) * q + l.per_class);
+      y += y_;
+      yd += y_ * d;
+    }
+    FL_FN void move(F shift, F, F) { yd += shift * y; }
+  };
+  template <class F>
+  using Sums = std::conditional_t<kTargets == kHard, NoSums,
+                                  std::conditional_t<kTargets == kSmooth, SmoothSums<F>, SoftSums<F>>>;
+
+  FL_FN R finish(RowState<R>& row, const Sums<R>& sums, R others, R e, const Target<R>& t) const {
+    R loss = 0;
+    if (t.hard) {
+      const TargetShare<R> share = target_share(others, e, t.d, row.log_sum);
+      loss = (1 - smoothing) * t.weight * share.nll;
+      row.saved[0] = share.rest;
+    }
+    if constexpr (kTargets == kSmooth) loss += per_class * (sums.count * row.log_sum - sums.d);
+    if constexpr (kTargets == kSoft) {
+      loss += sums.y * row.log_sum - sums.yd;
+      row.saved[1] = sums.y;
+    }
+    const R lse = row.m + row.log_sum;
+    return loss + t.weight * z_loss * lse * lse;
+  }
+
+  struct Coef {
+    R p, y, hard;  // d/dz_j = p * softmax_j - y [* w_j (...)] - hard [j is the target]
+    R rest;
+  };
+  FL_FN Coef coef(const RowState<R>& row, const Target<R>& t, R g) const {
+    Coef c{};
+    c.hard = t.hard ? g * t.weight * (1 - smoothing) : 0;
+    c.rest = t.hard ? row.saved[0] : 0;
+    c.p = c.hard + g * t.weight * 2 * z_loss * (row.m + row.log_sum);
+    if constexpr (kTargets == kSmooth) {
+      c.p += g * smoothing;
+      c.y = g * per_class;
+    }
+    if constexpr (kTargets == kSoft) {
+      c.p += g * row.saved[1];
+      c.y = g;
+    }
+    return c;
+  }
+  template <class F>
+  FL_FN F grad(F p, F, F w, F q, const Coef& c) const {
+    if constexpr (kTargets == kHard) return p * c.p;
+    if constexpr (kTargets == kSmooth) return p * c.p - c.y;
+    return p * c.p - (c.y * w) * ((1 - smoothing) * q + per_class);
+  }
+  // p c.p - c.hard = (c.p - c.hard) p - c.hard (1 - p)
+  FL_FN R target(R p, R, R w, const Coef& c) const {
+    R dense = 0;
+    if constexpr (kTargets == kSmooth) dense = c.y;
+    if constexpr (kTargets == kSoft) dense = c.y * w * per_class;
+    return (c.p - c.hard) * p - c.hard * c.rest - dense;
+  }
+};
+
+}  // namespace fastloss::inline FL_ISA
+
+// The token losses: name of the operator and struct. A new loss is its struct, its line here and its Python function.
+#define FASTLOSS_TOKEN_LOSSES(X) X(cross_entropy, CrossEntropy)

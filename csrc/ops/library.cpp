@@ -1,0 +1,36 @@
+#include "library.h"
+
+#if defined(FASTLOSS_CUDA)
+#include <dlfcn.h>
+#endif
+
+#include "../cpu/pool.h"
+
+namespace fastloss {
+
+#if defined(FASTLOSS_CUDA)
+// The handle of a stream is not in the stable ABI of torch 2.11, and libtorch_cuda is not in the global scope:
+// the accessor is looked up where the library is already loaded.
+void* current_stream(const Tensor& t) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(get, "fastloss: this torch has no CUDA streams");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
+  return stream;
+}
+#else
+void* current_stream(const Tensor&) { return nullptr; }
+#endif
+
+Tensor empty_like_pooled(const Tensor& t) {
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (!t.is_cpu() || bytes < cpu::kPoolMinimum || !t.is_contiguous()) return torch::stable::empty_like(t);
+  return torch::stable::from_blob(cpu::pool_acquire(bytes), t.sizes(), t.strides(), t.device(), t.scalar_type(),
+                                  &cpu::pool_release);
+}
+
+}  // namespace fastloss

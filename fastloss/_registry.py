@@ -1,0 +1,100 @@
+"""Every loss described once: tests, `check`, `bench`, modules and the README enumerate this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Draw:
+    """Reproducible random inputs of one dtype on one device.
+
+    Values are drawn on the CPU in float64 and then converted, so every dtype and device sees the
+    same numbers up to rounding.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    seed: int = 0
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def _to(self, x: Tensor) -> Tensor:
+        return x.to(device=self.device, dtype=self.dtype)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self._to(torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        u = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        return self._to(low + (high - low) * u)
+
+    def simplex(self, *shape: int, dim: int = 1) -> Tensor:
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        return self._to(x.softmax(dim))
+
+    def index(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator).to(self.device)
+
+
+Case = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss and all that the rest of the project needs to know of it.
+
+    `inputs(draw, shape)` gives the required arguments of a call by name. A *case* is a set of further
+    arguments; a value that is callable is called with `(draw, shape)` to make a tensor.
+    """
+
+    name: str
+    family: str
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: Callable[[Draw, tuple[int, ...]], dict[str, Any]]
+    wrt: tuple[str, ...]
+    cases: Mapping[str, Case]
+    shapes: tuple[tuple[int, ...], ...]
+    bench_shape: tuple[int, ...]
+    traffic: Callable[[tuple[int, ...], int, bool], int]
+    """Fewest bytes moved: `(shape, itemsize, backward)`."""
+    forward_arguments: tuple[str, ...]
+    """Arguments of the module's `forward`; all others belong to its constructor."""
+    replaces: str = ""
+    eager: Callable[..., Tensor] | None = None
+    """What people call today, with the same arguments by name; the reference where there is none."""
+
+    def call(self, case: str, draw: Draw, shape: tuple[int, ...]) -> dict[str, Any]:
+        """All arguments of a call, by name."""
+        kwargs = self.inputs(draw, shape)
+        for key, value in self.cases[case].items():
+            kwargs[key] = value(draw, shape) if callable(value) else value
+        return kwargs
+
+
+_losses: dict[str, Loss] = {}
+
+
+def register(loss: Loss) -> Loss:
+    if loss.name in _losses:
+        raise ValueError(f"loss {loss.name!r} is registered twice")
+    _losses[loss.name] = loss
+    return loss
+
+
+def losses(*names: str) -> list[Loss]:
+    """The registered losses, or those named, in order of registration."""
+    import fastloss.functional  # noqa: F401  (families register themselves on import)
+
+    unknown = set(names) - set(_losses)
+    if unknown:
+        raise ValueError(f"no loss named {', '.join(sorted(unknown))}; there are {', '.join(_losses)}")
+    return [_losses[n] for n in names] if names else list(_losses.values())

@@ -1,0 +1,71 @@
+"""Token classification losses."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+
+def logits_of(input: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    z = input * logit_scale
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def nll_of(z: Tensor, one_hot: Tensor, dim: int) -> Tensor:
+    """-log softmax(z) of the class marked in `one_hot`: softplus(lse of the others - its logit).
+
+    Keeps its relative precision however far the class wins, where lse - logit would cancel.
+    """
+    alone = (one_hot | (z == -torch.inf)).all(dim)  # nothing to lose against: the loss is exactly 0
+    others = torch.where(alone.unsqueeze(dim), 0.0, z.masked_fill(one_hot, -torch.inf)).logsumexp(dim)
+    own = torch.where(one_hot, z, 0.0).sum(dim)
+    return torch.where(alone, (own - own).nan_to_num(nan=torch.nan), F.softplus(others - own, threshold=1e9))
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """As `fastloss.functional.cross_entropy`; `inplace_backward` changes nothing here."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    dim = 0 if input.dim() == 1 else 1
+    classes = input.shape[dim]
+    z = logits_of(input, logit_scale, softcap)
+    lse = z.logsumexp(dim)
+    w = torch.ones(classes, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
+    per_class = w.view([-1 if d == dim else 1 for d in range(z.dim())])
+
+    if target.is_floating_point():
+        share = (1 - label_smoothing) * target + label_smoothing / classes
+        loss = (per_class * share * (lse.unsqueeze(dim) - z)).sum(dim)
+        row = torch.ones_like(lse)
+        loss = loss + z_loss * lse.square()
+    else:
+        valid = target != ignore_index
+        y = torch.where(valid, target, 0)
+        one_hot = F.one_hot(y, classes).bool().movedim(-1, dim)
+        row = torch.where(valid, w[y], 0.0)
+        loss = w[y] * ((1 - label_smoothing) * nll_of(z, one_hot, dim) + z_loss * lse.square())
+        if label_smoothing:
+            loss = loss + label_smoothing / classes * (per_class * (lse.unsqueeze(dim) - z)).sum(dim)
+        loss = torch.where(valid, loss, 0.0)
+    if sample_weight is not None:
+        loss, row = loss * sample_weight.to(z.dtype), row * sample_weight.to(z.dtype)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / row.sum()

@@ -1,0 +1,209 @@
+"""Token classification: losses of rows of logits with a class, or a distribution over classes, as target."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+from fastloss import reference
+from fastloss._op import HALF_TYPES, REDUCTIONS, RowOp
+from fastloss._registry import Draw, Loss, register
+
+
+def _cross_entropy_reference(
+    input, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap, numbers, wide
+):
+    loss = reference.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=list(REDUCTIONS)[reduction],
+        label_smoothing=numbers[0], z_loss=numbers[1], logit_scale=logit_scale, softcap=softcap,
+        sample_weight=row_weight,
+    )  # fmt: skip
+    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+
+
+_cross_entropy = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
+
+
+def _check_rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> int:
+    """Raises what torch raises for these arguments of a token loss; returns the class dimension."""
+    if input.dim() == 0:
+        raise RuntimeError("input: expected (C), (N, C) or (N, C, d1, ...), got a tensor without dimensions")
+    dim = 0 if input.dim() == 1 else 1
+    classes = input.shape[dim]
+    if not input.is_floating_point():
+        raise NotImplementedError(f"input: expected logits of a floating point type, got {input.dtype}")
+    if target.is_floating_point():
+        if target.shape != input.shape:
+            raise RuntimeError(
+                f"target: expected probabilities of the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
+            )
+        if ignore_index >= 0:
+            raise RuntimeError("ignore_index is not supported for floating point target")
+    else:
+        rows = input.shape[:1] + input.shape[2:] if dim else input.shape[:0]
+        if target.shape != rows:
+            if input.dim() > 1 and target.dim() > 0 and input.shape[0] != target.shape[0]:
+                raise ValueError(
+                    f"target: expected batch_size {input.shape[0]} of the input, got {target.shape[0]}"
+                )
+            raise RuntimeError(
+                f"target: expected class indices of shape {tuple(rows)} for an input of shape "
+                f"{tuple(input.shape)}, got {tuple(target.shape)}"
+            )
+        if target.dtype not in (torch.int64, torch.uint8):
+            raise RuntimeError(f"target: expected class indices of type int64, got {target.dtype}")
+    if weight is not None and weight.shape != (classes,):
+        raise RuntimeError(
+            f"weight: expected one number for each of {classes} classes, got shape {tuple(weight.shape)}"
+        )
+    return dim
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Cross-entropy between logits and classes or class probabilities, in one read of the logits.
+
+    With :math:`z = c \tanh(s x / c)` (scale `s`, softcap `c`; without softcap :math:`z = s x`) and
+    :math:`\mathrm{lse} = \log \sum_c e^{z_c}`, the loss of a row with class :math:`y` is
+
+    .. math:: w_y \left[(1 - \varepsilon)(\mathrm{lse} - z_y) + \zeta\, \mathrm{lse}^2\right]
+              + \frac{\varepsilon}{C} \sum_c w_c (\mathrm{lse} - z_c)
+
+    and with probabilities :math:`q`
+
+    .. math:: \sum_c w_c \left[(1 - \varepsilon) q_c + \tfrac{\varepsilon}{C}\right] (\mathrm{lse} - z_c)
+              + \zeta\, \mathrm{lse}^2 .
+
+    The gradient is written while the row is in cache; no softmax is stored. The loss of a row keeps its relative
+    precision however far the target wins, and does not depend on the other rows or on the number of threads.
+
+    Args:
+        input: logits `(C)`, `(N, C)` or `(N, C, d1, ...)`; float32, float64, bfloat16 or float16, any strides.
+        target: classes, int64 (or uint8), of the input's shape without `C`; or probabilities of its full shape.
+        weight: `(C)`, a weight :math:`w` for each class. Default: 1.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        reduction: `"none"`, `"sum"` or `"mean"`: the sum over rows divided by the sum of :math:`w_y` times
+            `sample_weight` over the rows that are not ignored (with probabilities: of `sample_weight`).
+        label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
+        logit_scale: :math:`s`, multiplies the logits. Default: 1.
+        softcap: :math:`c > 0`, bounds the logits (Gemma 2). Default: none.
+        z_loss: :math:`\zeta`, draws lse towards 0 (PaLM, ST-MoE). Default: 0.
+        sample_weight: a weight for each row, of the shape of the classes. Default: 1.
+        inplace_backward: write the gradient into the memory of `input` during backward: no extra memory, the
+            logits are lost, a second backward raises. Default: False.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for half
+        types under autocast).
+
+    Raises:
+        ValueError, RuntimeError, IndexError: for the arguments for which torch raises them. On CUDA, where a
+            look at the targets would wait for the device, a class out of bounds gives NaN instead.
+
+    Source: `torch.nn.functional.cross_entropy`; softcap https://arxiv.org/abs/2408.00118, z-loss
+    https://arxiv.org/abs/2204.02311.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
+    _check_rows(input, target, weight, ignore_index)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if sample_weight is not None and sample_weight.shape != input.shape[:1] + input.shape[2:]:
+        raise ValueError(
+            f"sample_weight: expected one number for each row, got shape {tuple(sample_weight.shape)}"
+        )
+    if target.dtype == torch.uint8:
+        target = target.long()
+    wide = input.dtype in HALF_TYPES and torch.is_autocast_enabled(input.device.type)
+    options = (
+        ignore_index, REDUCTIONS[reduction], float(logit_scale), softcap or 0.0,
+        [float(label_smoothing), float(z_loss)], wide,
+    )  # fmt: skip
+    try:
+        return _cross_entropy(input, target, weight, sample_weight, options, inplace_backward)
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(str(error).partition(" is out of bounds")[0] + " is out of bounds.") from None
+        raise
+
+
+def _classes(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    return draw.index(shape[1], shape[0], *shape[2:])
+
+
+def _some_ignored(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    target = _classes(draw, shape)
+    return torch.where(draw.index(3, *target.shape) == 0, -100, target)
+
+
+register(
+    Loss(
+        name="cross_entropy",
+        family="token",
+        function=cross_entropy,
+        reference=reference.cross_entropy,
+        eager=F.cross_entropy,
+        replaces="torch.nn.functional.cross_entropy",
+        inputs=lambda draw, shape: {"input": draw.normal(*shape, scale=3.0), "target": _classes(draw, shape)},
+        wrt=("input",),
+        forward_arguments=("input", "target", "sample_weight"),
+        cases={
+            "plain": {},
+            "sum": {"reduction": "sum"},
+            "none": {"reduction": "none"},
+            "ignored": {"target": _some_ignored},
+            "weight": {"weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0)},
+            "smoothing": {"label_smoothing": 0.1, "target": _some_ignored},
+            "weight+smoothing": {
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.2,
+                "target": _some_ignored,
+            },
+            "probabilities": {"target": lambda d, s: d.simplex(*s)},
+            "probabilities+weight+smoothing": {
+                "target": lambda d, s: d.simplex(*s),
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.1,
+            },
+            "scale": {"logit_scale": 0.25},
+            "softcap": {"softcap": 5.0},
+            "z_loss": {"z_loss": 1e-2},
+            "sample_weight": {"sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0)},
+            "everything": {
+                "target": _some_ignored,
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.1,
+                "logit_scale": 0.5,
+                "softcap": 10.0,
+                "z_loss": 1e-3,
+                "sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0),
+            },
+        },
+        shapes=((7, 1), (3, 33), (5, 1000), (4, 4099), (2, 32003), (2, 5, 3), (2, 17, 3, 5)),
+        bench_shape=(4096, 32000),
+        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
+    )
+)
