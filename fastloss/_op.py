@@ -49,7 +49,7 @@ _keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", 
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
-    if _functorch_active is None or _functorch_active() or torch.compiler.is_compiling():
+    if _functorch_active is None or _functorch_active():
         return function.apply(*args)
     return super(Function, function).apply(*args)
 
@@ -69,6 +69,7 @@ class RowOp:
         self._operators: dict[str, SimpleNamespace] = {}
         self._function, self._gradient = _functions(self)
         self._register_fake("fastloss")
+        self._traced = _traced_function(self.operators())
 
     def operators(self) -> SimpleNamespace:
         ops = self._operators.get(_namespace)
@@ -91,9 +92,10 @@ class RowOp:
         options: Sequence[Any],
         inplace_backward: bool = False,
     ) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._compiled(input, target, weight, row_weight, options)
         operators = self.operators()
-        compiling = torch.compiler.is_compiling()
-        if compiling or _functorch_active is None or _functorch_active():
+        if _functorch_active is None or _functorch_active():
             return _apply(
                 self._function, input, target, weight, row_weight, *options, inplace_backward, False, operators
             )[0]
@@ -114,6 +116,12 @@ class RowOp:
         return _apply(
             self._function, input, target, weight, row_weight, *options, inplace_backward, fuse, operators
         )[0]
+
+    def _compiled(self, input, target, weight, row_weight, options) -> Tensor:
+        """What torch.compile and torch.export trace: the operators for the logits' gradient, for others the reference."""
+        if target.requires_grad or any(t is not None and t.requires_grad for t in (weight, row_weight)):
+            return self.reference(input, target, weight, row_weight, *options)
+        return self._traced.apply(input, target, weight, row_weight, *options)[0]
 
     def _register_fake(self, namespace: str) -> None:
         width = 3 + self.saved
@@ -136,6 +144,48 @@ class RowOp:
         torch.library.register_fake(f"{namespace}::{self.name}_fwd", fwd)
         torch.library.register_fake(f"{namespace}::{self.name}_bwd", bwd)
         torch.library.register_fake(f"{namespace}::{self.name}_bwd_into", lambda *_: None)
+        for kind in ("fwd", "bwd"):
+            operator = getattr(getattr(torch.ops, namespace), f"{self.name}_{kind}").default
+            torch.library.register_vmap(f"{namespace}::{self.name}_{kind}", _each_sample(operator))
+
+
+def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """A batching rule: one call for each sample."""
+
+    def rule(info, in_dims, *args):
+        results = [
+            operator(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule
+
+
+def _traced_function(operators: SimpleNamespace) -> type[Function]:
+    """The plain two-operator function, of nothing but what a tracer can follow."""
+    fwd, bwd = operators.fwd, operators.bwd
+
+    class Traced(Function):
+        @staticmethod
+        def forward(input, target, weight, row_weight, index, reduction, scale, cap, numbers, wide):
+            return fwd(input, target, weight, row_weight, index, reduction, scale, cap, numbers, wide, False)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            input, target, weight, _, _, _, ctx.scale, ctx.cap, ctx.numbers, _ = inputs
+            _, state, dx = output
+            ctx.mark_non_differentiable(state, dx)
+            ctx.save_for_backward(input, target, weight, state)
+
+        @staticmethod
+        def backward(ctx, g, _state, _dx):
+            dx = bwd(g, *ctx.saved_tensors, ctx.scale, ctx.cap, ctx.numbers)
+            return dx, None, None, None, None, None, None, None, None, None
+
+    return Traced
 
 
 # Positions in the arguments of the functions below
