@@ -8,7 +8,7 @@ The only autograd of the package. The rules:
   is at hand. The backward pass hands that buffer over if the upstream gradient is 1, else fills it again from the
   logits; both ways give the same bits. On the CPU, where looking is free, a function whose upstream gradients
   are not 1 stops doing so.
-* Nothing that autograd may still need is written: with a kept graph the gradient goes to a new tensor.
+* A gradient once handed over is never looked at again: a second backward computes its own.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def use_namespace(namespace: str) -> Iterator[None]:
 
 # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not.
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None)
-_keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
@@ -246,14 +245,19 @@ def _functions(op: RowOp) -> tuple[type[Function], type[Function]]:
         @staticmethod
         def setup_context(ctx, inputs, output):
             _loss, state, dx = output
-            *_, ctx.inplace, ctx.fused, ctx.operators = inputs
+            *_, ctx.inplace, fused, ctx.operators = inputs
             ctx.options = tuple(inputs[_OPTIONS])
             ctx.mark_non_differentiable(state, dx)
-            ctx.save_for_backward(*inputs[:_TENSORS], state, *([dx] if ctx.fused else []))
+            ctx.set_materialize_grads(False)  # else autograd would fill zeros of the logits' size for dx
+            ctx.save_for_backward(*inputs[:_TENSORS], state)
+            ctx.dx = dx if fused else None  # not saved: the first backward takes it away
 
         @staticmethod
         def backward(ctx, g, *_):
-            input, target, weight, row_weight, state, *kept = ctx.saved_tensors
+            input, target, weight, row_weight, state = ctx.saved_tensors
+            ready, ctx.dx = ctx.dx, None
+            if g is None:
+                return (None,) * 13
             tensors, operators = (input, target, weight, row_weight), ctx.operators
             dx = None
             if ctx.needs_input_grad[0]:
@@ -266,10 +270,10 @@ def _functions(op: RowOp) -> tuple[type[Function], type[Function]]:
                     dx = input.detach()
                     operators.bwd_into(g, dx, *saved, False)
                     torch.autograd.graph.increment_version(input)
-                elif kept and not _keep_graph():
+                elif ready is not None:
                     if g.device.type == "cpu":
                         op._expect_unit.value = g.item() == 1
-                    dx = kept[0]
+                    dx = ready
                     operators.bwd_into(g, dx, *saved, True)
                 else:
                     if ctx.options[1] != REDUCTIONS["none"] and g.device.type == "cpu" and not _tracing(g):

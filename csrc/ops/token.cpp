@@ -1,7 +1,5 @@
 // The operators of the token losses. All share one schema, one set of checks and one way from tensors to
 // RowArgs; a loss adds only its line in FASTLOSS_TOKEN_LOSSES.
-#include <unistd.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -20,6 +18,8 @@ enum Reduction : int64_t { kNone, kMean, kSum };
 using OptionalTensor = std::optional<Tensor>;
 using Options = std::vector<double>;
 
+// Outputs from here on are written past the caches: about the last level that one socket shares among its cores.
+constexpr int64_t kPastCache = 24 << 20, kRowPastCache = 2048;
 constexpr int kStateHead = 3;  // m, log_sum, k; then what the loss saves
 
 struct TokenLoss {
@@ -117,9 +117,8 @@ struct Call {
   void set_gradient(const Tensor& dx) {
     args.dx = dx.mutable_data_ptr();
     args.dx_layout = *row_layout(dx);
-    static const int64_t last_level = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 8 << 20);
     const int64_t row_bytes = args.n * dx.element_size();
-    args.past_cache = args.dx != args.x && row_bytes >= 2048 && row_bytes * args.rows > last_level;
+    args.past_cache = args.dx != args.x && row_bytes >= kRowPastCache && row_bytes * args.rows > kPastCache;
   }
 };
 
