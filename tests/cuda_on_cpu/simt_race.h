@@ -1,0 +1,35 @@
+// Hooks of the checker of data races, uninitialised shared memory and alignment (simt_race.cpp). Without
+// SIMT_RACE they are empty.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace simt::race {
+
+// Accesses count while a fiber runs kernel code, and not those to its own stack.
+inline bool in_kernel = false;
+inline char *stack_low = nullptr, *stack_high = nullptr;
+
+#if defined(SIMT_RACE)
+void begin_launch(const void* ignore_from, const void* ignore_to);
+void begin_block(uint64_t block);
+void block_barrier();
+void warp_barrier(unsigned warp);
+void fresh_shared(void* p, size_t bytes);  // a block's shared array, not written yet
+void coherent(bool update, const void* p, size_t bytes, void* pc);
+void coherent_done();
+void wrote(void* p, size_t bytes, void* pc);
+void was_read(const void* p, size_t bytes, void* pc);
+#else
+inline void begin_launch(const void*, const void*) {}
+inline void begin_block(uint64_t) {}
+inline void block_barrier() {}
+inline void warp_barrier(unsigned) {}
+inline void fresh_shared(void*, size_t) {}
+inline void coherent(bool, const void*, size_t, void*) {}
+inline void coherent_done() {}
+inline void wrote(void*, size_t, void*) {}
+inline void was_read(const void*, size_t, void*) {}
+#endif
+
+}  // namespace simt::race
