@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fastloss {args.command} needs {error.name}: pip install 'fastloss[cli]'", file=sys.stderr)
     except (ValueError, FileNotFoundError) as error:
         print(f"fastloss {args.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     return 2
 
 

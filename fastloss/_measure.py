@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastloss._registry import Draw, Loss, losses
 from fastloss._steps import Clock, Copy, Step, cuda_peak, rss_peak
-from fastloss.check import compare, differentiable
+from fastloss.check import compare, differentiable, eager_of
 
 CHECKED_ELEMENTS = 2**20
 MIN_ROUNDS, MAX_ROUNDS = 5, 300
@@ -52,23 +52,13 @@ class Spec:
     """Measure the memory of this candidate, and no times."""
 
 
-def accepts(function: Callable[..., Any], names: Any) -> bool:
-    """Whether `function` takes arguments of these names."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return any(p.kind is p.VAR_KEYWORD for p in parameters) or set(names) <= {p.name for p in parameters}
-
-
 def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
-    """Who competes. Eager is what people call today, or the reference where that lacks an argument."""
-    names = set(loss.call(spec.case, Draw(), loss.shapes[0]))
-    eager = loss.eager if loss.eager is not None and accepts(loss.eager, names) else loss.reference
+    """Who competes, by name."""
+    eager = eager_of(loss, loss.call(spec.case, Draw(), loss.shapes[0]))
     found: dict[str, Callable[..., Tensor]] = {"eager": eager}
     found["torch.compile"] = torch.compile(eager, dynamic=False)
     found["fastloss"] = loss.function
-    if spec.backward and accepts(loss.function, ["inplace_backward"]):
+    if spec.backward and "inplace_backward" in inspect.signature(loss.function).parameters:
         found["fastloss in place"] = partial(loss.function, inplace_backward=True)
     if spec.peers:
         found.update(runpy.run_path(spec.peers)["peers"](loss.name, spec.device))

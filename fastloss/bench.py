@@ -149,6 +149,9 @@ def main(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     report = _report.header()
     specs = plan(args)
+    load = report["load_before"] or 0.0
+    if load > 0.5 * report["machine"]["cores"]:
+        console.print(f"Other work keeps this machine busy (load {load}): the times below will be too long.")
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     for i, spec in enumerate(specs):
         label = f"{spec.loss} {'x'.join(map(str, spec.shape))} {spec.dtype}"
