@@ -65,7 +65,7 @@ def run_child(spec: Spec, environment: dict[str, str], advance: Advance) -> dict
         if code or result is None:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or [f"exit code {code}"])[-1]
-            raise ValueError(f"measuring {spec.loss} {spec.dtype} {spec.peak_of or ''} failed: {last}")
+            raise ValueError(f"measuring {spec.peak_of or spec.loss} in {spec.dtype} failed: {last}")
     return result
 
 
@@ -117,6 +117,9 @@ def plan(args: argparse.Namespace) -> list[Spec]:
         case = args.case or next(iter(loss.cases))
         if case not in loss.cases:
             raise ValueError(f"{loss.name} has no case {case!r}; there are {', '.join(loss.cases)}")
+        ranks = sorted({len(shape) for shape in loss.shapes})
+        if args.shape and len(args.shape) not in ranks:
+            raise ValueError(f"--shape of {loss.name} has {' or '.join(map(str, ranks))} sizes")
         return Spec(
             loss=loss.name,
             case=case,

@@ -25,7 +25,7 @@ class RowWalker {
 
  public:
   FL_FN RowWalker(const RowArgs& args, const Loss& loss)
-      : a_(args), loss_(loss), n_(args.n), scale_(R(args.logit_scale)), cap_(R(args.softcap)) {
+      : a_(args), loss_(loss), n_(args.n), scale_(R(args.logit_scale)), cap_(R(args.softcap)), inverse_cap_(R(1 / args.softcap)) {
     const int64_t blocks = (n_ + kBlock - 1) / kBlock, padded = (n_ + 2 * W) / W * W;
     const int64_t exps = args.pass == RowPass::forward_gradient ? padded * sizeof(R) : 0;
     const int64_t staged = padded * sizeof(T);
@@ -113,12 +113,12 @@ class RowWalker {
   FL_FN F logit(F x) const {
     F z = x * scale_;
     if constexpr (Loss::kSoftcap)
-      if (cap_ > 0) z = cap_ * tanh(z / cap_);
+      if (cap_ > 0) z = cap_ * tanh(z * inverse_cap_);
     return z;
   }
   FL_FN F slope(F z) const {  // dz / dx
     if constexpr (Loss::kSoftcap)
-      if (cap_ > 0) return scale_ * (1 - z / cap_ * (z / cap_));
+      if (cap_ > 0) return scale_ * (1 - z * inverse_cap_ * (z * inverse_cap_));
     return fill<F>(scale_);
   }
   struct Side {
@@ -310,7 +310,7 @@ class RowWalker {
   const RowArgs& a_;
   const Loss loss_;
   const int64_t n_;
-  const R scale_, cap_;
+  const R scale_, cap_, inverse_cap_;
   R *exps_, *bases_;  // this row's exponentials, and the maximum each block's are relative to
   T *staged_x_, *staged_q_, *staged_dx_;
 };

@@ -8,7 +8,7 @@
 #include "library.h"
 #if defined(FASTLOSS_CUDA) || defined(FL_SIMT)
 #define FASTLOSS_HAS_CUDA 1
-#include "../cuda/rows.h"
+#include "../cuda/launchers.h"
 #endif
 
 namespace fastloss {

@@ -1,0 +1,74 @@
+// Launchers of the token losses, and the two small kernels around a reduction over rows.
+#include "launchers.h"
+#include "rows.cuh"
+
+namespace fastloss::cuda {
+namespace {
+
+template <template <class, int> class Loss, int kVariant>
+void run_dtype(const RowArgs& a, cudaStream_t stream) {
+  switch (a.dtype) {
+    case DType::f32: return launch_rows<Loss<float, kVariant>, float>(a, stream);
+    case DType::bf16: return launch_rows<Loss<float, kVariant>, __nv_bfloat16>(a, stream);
+    case DType::f16: return launch_rows<Loss<float, kVariant>, __half>(a, stream);
+    case DType::f64: return launch_rows<Loss<double, kVariant>, double>(a, stream);
+  }
+}
+template <template <class, int> class Loss, int kVariant = 0>
+void run(const RowArgs& a, cudaStream_t stream) {
+  if constexpr (kVariant < Loss<float, 0>::kVariants) {
+    if (a.variant == kVariant) return run_dtype<Loss, kVariant>(a, stream);
+    run<Loss, kVariant + 1>(a, stream);
+  }
+}
+
+// One block adds up `value(r)` over the rows, in double and in an order that depends on their number alone.
+constexpr int kSumThreads = 1024;
+template <class F>
+__device__ __forceinline__ double block_sum(int64_t rows, F value) {
+  FL_SHARED(double, part, kSumThreads / 32);
+  double sum = 0;
+  for (int64_t r = threadIdx.x; r < rows; r += kSumThreads) sum += value(r);
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
+  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0;
+  for (int w = 0; w < kSumThreads / 32; ++w) sum += part[w];
+  return sum;
+}
+
+template <class R>
+__global__ void __launch_bounds__(kSumThreads) norm_kernel(RowArgs a, R* out) {
+  const double sum = block_sum(a.rows, [&](int64_t r) {
+    const int64_t t = a.target ? a.target[r] : 0;
+    if (a.target && t == a.ignore_index) return 0.0;
+    const bool inside = t >= 0 && t < a.n;
+    const double w = a.target && a.class_weight && inside ? double(static_cast<const R*>(a.class_weight)[t]) : 1.0;
+    return w * (a.row_weight ? double(static_cast<const R*>(a.row_weight)[r]) : 1.0);
+  });
+  if (threadIdx.x == 0) *out = static_cast<R>(sum);
+}
+template <class R>
+__global__ void __launch_bounds__(kSumThreads) reduce_kernel(RowArgs a, R* out) {
+  const double sum = block_sum(a.rows, [&](int64_t r) { return double(static_cast<const R*>(a.loss)[r]); });
+  if (threadIdx.x == 0) *out = static_cast<R>(a.norm ? sum / double(*static_cast<const R*>(a.norm)) : sum);
+}
+
+}  // namespace
+
+void row_norm(const RowArgs& a, void* norm, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (a.dtype == DType::f64) return launch(&norm_kernel<double>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<double*>(norm));
+  launch(&norm_kernel<float>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<float*>(norm));
+}
+void row_reduce(const RowArgs& a, void* out, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (a.dtype == DType::f64) return launch(&reduce_kernel<double>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<double*>(out));
+  launch(&reduce_kernel<float>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<float*>(out));
+}
+#define FASTLOSS_LAUNCH(name, Loss) \
+  void name(const RowArgs& args, void* stream) { run<Loss>(args, static_cast<cudaStream_t>(stream)); }
+FASTLOSS_TOKEN_LOSSES(FASTLOSS_LAUNCH)
+
+}  // namespace fastloss::cuda
