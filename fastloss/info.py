@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+NO_GPU = "none can exist: torch sees no GPU"
+
 
 def cpu_model() -> str:
     """The processor's name; Linux keeps it in /proc/cpuinfo."""
@@ -63,11 +65,11 @@ def machine() -> dict[str, Any]:
 def will_use(built: dict[str, Any] | None, here: dict[str, Any]) -> dict[str, str]:
     """What happens to a tensor, by its device."""
     if built is None:
-        missing = "an error: the compiled part of fastloss is missing, so reinstall it"
-        return {"cpu tensors": missing, "cuda tensors": missing}
+        unknown = "fastloss kernels; which ones is unknown, fastloss._C not being built for this Python"
+        return {"cpu tensors": unknown, "cuda tensors": unknown if here["gpus"] else NO_GPU}
     cpu = f"{here['kernels_for']} kernels, {here['threads']} threads"
     if not here["gpus"]:
-        cuda = "none can exist: torch sees no GPU"
+        cuda = NO_GPU
     elif built.get("cuda"):
         cuda = "CUDA kernels"
     else:
@@ -80,7 +82,7 @@ def gather() -> dict[str, Any]:
     compiled, here = extension(), machine()
     built = dict(compiled.build_info()) if compiled else None
     facts: dict[str, Any] = {
-        "built": built if built is not None else {"compiled": False},
+        "built": built if built is not None else {"fastloss._C": False},
         "this machine": here,
         "will be used for": will_use(built, here),
     }

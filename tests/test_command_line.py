@@ -1,0 +1,176 @@
+"""`check` finds what is wrong, `bench` times nothing wrong, and both say so by their exit code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastloss import _measure, _registry, check
+from fastloss.__main__ import main
+from fastloss._registry import losses
+
+LOSS = losses()[0]
+CASE = next(iter(LOSS.cases))
+SHAPE = next(s for s in LOSS.shapes if len(s) == 2 and min(s) > 1)
+SPEC = _measure.Spec(
+    loss=LOSS.name,
+    case=CASE,
+    shape=SHAPE,
+    dtype="float32",
+    device="cpu",
+    backward=True,
+    threads=None,
+    rounds=2,
+    budget=1.0,
+    peers=None,
+)
+
+
+class Scaled(torch.autograd.Function):
+    """Scales the value by one factor and the gradient by another."""
+
+    @staticmethod
+    def forward(ctx, x, value, gradient):
+        ctx.gradient = gradient
+        return x * value
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.gradient, None, None
+
+
+class ForgetsUpstream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.ones_like(g)
+
+
+MISTAKES = {
+    "value": lambda **k: Scaled.apply(LOSS.reference(**k), 1.001, 1.0),
+    "gradient": lambda **k: Scaled.apply(LOSS.reference(**k), 1.0, 1.001),
+    "upstream": lambda **k: ForgetsUpstream.apply(LOSS.reference(**k)),
+    "nan": lambda **k: Scaled.apply(LOSS.reference(**k), 1.0, float("nan")),
+    "dtype": lambda **k: LOSS.reference(**k).double(),
+    "shape": lambda **k: LOSS.reference(**k).reshape(1),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_compare_finds(mistake):
+    result = check.compare(LOSS, CASE, SHAPE, torch.float32, function=MISTAKES[mistake])
+    assert not result.ok, result
+
+
+def test_compare_accepts_the_best_that_a_dtype_can_hold():
+    def rounded(**kwargs):
+        return LOSS.reference(**check.cast(kwargs, torch.float64)).to(kwargs[LOSS.wrt[0]].dtype)
+
+    for dtype in check.DTYPES:
+        result = check.compare(LOSS, CASE, SHAPE, dtype, function=rounded)
+        assert result.ok, result
+
+
+def test_a_lost_row_is_found_in_every_dtype():
+    def loses_a_row(**kwargs):
+        first = LOSS.wrt[0]
+        kept = kwargs[first].detach().clone()
+        kwargs[first] = torch.cat([kwargs[first][:-1], kept[-1:]])
+        return LOSS.reference(**kwargs)
+
+    for dtype in check.DTYPES:
+        assert not check.compare(LOSS, CASE, SHAPE, dtype, function=loses_a_row).ok
+
+
+@pytest.mark.parametrize(("function", "code"), [(LOSS.function, 0), (MISTAKES["gradient"], 1)])
+def test_exit_code_of_check(function, code, monkeypatch, capsys):
+    planted = replace(LOSS, function=function, shapes=(SHAPE,))
+    monkeypatch.setitem(_registry._losses, LOSS.name, planted)
+    assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == code
+    assert ("FAIL" in capsys.readouterr().out) == bool(code)
+
+
+def test_check_goes_on_after_a_loss_that_raises(monkeypatch, capsys):
+    def raises(**kwargs):
+        raise RuntimeError("planted")
+
+    monkeypatch.setitem(_registry._losses, LOSS.name, replace(LOSS, function=raises, shapes=(SHAPE,)))
+    assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == 1
+    assert capsys.readouterr().out.count("planted") == len(LOSS.cases) * len(check.DTYPES)
+
+
+def test_bench_refuses_what_is_wrong(monkeypatch):
+    planted = replace(LOSS, function=MISTAKES["gradient"])
+    monkeypatch.setattr(
+        _measure, "candidates", lambda *_: {"eager": LOSS.reference, "fastloss": planted.function}
+    )
+    measured = _measure.time_all(planted, SPEC, lambda **_: None)
+    assert set(measured["times"]) == {"eager", "copy"}
+    assert "wrong" in measured["refused"]["fastloss"]
+
+
+def test_bench_sees_one_wrong_element_of_the_full_shape():
+    right = {"value": torch.tensor(1.0), "input": torch.rand(2**22 + 5)}
+    wrong = {k: v.clone() for k, v in right.items()}
+    wrong["input"][-1] += 0.01
+    assert _measure.disagreement(right, right, torch.float32) == ""
+    assert "input" in _measure.disagreement(wrong, right, torch.float32)
+
+
+def test_ratios_are_taken_within_rounds():
+    measured = {
+        "times": {"eager": [2.0, 40.0, 6.0], "copy": [1.0, 10.0, 1.0], "x": [1.0, 10.0, 6.0]},
+        "traffic": 6e6,
+    }
+    assert _measure.summary(measured, "x") == {
+        "ms": 6.0,
+        "GB_per_s": 1.0,
+        "rounds": 3,
+        "of_copy": 1.0,
+        "x_eager": 2.0,
+    }
+
+
+def test_bench_from_the_command_line(tmp_path, capsys):
+    shape = "x".join(map(str, SHAPE))
+    written = tmp_path / "result.json"
+    plot = tmp_path / "times.png"
+    arguments = ["--shape", shape, "--rounds", "2", "--json", str(written), "--plot", str(plot)]
+    assert main(["bench", LOSS.name, "--device", "cpu", *arguments]) == 0
+    report = json.loads(written.read_text())
+    rows = {row["candidate"]: row for row in report["rows"]}
+    assert {"eager", "torch.compile", "fastloss", "copy"} <= set(rows)
+    for row in rows.values():
+        assert "refused" not in row
+        assert all(row["times"][regime]["ms"] > 0 for regime in ("malloc", "recycled"))
+    assert report["machine"]["torch"] == torch.__version__
+    assert plot.stat().st_size > 0
+    assert "fastloss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "no_such_loss"],
+        ["bench", LOSS.name, "--case", "no such case"],
+        ["check", "--loss", "no_such_loss"],
+    ],
+)
+def test_unknown_names_are_answered_in_a_sentence(arguments, capsys):
+    assert main(arguments) == 2
+    assert "no" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["this machine"]["torch"] == torch.__version__
+    assert facts["built"]["cpu_capabilities"]
+    assert main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
