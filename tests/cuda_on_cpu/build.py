@@ -123,7 +123,7 @@ def _write_ninja() -> None:
             library,
             "link",
             [*operators, *kernels, *shim],
-            variables={"flags": f"-shared -Wl,-Bsymbolic {link_flags} {torch_libraries}"},
+            variables={"flags": f"-shared -Wl,-Bsymbolic,-z,defs {link_flags} {torch_libraries}"},
         )
         for program in ("planted", "features"):
             own = objects(mode, [HERE / f"{program}.cu"], f"{shim_flags} {kernel_flags}")

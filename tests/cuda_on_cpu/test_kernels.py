@@ -1,0 +1,101 @@
+"""Every registered loss through the CUDA kernels, executed by the CPU in one build of the shim.
+
+Here that is the plain build; test_kernels_sanitized.py runs this file again in processes of their own for the
+others, named by FASTLOSS_SIMT_MODE.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+
+import pytest
+import torch
+from layouts import contiguous, lay, unaligned
+from support import (
+    DTYPES,
+    Answer,
+    assert_same_bits,
+    differentiable,
+    dtype_id,
+    every_case,
+    exact,
+    fused,
+    make,
+    tolerance,
+    upstream_like,
+    worst,
+)
+
+import fastloss._op
+from fastloss._registry import Loss, losses
+
+from . import build
+
+MODE = os.environ.get("FASTLOSS_SIMT_MODE", "plain")
+SCHEDULES = (1, 5)  # beside 0
+MOST_ELEMENTS = 6000  # of a shape that every case runs on; the first case runs on all
+# Times the error that rounding alone explains: mistakes of a kernel's bookkeeping are far larger, and how
+# accurate the arithmetic is, other tests ask. What is smaller than a typical gradient is held to that one's
+# error: it may be what is left of larger terms.
+SLACK, TYPICAL = 8, 0.1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    with fastloss._op.use_namespace(build.load(MODE)):
+        yield
+
+
+@pytest.fixture
+def schedule(monkeypatch):
+    return lambda seed: monkeypatch.setenv("SIMT_ORDER", str(seed))
+
+
+def shapes(loss: Loss, case: str) -> list[tuple[int, ...]]:
+    first = case == next(iter(loss.cases))
+    return [shape for shape in loss.shapes if first or math.prod(shape) <= MOST_ELEMENTS]
+
+
+def assert_close(got: Answer, true: Answer, what: str) -> None:
+    for (name, x), (_, t) in zip(got.parts(), true.parts(), strict=True):
+        scale = torch.cat([t.flatten(), t.new_tensor([TYPICAL])])
+        error, allowed = worst(x, t), SLACK * tolerance(scale, x.dtype)
+        assert error <= allowed, f"{what}: {name} is off by {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("layout", [contiguous, unaligned])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@every_case
+def test_right_under_every_schedule(loss, case, dtype, layout, schedule):
+    for shape in shapes(loss, case):
+
+        def arguments(shape=shape):
+            drawn = make(loss, case, dtype, shape=shape)
+            return {k: lay(v, layout) if isinstance(v, torch.Tensor) else v for k, v in drawn.items()}
+
+        kwargs = arguments()
+        names = differentiable(loss, kwargs)
+        schedule(0)
+        answer = fused(loss, kwargs, names)
+        assert_close(answer, exact(loss, arguments(), names, upstream_like(answer.value)), str(shape))
+        for seed in SCHEDULES:
+            schedule(seed)
+            again = fused(loss, arguments(), names)
+            assert_same_bits(answer, again, f"{shape}, schedule {seed}")
+
+
+if MODE == "asan":
+
+    def test_end_of_an_unaligned_tensor_is_guarded():
+        poisoned = ctypes.CDLL(None).__asan_address_is_poisoned
+        poisoned.argtypes = [ctypes.c_void_p]
+        x = unaligned(torch.zeros(3, 33))
+        assert x.data_ptr() % 16
+        assert not poisoned(x.data_ptr() + x.nbytes - 1)
+        assert poisoned(x.data_ptr() + x.nbytes)
+
+
+def test_there_are_losses():
+    assert losses()
