@@ -1,0 +1,72 @@
+# Everything runs in .venv, made on first use; a second run does only what has changed since.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Without an NVIDIA driver torch's CPU wheel will do, a tenth of the download; where its index cannot be reached,
+# PyPI's is taken. Expanded when .venv is made, not before.
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || { \
+  $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_WHEELS)/torch/", timeout=5)' 2>/dev/null && \
+  echo --extra-index-url $(CPU_WHEELS); })
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+CPP_FILES := find csrc tests '(' -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' ')' -print0
+
+.PHONY: help env build demo test check bench lint format clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "ARGS=... is handed on: make test ARGS='-k cross_entropy', make demo ARGS='--text my.txt --steps 500'"
+
+env: $(VENV)/.env ## make .venv with torch and what the build needs
+$(VENV)/.env:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=...") if sys.version_info < (3, 10) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) $(TORCH_INDEX)
+	$(PIP) numpy pybind11 ninja setuptools wheel
+	@touch $@
+
+build: $(VENV)/.built $(VENV)/.installed ## compile what has changed; fastloss is installed editable
+$(VENV)/.built: $(VENV)/.env $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.built
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# The packages of one of pyproject.toml's extras; fastloss itself is installed already.
+$(VENV)/.extra-%: pyproject.toml | $(VENV)/.installed
+	$(PIP) "fastloss[$*]"
+	@touch $@
+
+demo: $(VENV)/.built $(VENV)/.extra-demo ## train a small language model with torch's loss and with fastloss
+	$(BIN)/python benchmarks/train_lm.py $(ARGS)
+
+test: $(VENV)/.built $(VENV)/.extra-test ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.built $(VENV)/.extra-cli ## every loss against its float64 reference on every device here
+	$(BIN)/python -m fastloss check $(ARGS)
+
+bench: $(VENV)/.built $(VENV)/.extra-cli ## every loss beside eager PyTorch and torch.compile
+	$(BIN)/python -m fastloss bench $(or $(ARGS),--all --out bench-out)
+
+lint: $(VENV)/.built $(VENV)/.extra-dev ## ruff and clang-format, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(CPP_FILES) | xargs -0 $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.built $(VENV)/.extra-dev ## what ruff and clang-format can put right
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(CPP_FILES) | xargs -0 $(BIN)/clang-format -i
+
+clean: ## what builds and runs left behind, except .venv
+	rm -rf build dist demo-out bench-out *.egg-info .pytest_cache .hypothesis .ruff_cache $(VENV)/.built
+	rm -f fastloss/*.so
+	find fastloss tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

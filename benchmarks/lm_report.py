@@ -1,0 +1,163 @@
+"""What `train_lm.py` found: numbers of two runs, whether they agree, a table, a picture, a JSON file."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastloss.info import machine
+
+WARM_UP = 10  # steps left out of the medians
+# How far apart the curves may be, relative, up to which step: rounding is all that differs at the first
+# step, and training amplifies it from there. (Up to 1e-7, 2e-5 and 1e-4 are seen on a CPU.)
+TOLERANCES = {1: 1e-5, 50: 1e-3, sys.maxsize: 2e-2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int
+    batch: int
+    context: int
+    vocab: int
+    layers: int
+    width: int
+    threads: int
+    seed: int
+    device: str
+    learning_rate: float = 1e-3
+
+
+@dataclass
+class Step:
+    loss: float
+    seconds: float
+    loss_seconds: float
+
+
+@dataclass
+class Run:
+    steps: list[Step]
+    threads: int
+    peak_bytes: int = 0
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.loss for step in self.steps]
+
+    def median(self, what: str) -> float:
+        """Seconds: the median over the steps after warm-up (over all, in a very short run)."""
+        return statistics.median(getattr(s, what) for s in self.steps[WARM_UP:] or self.steps)
+
+
+def differences(runs: dict[str, Run]) -> list[float]:
+    """Of the two loss curves, step by step, relative to torch's."""
+    pairs = zip(runs["torch"].losses, runs["fastloss"].losses, strict=True)
+    return [abs(ours - theirs) / abs(theirs) for theirs, ours in pairs]
+
+
+def tolerance(step: int) -> float:
+    return next(bound for last, bound in TOLERANCES.items() if step <= last)
+
+
+def machine_name(device: str) -> str:
+    return machine()["gpus"][0]["name"] if device == "cuda" else machine()["cpu"]
+
+
+def table(runs: dict[str, Run], settings: Settings) -> Table:
+    where = machine_name(settings.device)
+    if settings.device == "cpu":
+        where += f", {runs['torch'].threads} threads"
+    counted = max(len(runs["torch"].steps) - WARM_UP, 1)
+    result = Table(
+        title=f"{settings.batch * settings.context} x {settings.vocab} logits, float32, {where}",
+        caption=f"medians of {counted} steps; memory: what training adds",
+    )
+    result.add_column("")
+    for name in [*runs, "torch / fastloss"]:
+        result.add_column(name, justify="right")
+
+    def add(label: str, values: list[float], form: str, compare: bool = True) -> None:
+        ratio = f"{values[0] / values[1]:.2f}" if compare and values[1] > 0 else ""
+        result.add_row(label, *(form.format(v) for v in values), ratio)
+
+    both = list(runs.values())
+    shares = [100 * r.median("loss_seconds") / r.median("seconds") for r in both]
+    add("time per step", [1e3 * r.median("seconds") for r in both], "{:.1f} ms")
+    add("time in the loss", [1e3 * r.median("loss_seconds") for r in both], "{:.1f} ms")
+    add("the loss's share", shares, "{:.0f} %", compare=False)
+    add("peak memory", [r.peak_bytes / 2**20 for r in both], "{:.0f} MiB")
+    add("loss at the end", [r.losses[-1] for r in both], "{:.4f}", compare=False)
+    return result
+
+
+def draw(runs: dict[str, Run], settings: Settings, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplot_mosaic(
+        [["curves", "time"], ["difference", "memory"]],
+        figsize=(11, 6),
+        width_ratios=[3, 2],
+        height_ratios=[3, 2],
+        layout="constrained",
+    )
+    figure.suptitle(
+        f"One model trained twice: {settings.batch * settings.context} x {settings.vocab} logits, "
+        f"{machine_name(settings.device)}"
+    )
+    steps = range(1, len(runs["torch"].steps) + 1)
+    axes["curves"].plot(
+        steps, runs["torch"].losses, color="tab:orange", linewidth=4, alpha=0.5, label="torch"
+    )
+    axes["curves"].plot(steps, runs["fastloss"].losses, color="tab:blue", linewidth=1, label="fastloss")
+    axes["curves"].set(ylabel="loss (nats per token)", title="loss curves")
+    axes["curves"].legend()
+    axes["difference"].semilogy(steps, [max(d, 1e-9) for d in differences(runs)], color="tab:gray")
+    axes["difference"].semilogy(
+        steps, [tolerance(s) for s in steps], "--", color="tab:red", label="tolerance"
+    )
+    axes["difference"].set(xlabel="step", ylabel="relative difference")
+    axes["difference"].legend()
+
+    names = list(runs)
+    loss = [1e3 * run.median("loss_seconds") for run in runs.values()]
+    rest = [1e3 * run.median("seconds") - t for run, t in zip(runs.values(), loss, strict=True)]
+    bottom = axes["time"].barh(names, loss, color="tab:blue", label="loss, forward + backward")
+    top = axes["time"].barh(names, rest, left=loss, color="lightgray", label="rest of the step")
+    axes["time"].bar_label(bottom, fmt="%.0f", label_type="center", color="white")
+    axes["time"].bar_label(top, fmt="%.0f", label_type="center")
+    axes["time"].set(title="time per step (ms, median)", ylim=(2.3, -0.6))
+    axes["time"].legend(loc="lower right", frameon=False)
+    memory = axes["memory"].barh(names, [run.peak_bytes / 2**20 for run in runs.values()], color="tab:green")
+    axes["memory"].bar_label(memory, fmt="%.0f", label_type="center", color="white")
+    axes["memory"].set(title="peak memory of training (MiB)", ylim=(1.6, -0.6))
+    figure.savefig(path, dpi=150)
+
+
+def save(runs: dict[str, Run], settings: Settings, path: Path) -> None:
+    report = {"settings": asdict(settings), "machine": machine(), "runs": {}}
+    for name, run in runs.items():
+        medians = {f"median_{what}": run.median(what) for what in ("seconds", "loss_seconds")}
+        report["runs"][name] = asdict(run) | medians
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def agree(runs: dict[str, Run], console: Console) -> bool:
+    apart = differences(runs)
+    # "not <=" so that NaN is a difference, too
+    wrong = [step for step, d in enumerate(apart, 1) if not d <= tolerance(step)]
+    verdict = (
+        f"[red]The loss curves differ from step {wrong[0]} on" if wrong else "[green]The loss curves agree"
+    )
+    console.print(f"{verdict}[/]. Largest relative difference up to a step (allowed):")
+    for last in sorted({min(last, len(apart)) for last in TOLERANCES}):
+        console.print(f"  step {last:>4}: {max(apart[:last]):.1e}  ({tolerance(last):g})")
+    return not wrong
