@@ -122,7 +122,7 @@ def draw(runs: dict[str, Run], settings: Settings, path: Path) -> None:
     axes["curves"].legend()
     axes["difference"].semilogy(steps, [max(d, 1e-9) for d in differences(runs)], color="tab:gray")
     axes["difference"].semilogy(
-        steps, [tolerance(s) for s in steps], "--", color="tab:red", label="tolerance"
+        steps, [tolerance(s) for s in steps], "--", color="tab:red", drawstyle="steps-post", label="tolerance"
     )
     axes["difference"].set(xlabel="step", ylabel="relative difference")
     axes["difference"].legend()
@@ -130,10 +130,10 @@ def draw(runs: dict[str, Run], settings: Settings, path: Path) -> None:
     names = list(runs)
     loss = [1e3 * run.median("loss_seconds") for run in runs.values()]
     rest = [1e3 * run.median("seconds") - t for run, t in zip(runs.values(), loss, strict=True)]
-    bottom = axes["time"].barh(names, loss, color="tab:blue", label="loss, forward + backward")
+    axes["time"].barh(names, loss, color="tab:blue", label="loss, forward + backward")
     top = axes["time"].barh(names, rest, left=loss, color="lightgray", label="rest of the step")
-    axes["time"].bar_label(bottom, fmt="%.0f", label_type="center", color="white")
-    axes["time"].bar_label(top, fmt="%.0f", label_type="center")
+    sums = [f"{a:.0f} + {b:.0f}" for a, b in zip(loss, rest, strict=True)]
+    axes["time"].bar_label(top, sums, label_type="center")
     axes["time"].set(title="time per step (ms, median)", ylim=(2.3, -0.6))
     axes["time"].legend(loc="lower right", frameon=False)
     memory = axes["memory"].barh(names, [run.peak_bytes / 2**20 for run in runs.values()], color="tab:green")

@@ -284,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
         text = args.text.read_text(encoding="utf-8") if args.text else python_text()
         tokens, vocab = encode(text, args.vocab)
     console.print(
-        f"{args.text or 'Documentation of CPython'}: {len(text):,} characters, {len(tokens):,} tokens of {vocab:,}"
+        f"{args.text or 'Documentation of CPython'}: "
+        f"{len(text):,} characters, {len(tokens):,} tokens of {vocab:,}"
     )
     if vocab < args.vocab:
         console.print(f"[yellow]the text yields {vocab:,} pieces only, not {args.vocab:,}")
