@@ -40,9 +40,19 @@ class Kernel:
 
 
 def compile_log(source: Path, nvcc: str) -> str:
-    """What ptxas -v says of one file; compiled again only if it or a header has changed."""
+    """What `ptxas -v` says of one file: from the package's build if that is up to date, else compiled here.
+
+    Here too it is compiled again only if it or a header has changed.
+    """
     from ninja import BIN_DIR
     from ninja.ninja_syntax import Writer
+
+    read = [p for folder in ("core", "losses", "cuda") for p in (build.CSRC / folder).iterdir()]
+    newest = max(p.stat().st_mtime for p in read)
+    for built in (build.ROOT / "build").glob(f"*/cuda_{source.stem}.o"):
+        log = built.with_name(f"{built.name}.log")
+        if built.stat().st_mtime > newest and log.exists() and f"for '{ARCH}'" in log.read_text():
+            return log.read_text()
 
     OUT.mkdir(parents=True, exist_ok=True)
     text, out = io.StringIO(), f"{source.stem}.cubin"
@@ -74,7 +84,11 @@ def kernels_of(log: str) -> Iterator[Kernel]:
         elif not kernel:
             continue
         elif match := LOCAL.search(line):
-            kernel.stack, kernel.spill_stores, kernel.spill_loads = map(int, match.groups())
+            # once for the kernel and once for each function that it calls
+            stack, stores, loads = map(int, match.groups())
+            kernel.stack = max(kernel.stack, stack)
+            kernel.spill_stores += stores
+            kernel.spill_loads += loads
         elif match := USED.search(line):
             kernel.registers, kernel.shared = int(match[1]), int(match[2] or 0)
     if kernel:
