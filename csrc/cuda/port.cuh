@@ -26,7 +26,10 @@ using simt::launch;
 #include <type_traits>
 #include <utility>
 
-#define FL_SHARED(T, name, n) __shared__ T name[n]
+// Raw storage: T may have a constructor, which CUDA would not run for a __shared__ variable.
+#define FL_SHARED(T, name, n)                                          \
+  __shared__ alignas(T) unsigned char name##_storage[sizeof(T) * (n)]; \
+  T(&name)[n] = *reinterpret_cast<T(*)[n]>(name##_storage)
 #define FL_DYN_SHARED(T, name)                                       \
   extern __shared__ __align__(16) unsigned char fl_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(fl_dynamic_shared)
