@@ -1,0 +1,80 @@
+"""Devices of the suite: `cpu`, `cuda` where torch sees a GPU, and `simt`, the CUDA kernels run by the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+import fastloss._op
+
+# Results must not depend on the machine's mood: the same examples on every run.
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "cpu,simt,cuda" if torch.cuda.is_available() else "cpu,simt"
+    parser.addoption("--devices", default=default, help=f"comma-separated; default {default}")
+    parser.addoption("--large", action="store_true", help="run tests marked large whatever the memory")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: needs about 10 GiB of free memory")
+
+
+def devices(config: pytest.Config) -> list[str]:
+    return config.getoption("--devices").split(",")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    absent = "" if torch.cuda.is_available() else " (cuda left out: torch sees no GPU)"
+    return f"fastloss devices: {', '.join(devices(config))}{absent}; threads: {torch.get_num_threads()}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = devices(metafunc.config)
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", chosen, indirect=True)
+    if "real_device" in metafunc.fixturenames:
+        metafunc.parametrize("real_device", [d for d in chosen if d != "simt"])
+
+
+def available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--large") or available_memory() > 12 << 30:
+        return
+    for item in items:
+        if item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.skip(reason="less than 12 GiB of memory is free; --large forces it"))
+
+
+@pytest.fixture(scope="session")
+def simt_library() -> str:
+    from cuda_on_cpu import build
+
+    build.load("plain")
+    return "fastloss_simt"
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest):
+    """The torch device on which to make tensors; `simt` routes calls on CPU tensors to the CUDA kernels."""
+    if request.param != "simt":
+        yield request.param
+        return
+    with fastloss._op.use_namespace(request.getfixturevalue("simt_library")):
+        yield "cpu"
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

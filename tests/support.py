@@ -1,0 +1,217 @@
+"""What the tests share: calls drawn from the registry, their exact answers, how far apart two answers are."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastloss._registry import Draw, Loss, losses
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+Kwargs = dict[str, Any]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def has_argument(loss: Loss, name: str) -> bool:
+    return name in inspect.signature(loss.function).parameters
+
+
+def has_reductions(loss: Loss) -> bool:
+    return has_argument(loss, "reduction")
+
+
+def _cases(keep: Callable[[Loss], bool]) -> pytest.MarkDecorator:
+    params = [
+        pytest.param(loss, case, id=f"{loss.name}-{case}")
+        for loss in filter(keep, losses())
+        for case in loss.cases
+    ]
+    return pytest.mark.parametrize(("loss", "case"), params)
+
+
+every_loss = pytest.mark.parametrize("loss", losses(), ids=lambda loss: loss.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+every_case = _cases(lambda loss: True)
+every_in_place_case = _cases(lambda loss: has_argument(loss, "inplace_backward"))
+
+
+# ---- calls ----------------------------------------------------------------------------------------------
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def tensors(kwargs: Kwargs) -> dict[str, Tensor]:
+    return {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+
+
+def differentiable(loss: Loss, kwargs: Kwargs) -> list[str]:
+    return [name for name in loss.wrt if is_float(kwargs.get(name))]
+
+
+def small_shape(loss: Loss) -> tuple[int, ...]:
+    """The smallest listed shape in which nothing is degenerate."""
+    return min((s for s in loss.shapes if min(s) > 1 and len(s) > 1), key=math.prod)
+
+
+def tiny_shape(loss: Loss) -> tuple[int, ...]:
+    """For numerical differentiation."""
+    return tuple(min(n, 4) for n in small_shape(loss))
+
+
+def make(
+    loss: Loss,
+    case: str,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    shape: tuple[int, ...] | None = None,
+    seed: int = 0,
+    **more: Any,
+) -> Kwargs:
+    """Arguments of one call, with `requires_grad` where the loss is differentiable."""
+    kwargs = loss.call(case, Draw(dtype, device, seed), shape or small_shape(loss)) | more
+    return requiring(kwargs, differentiable(loss, kwargs))
+
+
+def requiring(kwargs: Kwargs, names: list[str]) -> Kwargs:
+    return {k: v.detach().requires_grad_(k in names) if is_float(v) else v for k, v in kwargs.items()}
+
+
+def copied(kwargs: Kwargs) -> Kwargs:
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+
+
+def of_tensors(loss: Loss, kwargs: Kwargs, names: list[str]) -> Callable[..., Tensor]:
+    """The call as a function of the named arguments, in that order."""
+    return lambda *values: loss.function(**kwargs | dict(zip(names, values, strict=True)))
+
+
+# ---- answers --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    value: Tensor
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        yield "value", self.value
+        yield from ((f"gradient of {name}", grad) for name, grad in self.grads.items())
+
+
+def upstream_like(value: Tensor, seed: int = 7) -> Tensor:
+    """A gradient from above that differs from element to element and from 1."""
+    return Draw(value.dtype, value.device, seed).uniform(*value.shape, low=0.5, high=1.5)
+
+
+def evaluate(
+    function: Callable[..., Tensor], kwargs: Kwargs, names: list[str], upstream: Tensor | None = None
+) -> Answer:
+    kwargs = requiring(kwargs, names)
+    value = function(**kwargs)
+    if not names:
+        return Answer(value.detach())
+    upstream = upstream_like(value) if upstream is None else upstream.to(value)
+    grads = torch.autograd.grad(value, [kwargs[name] for name in names], upstream)
+    return Answer(value.detach(), dict(zip(names, grads, strict=True)))
+
+
+def _plain(kwargs: Kwargs) -> Kwargs:
+    return {k: v for k, v in kwargs.items() if k != "inplace_backward"}
+
+
+def exact(loss: Loss, kwargs: Kwargs, names: list[str], upstream: Tensor | None = None) -> Answer:
+    """The float64 reference at the very numbers that the arguments hold."""
+    wide = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in _plain(kwargs).items()}
+    wide = {k: v.double() if is_float(v) else v for k, v in wide.items()}
+    return evaluate(loss.reference, wide, names, upstream)
+
+
+def eager(loss: Loss, kwargs: Kwargs, names: list[str], upstream: Tensor | None = None) -> Answer:
+    """What PyTorch gives in the arguments' own dtype."""
+    kwargs = _plain(kwargs)
+    function = loss.eager or loss.reference
+    if not set(kwargs) <= set(inspect.signature(function).parameters):
+        function = loss.reference
+    return evaluate(function, kwargs, names, upstream)
+
+
+def fused(loss: Loss, kwargs: Kwargs, names: list[str], upstream: Tensor | None = None) -> Answer:
+    return evaluate(loss.function, kwargs, names, upstream)
+
+
+# ---- distances ------------------------------------------------------------------------------------------
+
+
+def bits(x: Tensor) -> Tensor:
+    """As integers, so that NaN equals NaN and 0 differs from -0."""
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    x = x.detach().contiguous()
+    return x.view(integer[x.element_size()]) if x.is_floating_point() else x
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def assert_same_bits(a: Answer, b: Answer, what: str) -> None:
+    for (name, x), (_, y) in zip(a.parts(), b.parts(), strict=True):
+        assert same_bits(x, y), f"{what}: {name} differs, by at most {worst(x, y.double().cpu())}"
+
+
+def worst(got: Tensor, expected: Tensor) -> float:
+    """Largest absolute error; infinite where one is NaN or infinite and the other is not the same."""
+    got = got.detach().cpu().double()
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    gap = (got - expected).abs().nan_to_num(nan=math.inf)
+    gap[(got == expected) | (got.isnan() & expected.isnan())] = 0.0
+    return gap.max().item() if gap.numel() else 0.0
+
+
+# Relative to the largest element: half a unit in the last place and a little for types that are rounded once
+# at the end, a few units for those in which the sums are also done.
+FLOOR = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 0.51, torch.float16: 0.51}
+
+
+def tolerance(expected: Tensor, dtype: torch.dtype) -> float:
+    finite = expected[expected.isfinite()]
+    info = torch.finfo(dtype)
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    return FLOOR[dtype] * info.eps * scale + info.smallest_normal * info.eps
+
+
+# Of two roundings of equal quality either may have the luck at its worst element.
+LUCK = 1.5
+
+
+def assert_accurate(got: Answer, plain: Answer, true: Answer) -> None:
+    """`got` is no further from the truth than plain PyTorch is, or than rounding alone explains."""
+    for (name, x), (_, p), (_, t) in zip(got.parts(), plain.parts(), true.parts(), strict=True):
+        assert x.dtype == p.dtype, f"{name} has dtype {x.dtype}, PyTorch gives {p.dtype}"
+        t = torch.where(t.to(x.dtype).isinf(), t.to(x.dtype).double(), t)
+        theirs = worst(p, t)
+        allowed = max(LUCK * theirs if math.isfinite(theirs) else 0.0, tolerance(t, x.dtype))
+        error = worst(x, t)
+        assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, allowed {allowed:.3g}"
+
+
+def assert_right(loss: Loss, kwargs: Kwargs, upstream: Tensor | None = None) -> Answer:
+    """Value and gradients of one call against the float64 reference; gives the answer for further checks."""
+    names = differentiable(loss, kwargs)
+    if upstream is None and names:
+        upstream = upstream_like(eager(loss, kwargs, []).value)
+    true, plain = exact(loss, kwargs, names, upstream), eager(loss, kwargs, names, upstream)
+    got = fused(loss, kwargs, names, upstream)
+    assert_accurate(got, plain, true)
+    return got

@@ -1,0 +1,203 @@
+"""Bad arguments raise what PyTorch raises for them, and say which argument is meant.
+
+Each valid call is spoiled in one place and given to both. Where PyTorch raises, fastloss raises the same
+type; where PyTorch accepts the call after all, fastloss gives the same value.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+import torch
+from support import (
+    every_case,
+    every_loss,
+    has_reductions,
+    is_float,
+    make,
+    requiring,
+    tensors,
+)
+
+
+def one_row_less(x):
+    return x[1:] if x.ndim else x
+
+
+def one_row_more(x):
+    return torch.cat([x, x[:1]]) if x.ndim else x
+
+
+def one_column_less(x):
+    return x[..., 1:] if x.ndim else x
+
+
+def one_dimension_more(x):
+    return x.unsqueeze(-1)
+
+
+def one_dimension_less(x):
+    return x.flatten()[0] if x.ndim else x
+
+
+def other_kind(x):
+    """Integers for floating-point numbers and the other way round."""
+    return x.detach().long() if x.is_floating_point() else x.double()
+
+
+def narrow_integers(x):
+    return x if x.is_floating_point() else x.to(torch.int16)
+
+
+def booleans(x):
+    return x.detach() > 0
+
+
+def complex_numbers(x):
+    return x.detach().to(torch.complex64)
+
+
+def not_a_tensor(x):
+    return x.tolist()
+
+
+SPOIL = (
+    one_row_less,
+    one_row_more,
+    one_column_less,
+    one_dimension_more,
+    one_dimension_less,
+    other_kind,
+    narrow_integers,
+    booleans,
+    complex_numbers,
+    not_a_tensor,
+)
+
+
+def outcome(function, *args, **kwargs):
+    """The value, or the error."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        return error
+
+
+def names_an_argument(error, names) -> bool:
+    return any(re.search(rf"\b{name}\b", str(error), re.IGNORECASE) for name in names)
+
+
+def torch_outcome(loss, kwargs):
+    """What PyTorch does with those of the arguments that it knows; the flag says whether it knows all."""
+    function = loss.eager or loss.reference
+    known = {k: v for k, v in kwargs.items() if k in inspect.signature(function).parameters}
+    return outcome(function, **known), len(known) == len(kwargs)
+
+
+def assert_as_torch(loss, kwargs, name):
+    ours = outcome(loss.function, **kwargs)
+    theirs, knows_all = torch_outcome(loss, kwargs)
+    if isinstance(theirs, Exception):
+        wanted = f"PyTorch raises {type(theirs).__name__}: {theirs}"
+        assert isinstance(ours, type(theirs)), f"{name} spoiled: {ours!r}; {wanted}"
+        assert names_an_argument(ours, [*tensors(kwargs), name]), f"names no argument: {ours}; {wanted}"
+    else:
+        assert isinstance(ours, torch.Tensor), f"{name} spoiled: {ours!r}; PyTorch accepts this"
+        if knows_all:
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("spoil", SPOIL, ids=lambda f: f.__name__)
+@every_case
+def test_spoiled_tensor(loss, case, spoil, device):
+    kwargs = requiring(make(loss, case, torch.float32, device), [])
+    for name, value in tensors(kwargs).items():
+        bad = spoil(value)
+        if bad is value:
+            continue
+        if name in inspect.signature(loss.eager or loss.reference).parameters:
+            assert_as_torch(loss, kwargs | {name: bad}, name)
+        else:
+            ours = outcome(loss.function, **kwargs | {name: bad})
+            assert isinstance(ours, (RuntimeError, TypeError, ValueError)), f"{name} spoiled: {ours!r}"
+            assert names_an_argument(ours, [name]), f"does not name {name}: {ours}"
+
+
+@pytest.mark.parametrize("index", [10**6, 2**40, -1, -(2**40)])
+@every_case
+def test_index_out_of_range(loss, case, index, real_device):
+    """Raised where the host can see it; on a GPU it must neither read out of bounds nor end the process."""
+    kwargs = requiring(make(loss, case, torch.float32, real_device), [])
+    for name, value in tensors(kwargs).items():
+        if is_float(value):
+            continue
+        bad = value.clone()
+        bad.view(-1)[-1] = index
+        if real_device == "cpu":
+            assert_as_torch(loss, kwargs | {name: bad}, name)
+        else:
+            assert loss.function(**kwargs | {name: bad}).isnan().any()
+
+
+@every_case
+def test_other_device(loss, case, device):
+    """One argument on another device than the rest."""
+    kwargs = requiring(make(loss, case, torch.float32, device), [])
+    for name, value in tensors(kwargs).items():
+        with pytest.raises((RuntimeError, NotImplementedError), match="device"):
+            loss.function(**kwargs | {name: value.to("meta")})
+
+
+@every_case
+def test_other_floating_point_type(loss, case, device):
+    """Mixed types: PyTorch's error or PyTorch's result."""
+    kwargs = requiring(make(loss, case, torch.float32, device), [])
+    for name, value in tensors(kwargs).items():
+        if is_float(value) and name in inspect.signature(loss.eager or loss.reference).parameters:
+            assert_as_torch(loss, kwargs | {name: value.double()}, name)
+
+
+@every_loss
+def test_missing_and_unknown_arguments(loss, device):
+    kwargs = make(loss, next(iter(loss.cases)), torch.float32, device)
+    with pytest.raises(TypeError):
+        loss.function(**kwargs, no_such_argument=1)
+    for name in tensors(kwargs):
+        with pytest.raises(TypeError, match=name):
+            loss.function(**{k: v for k, v in kwargs.items() if k != name})
+
+
+@every_loss
+def test_unknown_reduction(loss, device):
+    if not has_reductions(loss):
+        return
+    kwargs = make(loss, next(iter(loss.cases)), torch.float32, device)
+    for reduction in ("average", "", "Mean"):
+        with pytest.raises(ValueError, match="reduction"):
+            loss.function(**kwargs | {"reduction": reduction})
+
+
+@every_case
+def test_nothing_is_ignored_silently(loss, case, device):
+    """Every floating-point option takes part: with another value the result is another, or an error."""
+    kwargs = requiring(make(loss, case, torch.float64, device), [])
+    value = loss.function(**kwargs)
+    for name, option in kwargs.items():
+        if isinstance(option, float):
+            changed = outcome(loss.function, **kwargs | {name: option * 0.5})
+            same = isinstance(changed, torch.Tensor) and torch.equal(changed, value)
+            assert not same, f"{name} has no effect"
+
+
+@every_case
+def test_errors_leave_no_trace(loss, case, device):
+    """After an error in the middle of a call the next call is right."""
+    kwargs = make(loss, case, torch.float32, device)
+    expected = loss.function(**kwargs)
+    for name, value in tensors(kwargs).items():
+        outcome(loss.function, **kwargs | {name: one_row_less(value)})
+        if not is_float(value) and torch.device(device).type == "cpu":
+            outcome(loss.function, **kwargs | {name: value + 10**6})
+    assert torch.equal(loss.function(**kwargs), expected)

@@ -1,0 +1,167 @@
+"""Values and gradients against the float64 reference: no worse than plain PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layouts import LAYOUTS, lay
+from support import (
+    Answer,
+    assert_right,
+    copied,
+    differentiable,
+    evaluate,
+    every_case,
+    every_dtype,
+    every_in_place_case,
+    every_loss,
+    exact,
+    fused,
+    has_reductions,
+    make,
+    requiring,
+    same_bits,
+    small_shape,
+    tensors,
+)
+
+
+@every_dtype
+@every_case
+def test_accurate(loss, case, dtype, device):
+    for seed, shape in enumerate(loss.shapes):
+        assert_right(loss, make(loss, case, dtype, device, shape, seed))
+
+
+@every_dtype
+@every_case
+def test_accurate_without_gradient(loss, case, dtype, device):
+    """The path that does no gradient work gives the very same value."""
+    for shape in loss.shapes:
+        kwargs = make(loss, case, dtype, device, shape)
+        with_gradient = fused(loss, kwargs, differentiable(loss, kwargs))
+        assert same_bits(fused(loss, kwargs, []).value, with_gradient.value)
+
+
+@every_case
+def test_each_input_alone(loss, case, device):
+    """Gradients of some inputs do not depend on which others want one."""
+    kwargs = make(loss, case, torch.float32, device)
+    names = differentiable(loss, kwargs)
+    together = fused(loss, kwargs, names)
+    for name in names:
+        alone = fused(loss, kwargs, [name])
+        torch.testing.assert_close(alone.grads[name], together.grads[name])
+
+
+@every_case
+def test_every_reduction(loss, case, device):
+    if not has_reductions(loss):
+        assert "reduction" not in loss.cases[case]
+        return
+    for reduction in ("none", "mean", "sum"):
+        assert_right(loss, make(loss, case, torch.float32, device, reduction=reduction))
+
+
+@every_dtype
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@every_case
+def test_any_layout(loss, case, layout, dtype, device):
+    """Strides and alignment of each tensor argument in turn, and of all, change nothing."""
+    for shape in {small_shape(loss), *(s for s in loss.shapes if len(s) > 2)}:
+        kwargs = make(loss, case, dtype, device, shape)
+        laid = {name: lay(value, layout) for name, value in tensors(kwargs).items()}
+        for name, value in laid.items():
+            assert_right(loss, requiring(kwargs | {name: value}, differentiable(loss, kwargs)))
+        assert_right(loss, requiring(kwargs | laid, differentiable(loss, kwargs)))
+
+
+@every_dtype
+@every_case
+def test_upstream_gradient_in_any_layout(loss, case, dtype, device):
+    """What comes from above may be expanded (`sum().backward()`), zero, negative or strided."""
+    more = {"reduction": "none"} if has_reductions(loss) else {}
+    kwargs = make(loss, case, dtype, device, **more)
+    value = fused(loss, kwargs, []).value
+    ramp = torch.linspace(-2, 2, 2 * value.numel(), device=device).to(dtype)
+    for upstream in (
+        torch.ones((), dtype=dtype, device=device).expand(value.shape),
+        torch.zeros_like(value),
+        ramp[: value.numel()].view(value.shape),
+        ramp[::2].view(value.shape) if value.ndim < 2 else ramp.view(*value.shape, 2)[..., 1],
+    ):
+        assert_right(loss, kwargs, upstream)
+
+
+@every_dtype
+@every_case
+def test_inputs_are_not_written(loss, case, dtype, device):
+    for shape in loss.shapes:
+        kwargs = make(loss, case, dtype, device, shape)
+        before, versions = copied(kwargs), {n: v._version for n, v in tensors(kwargs).items()}
+        loss.function(**kwargs).sum().backward()
+        for name, value in tensors(kwargs).items():
+            assert same_bits(value, before[name]), f"{name} was written"
+            assert value._version == versions[name]
+
+
+@every_dtype
+@every_in_place_case
+def test_in_place_backward_takes_the_inputs_memory(loss, case, dtype, device):
+    """Same numbers, no second tensor; and the overwritten input is not used by mistake afterwards."""
+    kwargs = make(loss, case, dtype, device, inplace_backward=True)
+    names = differentiable(loss, kwargs)
+    pure = copied(kwargs) | {"inplace_backward": False}
+    expected = fused(loss, pure, names)
+    with torch.no_grad():
+        torch.testing.assert_close(loss.function(**kwargs), expected.value)
+    assert all(same_bits(kwargs[n], pure[n]) for n in names), "written although nothing needs a gradient"
+
+    value = loss.function(**kwargs)
+    inputs = [kwargs[n] for n in names]
+    grads = torch.autograd.grad(value, inputs, torch.ones_like(value), retain_graph=True)
+    assert any(g.data_ptr() == x.data_ptr() for g, x in zip(grads, inputs, strict=True))
+    torch.testing.assert_close(value.detach(), expected.value)
+    ones = evaluate(loss.function, pure, names, torch.ones_like(value))
+    for name, grad in zip(names, grads, strict=True):
+        torch.testing.assert_close(grad, ones.grads[name])
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(value, inputs, torch.ones_like(value))
+
+
+@every_dtype
+@every_case
+def test_nan_inputs_are_not_hidden(loss, case, dtype, device):
+    """The value is NaN where the reference's is; the gradient is, and nowhere else than the reference's."""
+    more = {"reduction": "none"} if has_reductions(loss) else {}
+    kwargs = make(loss, case, dtype, device, **more)
+    names = differentiable(loss, kwargs)
+    for name in names:
+        seen = 0
+        for place in range(0, kwargs[name].numel(), 3):
+            spoiled = kwargs[name].detach().clone()
+            spoiled.view(-1)[place] = torch.nan
+            spoiled = requiring(kwargs | {name: spoiled}, names)
+            got, true = fused(loss, spoiled, names), exact(loss, spoiled, names)
+            assert torch.equal(got.value.isnan().cpu(), true.value.isnan()), f"NaN at {place} of {name}"
+            seen += (bad := bool(true.value.isnan().any()))
+            assert bool(got.grads[name].isnan().any()) == bad
+            for part, grad in got.grads.items():
+                assert (true.grads[part].isnan() >= grad.isnan().cpu()).all(), f"gradient of {part}"
+        assert seen, f"no NaN in {name} reaches the reference's value"
+
+
+@every_dtype
+@every_case
+def test_empty_batch(loss, case, dtype, device):
+    for shape in loss.shapes:
+        if len(shape) > 1:
+            assert_right(loss, make(loss, case, dtype, device, (0, *shape[1:])))
+
+
+@every_loss
+def test_registered_cases_cover_both_kinds(loss):
+    """The tests above are worth something only if they are run on something."""
+    assert not any("inplace_backward" in case for case in loss.cases.values()), "the tests add it themselves"
+    assert any(len(shape) > 1 and min(shape) > 1 for shape in loss.shapes)
+    assert isinstance(fused(loss, make(loss, next(iter(loss.cases))), []), Answer)

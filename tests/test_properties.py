@@ -1,0 +1,40 @@
+"""Random shapes, strides, options and types against the float64 reference."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layouts import LAYOUTS, lay
+from support import DTYPES, assert_right, differentiable, has_reductions, is_float, make, requiring, tensors
+
+from fastloss._registry import losses
+
+PAIRS = [(loss, case) for loss in losses() for case in loss.cases]
+
+
+@st.composite
+def calls(draw):
+    loss, case = draw(st.sampled_from(PAIRS))
+    rank = len(draw(st.sampled_from(loss.shapes)))
+    # Sizes around the widths of vectors and of the blocks that kernels unroll to.
+    size = st.one_of(st.integers(1, 9), st.integers(10, 70), st.sampled_from([127, 128, 129, 257, 511, 513]))
+    shape = tuple(draw(st.integers(1, 9)) if i != 1 and rank > 1 else draw(size) for i in range(rank))
+    dtype = draw(st.sampled_from(DTYPES))
+    more = {"reduction": draw(st.sampled_from(["none", "mean", "sum"]))} if has_reductions(loss) else {}
+    layouts = draw(st.lists(st.sampled_from(LAYOUTS), min_size=4, max_size=4))
+    scale = draw(st.sampled_from([0.0, 1e-3, 1.0, 10.0, 100.0]))
+    return loss, case, shape, dtype, draw(st.integers(0, 2**31)), more, layouts, scale
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(calls())
+def test_any_call(device, call):
+    loss, case, shape, dtype, seed, more, layouts, scale = call
+    kwargs = make(loss, case, dtype, device, shape, seed, **more)
+    first = kwargs[loss.wrt[0]]
+    if is_float(first):
+        kwargs[loss.wrt[0]] = first.detach() * torch.tensor(scale, dtype=dtype)
+    laid = [lay(x, layout) for x, layout in zip(tensors(kwargs).values(), layouts * 3, strict=False)]
+    kwargs |= dict(zip(tensors(kwargs), laid, strict=True))
+    assert_right(loss, requiring(kwargs, differentiable(loss, kwargs)))
