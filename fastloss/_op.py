@@ -1,14 +1,16 @@
-"""Turns the operators of a row loss, `<name>_fwd`, `_bwd` and `_bwd_into`, into one differentiable function.
+"""Turns a pair of operators, `<name>_fwd` and `<name>_bwd`, into one differentiable function.
 
-The only autograd of the package. The rules:
+The only autograd of the package. The convention:
 
-* The operators differentiate the logits. Any other tensor that requires a gradient (soft targets, weights) and
-  every second derivative go through the loss's reference, which is plain PyTorch.
-* Where the loss is one number, the forward pass also writes the gradient for an upstream gradient of 1: the row
-  is at hand. The backward pass hands that buffer over if the upstream gradient is 1, else fills it again from the
-  logits; both ways give the same bits. On the CPU, where looking is free, a function whose upstream gradients
-  are not 1 stops doing so.
-* A gradient once handed over is never looked at again: a second backward computes its own.
+    fwd(*tensors, *options) -> (*outputs, *saved)
+    bwd(*grads of outputs, *tensors, *saved, *backward options) -> gradients of the tensors in `wrt`
+
+The rules:
+
+* The operators differentiate the tensors in `wrt`. Any other tensor that requires a gradient, and every second
+  derivative, goes through the loss's reference, which is plain PyTorch and takes `(*tensors, *options)`.
+* torch.compile and torch.export see the two operators; torch.func and vmap the same functions as eager code.
+* Nothing that autograd may still need is written.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-torch.ops.load_library(str(Path(__file__).with_name("_ops.so")))
+_library = Path(__file__).with_name("_ops.so")
+if not _library.exists():
+    raise ImportError(
+        "fastloss is not built: run `pip install --no-build-isolation .` in its checkout (`make build` there)"
+    )
+torch.ops.load_library(str(_library))
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -43,109 +50,189 @@ def use_namespace(namespace: str) -> Iterator[None]:
         _namespace = before
 
 
-# Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not.
-_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
-    if _functorch_active is None or _functorch_active():
+    if _functorch_active():
         return function.apply(*args)
+    # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not
     return super(Function, function).apply(*args)
 
 
-class RowOp:
-    """A loss of rows of logits: `(input, target, weight, row_weight, *options) -> loss`.
+def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
 
-    `options` are `ignore_index, reduction, logit_scale, softcap, numbers, wide`, as in the operator's schema;
-    `reference` takes the same arguments. `saved` is how many numbers a row saves beside its statistics.
+
+class Op:
+    """A differentiable function of `tensors` tensors (None allowed where the schema allows it) and options.
+
+    `outputs` of the operator's results are the function's, the rest is what backward needs. `fake` computes all
+    results of `fwd` for shapes alone. A function with one output returns it bare, else a tuple.
     """
 
-    def __init__(self, name: str, reference: Callable[..., Tensor], saved: int):
-        self.name = name
-        self.reference = reference
-        self.saved = saved
-        self._expect_unit = threading.local()  # does the upstream gradient tend to be 1?
+    backward_options: slice = slice(None)
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        *,
+        tensors: int,
+        wrt: Sequence[int] = (0,),
+        outputs: int = 1,
+    ):
+        self.name, self.reference, self.fake = name, reference, fake
+        self.tensors, self.wrt, self.outputs = tensors, tuple(wrt), outputs
         self._operators: dict[str, SimpleNamespace] = {}
-        self._function, self._gradient = _functions(self)
-        self._register_fake("fastloss")
-        self._traced = _traced_function(self.operators())
+        self._function = _eager_function(self)
+        self._traced = _traced_function(self)
+        _register("fastloss", self)
 
     def operators(self) -> SimpleNamespace:
-        ops = self._operators.get(_namespace)
-        if ops is None:
+        found = self._operators.get(_namespace)
+        if found is None:
             library = getattr(torch.ops, _namespace)
-            ops = SimpleNamespace(
+            found = SimpleNamespace(
                 fwd=getattr(library, f"{self.name}_fwd").default,
                 bwd=getattr(library, f"{self.name}_bwd").default,
-                bwd_into=getattr(library, f"{self.name}_bwd_into").default,
+                into=getattr(getattr(library, f"{self.name}_bwd_into", None), "default", None),
             )
-            self._operators[_namespace] = ops
-        return ops
+            self._operators[_namespace] = found
+        return found
 
-    def __call__(
-        self,
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        row_weight: Tensor | None,
-        options: Sequence[Any],
-        inplace_backward: bool = False,
-    ) -> Tensor:
+    def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         if torch.compiler.is_compiling():
-            return self._compiled(input, target, weight, row_weight, options)
+            return self._compiled(tensors, options)
         operators = self.operators()
-        if _functorch_active is None or _functorch_active():
-            return _apply(
-                self._function, input, target, weight, row_weight, *options, inplace_backward, False, operators
-            )[0]
-        wanted = torch.is_grad_enabled() and (
-            input.requires_grad
-            or target.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (row_weight is not None and row_weight.requires_grad)
-        )
-        if not wanted:
-            return operators.fwd(input, target, weight, row_weight, *options, False)[0]
-        fuse = (
-            input.requires_grad
-            and options[1] != REDUCTIONS["none"]
-            and not inplace_backward
-            and (input.device.type != "cpu" or getattr(self._expect_unit, "value", True))
-        )
-        return _apply(
-            self._function, input, target, weight, row_weight, *options, inplace_backward, fuse, operators
-        )[0]
+        if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
+            return self._unwrap(_apply(self._function, *tensors, *options, self.plan(operators, tensors, options)))
+        return self._unwrap(self.run_forward(SimpleNamespace(operators=operators), tensors, options))
 
-    def _compiled(self, input, target, weight, row_weight, options) -> Tensor:
-        """What torch.compile and torch.export trace: the operators for the logits' gradient, for others the reference."""
-        if target.requires_grad or any(t is not None and t.requires_grad for t in (weight, row_weight)):
-            return self.reference(input, target, weight, row_weight, *options)
-        return self._traced.apply(input, target, weight, row_weight, *options)[0]
+    def _unwrap(self, results: Any) -> Any:
+        if isinstance(results, Tensor):
+            return results
+        return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
 
-    def _register_fake(self, namespace: str) -> None:
-        width = 3 + self.saved
+    def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        if _requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
+            return self.reference(*tensors, *options)  # whose operations the compiler fuses itself
+        return self._unwrap(self._traced.apply(*tensors, *options))
 
-        def fwd(input, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers, wide, gradient):
+    # ---- what a kind of operator may do its own way
+
+    def plan(self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        """What forward and backward of one call agree on."""
+        return SimpleNamespace(operators=operators)
+
+    def run_forward(self, plan: Any, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        return plan.operators.fwd(*tensors, *options)
+
+    def keep(self, plan: Any, saved: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Those results of forward that autograd is to save; others the plan may hold."""
+        return saved
+
+    def run_backward(self, plan: Any, grads, tensors, saved, options) -> Sequence[Tensor | None]:
+        """Gradients of the tensors in `wrt`, without a graph of their own."""
+        results = plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options])
+        return [results] if isinstance(results, Tensor) else list(results)
+
+    def differentiable_again(self, plan: Any) -> None:
+        """Raises where the gradient cannot be differentiated."""
+
+
+class RowOp(Op):
+    """A loss of rows of logits: tensors `(input, target, weight, row_weight)`, one output.
+
+    `options` are `ignore_index, reduction, logit_scale, softcap, numbers, wide`, as in the operator's schema;
+    `saved` is how many numbers a row saves beside its statistics.
+
+    Where the loss is one number, the forward pass also writes the gradient for an upstream gradient of 1: the row
+    is at hand. The first backward takes that buffer if its upstream gradient is 1, else fills it again from the
+    logits; both ways give the same bits. On the CPU, where looking is free, a function whose upstream gradients
+    are not 1 stops doing so.
+    """
+
+    backward_options = slice(2, 5)
+
+    def __init__(self, name: str, reference: Callable[..., Tensor], saved: int):
+        width = 3 + saved
+        self._expect_unit = threading.local()  # does the upstream gradient tend to be 1?
+
+        def fake(input, target, weight, row_weight, index, reduction, scale, cap, numbers, wide, gradient):
             rows = list(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else []
             high = torch.float64 if input.dtype == torch.float64 else torch.float32
-            loss = input.new_empty(
-                rows if reduction == REDUCTIONS["none"] else [], dtype=high if wide else input.dtype
-            )
+            shape = rows if reduction == REDUCTIONS["none"] else []
+            loss = input.new_empty(shape, dtype=high if wide else input.dtype)
             count = 1
             for size in rows:
                 count = count * size
             state = input.new_empty([count, width], dtype=high)
             return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
 
-        def bwd(grad, input, *_):
-            return torch.empty_like(input)
+        super().__init__(name, reference, fake, tensors=4)
 
-        torch.library.register_fake(f"{namespace}::{self.name}_fwd", fwd)
-        torch.library.register_fake(f"{namespace}::{self.name}_bwd", bwd)
-        torch.library.register_fake(f"{namespace}::{self.name}_bwd_into", lambda *_: None)
-        for kind in ("fwd", "bwd"):
-            operator = getattr(getattr(torch.ops, namespace), f"{self.name}_{kind}").default
-            torch.library.register_vmap(f"{namespace}::{self.name}_{kind}", _each_sample(operator))
+    def __call__(self, tensors, options, inplace_backward: bool = False) -> Tensor:
+        self._inplace = inplace_backward
+        return super().__call__(tensors, options)
+
+    def plan(self, operators, tensors, options):
+        fuse = (
+            tensors[0].requires_grad
+            and options[1] != REDUCTIONS["none"]
+            and not self._inplace
+            and not _functorch_active()
+            and (tensors[0].device.type != "cpu" or getattr(self._expect_unit, "value", True))
+        )
+        return SimpleNamespace(operators=operators, fuse=fuse, inplace=self._inplace, dx=None)
+
+    def run_forward(self, plan, tensors, options):
+        return plan.operators.fwd(*tensors, *options, getattr(plan, "fuse", False))
+
+    def keep(self, plan, saved):
+        state, dx = saved
+        if plan is not None and plan.fuse:
+            plan.dx = dx
+        return [state]
+
+    def run_backward(self, plan, grads, tensors, saved, options):
+        (g,), (input, target, weight, _), (state, *_) = grads, tensors, saved
+        rest = (input, target, weight, state, *options[self.backward_options])
+        ready, plan.dx = plan.dx, None
+        if plan.inplace:
+            dx = input.detach()
+            plan.operators.into(g, dx, *rest, False)
+            torch.autograd.graph.increment_version(input)
+            return [dx]
+        if options[1] != REDUCTIONS["none"] and g.device.type == "cpu" and not _functorch_active():
+            self._expect_unit.value = g.item() == 1
+        if ready is None:
+            return [plan.operators.bwd(g, *rest)]
+        plan.operators.into(g, ready, *rest, True)
+        return [ready]
+
+    def differentiable_again(self, plan):
+        if plan.inplace:
+            raise RuntimeError("inplace_backward=True: the gradient cannot be differentiated again")
+
+
+def _register(namespace: str, op: Op) -> None:
+    """Fake kernels and batching rules of an operator's pair."""
+    fwd, bwd = f"{namespace}::{op.name}_fwd", f"{namespace}::{op.name}_bwd"
+    first = op.outputs
+
+    def bwd_fake(*args):
+        grads = [torch.empty_like(args[first + i]) for i in op.wrt]
+        return grads[0] if len(grads) == 1 else tuple(grads)
+
+    torch.library.register_fake(fwd, op.fake)
+    torch.library.register_fake(bwd, bwd_fake)
+    operators = op.operators()
+    torch.library.register_vmap(fwd, _each_sample(operators.fwd))
+    torch.library.register_vmap(bwd, _each_sample(operators.bwd))
+    if operators.into is not None:
+        torch.library.register_fake(f"{namespace}::{op.name}_bwd_into", lambda *_: None)
 
 
 def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,133 +250,131 @@ def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _traced_function(operators: SimpleNamespace) -> type[Function]:
-    """The plain two-operator function, of nothing but what a tracer can follow."""
-    fwd, bwd = operators.fwd, operators.bwd
+def _traced_function(op: Op) -> type[Function]:
+    """The function as a tracer may follow it: nothing but the two operators."""
+    operators = op.operators()
+    fwd, bwd, wrt = operators.fwd, operators.bwd, op.wrt
+    tensors, outputs, backward_options = op.tensors, op.outputs, op.backward_options
+    extra = (False,) if isinstance(op, RowOp) else ()
+    saved_only = 1 if isinstance(op, RowOp) else None
 
     class Traced(Function):
         @staticmethod
-        def forward(input, target, weight, row_weight, index, reduction, scale, cap, numbers, wide):
-            return fwd(input, target, weight, row_weight, index, reduction, scale, cap, numbers, wide, False)
+        def forward(*args):
+            return fwd(*args, *extra)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            input, target, weight, _, _, _, ctx.scale, ctx.cap, ctx.numbers, _ = inputs
-            _, state, dx = output
-            ctx.mark_non_differentiable(state, dx)
-            ctx.save_for_backward(input, target, weight, state)
+            results = (output,) if isinstance(output, Tensor) else output
+            ctx.mark_non_differentiable(*results[outputs:])
+            ctx.save_for_backward(*inputs[:tensors], *results[outputs:][:saved_only])
+            ctx.options = inputs[tensors:]
 
         @staticmethod
-        def backward(ctx, g, _state, _dx):
-            dx = bwd(g, *ctx.saved_tensors, ctx.scale, ctx.cap, ctx.numbers)
-            return dx, None, None, None, None, None, None, None, None, None
+        def backward(ctx, *grads):
+            results = bwd(*grads[:outputs], *ctx.saved_tensors, *ctx.options[backward_options])
+            results = (results,) if isinstance(results, Tensor) else results
+            full = [None] * (tensors + len(ctx.options))
+            for position, grad in zip(wrt, results):  # noqa: B905  (tracers know no strict)
+                full[position] = grad
+            return tuple(full)
 
+    Traced.__name__ = Traced.__qualname__ = f"{op.name}_traced"
     return Traced
 
 
-# Positions in the arguments of the functions below
-_TENSORS = 4  # input, target, weight, row_weight
-_OPTIONS = slice(4, 10)  # ignore_index, reduction, logit_scale, softcap, numbers, wide
+def _eager_function(op: Op) -> type[Function]:
+    n = op.tensors
 
+    def by_reference(tensors, options, needed: Sequence[bool], grads: Sequence[Tensor | None]):
+        """Gradients by the reference's differentiable operations, for the tensors that are needed."""
 
-def _functions(op: RowOp) -> tuple[type[Function], type[Function]]:
-    def by_reference(tensors: Sequence[Tensor | None], options: Sequence[Any], needed: Sequence[bool], g: Tensor):
-        """Gradients of the reference, by differentiable operations, for the tensors that are needed."""
-        wrt = [t for t, need in zip(tensors, needed, strict=True) if need]
-
-        def loss(*free: Tensor) -> Tensor:
+        def outputs(*free: Tensor):
             it = iter(free)
-            return op.reference(*(next(it) if n else t for t, n in zip(tensors, needed, strict=True)), *options)
+            values = op.reference(*(next(it) if f else t for t, f in zip(tensors, needed, strict=True)), *options)
+            values = (values,) if isinstance(values, Tensor) else tuple(values)
+            return tuple(v for v, g in zip(values, grads, strict=True) if g is not None)
 
-        value, pull = torch.func.vjp(loss, *wrt)
-        it = iter(pull(g.to(value.dtype)))
-        return [next(it) if need else None for need in needed]
+        values, pull = torch.func.vjp(outputs, *(t for t, f in zip(tensors, needed, strict=True) if f))
+        it = iter(pull(tuple(g.to(v.dtype) for v, g in zip(values, [g for g in grads if g is not None], strict=True))))
+        return [next(it) if f else None for f in needed]
 
     class Gradient(Function):
-        """d loss / d input as a function that can be differentiated again."""
+        """The gradients of `wrt`, as a function that can be differentiated again."""
 
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(g, input, target, weight, row_weight, state, options, operators):
-            return operators.bwd(g, input, target, weight, state, *options[2:5])
+        def forward(*args):
+            *flat, options, plan = args
+            grads, tensors, saved = flat[: op.outputs], flat[op.outputs :][:n], flat[op.outputs + n :]
+            return tuple(op.run_backward(plan, grads, tensors, saved, options))
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            g, *tensors, _state, options, _ = inputs
-            ctx.save_for_backward(g, *tensors)
-            ctx.options = options
+            *flat, ctx.options, _ = inputs
+            ctx.rest = len(inputs) - op.outputs - n
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*flat[: op.outputs + n])
 
         @staticmethod
-        def backward(ctx, upstream):
-            g, *tensors = ctx.saved_tensors
-            needed = list(ctx.needs_input_grad[: 1 + _TENSORS])
+        def backward(ctx, *upstream):
+            free = ctx.saved_tensors
+            if all(u is None for u in upstream):
+                return (None,) * len(ctx.needs_input_grad)
+            needed = ctx.needs_input_grad[: len(free)]
+            wanted = [i in op.wrt for i in range(n)]
 
-            def first(*free: Tensor) -> Tensor:
-                it = iter(free)
-                g_, *rest = (next(it) if n else t for t, n in zip([g, *tensors], needed, strict=True))
-                return by_reference(rest, ctx.options, [True, False, False, False], g_)[0]
+            def first(*some: Tensor):
+                it = iter(some)
+                full = [next(it) if f else t for t, f in zip(free, needed, strict=True)]
+                found = by_reference(full[op.outputs :], ctx.options, wanted, full[: op.outputs])
+                return tuple(found[i] for i, u in zip(op.wrt, upstream, strict=True) if u is not None)
 
-            _, pull = torch.func.vjp(first, *(t for t, n in zip([g, *tensors], needed, strict=True) if n))
-            it = iter(pull(upstream))
-            return (*(next(it) if n else None for n in needed), None, None, None)
+            _, pull = torch.func.vjp(first, *(t for t, f in zip(free, needed, strict=True) if f))
+            it = iter(pull(tuple(u for u in upstream if u is not None)))
+            return (*(next(it) if f else None for f in needed), *([None] * ctx.rest))
 
     class Forward(Function):
         generate_vmap_rule = True
 
         @staticmethod
-        def forward(input, target, weight, row_weight, *rest):
-            *options, _inplace, fuse, operators = rest
-            return operators.fwd(input, target, weight, row_weight, *options, fuse)
+        def forward(*args):
+            *rest, plan = args
+            return op.run_forward(plan, rest[:n], rest[n:])
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            _loss, state, dx = output
-            *_, ctx.inplace, fused, ctx.operators = inputs
-            ctx.options = tuple(inputs[_OPTIONS])
-            ctx.mark_non_differentiable(state, dx)
-            ctx.set_materialize_grads(False)  # else autograd would fill zeros of the logits' size for dx
-            ctx.save_for_backward(*inputs[:_TENSORS], state)
-            ctx.dx = dx if fused else None  # not saved: the first backward takes it away
+            results = (output,) if isinstance(output, Tensor) else output
+            *rest, ctx.plan = inputs
+            ctx.options = tuple(rest[n:])
+            ctx.mark_non_differentiable(*results[op.outputs :])
+            ctx.set_materialize_grads(False)  # else autograd fills zeros of the size of every other result
+            ctx.save_for_backward(*rest[:n], *op.keep(ctx.plan, results[op.outputs :]))
 
         @staticmethod
-        def backward(ctx, g, *_):
-            input, target, weight, row_weight, state = ctx.saved_tensors
-            ready, ctx.dx = ctx.dx, None
-            if g is None:
-                return (None,) * 13
-            tensors, operators = (input, target, weight, row_weight), ctx.operators
-            dx = None
-            if ctx.needs_input_grad[0]:
-                saved = (input, target, weight, state, *ctx.options[2:5])
-                if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-                    if ctx.inplace:
-                        raise RuntimeError("inplace_backward=True: the gradient cannot be differentiated again")
-                    dx = _apply(Gradient, g, *tensors, state, ctx.options, operators)
-                elif ctx.inplace:
-                    dx = input.detach()
-                    operators.bwd_into(g, dx, *saved, False)
-                    torch.autograd.graph.increment_version(input)
-                elif ready is not None:
-                    if g.device.type == "cpu":
-                        op._expect_unit.value = g.item() == 1
-                    dx = ready
-                    operators.bwd_into(g, dx, *saved, True)
+        def backward(ctx, *grads):
+            grads = grads[: op.outputs]
+            saved = ctx.saved_tensors
+            tensors, saved = saved[:n], saved[n:]
+            needed = ctx.needs_input_grad[:n]
+            found: list[Tensor | None] = [None] * n
+            if all(g is None for g in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            if any(needed[i] for i in op.wrt):
+                if torch.is_grad_enabled():
+                    op.differentiable_again(ctx.plan)
+                    mine = _apply(Gradient, *grads, *tensors, *saved, ctx.options, ctx.plan)
                 else:
-                    if ctx.options[1] != REDUCTIONS["none"] and g.device.type == "cpu" and not _tracing(g):
-                        op._expect_unit.value = g.item() == 1
-                    dx = operators.bwd(g, *saved)
-            others = [False, *ctx.needs_input_grad[1:_TENSORS]]
+                    mine = op.run_backward(ctx.plan, grads, tensors, saved, ctx.options)
+                for i, g in zip(op.wrt, mine, strict=True):
+                    found[i] = g if needed[i] else None
+            others = [f and i not in op.wrt for i, f in enumerate(needed)]
             if any(others):
-                grads = by_reference(tensors, ctx.options, others, g)
-                return (dx, *grads[1:], *([None] * 9))
-            return (dx, *([None] * 12))
+                for i, g in enumerate(by_reference(tensors, ctx.options, others, grads)):
+                    found[i] = g if others[i] else found[i]
+            return (*found, *([None] * (len(ctx.needs_input_grad) - n)))
 
     Forward.__name__ = Forward.__qualname__ = f"{op.name}_function"
     Gradient.__name__ = Gradient.__qualname__ = f"{op.name}_gradient"
-    return Forward, Gradient
-
-
-def _tracing(t: Tensor) -> bool:
-    """Is the value of `t` out of reach: a fake tensor, or one inside a transform?"""
-    return torch.compiler.is_compiling() or type(t) is not Tensor or _functorch_active is None or _functorch_active()
+    return Forward

@@ -25,6 +25,8 @@ def _cross_entropy_reference(
     return loss.float() if wide and loss.dtype in HALF_TYPES else loss
 
 
+__all__ = ["cross_entropy"]
+
 _cross_entropy = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
 
 
@@ -143,7 +145,7 @@ def cross_entropy(
         [float(label_smoothing), float(z_loss)], wide,
     )  # fmt: skip
     try:
-        return _cross_entropy(input, target, weight, sample_weight, options, inplace_backward)
+        return _cross_entropy((input, target, weight, sample_weight), options, inplace_backward)
     except RuntimeError as error:
         if "is out of bounds" in str(error):
             raise IndexError(str(error).partition(" is out of bounds")[0] + " is out of bounds.") from None

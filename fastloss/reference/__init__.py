@@ -1,5 +1,6 @@
 """Every loss in plain PyTorch, written from its formula: slow, readable, differentiable any number of times."""
 
-from fastloss.reference.token import cross_entropy
+from fastloss.reference import token
+from fastloss.reference.token import *  # noqa: F403
 
-__all__ = ["cross_entropy"]
+__all__ = [name for family in (token,) for name in family.__all__]

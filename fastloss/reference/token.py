@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
+__all__ = ["cross_entropy"]
+
 
 def logits_of(input: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
     z = input * logit_scale
