@@ -197,8 +197,8 @@ class RowOp(Op):
         return [state]
 
     def run_backward(self, plan, grads, tensors, saved, options):
-        (g,), (input, target, weight, _), (state, *_) = grads, tensors, saved
-        rest = (input, target, weight, state, *options[self.backward_options])
+        (g,), input = grads, tensors[0]
+        rest = (*tensors, saved[0], *options[self.backward_options])
         ready, plan.dx = plan.dx, None
         if plan.inplace:
             dx = input.detach()

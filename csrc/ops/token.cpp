@@ -267,8 +267,9 @@ struct Ops {
     run(kLoss, call);
   }
 
-  static Tensor backward(Tensor grad, Tensor input, Tensor target, OptionalTensor weight, Tensor state,
-                         double logit_scale, double softcap, Options options) {
+  // Row weights are in the state already; they stand in the schema because backward takes all of forward's tensors.
+  static Tensor backward(Tensor grad, Tensor input, Tensor target, OptionalTensor weight, OptionalTensor /*row_weight*/,
+                         Tensor state, double logit_scale, double softcap, Options options) {
     Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, options);
     const Tensor dx = empty_like_pooled(call.x);
     write_gradient(call, grad, state, dx, false);
@@ -278,7 +279,7 @@ struct Ops {
   // Into dx: the buffer that the forward pass filled for an upstream gradient of 1 (then nothing is left to do
   // if it is 1), or the input's own memory.
   static void backward_into(Tensor grad, Tensor dx, Tensor input, Tensor target, OptionalTensor weight,
-                            Tensor state, double logit_scale, double softcap, Options options, bool skip_unit) {
+                            OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap, Options options, bool skip_unit) {
     Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, options);
     STD_TORCH_CHECK(row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
                     "dx: expected a tensor like input with rows of one stride");
@@ -302,10 +303,10 @@ FASTLOSS_TOKEN_LOSSES(FASTLOSS_DESCRIBE)
   m.def(#name "_fwd(Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "       \
         "int reduction, float logit_scale, float softcap, float[] options, bool wide, bool with_gradient) "    \
         "-> (Tensor loss, Tensor state, Tensor dx)");                                                          \
-  m.def(#name "_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor state, "                  \
+  m.def(#name "_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, Tensor state, " \
         "float logit_scale, float softcap, float[] options) -> Tensor");                                       \
   m.def(#name "_bwd_into(Tensor grad, Tensor(a!) dx, Tensor input, Tensor target, Tensor? weight, "            \
-        "Tensor state, float logit_scale, float softcap, float[] options, bool skip_unit) -> ()");
+        "Tensor? row_weight, Tensor state, float logit_scale, float softcap, float[] options, bool skip_unit) -> ()");
 #define FASTLOSS_IMPLEMENT(name, Loss)                            \
   m.impl(#name "_fwd", TORCH_BOX(&Ops<name##_loss>::forward));    \
   m.impl(#name "_bwd", TORCH_BOX(&Ops<name##_loss>::backward));   \
