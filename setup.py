@@ -53,7 +53,9 @@ def find_nvcc() -> str | None:
 
 def cuda_root(nvcc: str) -> Path:
     """The toolkit that an nvcc belongs to, asked of nvcc itself: it may be a wrapper."""
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+    ).stderr
     top = re.search(r"TOP=(\S+)", dry)
     return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parent.parent
 
@@ -81,8 +83,10 @@ class NinjaBuild(build_ext):
             import torch
             from torch.utils.cpp_extension import include_paths
         except ImportError:
-            stop("torch is needed to build; install it first (pip install torch), then run pip install "
-                 "--no-build-isolation .")
+            stop(
+                "torch is needed to build; install it first (pip install torch), then run pip install "
+                "--no-build-isolation ."
+            )
         import pybind11
         from ninja import BIN_DIR
         from ninja.ninja_syntax import Writer
@@ -93,8 +97,13 @@ class NinjaBuild(build_ext):
         text = io.StringIO()
         n = Writer(text, width=110)
         common = "-O3 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wno-psabi"
-        n.rule("cxx", f"{cxx} -MMD -MF $out.d {common} $flags -c $in -o $out", depfile="$out.d", deps="gcc",
-               description="g++ $out")
+        n.rule(
+            "cxx",
+            f"{cxx} -MMD -MF $out.d {common} $flags -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="g++ $out",
+        )
         n.rule("link", f"{cxx} -shared -o $out $in $flags -Wl,--exclude-libs,ALL", description="link $out")
 
         def compile_(source: str, flags: str, name: str | None = None) -> str:
@@ -104,7 +113,9 @@ class NinjaBuild(build_ext):
 
         stable = " ".join([STABLE_ABI, *(f"-isystem {p}" for p in include_paths())])
         cuda = "-DFASTLOSS_CUDA" if nvcc else ""
-        objects = [compile_(f"ops/{p.name}", f"{stable} {cuda}") for p in sorted((CSRC / "ops").glob("*.cpp"))]
+        objects = [
+            compile_(f"ops/{p.name}", f"{stable} {cuda}") for p in sorted((CSRC / "ops").glob("*.cpp"))
+        ]
         once = {"dispatch.cpp", "pool.cpp", "scratch.cpp"}
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.name in once:
@@ -119,19 +130,30 @@ class NinjaBuild(build_ext):
         facts = []
         if nvcc:
             archs = arch_list()
-            version = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
-            n.rule("nvcc", f"{nvcc} -MMD -MF $out.d -O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden "
-                   f"-Xptxas -v {' '.join(gencode(archs))} -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
-                   depfile="$out.d", deps="gcc", description="nvcc $out")
+            version = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[
+                1
+            ]
+            n.rule(
+                "nvcc",
+                f"{nvcc} -MMD -MF $out.d -O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden "
+                f"-Xptxas -v {' '.join(gencode(archs))} -c $in -o $out > $out.log 2>&1 || (cat $out.log; false)",
+                depfile="$out.d",
+                deps="gcc",
+                description="nvcc $out",
+            )
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 n.build(f"cuda_{source.stem}.o", "nvcc", str(source))
                 objects.append(f"cuda_{source.stem}.o")
             libraries = next(d for d in (cuda_root(nvcc) / "lib64", cuda_root(nvcc) / "lib") if d.is_dir())
             link = f"-L{libraries} -lcudart_static -ldl -lrt -lpthread"
-            facts = [f'-DFASTLOSS_CUDA_ARCHS=\'"{";".join(archs)}"\'', f'-DFASTLOSS_NVCC=\'"{version}"\'']
+            facts = [f"-DFASTLOSS_CUDA_ARCHS='\"{';'.join(archs)}\"'", f"-DFASTLOSS_NVCC='\"{version}\"'"]
         torch_lib = Path(torch.__file__).parent / "lib"
-        n.build("_ops.so", "link", objects,
-                variables={"flags": f"{link} -L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"})
+        n.build(
+            "_ops.so",
+            "link",
+            objects,
+            variables={"flags": f"{link} -L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"},
+        )
         python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
         module = compile_("module.cpp", " ".join([python, cuda, *facts]))
         n.build("_C.so", "link", [module, "_ops.so"], variables={"flags": "-Wl,-rpath,'$$ORIGIN'"})
@@ -150,4 +172,7 @@ class NinjaBuild(build_ext):
         return super().get_ext_filename(fullname)
 
 
-setup(ext_modules=[Extension("fastloss._ops", []), Extension("fastloss._C", [])], cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("fastloss._ops", []), Extension("fastloss._C", [])],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -58,7 +58,8 @@ py::list cuda_kernels() {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was compiled, for which machines and by what.");
   m.def("cpu_capability", &fastloss::cpu::capability, "The instruction set whose kernels run here.");
-  m.def("cuda_kernels", &cuda_kernels, "Registers, shared memory and spills of each CUDA kernel; empty without a GPU.");
+  m.def("cuda_kernels", &cuda_kernels,
+        "Registers, shared memory and spills of each CUDA kernel; empty without a GPU.");
   m.def("pool_statistics", &pool_statistics);
   m.def("pool_empty", &fastloss::cpu::pool_empty);
   m.def("pool_set_limit", &fastloss::cpu::pool_set_limit, py::arg("bytes"));

@@ -107,7 +107,9 @@ class Op:
             return self._compiled(tensors, options)
         operators = self.operators()
         if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
-            return self._unwrap(_apply(self._function, *tensors, *options, self.plan(operators, tensors, options)))
+            return self._unwrap(
+                _apply(self._function, *tensors, *options, self.plan(operators, tensors, options))
+            )
         return self._unwrap(self.run_forward(SimpleNamespace(operators=operators), tensors, options))
 
     def _unwrap(self, results: Any) -> Any:
@@ -122,7 +124,9 @@ class Op:
 
     # ---- what a kind of operator may do its own way
 
-    def plan(self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+    def plan(
+        self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]
+    ) -> Any:
         """What forward and backward of one call agree on."""
         return SimpleNamespace(operators=operators)
 
@@ -240,7 +244,9 @@ def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info, in_dims, *args):
         results = [
-            operator(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+            operator(
+                *(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
+            )
             for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):
@@ -275,7 +281,7 @@ def _traced_function(op: Op) -> type[Function]:
             results = bwd(*grads[:outputs], *ctx.saved_tensors, *ctx.options[backward_options])
             results = (results,) if isinstance(results, Tensor) else results
             full = [None] * (tensors + len(ctx.options))
-            for position, grad in zip(wrt, results):  # noqa: B905  (tracers know no strict)
+            for position, grad in zip(wrt, results):
                 full[position] = grad
             return tuple(full)
 
@@ -291,12 +297,18 @@ def _eager_function(op: Op) -> type[Function]:
 
         def outputs(*free: Tensor):
             it = iter(free)
-            values = op.reference(*(next(it) if f else t for t, f in zip(tensors, needed, strict=True)), *options)
+            values = op.reference(
+                *(next(it) if f else t for t, f in zip(tensors, needed, strict=True)), *options
+            )
             values = (values,) if isinstance(values, Tensor) else tuple(values)
             return tuple(v for v, g in zip(values, grads, strict=True) if g is not None)
 
         values, pull = torch.func.vjp(outputs, *(t for t, f in zip(tensors, needed, strict=True) if f))
-        it = iter(pull(tuple(g.to(v.dtype) for v, g in zip(values, [g for g in grads if g is not None], strict=True))))
+        it = iter(
+            pull(
+                tuple(g.to(v.dtype) for v, g in zip(values, [g for g in grads if g is not None], strict=True))
+            )
+        )
         return [next(it) if f else None for f in needed]
 
     class Gradient(Function):

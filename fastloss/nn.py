@@ -41,7 +41,9 @@ class LossModule(torch.nn.Module):
             for name, p in type(self).__signature__.parameters.items()
             if getattr(self, name) is not p.default
         }
-        return ", ".join(f"{n}={tuple(v.shape) if isinstance(v, Tensor) else v!r}" for n, v in changed.items())
+        return ", ".join(
+            f"{n}={tuple(v.shape) if isinstance(v, Tensor) else v!r}" for n, v in changed.items()
+        )
 
 
 def _module(loss: Loss) -> type[LossModule]:

@@ -1,9 +1,11 @@
-// What a driver that walks rows of logits (cpu/rows.h, cuda/rows.cuh) and a loss (losses/token.h) say to each other.
+// What a driver that walks rows of logits (cpu/rows.h, cuda/rows.cuh) and a loss (losses/token.h) say to each
+// other.
 //
 // A driver reads a row once and keep, relative to a running maximum m, the sum of
-// exp(z - m) over all classes but the target: what is left when the target wins by a wide margin is then still
-// exact. A loss says the rest:
-//   Sums      what else to add up over the row, from e = exp(z - m) (0 at the target), d = z - m, the class weight
+// exp(z - m) over all classes but the target: what is left when the target wins by a wide margin is then
+// still exact. A loss says the rest:
+//   Sums      what else to add up over the row, from e = exp(z - m) (0 at the target), d = z - m, the class
+//   weight
 //             w and the soft target q; `move` follows m to a new maximum: d += shift, e *= factor
 //   finish    all that -> the row's loss and the kSaved numbers that its gradient needs
 //   coef      what `grad` needs of one row, times the row's upstream gradient g

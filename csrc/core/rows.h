@@ -7,14 +7,14 @@
 namespace fastloss {
 
 // Where the rows of a tensor lie, in elements: row r starts at (r / inner) * outer_stride + (r % inner) *
-// inner_stride and its classes are class_stride apart. [N, C] has inner = 1; [N, C, d1, ...] has inner = d1 * ...
+// inner_stride and its classes are class_stride apart. [N, C] has inner = 1; [N, C, d1, ...] has inner = d1 *
+// ...
 struct RowLayout {
   int64_t inner = 1, outer_stride = 0, inner_stride = 0, class_stride = 1;
 #if defined(__CUDACC__)
   __host__ __device__
 #endif
-      int64_t
-      start(int64_t r) const {
+      int64_t start(int64_t r) const {
     return inner == 1 ? r * outer_stride : r / inner * outer_stride + r % inner * inner_stride;
   }
 };
@@ -29,27 +29,27 @@ inline constexpr int kMaxOptions = 8;
 
 struct RowArgs {
   RowPass pass;
-  DType dtype;       // of x, dx and q
-  int variant;       // which instantiation of the loss
+  DType dtype;  // of x, dx and q
+  int variant;  // which instantiation of the loss
   int64_t rows, n;
   const void* x;
   RowLayout x_layout;
-  void* dx;          // may be x
+  void* dx;  // may be x
   RowLayout dx_layout;
-  const int64_t* target;     // [rows], or null for soft targets
-  const void* q;             // soft targets, laid out as q_layout, or null
+  const int64_t* target;  // [rows], or null for soft targets
+  const void* q;          // soft targets, laid out as q_layout, or null
   RowLayout q_layout;
   const void* class_weight;  // [n] in the accumulation type, or null
   const void* row_weight;    // [rows] in the accumulation type, or null
   int64_t ignore_index;
-  const void* norm;          // one number of the accumulation type that divides every row's weight, or null
-  void* state;               // [rows, state_width] in the accumulation type: written forward, read backward
+  const void* norm;  // one number of the accumulation type that divides every row's weight, or null
+  void* state;       // [rows, state_width] in the accumulation type: written forward, read backward
   int64_t state_width;
-  void* loss;                // [rows] in the accumulation type; not divided by norm
-  const void* upstream;      // backward: gradient of the result, in the accumulation type,
-  int64_t upstream_stride;   //   0 for one number or 1 for one a row
-  bool skip_unit_upstream;   // backward: do nothing if upstream[0] is 1
-  bool past_cache;           // CPU: dx is too large for the caches, write around them
+  void* loss;                   // [rows] in the accumulation type; not divided by norm
+  const void* upstream;         // backward: gradient of the result, in the accumulation type,
+  int64_t upstream_stride;      //   0 for one number or 1 for one a row
+  bool skip_unit_upstream;      // backward: do nothing if upstream[0] is 1
+  bool past_cache;              // CPU: dx is too large for the caches, write around them
   double logit_scale, softcap;  // softcap 0: none
   double options[kMaxOptions];  // the loss's own, in the order of its struct
 };

@@ -87,8 +87,8 @@ FL_FN scalar_t<F> horizontal_sum(F v) {
   return part[0];
 }
 
-// exp(x): Cody-Waite reduction, r + r^2 P(r). Error < 1 ulp in float for x in [-87.3, 88.7], zero below, infinity
-// above, NaN kept.
+// exp(x): Cody-Waite reduction, r + r^2 P(r). Error < 1 ulp in float for x in [-87.3, 88.7], zero below,
+// infinity above, NaN kept.
 FL_FN f32v exp(f32v x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
 #if defined(__AVX512F__)
@@ -105,7 +105,8 @@ FL_FN f32v exp(f32v x) {
   p = p * (r * r) + r + 1.f;
 #if defined(__AVX512F__)
   p = _mm512_scalef_ps(p, n);
-  return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_LT_OQ), _mm512_setzero_ps());
+  return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_LT_OQ),
+                            _mm512_setzero_ps());
 #else
   const i32v power = __builtin_convertvector(n, i32v);
   const i32v half = power >> 1;  // two factors: 2^n alone leaves the range of normal floats at both ends
@@ -117,14 +118,15 @@ FL_FN f32v exp(f32v x) {
 }
 
 FL_FN f64v exp(f64v x) {
-  constexpr double kLog2e = 1.4426950408889634, kLn2High = 6.93145751953125e-1, kLn2Low = 1.4286068203094172e-6;
+  constexpr double kLog2e = 1.4426950408889634, kLn2High = 6.93145751953125e-1,
+                   kLn2Low = 1.4286068203094172e-6;
   const f64v bounded = x < -746. ? fill<f64v>(-746.) : (x > 710. ? fill<f64v>(710.) : x);
   const f64v n = (bounded * kLog2e + 6755399441055744.) - 6755399441055744.;
   const f64v r = (bounded - n * kLn2High) - n * kLn2Low;
   f64v p = fill<f64v>(1. / 6227020800.);  // Taylor to r^13: |r| <= 0.347, remainder 4e-18
-  constexpr double kInverseFactorial[] = {1. / 479001600., 1. / 39916800., 1. / 3628800., 1. / 362880.,
-                                          1. / 40320.,     1. / 5040.,     1. / 720.,     1. / 120.,
-                                          1. / 24.,        1. / 6.,        0.5};
+  constexpr double kInverseFactorial[] = {
+      1. / 479001600., 1. / 39916800., 1. / 3628800., 1. / 362880., 1. / 40320., 1. / 5040.,
+      1. / 720.,       1. / 120.,      1. / 24.,      1. / 6.,      0.5};
   for (double c : kInverseFactorial) p = p * r + c;
   p = p * (r * r) + r + 1.;
 #if defined(__AVX512DQ__)
@@ -280,7 +282,8 @@ FL_FN void stream(T* p, vector_t<acc_t<T>> v) {
   alignas(64) T line[kLanes<vector_t<acc_t<T>>>];
   store(line, v);
 #if defined(__AVX512F__)
-  if constexpr (kBytes == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(line));
+  if constexpr (kBytes == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(line));
 #endif
 #if defined(__AVX2__)
   if constexpr (kBytes == 32)

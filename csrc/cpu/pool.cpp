@@ -76,7 +76,8 @@ void* pool_acquire(size_t bytes) {
   std::lock_guard lock(p.mutex);
   auto best = p.cached.end();
   for (auto it = p.cached.begin(); it != p.cached.end(); ++it)
-    if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4 && (best == p.cached.end() || it->bytes < best->bytes))
+    if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4 &&
+        (best == p.cached.end() || it->bytes < best->bytes))
       best = it;
   Block b{nullptr, bytes};
   if (best != p.cached.end()) {

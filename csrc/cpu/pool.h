@@ -1,5 +1,6 @@
-// Large output buffers that keep their pages. A fresh page costs a fault and a clearing, together more than the
-// kernels that fill it; a buffer given back here is used again by the next call that wants about its size.
+// Large output buffers that keep their pages. A fresh page costs a fault and a clearing, together more than
+// the kernels that fill it; a buffer given back here is used again by the next call that wants about its
+// size.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -17,8 +18,8 @@ struct PoolStatistics {
 
 // A buffer of at least `bytes`, aligned to a huge page; contents undefined. Throws std::bad_alloc.
 void* pool_acquire(size_t bytes);
-// Gives back a buffer from pool_acquire: kept while the cached bytes stay within the limit, the oldest unmapped
-// first. Safe from any thread, after a fork, and while the interpreter shuts down.
+// Gives back a buffer from pool_acquire: kept while the cached bytes stay within the limit, the oldest
+// unmapped first. Safe from any thread, after a fork, and while the interpreter shuts down.
 void pool_release(void* p);
 FASTLOSS_EXPORT void pool_empty();
 FASTLOSS_EXPORT void pool_set_limit(int64_t bytes);

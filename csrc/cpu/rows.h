@@ -1,10 +1,10 @@
 // How a CPU walks rows of logits: one sweep over memory for value and gradient.
 //
 // A row is taken in blocks that fit in the first-level cache. Each block is searched for its maximum, then
-// summed against the running maximum while the next block is prefetched; for the gradient the exponentials go to
-// a scratch row that stays in the second-level cache, from where they are scaled and written out, past the
-// caches when the output is larger than these. Nothing but that scratch row is stored between. The backward pass
-// repeats the same arithmetic from the saved statistics, so both ways give the same bits.
+// summed against the running maximum while the next block is prefetched; for the gradient the exponentials go
+// to a scratch row that stays in the second-level cache, from where they are scaled and written out, past the
+// caches when the output is larger than these. Nothing but that scratch row is stored between. The backward
+// pass repeats the same arithmetic from the saved statistics, so both ways give the same bits.
 #pragma once
 #include "../core/row_loss.h"
 #include "../core/rows.h"
@@ -25,7 +25,12 @@ class RowWalker {
 
  public:
   FL_FN RowWalker(const RowArgs& args, const Loss& loss)
-      : a_(args), loss_(loss), n_(args.n), scale_(R(args.logit_scale)), cap_(R(args.softcap)), inverse_cap_(R(1 / args.softcap)) {
+      : a_(args),
+        loss_(loss),
+        n_(args.n),
+        scale_(R(args.logit_scale)),
+        cap_(R(args.softcap)),
+        inverse_cap_(R(1 / args.softcap)) {
     const int64_t blocks = (n_ + kBlock - 1) / kBlock, padded = (n_ + 2 * W) / W * W;
     const int64_t exps = args.pass == RowPass::forward_gradient ? padded * sizeof(R) : 0;
     const int64_t staged = padded * sizeof(T);
@@ -127,12 +132,13 @@ class RowWalker {
   FL_FN Side side(const Row& row, int64_t j) const {
     if constexpr (!Loss::kSideStreams) return Side{};
     return Side{a_.class_weight ? load(static_cast<const R*>(a_.class_weight) + j) : fill<F>(1),
-            row.q ? load(row.q + j) : F{}};
+                row.q ? load(row.q + j) : F{}};
   }
   FL_FN Side side_part(const Row& row, int64_t j, int64_t count) const {
     if constexpr (!Loss::kSideStreams) return Side{};
-    return Side{a_.class_weight ? load_part(static_cast<const R*>(a_.class_weight) + j, count, R(0)) : fill<F>(1),
-            row.q ? load_part(row.q + j, count, R(0)) : F{}};
+    return Side{
+        a_.class_weight ? load_part(static_cast<const R*>(a_.class_weight) + j, count, R(0)) : fill<F>(1),
+        row.q ? load_part(row.q + j, count, R(0)) : F{}};
   }
 
   // ---- statistics
@@ -164,7 +170,8 @@ class RowWalker {
     const F x = count < W ? load_part(row.x + j, count, R(0)) : load(row.x + j);
     const F d = logit(x) - base;
     const auto here = first_lanes<F>(count);
-    const auto others = here & (lane_numbers<F>() != static_cast<Lane>(row.t >= j && row.t < j + W ? row.t - j : -1));
+    const auto others =
+        here & (lane_numbers<F>() != static_cast<Lane>(row.t >= j && row.t < j + W ? row.t - j : -1));
     const F e = select(others, exp(d), F{});
     const Side s = count < W ? side_part(row, j, count) : side(row, j);
     acc.s += e;

@@ -40,7 +40,8 @@ std::vector<KernelAttributes> kernel_attributes() {
       continue;
     }
     char* name = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
-    result.push_back({name ? name : mangled, attributes.numRegs, attributes.sharedSizeBytes, attributes.localSizeBytes});
+    result.push_back(
+        {name ? name : mangled, attributes.numRegs, attributes.sharedSizeBytes, attributes.localSizeBytes});
     std::free(name);
   }
 #endif

@@ -1,9 +1,10 @@
 // How a GPU walks rows of logits: a team of threads a row, value and gradient in one kernel.
 //
 // Device memory is read once and written once: the second sweep, for the gradient, finds the row in L1 or L2.
-// A team is one thread where classes are strided (neighbouring threads then read neighbouring rows), a warp for
-// short rows, a block for long ones. Each thread keeps a running maximum and its sums; they are merged in an
-// order that depends on the row's length alone, so results do not depend on the batch. No softmax is stored.
+// A team is one thread where classes are strided (neighbouring threads then read neighbouring rows), a warp
+// for short rows, a block for long ones. Each thread keeps a running maximum and its sums; they are merged in
+// an order that depends on the row's length alone, so results do not depend on the batch. No softmax is
+// stored.
 #pragma once
 #include "../core/row_loss.h"
 #include "../core/rows.h"
@@ -251,8 +252,16 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads) rows_kernel(Row
   if (r >= a.rows) return;  // whole warps, or with teams of one thread no collective follows
   const T* x = static_cast<const T*>(a.x) + a.x_layout.start(r);
   const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
-  RowTeam<Loss, T, kTeam>{a,       Loss(a.options, a.n), int(threadIdx.x % kTeam), r, x, q, -1,
-                          R(a.logit_scale), R(a.softcap), R(a.softcap > 0 ? 1 / a.softcap : 0)}
+  RowTeam<Loss, T, kTeam>{a,
+                          Loss(a.options, a.n),
+                          int(threadIdx.x % kTeam),
+                          r,
+                          x,
+                          q,
+                          -1,
+                          R(a.logit_scale),
+                          R(a.softcap),
+                          R(a.softcap > 0 ? 1 / a.softcap : 0)}
       .run();
 }
 

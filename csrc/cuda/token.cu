@@ -8,10 +8,14 @@ namespace {
 template <template <class, int> class Loss, int kVariant>
 void run_dtype(const RowArgs& a, cudaStream_t stream) {
   switch (a.dtype) {
-    case DType::f32: return launch_rows<Loss<float, kVariant>, float>(a, stream);
-    case DType::bf16: return launch_rows<Loss<float, kVariant>, __nv_bfloat16>(a, stream);
-    case DType::f16: return launch_rows<Loss<float, kVariant>, __half>(a, stream);
-    case DType::f64: return launch_rows<Loss<double, kVariant>, double>(a, stream);
+    case DType::f32:
+      return launch_rows<Loss<float, kVariant>, float>(a, stream);
+    case DType::bf16:
+      return launch_rows<Loss<float, kVariant>, __nv_bfloat16>(a, stream);
+    case DType::f16:
+      return launch_rows<Loss<float, kVariant>, __half>(a, stream);
+    case DType::f64:
+      return launch_rows<Loss<double, kVariant>, double>(a, stream);
   }
 }
 template <template <class, int> class Loss, int kVariant = 0>
@@ -44,7 +48,8 @@ __global__ void __launch_bounds__(kSumThreads) norm_kernel(RowArgs a, R* out) {
     const int64_t t = a.target ? a.target[r] : 0;
     if (a.target && t == a.ignore_index) return 0.0;
     const bool inside = t >= 0 && t < a.n;
-    const double w = a.target && a.class_weight && inside ? double(static_cast<const R*>(a.class_weight)[t]) : 1.0;
+    const double w =
+        a.target && a.class_weight && inside ? double(static_cast<const R*>(a.class_weight)[t]) : 1.0;
     return w * (a.row_weight ? double(static_cast<const R*>(a.row_weight)[r]) : 1.0);
   });
   if (threadIdx.x == 0) *out = static_cast<R>(sum);
@@ -59,12 +64,14 @@ __global__ void __launch_bounds__(kSumThreads) reduce_kernel(RowArgs a, R* out) 
 
 void row_norm(const RowArgs& a, void* norm, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  if (a.dtype == DType::f64) return launch(&norm_kernel<double>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<double*>(norm));
+  if (a.dtype == DType::f64)
+    return launch(&norm_kernel<double>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<double*>(norm));
   launch(&norm_kernel<float>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<float*>(norm));
 }
 void row_reduce(const RowArgs& a, void* out, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  if (a.dtype == DType::f64) return launch(&reduce_kernel<double>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<double*>(out));
+  if (a.dtype == DType::f64)
+    return launch(&reduce_kernel<double>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<double*>(out));
   launch(&reduce_kernel<float>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<float*>(out));
 }
 #define FASTLOSS_LAUNCH(name, Loss) \

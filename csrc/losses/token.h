@@ -1,5 +1,5 @@
-// Token classification: losses of one row of logits z and one target (a class, or a probability for each class).
-// The protocol is in core/row_loss.h.
+// Token classification: losses of one row of logits z and one target (a class, or a probability for each
+// class). The protocol is in core/row_loss.h.
 #pragma once
 #include <type_traits>
 
@@ -102,5 +102,6 @@ struct CrossEntropy {
 
 }  // namespace fastloss::inline FL_ISA
 
-// The token losses: name of the operator and struct. A new loss is its struct, its line here and its Python function.
+// The token losses: name of the operator and struct. A new loss is its struct, its line here and its Python
+// function.
 #define FASTLOSS_TOKEN_LOSSES(X) X(cross_entropy, CrossEntropy)

@@ -9,8 +9,8 @@
 namespace fastloss {
 
 #if defined(FASTLOSS_CUDA)
-// The handle of a stream is not in the stable ABI of torch 2.11, and libtorch_cuda is not in the global scope:
-// the accessor is looked up where the library is already loaded.
+// The handle of a stream is not in the stable ABI of torch 2.11, and libtorch_cuda is not in the global
+// scope: the accessor is looked up where the library is already loaded.
 void* current_stream(const Tensor& t) {
   using Get = AOTITorchError (*)(int32_t, void**);
   static const Get get = [] {
@@ -29,8 +29,8 @@ void* current_stream(const Tensor&) { return nullptr; }
 Tensor empty_like_pooled(const Tensor& t) {
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   if (!t.is_cpu() || bytes < cpu::kPoolMinimum || !t.is_contiguous()) return torch::stable::empty_like(t);
-  return torch::stable::from_blob(cpu::pool_acquire(bytes), t.sizes(), t.strides(), t.device(), t.scalar_type(),
-                                  &cpu::pool_release);
+  return torch::stable::from_blob(cpu::pool_acquire(bytes), t.sizes(), t.strides(), t.device(),
+                                  t.scalar_type(), &cpu::pool_release);
 }
 
 }  // namespace fastloss

@@ -18,14 +18,15 @@ enum Reduction : int64_t { kNone, kMean, kSum };
 using OptionalTensor = std::optional<Tensor>;
 using Options = std::vector<double>;
 
-// Outputs from here on are written past the caches: about the last level that one socket shares among its cores.
+// Outputs from here on are written past the caches: about the last level that one socket shares among its
+// cores.
 constexpr int64_t kPastCache = 24 << 20, kRowPastCache = 2048;
 constexpr int kStateHead = 3;  // m, log_sum, k; then what the loss saves
 
 struct TokenLoss {
   int (*variant)(const RowArgs&);
   int saved;
-  cpu::RowKernel cpu::Kernels::*cpu_kernel;
+  cpu::RowKernel cpu::Kernels::* cpu_kernel;
 #if defined(FASTLOSS_HAS_CUDA)
   void (*cuda_kernel)(const RowArgs&, void* stream);
 #endif
@@ -87,7 +88,8 @@ struct Call {
     args.x = x.const_data_ptr();
     args.x_layout = *row_layout(x);
     if (target.scalar_type() == ScalarType::Long) {
-      STD_TORCH_CHECK(target.numel() == args.rows, "target: expected ", args.rows, " class indices, got ", target.numel());
+      STD_TORCH_CHECK(target.numel() == args.rows, "target: expected ", args.rows, " class indices, got ",
+                      target.numel());
       target = as_type(target, ScalarType::Long);
       args.target = static_cast<const int64_t*>(target.const_data_ptr());
     } else {
@@ -97,7 +99,8 @@ struct Call {
       args.q_layout = *row_layout(target);
     }
     if (weight_) {
-      STD_TORCH_CHECK(weight_->numel() == args.n, "weight: expected ", args.n, " numbers, got ", weight_->numel());
+      STD_TORCH_CHECK(weight_->numel() == args.n, "weight: expected ", args.n, " numbers, got ",
+                      weight_->numel());
       weight = as_type(*weight_, accumulation);
       args.class_weight = weight->const_data_ptr();
     }
@@ -165,8 +168,9 @@ void run(const TokenLoss& loss, const Call& call) {
 void check_targets(const RowArgs& a) {
   if (!a.target) return;
   for (int64_t r = 0; r < a.rows; ++r)
-    STD_TORCH_CHECK(a.target[r] == a.ignore_index || (a.target[r] >= 0 && a.target[r] < a.n), "Target ", a.target[r],
-                    " is out of bounds: expected a class in [0, ", a.n, ") or ignore_index (", a.ignore_index, ")");
+    STD_TORCH_CHECK(a.target[r] == a.ignore_index || (a.target[r] >= 0 && a.target[r] < a.n), "Target ",
+                    a.target[r], " is out of bounds: expected a class in [0, ", a.n, ") or ignore_index (",
+                    a.ignore_index, ")");
 }
 template <class R>
 double norm_of(const RowArgs& a) {
@@ -267,22 +271,26 @@ struct Ops {
     run(kLoss, call);
   }
 
-  // Row weights are in the state already; they stand in the schema because backward takes all of forward's tensors.
-  static Tensor backward(Tensor grad, Tensor input, Tensor target, OptionalTensor weight, OptionalTensor /*row_weight*/,
-                         Tensor state, double logit_scale, double softcap, Options options) {
+  // Row weights are in the state already; they stand in the schema because backward takes all of forward's
+  // tensors.
+  static Tensor backward(Tensor grad, Tensor input, Tensor target, OptionalTensor weight,
+                         OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap,
+                         Options options) {
     Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, options);
     const Tensor dx = empty_like_pooled(call.x);
     write_gradient(call, grad, state, dx, false);
     return dx;
   }
 
-  // Into dx: the buffer that the forward pass filled for an upstream gradient of 1 (then nothing is left to do
-  // if it is 1), or the input's own memory.
+  // Into dx: the buffer that the forward pass filled for an upstream gradient of 1 (then nothing is left to
+  // do if it is 1), or the input's own memory.
   static void backward_into(Tensor grad, Tensor dx, Tensor input, Tensor target, OptionalTensor weight,
-                            OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap, Options options, bool skip_unit) {
+                            OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap,
+                            Options options, bool skip_unit) {
     Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, options);
-    STD_TORCH_CHECK(row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
-                    "dx: expected a tensor like input with rows of one stride");
+    STD_TORCH_CHECK(
+        row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
+        "dx: expected a tensor like input with rows of one stride");
     write_gradient(call, grad, state, dx, skip_unit);
   }
 };
@@ -292,30 +300,37 @@ struct Ops {
 #else
 #define FASTLOSS_CUDA_FIELD(name)
 #endif
-#define FASTLOSS_DESCRIBE(name, Loss)                                                                   \
+#define FASTLOSS_DESCRIBE(name, Loss)                                                           \
   constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(), &cpu::Kernels::name, \
                                   FASTLOSS_CUDA_FIELD(name)};
 FASTLOSS_TOKEN_LOSSES(FASTLOSS_DESCRIBE)
 
 }  // namespace
 
-#define FASTLOSS_DEFINE(name, Loss)                                                                            \
-  m.def(#name "_fwd(Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "       \
-        "int reduction, float logit_scale, float softcap, float[] options, bool wide, bool with_gradient) "    \
-        "-> (Tensor loss, Tensor state, Tensor dx)");                                                          \
-  m.def(#name "_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, Tensor state, " \
-        "float logit_scale, float softcap, float[] options) -> Tensor");                                       \
-  m.def(#name "_bwd_into(Tensor grad, Tensor(a!) dx, Tensor input, Tensor target, Tensor? weight, "            \
-        "Tensor? row_weight, Tensor state, float logit_scale, float softcap, float[] options, bool skip_unit) -> ()");
-#define FASTLOSS_IMPLEMENT(name, Loss)                            \
-  m.impl(#name "_fwd", TORCH_BOX(&Ops<name##_loss>::forward));    \
-  m.impl(#name "_bwd", TORCH_BOX(&Ops<name##_loss>::backward));   \
+#define FASTLOSS_DEFINE(name, Loss)                                                                         \
+  m.def(#name                                                                                               \
+        "_fwd(Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "          \
+        "int reduction, float logit_scale, float softcap, float[] options, bool wide, bool with_gradient) " \
+        "-> (Tensor loss, Tensor state, Tensor dx)");                                                       \
+  m.def(#name                                                                                               \
+        "_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, Tensor state, " \
+        "float logit_scale, float softcap, float[] options) -> Tensor");                                    \
+  m.def(#name                                                                                               \
+        "_bwd_into(Tensor grad, Tensor(a!) dx, Tensor input, Tensor target, Tensor? weight, "               \
+        "Tensor? row_weight, Tensor state, float logit_scale, float softcap, float[] options, bool "        \
+        "skip_unit) -> ()");
+#define FASTLOSS_IMPLEMENT(name, Loss)                          \
+  m.impl(#name "_fwd", TORCH_BOX(&Ops<name##_loss>::forward));  \
+  m.impl(#name "_bwd", TORCH_BOX(&Ops<name##_loss>::backward)); \
   m.impl(#name "_bwd_into", TORCH_BOX(&Ops<name##_loss>::backward_into));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) { FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE) }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) { FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT) }
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
+    FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m){
+    FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)}
 #if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) { FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT) }
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
+  FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
+}
 #endif
 
 }  // namespace fastloss

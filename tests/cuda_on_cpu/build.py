@@ -38,7 +38,7 @@ SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 FLAGS = {
     "plain": ("-O2", "", ""),
     "asan": (f"-O1 -fno-omit-frame-pointer {SANITIZE}", "", SANITIZE),
-    "race": ("-O1 -DSIMT_RACE", "-fsanitize=thread", ""),  # simt_race.cpp is the runtime: not linked with it
+    "race": ("-O2 -DSIMT_RACE", "-fsanitize=thread", ""),  # simt_race.cpp is the runtime: not linked with it
 }
 
 

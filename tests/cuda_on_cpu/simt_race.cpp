@@ -17,7 +17,7 @@ namespace {
 
 // An atomic or __stcg is an update; __ldcg a coherent load.
 enum Kind { kRead, kWrite, kUpdate, kCoherentLoad, kKinds };
-const char* const kNames[] = {"read", "write", "atomic access", "coherent load"};
+const char* const kNames[] = {"read", "write", "update", "coherent load"};
 
 bool can_conflict(Kind a, Kind b) {
   if (a == kWrite || b == kWrite) return true;
@@ -110,19 +110,23 @@ std::string source_of(void* pc) {
   return lines.empty() ? "an unknown place" : lines;
 }
 
-std::string check_byte(uintptr_t address, size_t bytes, Kind kind) {
-  Byte& b = byte_at(address);
+// Records the access; gives what it must not meet, or kFine.
+enum Finding { kRaceWithFirst = 0, kFine = kKinds, kNobodyWrote };
+int check_byte(Byte& b, Kind kind) {
   if (b.launch != launch) b = Byte{launch, false, {}};
-  for (int k = 0; k < kKinds; ++k) {
-    if (!can_conflict(kind, static_cast<Kind>(k)) || !unordered(b.by[k])) continue;
-    return std::string("data race on ") + (b.shared ? "shared" : "global") + " memory: " + kNames[kind] +
-           " of " + std::to_string(bytes) + " bytes against a " + kNames[k] + " by block " +
-           std::to_string(b.by[k].block) + " thread " + std::to_string(b.by[k].thread);
-  }
-  if (kind == kRead && b.shared && !b.by[kWrite].any && !b.by[kUpdate].any)
-    return "read of shared memory that nobody wrote";
+  for (int k = 0; k < kKinds; ++k)
+    if (can_conflict(kind, static_cast<Kind>(k)) && unordered(b.by[k])) return kRaceWithFirst + k;
+  if (kind == kRead && b.shared && !b.by[kWrite].any && !b.by[kUpdate].any) return kNobodyWrote;
   record(b.by[kind]);
-  return "";
+  return kFine;
+}
+
+std::string explain(int finding, const Byte& b, Kind kind, size_t bytes) {
+  if (finding == kNobodyWrote) return "read of shared memory that nobody wrote";
+  const Accesses& other = b.by[finding - kRaceWithFirst];
+  return std::string("data race on ") + (b.shared ? "shared" : "global") + " memory: " + kNames[kind] +
+         " of " + std::to_string(bytes) + " bytes against a " + kNames[finding - kRaceWithFirst] +
+         " by block " + std::to_string(other.block) + " thread " + std::to_string(other.thread);
 }
 
 void access(const void* p, size_t bytes, Kind kind, void* pc, size_t align) {
@@ -133,7 +137,10 @@ void access(const void* p, size_t bytes, Kind kind, void* pc, size_t align) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
   std::string error;
   if (align > 1 && address % align) error = "misaligned " + std::to_string(bytes) + "-byte " + kNames[kind];
-  for (size_t i = 0; i < bytes && error.empty(); ++i) error = check_byte(address + i, bytes, kind);
+  for (size_t i = 0; i < bytes && error.empty(); ++i) {
+    Byte& b = byte_at(address + i);
+    if (const int finding = check_byte(b, kind); finding != kFine) error = explain(finding, b, kind, bytes);
+  }
   in_kernel = true;
   if (!error.empty()) fail(error + ", at " + source_of(pc));
 }
