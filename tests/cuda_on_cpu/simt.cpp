@@ -181,7 +181,7 @@ void check_limits(dim3 grid, dim3 dim, size_t smem) {
 
 }  // namespace
 
-void run(Body kernel, void* context, dim3 grid, dim3 dim, size_t smem) {
+void run(Body kernel, void* context, size_t context_bytes, dim3 grid, dim3 dim, size_t smem) {
   if (launching) throw Error("a launch from inside a kernel");
   check_limits(grid, dim, smem);
   std::lock_guard lock(launch_mutex);
@@ -204,7 +204,9 @@ void run(Body kernel, void* context, dim3 grid, dim3 dim, size_t smem) {
   body = kernel;
   body_context = context;
   Schedule schedule(size_t{grid.x} * grid.y * grid.z, block.warps.size());
-  race::begin_launch(block.lanes.data(), block.lanes.data() + block.lanes.size());
+  race::begin_launch();
+  race::ignore(0, block.lanes.data(), block.lanes.size() * sizeof(Lane));
+  race::ignore(1, context, context_bytes);
   for (size_t b : schedule.blocks) {
     block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                    static_cast<unsigned>(b / (size_t{grid.x} * grid.y))};

@@ -59,8 +59,9 @@ extern Index block_index;
 extern dim3 block_dim, grid_dim;
 
 using Body = void (*)(void*);
-// Runs `body(context)` once for every thread of the grid. Launches from several host threads take turns.
-void run(Body body, void* context, dim3 grid, dim3 block, size_t dynamic_shared);
+// Runs `body(context)` once for every thread of the grid; the context is constant meanwhile. Launches from
+// several host threads take turns.
+void run(Body body, void* context, size_t context_bytes, dim3 grid, dim3 block, size_t dynamic_shared);
 
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t, A&&... args) {
@@ -75,7 +76,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
     Params own = call->params;  // every thread may change its parameters
     std::apply(call->kernel, own);
   };
-  run(body, &context, grid, block, smem);
+  run(body, &context, sizeof context, grid, block, smem);
 }
 
 // One per FL_SHARED and template instantiation: an exactly sized array, filled with NaN for every block.

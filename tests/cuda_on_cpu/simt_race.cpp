@@ -47,7 +47,9 @@ Byte* last_bytes;
 
 uint32_t launch, current_block, block_epoch, warp_epoch[32];
 bool coherent_access;
-const char *ignore_low, *ignore_high;
+struct {
+  uintptr_t from, bytes;
+} ignored[2];
 
 Byte& byte_at(uintptr_t address) {
   const uintptr_t page = address / kPage;
@@ -131,10 +133,11 @@ std::string explain(int finding, const Byte& b, Kind kind, size_t bytes) {
 
 void access(const void* p, size_t bytes, Kind kind, void* pc, size_t align) {
   if (!in_kernel || coherent_access) return;
-  const char* c = static_cast<const char*>(p);
-  if ((c >= stack_low && c < stack_high) || (c >= ignore_low && c < ignore_high)) return;
-  in_kernel = false;
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (p >= stack_low && p < stack_high) return;
+  for (const auto& range : ignored)
+    if (address - range.from < range.bytes) return;
+  in_kernel = false;
   std::string error;
   if (align > 1 && address % align) error = "misaligned " + std::to_string(bytes) + "-byte " + kNames[kind];
   for (size_t i = 0; i < bytes && error.empty(); ++i) {
@@ -147,11 +150,12 @@ void access(const void* p, size_t bytes, Kind kind, void* pc, size_t align) {
 
 }  // namespace
 
-void begin_launch(const void* ignore_from, const void* ignore_to) {
+void ignore(int which, const void* p, size_t bytes) {
+  ignored[which] = {reinterpret_cast<uintptr_t>(p), bytes};
+}
+void begin_launch() {
   ++launch;
   coherent_access = false;
-  ignore_low = static_cast<const char*>(ignore_from);
-  ignore_high = static_cast<const char*>(ignore_to);
   if (pages.size() < kMostPages) return;
   for (auto& [page, bytes] : pages) std::free(bytes);
   pages.clear();

@@ -11,7 +11,8 @@ inline bool in_kernel = false;
 inline char *stack_low = nullptr, *stack_high = nullptr;
 
 #if defined(SIMT_RACE)
-void begin_launch(const void* ignore_from, const void* ignore_to);
+void begin_launch();
+void ignore(int which, const void* p, size_t bytes);  // which: 0 or 1
 void begin_block(uint64_t block);
 void block_barrier();
 void warp_barrier(unsigned warp);
@@ -21,7 +22,8 @@ void coherent_done();
 void wrote(void* p, size_t bytes, void* pc);
 void was_read(const void* p, size_t bytes, void* pc);
 #else
-inline void begin_launch(const void*, const void*) {}
+inline void begin_launch() {}
+inline void ignore(int, const void*, size_t) {}
 inline void begin_block(uint64_t) {}
 inline void block_barrier() {}
 inline void warp_barrier(unsigned) {}
