@@ -6,8 +6,9 @@
 
 namespace simt::race {
 
-// Accesses count while a fiber runs kernel code, and not those to its own stack.
-inline bool in_kernel = false;
+// Accesses count while a fiber runs kernel code, and not those to its own stack. Of this host thread alone:
+// what the others run meanwhile is no kernel.
+inline constinit thread_local bool in_kernel __attribute__((tls_model("initial-exec"))) = false;
 inline char *stack_low = nullptr, *stack_high = nullptr;
 
 #if defined(SIMT_RACE)
