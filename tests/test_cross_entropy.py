@@ -50,7 +50,7 @@ def assert_parity(x, target, *args, **kwargs):
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity(shape, weighted, smoothing, reduction, device):
@@ -59,7 +59,7 @@ def test_parity(shape, weighted, smoothing, reduction, device):
     weight = torch.linspace(0.0, 2, classes, device=device, dtype=x.dtype) if weighted else None
     options = dict(weight=weight, reduction=reduction, label_smoothing=smoothing)
     assert_parity(x, q, **options)
-    for ignored in (-100, -1, 0, classes - 1, classes):
+    for ignored in (-100, 0, classes):
         assert_parity(x, t, ignore_index=ignored, **options)
     if t.ndim:
         some = t.clone()
@@ -228,7 +228,7 @@ def formula(x, t, reduction="mean", weight=None, eps=0.0, scale=1.0, cap=None, z
 
 
 EXTRAS = {
-    "eps": (0.0, 0.2),
+    "eps": (0.0, 1.0),
     "scale": (1.0, 0.3),
     "cap": (None, 3.0),
     "z": (0.0, 0.05),

