@@ -209,8 +209,8 @@ class RowOp(Op):
             plan.operators.into(g, dx, *rest, False)
             torch.autograd.graph.increment_version(input)
             return [dx]
-        if options[1] != REDUCTIONS["none"] and g.device.type == "cpu" and not _functorch_active():
-            self._expect_unit.value = g.item() == 1
+        if options[1] != REDUCTIONS["none"] and g.device.type == "cpu" and type(g) is Tensor:
+            self._expect_unit.value = _functorch_active() or g.item() == 1
         if ready is None:
             return [plan.operators.bwd(g, *rest)]
         plan.operators.into(g, ready, *rest, True)

@@ -7,7 +7,20 @@ on CUDA. What is cached stays within a limit, a quarter of the machine's memory 
 
 from __future__ import annotations
 
-from fastloss import _C
+from types import ModuleType
+
+try:
+    from fastloss import _C
+except ImportError:  # built for another Python: the losses work, the statistics do not
+    _C = None
+
+
+def _pool() -> ModuleType:
+    if _C is None:
+        raise RuntimeError(
+            "fastloss._C was built for another Python: reinstall fastloss to see its memory pool"
+        )
+    return _C
 
 
 def stats() -> dict[str, int]:
@@ -16,12 +29,12 @@ def stats() -> dict[str, int]:
     Returns:
         `in_use_bytes`, `cached_bytes`, `peak_in_use_bytes`, `limit_bytes`, `hits`, `misses`.
     """
-    return dict(_C.pool_statistics())
+    return dict(_pool().pool_statistics())
 
 
 def empty_cache() -> None:
     """Give every cached buffer back to the system. Tensors that are alive keep theirs."""
-    _C.pool_empty()
+    _pool().pool_empty()
 
 
 def set_limit(bytes: int) -> None:
@@ -32,4 +45,4 @@ def set_limit(bytes: int) -> None:
     """
     if bytes < 0:
         raise ValueError(f"bytes: expected a number >= 0, got {bytes}")
-    _C.pool_set_limit(bytes)
+    _pool().pool_set_limit(bytes)

@@ -24,7 +24,6 @@ class LossModule(torch.nn.Module):
         super().__init__()
         bound = type(self).__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
-        self._tensors = []
         for name, value in bound.arguments.items():
             if isinstance(value, Tensor):
                 self.register_buffer(name, value)
@@ -33,7 +32,7 @@ class LossModule(torch.nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         options = {name: getattr(self, name) for name in type(self).__signature__.parameters}
-        return self.loss.function(*args, **kwargs, **options)
+        return self.loss.function(**dict(zip(self.loss.forward_arguments, args)), **kwargs, **options)
 
     def extra_repr(self) -> str:
         changed = {

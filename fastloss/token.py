@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastloss import reference
+from fastloss._checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
 from fastloss._op import HALF_TYPES, REDUCTIONS, RowOp
 from fastloss._registry import Draw, Loss, register
 
@@ -28,41 +29,6 @@ def _cross_entropy_reference(
 __all__ = ["cross_entropy"]
 
 _cross_entropy = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
-
-
-def _check_rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> int:
-    """Raises what torch raises for these arguments of a token loss; returns the class dimension."""
-    if input.dim() == 0:
-        raise RuntimeError("input: expected (C), (N, C) or (N, C, d1, ...), got a tensor without dimensions")
-    dim = 0 if input.dim() == 1 else 1
-    classes = input.shape[dim]
-    if not input.is_floating_point():
-        raise NotImplementedError(f"input: expected logits of a floating point type, got {input.dtype}")
-    if target.is_floating_point():
-        if target.shape != input.shape:
-            raise RuntimeError(
-                f"target: expected probabilities of the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
-            )
-        if ignore_index >= 0:
-            raise RuntimeError("ignore_index is not supported for floating point target")
-    else:
-        rows = input.shape[:1] + input.shape[2:] if dim else input.shape[:0]
-        if target.shape != rows:
-            if input.dim() > 1 and target.dim() > 0 and input.shape[0] != target.shape[0]:
-                raise ValueError(
-                    f"target: expected batch_size {input.shape[0]} of the input, got {target.shape[0]}"
-                )
-            raise RuntimeError(
-                f"target: expected class indices of shape {tuple(rows)} for an input of shape "
-                f"{tuple(input.shape)}, got {tuple(target.shape)}"
-            )
-        if target.dtype not in (torch.int64, torch.uint8):
-            raise RuntimeError(f"target: expected class indices of type int64, got {target.dtype}")
-    if weight is not None and weight.shape != (classes,):
-        raise RuntimeError(
-            f"weight: expected one number for each of {classes} classes, got shape {tuple(weight.shape)}"
-        )
-    return dim
 
 
 def cross_entropy(
@@ -126,29 +92,34 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
-    _check_rows(input, target, weight, ignore_index)
+    mode = check_reduction(reduction)
+    check_rows(input, target, weight, ignore_index)
+    check_tensors(input, sample_weight=sample_weight)
+    check_weight_type("sample_weight", sample_weight, input)
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
     if sample_weight is not None and sample_weight.shape != input.shape[:1] + input.shape[2:]:
         raise ValueError(
             f"sample_weight: expected one number for each row, got shape {tuple(sample_weight.shape)}"
         )
     if target.dtype == torch.uint8:
         target = target.long()
+    elif target.dtype != input.dtype and target.is_floating_point():
+        wider = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(wider), target.to(wider)
+    elif input.dim() == 1:
+        target = target.reshape(())
     wide = input.dtype in HALF_TYPES and torch.is_autocast_enabled(input.device.type)
-    options = (
-        ignore_index, REDUCTIONS[reduction], float(logit_scale), softcap or 0.0,
-        [float(label_smoothing), float(z_loss)], wide,
-    )  # fmt: skip
+    numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
+    options = (ignore_index, mode, check_number("logit_scale", logit_scale), cap, numbers, wide)
     try:
         return _cross_entropy((input, target, weight, sample_weight), options, inplace_backward)
     except RuntimeError as error:
         if "is out of bounds" in str(error):
-            raise IndexError(str(error).partition(" is out of bounds")[0] + " is out of bounds.") from None
+            raise IndexError(str(error)) from None
         raise
 
 

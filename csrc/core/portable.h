@@ -21,7 +21,7 @@
 namespace fastloss::inline FL_ISA {
 
 FL_FN float exp(float x) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
   return __expf(x);  // ex2.approx: 2 ulp + |x| * 2^-24, and x is at most 0 here
 #else
   return ::expf(x);

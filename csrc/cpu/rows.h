@@ -92,7 +92,8 @@ class RowWalker {
       state[0] = row.state.m;
       state[1] = row.state.log_sum;
       state[2] = k;
-      for (int i = 0; i < Loss::kSaved; ++i) state[kStateHead + i] = row.state.saved[i];
+      for (int i = 0; i < a_.state_width - kStateHead; ++i)
+        state[kStateHead + i] = i < Loss::kSaved ? row.state.saved[i] : 0;
     }
     if (!dx) return;
     T* out = a_.dx_layout.class_stride == 1 ? dx : staged_dx_;

@@ -8,7 +8,8 @@
 
 #if defined(FL_SIMT)
 
-#include "simt.h"  // defines FL_SHARED and FL_DYN_SHARED too
+#define FL_DEVICE_MATH  // core/portable.h: take the approximate functions that the GPU takes
+#include "simt.h"       // defines FL_SHARED and FL_DYN_SHARED too
 
 namespace fastloss::cuda {
 using simt::launch;

@@ -61,9 +61,10 @@ struct Online {
 // All threads of the team get the merged value. Every thread of the block calls it.
 template <int kTeam, class O>
 __device__ __forceinline__ O team_merge(O o) {
-  if constexpr (kTeam == 1) return o;
+  if constexpr (kTeam > 1) {
 #pragma unroll
-  for (int offset = 16; offset; offset /= 2) o.merge(o.from_lane(offset));
+    for (int offset = 16; offset; offset /= 2) o.merge(o.from_lane(offset));
+  }
   if constexpr (kTeam > 32) {
     FL_SHARED(O, part, kTeam / 32);
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = o;
@@ -129,18 +130,19 @@ struct RowTeam {
       for (int64_t j = lane; j < n; j += kTeam) add<1>(o, j, x + j * stride);
       return o;
     }
-    const int64_t head = elements_to_boundary(x, n), body = head + (n - head) / N * N;
-    for (int64_t j = lane; j < head; j += kTeam) add<1>(o, j, x + j);
-    int64_t j = head + int64_t{lane} * N;
+    // by index, not by address: which thread adds what must not depend on where the row lies
+    const int64_t body = n / N * N;
+    const T* end = x + n;
+    int64_t j = int64_t{lane} * N;
     for (; j + (kInFlight - 1) * kTeam * N < body; j += kInFlight * kTeam * N) {
       Vec<T> v[kInFlight];
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u) v[u] = load16(x + j + u * kTeam * N);
+      for (int u = 0; u < kInFlight; ++u) v[u] = load16_any(x + j + u * kTeam * N, x, end);
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) add<N>(o, j + u * kTeam * N, v[u].v);
     }
     for (; j < body; j += kTeam * N) {
-      const Vec<T> v = load16(x + j);
+      const Vec<T> v = load16_any(x + j, x, end);
       add<N>(o, j, v.v);
     }
     for (j = body + lane; j < n; j += kTeam) add<1>(o, j, x + j);
@@ -161,15 +163,14 @@ struct RowTeam {
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx) const {
     const int64_t n = a.n, from = a.x_layout.class_stride, to = a.dx_layout.class_stride;
-    const bool together = reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(dx) % 16;
-    if (kTeam == 1 || from != 1 || to != 1 || !together) {
+    if (kTeam == 1 || from != 1 || to != 1) {
       for (int64_t j = lane; j < n; j += kTeam) dx[j * to] = grad(s, j, x[j * from]);
       return;
     }
-    const int64_t head = elements_to_boundary(x, n), body = head + (n - head) / N * N;
+    const int64_t head = elements_to_boundary(dx, n), body = head + (n - head) / N * N;
     for (int64_t j = lane; j < head; j += kTeam) dx[j] = grad(s, j, x[j]);
     for (int64_t j = head + int64_t{lane} * N; j < body; j += kTeam * N) {
-      Vec<T> v = load16(x + j);
+      Vec<T> v = load16_any(x + j, x, x + n);
 #pragma unroll
       for (int k = 0; k < N; ++k) v.v[k] = grad(s, j + k, v.v[k]);
       store16(dx + j, v);
@@ -236,6 +237,7 @@ struct RowTeam {
         state[2] = k;
 #pragma unroll
         for (int i = 0; i < Loss::kSaved; ++i) state[3 + i] = row.saved[i];
+        for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) state[i] = 0;
       }
     }
     if (!dx) return;
@@ -244,7 +246,8 @@ struct RowTeam {
 };
 
 template <class Loss, class T, int kTeam>
-__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads) rows_kernel(RowArgs a) {
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, sizeof(T) == 8 ? 4 : 0)
+    rows_kernel(RowArgs a) {
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
   if (a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "../core/portable.h"
 
@@ -48,6 +49,49 @@ __device__ __forceinline__ void store16(T* p, const Vec<T>& x) {
   std::memcpy(&raw, &x, 16);
   *reinterpret_cast<uint4*>(p) = raw;
 }
+// Four words that begin `bits` into word kFirst of eight.
+template <int kFirst>
+__device__ __forceinline__ void shift_words(const unsigned (&w)[8], unsigned bits, unsigned (&out)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    out[i] = static_cast<unsigned>(
+        (static_cast<unsigned long long>(w[kFirst + i + 1]) << 32 | w[kFirst + i]) >> bits);
+}
+
+// 16 bytes from any element boundary, of a row that spans [begin, end): two aligned accesses where both lie
+// inside the row, single elements at its ends. The lanes of a warp share the aligned lines.
+template <class T>
+__device__ __forceinline__ Vec<T> load16_any(const T* p, const T* begin, const T* end) {
+  const unsigned off = static_cast<unsigned>(reinterpret_cast<uintptr_t>(p) % 16);
+  if (off == 0) return load16(p);
+  const T* low = p - off / sizeof(T);
+  Vec<T> r;
+  if (low < begin || low + 2 * Vec<T>::kSize > end) {
+#pragma unroll
+    for (int k = 0; k < Vec<T>::kSize; ++k) r.v[k] = p[k];
+    return r;
+  }
+  const uint4 a = *reinterpret_cast<const uint4*>(low), b = *(reinterpret_cast<const uint4*>(low) + 1);
+  const unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+  const unsigned bits = off % 4 * 8;
+  unsigned out[4];
+  switch (off / 4) {  // the same for a whole row; registers are indexed by constants
+    case 0:
+      shift_words<0>(w, bits, out);
+      break;
+    case 1:
+      shift_words<1>(w, bits, out);
+      break;
+    case 2:
+      shift_words<2>(w, bits, out);
+      break;
+    default:
+      shift_words<3>(w, bits, out);
+  }
+  std::memcpy(&r, out, 16);
+  return r;
+}
+
 // Elements from p to the next 16-byte boundary, `n` at most.
 template <class T>
 __device__ __forceinline__ int64_t elements_to_boundary(const T* p, int64_t n) {

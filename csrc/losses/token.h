@@ -67,36 +67,36 @@ struct CrossEntropy {
   }
 
   struct Coef {
-    R p, y, hard;  // d/dz_j = p * softmax_j - y [* w_j (...)] - hard [j is the target]
-    R rest;
+    R p, y, hard;    // d/dz_j = p softmax_j - y w_j (...) - hard [j is the target]
+    R beside, rest;  // p without the hard target's share; 1 - softmax of the target
   };
   FL_FN Coef coef(const RowState<R>& row, const Target<R>& t, R g) const {
     Coef c{};
     c.hard = t.hard ? g * t.weight * (1 - smoothing) : 0;
     c.rest = t.hard ? row.saved[0] : 0;
-    c.p = c.hard + g * t.weight * 2 * z_loss * (row.m + row.log_sum);
+    c.beside = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
     if constexpr (kTargets == kSmooth) {
-      c.p += g * smoothing;
+      c.beside += g * smoothing;
       c.y = g * per_class;
     }
     if constexpr (kTargets == kSoft) {
-      c.p += g * row.saved[1];
+      c.beside += g * row.saved[1];
       c.y = g;
     }
+    c.p = c.hard + c.beside;
     return c;
   }
   template <class F>
   FL_FN F grad(F p, F, F w, F q, const Coef& c) const {
     if constexpr (kTargets == kHard) return p * c.p;
     if constexpr (kTargets == kSmooth) return p * c.p - c.y;
-    return p * c.p - (c.y * w) * ((1 - smoothing) * q + per_class);
+    return p * c.p - c.y * (w * ((1 - smoothing) * q + per_class));
   }
-  // p c.p - c.hard = (c.p - c.hard) p - c.hard (1 - p)
   FL_FN R target(R p, R, R w, const Coef& c) const {
     R dense = 0;
     if constexpr (kTargets == kSmooth) dense = c.y;
-    if constexpr (kTargets == kSoft) dense = c.y * w * per_class;
-    return (c.p - c.hard) * p - c.hard * c.rest - dense;
+    if constexpr (kTargets == kSoft) dense = c.y * (w * per_class);
+    return (c.beside * p - dense) - c.hard * c.rest;
   }
 };
 

@@ -219,12 +219,12 @@ struct Ops {
     a.loss = loss.mutable_data_ptr();
     if (with_gradient) call.set_gradient(dx);
 
-    // [0] the norm, [1] the result: numbers that stay where the kernels can read them
+    // [0] the result, [1] the norm: numbers that stay where the kernels can read them
     const int64_t two[] = {2};
     Tensor numbers = reduction == kNone ? loss : torch::stable::new_empty(call.x, two, call.accumulation);
     if (reduction != kNone) {
-      char* norm = static_cast<char*>(numbers.mutable_data_ptr());
-      void* result = norm + (f64 ? sizeof(double) : sizeof(float));
+      void* result = numbers.mutable_data_ptr();
+      void* norm = static_cast<char*>(result) + (f64 ? sizeof(double) : sizeof(float));
       if (reduction == kMean) a.norm = norm;
       if (cuda) {
 #if defined(FASTLOSS_HAS_CUDA)
@@ -237,15 +237,15 @@ struct Ops {
         run_cuda(kLoss, call);
 #endif
       } else if (f64) {
-        if (a.norm) *reinterpret_cast<double*>(norm) = norm_of<double>(a);
+        if (a.norm) *static_cast<double*>(norm) = norm_of<double>(a);
         run(kLoss, call);
         reduce(a, static_cast<double*>(result));
       } else {
-        if (a.norm) *reinterpret_cast<float*>(norm) = static_cast<float>(norm_of<float>(a));
+        if (a.norm) *static_cast<float*>(norm) = static_cast<float>(norm_of<float>(a));
         run(kLoss, call);
         reduce(a, static_cast<float*>(result));
       }
-      loss = torch::stable::select(numbers, 0, 1);
+      loss = torch::stable::select(numbers, 0, 0);
     } else {
       run(kLoss, call);
     }

@@ -16,14 +16,14 @@ def logits_of(input: Tensor, logit_scale: float, softcap: float | None) -> Tenso
 
 
 def nll_of(z: Tensor, one_hot: Tensor, dim: int) -> Tensor:
-    """-log softmax(z) of the class marked in `one_hot`: softplus(lse of the others - its logit).
+    """-log softmax(z) of the class marked in `one_hot`: -logsigmoid(its logit - lse of the others).
 
     Keeps its relative precision however far the class wins, where lse - logit would cancel.
     """
     alone = (one_hot | (z == -torch.inf)).all(dim)  # nothing to lose against: the loss is exactly 0
     others = torch.where(alone.unsqueeze(dim), 0.0, z.masked_fill(one_hot, -torch.inf)).logsumexp(dim)
     own = torch.where(one_hot, z, 0.0).sum(dim)
-    return torch.where(alone, (own - own).nan_to_num(nan=torch.nan), F.softplus(others - own, threshold=1e9))
+    return torch.where(alone, (own - own).nan_to_num(nan=torch.nan), -F.logsigmoid(own - others))
 
 
 def cross_entropy(
@@ -46,7 +46,9 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     dim = 0 if input.dim() == 1 else 1
-    classes = input.shape[dim]
+    if input.dim() == 1 and not target.is_floating_point():
+        target = target.reshape(())
+    classes = max(input.shape[dim], 1)
     z = logits_of(input, logit_scale, softcap)
     lse = z.logsumexp(dim)
     w = torch.ones(classes, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
