@@ -96,7 +96,7 @@ class Op:
             library = getattr(torch.ops, _namespace)
             found = SimpleNamespace(
                 fwd=getattr(library, f"{self.name}_fwd").default,
-                bwd=getattr(library, f"{self.name}_bwd").default,
+                bwd=getattr(library, f"{self.name}_bwd").default if self.wrt else None,
                 into=getattr(getattr(library, f"{self.name}_bwd_into", None), "default", None),
             )
             self._operators[_namespace] = found
@@ -227,13 +227,16 @@ def _register(namespace: str, op: Op) -> None:
     first = op.outputs
 
     def bwd_fake(*args):
-        grads = [torch.empty_like(args[first + i]) for i in op.wrt]
+        like = [args[first + i] for i in op.wrt]  # what is absent has an empty gradient
+        grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
         return grads[0] if len(grads) == 1 else tuple(grads)
 
     torch.library.register_fake(fwd, op.fake)
-    torch.library.register_fake(bwd, bwd_fake)
     operators = op.operators()
     torch.library.register_vmap(fwd, _each_sample(operators.fwd))
+    if operators.bwd is None:
+        return
+    torch.library.register_fake(bwd, bwd_fake)
     torch.library.register_vmap(bwd, _each_sample(operators.bwd))
     if operators.into is not None:
         torch.library.register_fake(f"{namespace}::{op.name}_bwd_into", lambda *_: None)
@@ -335,7 +338,7 @@ def _eager_function(op: Op) -> type[Function]:
             if all(u is None for u in upstream):
                 return (None,) * len(ctx.needs_input_grad)
             needed = ctx.needs_input_grad[: len(free)]
-            wanted = [i in op.wrt for i in range(n)]
+            wanted = [i in op.wrt and free[op.outputs + i] is not None for i in range(n)]
 
             def first(*some: Tensor):
                 it = iter(some)

@@ -81,6 +81,13 @@ class Loss:
 
 
 _losses: dict[str, Loss] = {}
+estimators: dict[str, Callable[..., Any]] = {}
+"""Public functions that are no losses: what they return, a loss is computed from."""
+
+
+def estimator(function: Callable[..., Any]) -> Callable[..., Any]:
+    estimators[function.__name__] = function
+    return function
 
 
 def register(loss: Loss) -> Loss:

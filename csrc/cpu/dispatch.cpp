@@ -9,6 +9,7 @@ namespace {
 struct Choice {
   const char* name;
   const Kernels* kernels;
+  const ScanKernels* scans;
 };
 
 Choice choose() {
@@ -20,9 +21,10 @@ Choice choose() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4 && allowed("avx512")) return {"avx512", &kernels_avx512};
-  if (v3 && (allowed("avx2") || (asked && std::strcmp(asked, "avx512") == 0))) return {"avx2", &kernels_avx2};
-  return {"sse2", &kernels_sse2};
+  if (v4 && allowed("avx512")) return {"avx512", &kernels_avx512, &scans_avx512};
+  if (v3 && (allowed("avx2") || (asked && std::strcmp(asked, "avx512") == 0)))
+    return {"avx2", &kernels_avx2, &scans_avx2};
+  return {"sse2", &kernels_sse2, &scans_sse2};
 }
 
 const Choice& choice() {
@@ -33,6 +35,7 @@ const Choice& choice() {
 }  // namespace
 
 const Kernels& kernels() { return *choice().kernels; }
+const ScanKernels& scan_kernels() { return *choice().scans; }
 const char* capability() { return choice().name; }
 
 }  // namespace fastloss::cpu

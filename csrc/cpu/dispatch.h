@@ -4,6 +4,8 @@
 
 #include "../core/export.h"
 #include "../core/rows.h"
+#include "../core/scan.h"
+#include "../losses/sequence.h"
 #include "../losses/token.h"
 
 namespace fastloss::cpu {
@@ -16,10 +18,20 @@ struct Kernels {
 #undef FASTLOSS_FIELD
 };
 
+using ScanKernel = void (*)(const ScanArgs& args, int64_t begin, int64_t end);
+
+struct ScanKernels {
+#define FASTLOSS_FIELD(name, Loss) ScanKernel name;
+  FASTLOSS_SCANS(FASTLOSS_FIELD)
+#undef FASTLOSS_FIELD
+};
+
 extern const Kernels kernels_sse2, kernels_avx2, kernels_avx512;
+extern const ScanKernels scans_sse2, scans_avx2, scans_avx512;
 
 // Chosen once: the best that this machine has, or less if FASTLOSS_CPU_CAPABILITY asks for it.
 const Kernels& kernels();
+const ScanKernels& scan_kernels();
 FASTLOSS_EXPORT const char* capability();
 
 }  // namespace fastloss::cpu

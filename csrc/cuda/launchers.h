@@ -1,6 +1,8 @@
-// The row kernels' launchers, as the operators see them: raw pointers and a stream, no torch.
+// The kernels' launchers, as the operators see them: raw pointers and a stream, no torch.
 #pragma once
 #include "../core/rows.h"
+#include "../core/scan.h"
+#include "../losses/sequence.h"
 #include "../losses/token.h"
 
 namespace fastloss::cuda {
@@ -12,6 +14,10 @@ void row_reduce(const RowArgs& args, void* out, void* stream);
 
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const RowArgs& args, void* stream);
 FASTLOSS_TOKEN_LOSSES(FASTLOSS_LAUNCHER)
+#undef FASTLOSS_LAUNCHER
+
+#define FASTLOSS_LAUNCHER(name, Loss) void name(const ScanArgs& args, void* stream);
+FASTLOSS_SCANS(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
 }  // namespace fastloss::cuda

@@ -6,5 +6,6 @@
 namespace fastloss::cpu {
 
 const Kernels& kernels() { throw std::logic_error("the CPU kernels are not part of this build"); }
+const ScanKernels& scan_kernels() { throw std::logic_error("the CPU kernels are not part of this build"); }
 
 }  // namespace fastloss::cpu

@@ -1,0 +1,36 @@
+// Launchers of the recursions in time.
+#include "scan.cuh"
+// after scan.cuh: port.cuh decides what __device__ means
+#include "../losses/sequence.h"
+#include "launchers.h"
+
+namespace fastloss::cuda {
+namespace {
+
+template <class Loss, class T>
+void run_pass(const ScanArgs& a, cudaStream_t stream) {
+  if constexpr (Loss::kBackward)
+    if (a.backward) return launch_scan<Loss, T, true>(a, stream);
+  launch_scan<Loss, T, false>(a, stream);
+}
+template <template <class> class Loss>
+void run(const ScanArgs& a, cudaStream_t stream) {
+  switch (a.dtype) {
+    case DType::f32:
+      return run_pass<Loss<float>, float>(a, stream);
+    case DType::bf16:
+      return run_pass<Loss<float>, __nv_bfloat16>(a, stream);
+    case DType::f16:
+      return run_pass<Loss<float>, __half>(a, stream);
+    case DType::f64:
+      return run_pass<Loss<double>, double>(a, stream);
+  }
+}
+
+}  // namespace
+
+#define FASTLOSS_LAUNCH(name, Loss) \
+  void name(const ScanArgs& args, void* stream) { run<Loss>(args, static_cast<cudaStream_t>(stream)); }
+FASTLOSS_SCANS(FASTLOSS_LAUNCH)
+
+}  // namespace fastloss::cuda
