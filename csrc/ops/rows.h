@@ -1,0 +1,206 @@
+// Rows of logits as the operators see them: from tensors to RowArgs, where a kernel runs, reductions over
+// rows. Shared by all operators that run the row kernels.
+#pragma once
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+#include "library.h"
+#if defined(FASTLOSS_CUDA) || defined(FL_SIMT)
+#define FASTLOSS_HAS_CUDA 1
+#include "../cuda/launchers.h"
+#endif
+
+namespace fastloss {
+enum Reduction : int64_t { kNone, kMean, kSum };
+using OptionalTensor = std::optional<Tensor>;
+using Options = std::vector<double>;
+
+// Outputs from here on are written past the caches: about the last level that one socket shares among its
+// cores.
+constexpr int64_t kPastCache = 24 << 20, kRowPastCache = 2048;
+constexpr int kStateHead = 3;  // m, log_sum, k; then what the loss saves
+
+struct TokenLoss {
+  int (*variant)(const RowArgs&);
+  int saved;
+  cpu::RowKernel cpu::Kernels::* cpu_kernel;
+#if defined(FASTLOSS_HAS_CUDA)
+  void (*cuda_kernel)(const RowArgs&, void* stream);
+#endif
+};
+
+// The same for all variants of a loss, so that the state's shape depends on nothing but the loss.
+template <template <class, int> class Loss, int kVariant = 0>
+constexpr int saved() {
+  if constexpr (kVariant + 1 < Loss<float, 0>::kVariants)
+    return std::max(Loss<float, kVariant>::kSaved, saved<Loss, kVariant + 1>());
+  return Loss<float, kVariant>::kSaved;
+}
+
+// ---- tensors as rows
+
+// [N, C, d1, ...] or [C]; nullopt where the trailing dimensions have no common stride.
+inline std::optional<RowLayout> row_layout(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  if (t.dim() == 1) return RowLayout{1, 0, 0, strides[0]};
+  RowLayout l{1, strides[0], 0, strides[1]};
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (sizes[d] == 1) continue;
+    if (l.inner == 1) {
+      l.inner_stride = strides[d];
+    } else if (strides[d] != l.inner_stride * l.inner) {
+      return std::nullopt;
+    }
+    l.inner *= sizes[d];
+  }
+  return l;
+}
+inline Tensor as_rows(const Tensor& t) { return row_layout(t) ? t : torch::stable::contiguous(t); }
+inline Tensor as_type(const Tensor& t, ScalarType type) {
+  const Tensor typed = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
+// What forward and backward tell the kernels alike; holds the tensors that `args` points into.
+struct Call {
+  RowArgs args{};
+  Tensor x, target;
+  OptionalTensor weight;
+  ScalarType accumulation;
+  std::vector<int64_t> row_shape;
+
+  Call(const TokenLoss& loss, RowPass pass, const Tensor& input, const Tensor& target_,
+       const OptionalTensor& weight_, double logit_scale, double softcap, const Options& options)
+      : x(as_rows(input)), target(target_), accumulation(accumulation_type(dtype_of(input, "input"))) {
+    STD_TORCH_CHECK(input.dim() >= 1, "input: expected at least one dimension");
+    const auto sizes = x.sizes();
+    const int64_t class_dim = x.dim() == 1 ? 0 : 1;
+    for (int64_t d = 0; d < x.dim(); ++d)
+      if (d != class_dim) row_shape.push_back(sizes[d]);
+    args.pass = pass;
+    args.dtype = dtype_of(x, "input");
+    args.n = sizes[class_dim];
+    args.rows = 1;
+    for (int64_t size : row_shape) args.rows *= size;
+    args.x = x.const_data_ptr();
+    args.x_layout = *row_layout(x);
+    if (target.scalar_type() == ScalarType::Long) {
+      STD_TORCH_CHECK(target.numel() == args.rows, "target: expected ", args.rows, " class indices, got ",
+                      target.numel());
+      target = as_type(target, ScalarType::Long);
+      args.target = static_cast<const int64_t*>(target.const_data_ptr());
+    } else {
+      STD_TORCH_CHECK(target.numel() == x.numel(), "target: expected a probability for each class");
+      target = as_rows(as_dtype(target));
+      args.q = target.const_data_ptr();
+      args.q_layout = *row_layout(target);
+    }
+    if (weight_) {
+      STD_TORCH_CHECK(weight_->numel() == args.n, "weight: expected ", args.n, " numbers, got ",
+                      weight_->numel());
+      weight = as_type(*weight_, accumulation);
+      args.class_weight = weight->const_data_ptr();
+    }
+    args.logit_scale = logit_scale;
+    args.softcap = softcap;
+    STD_TORCH_CHECK(options.size() <= kMaxOptions, "options: too many");
+    std::copy(options.begin(), options.end(), args.options);
+    args.variant = loss.variant(args);
+  }
+  Tensor as_dtype(const Tensor& t) const {
+    return t.scalar_type() == x.scalar_type() ? t : torch::stable::to(t, x.scalar_type());
+  }
+  void set_state(const Tensor& state) {
+    args.state = const_cast<void*>(state.const_data_ptr());
+    args.state_width = state.size(-1);
+  }
+  void set_gradient(const Tensor& dx) {
+    args.dx = dx.mutable_data_ptr();
+    args.dx_layout = *row_layout(dx);
+    const int64_t row_bytes = args.n * dx.element_size();
+    args.past_cache = args.dx != args.x && row_bytes >= kRowPastCache && row_bytes * args.rows > kPastCache;
+  }
+};
+
+// ---- where a kernel runs
+
+#if defined(FL_SIMT)
+inline bool on_cuda(const Tensor&) { return true; }  // the CUDA kernels, executed on the CPU
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) {}
+};
+#else
+inline bool on_cuda(const Tensor& t) { return !t.is_cpu(); }
+struct DeviceScope {
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()) {}
+};
+#endif
+
+#if defined(FASTLOSS_HAS_CUDA)
+inline void run_cuda(const TokenLoss& loss, const Call& call) {
+  const DeviceScope scope(call.x);
+  loss.cuda_kernel(call.args, current_stream(call.x));
+}
+#else
+[[noreturn]] inline void run_cuda(const TokenLoss&, const Call&) {
+  throw std::runtime_error(
+      "fastloss was built without CUDA kernels: install nvcc and rebuild with FASTLOSS_CUDA=1 pip install "
+      "--no-build-isolation --force-reinstall --no-deps .");
+}
+#endif
+
+inline void run(const TokenLoss& loss, const Call& call) {
+  const RowArgs& a = call.args;
+  if (a.rows == 0) return;
+  if (on_cuda(call.x)) return run_cuda(loss, call);
+  const cpu::RowKernel kernel = cpu::kernels().*loss.cpu_kernel;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(a.n, 1));
+  if (a.rows <= grain) return kernel(a, 0, a.rows);
+  torch::stable::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+
+// ---- reduction on the CPU: in double, in the order of the rows
+
+inline void check_targets(const RowArgs& a) {
+  if (!a.target) return;
+  for (int64_t r = 0; r < a.rows; ++r)
+    STD_TORCH_CHECK(a.target[r] == a.ignore_index || (a.target[r] >= 0 && a.target[r] < a.n), "Target ",
+                    a.target[r], " is out of bounds: expected a class in [0, ", a.n, ") or ignore_index (",
+                    a.ignore_index, ")");
+}
+template <class R>
+double norm_of(const RowArgs& a) {
+  double sum = 0;
+  for (int64_t r = 0; r < a.rows; ++r) {
+    if (a.target && a.target[r] == a.ignore_index) continue;
+    const double w = a.target && a.class_weight ? static_cast<const R*>(a.class_weight)[a.target[r]] : 1;
+    sum += w * (a.row_weight ? static_cast<const R*>(a.row_weight)[r] : 1);
+  }
+  return sum;
+}
+template <class R>
+void reduce(const RowArgs& a, R* out) {
+  double sum = 0;
+  for (int64_t r = 0; r < a.rows; ++r) sum += static_cast<const R*>(a.loss)[r];
+  *out = static_cast<R>(a.norm ? sum / static_cast<double>(*static_cast<const R*>(a.norm)) : sum);
+}
+
+// ---- what there is to run: `<name>_loss`
+
+#if defined(FASTLOSS_HAS_CUDA)
+#define FASTLOSS_CUDA_FIELD(name) &cuda::name
+#else
+#define FASTLOSS_CUDA_FIELD(name)
+#endif
+#define FASTLOSS_DESCRIBE(name, Loss)                                                                  \
+  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(), &cpu::Kernels::name, \
+                                         FASTLOSS_CUDA_FIELD(name)};
+FASTLOSS_TOKEN_LOSSES(FASTLOSS_DESCRIBE)
+#undef FASTLOSS_DESCRIBE
+#undef FASTLOSS_CUDA_FIELD
+
+}  // namespace fastloss
