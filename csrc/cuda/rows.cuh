@@ -246,7 +246,7 @@ struct RowTeam {
 };
 
 template <class Loss, class T, int kTeam>
-__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, sizeof(T) == 8 ? 4 : 0)
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 : 4)
     rows_kernel(RowArgs a) {
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;

@@ -49,15 +49,6 @@ __device__ __forceinline__ void store16(T* p, const Vec<T>& x) {
   std::memcpy(&raw, &x, 16);
   *reinterpret_cast<uint4*>(p) = raw;
 }
-// Four words that begin `bits` into word kFirst of eight.
-template <int kFirst>
-__device__ __forceinline__ void shift_words(const unsigned (&w)[8], unsigned bits, unsigned (&out)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    out[i] = static_cast<unsigned>(
-        (static_cast<unsigned long long>(w[kFirst + i + 1]) << 32 | w[kFirst + i]) >> bits);
-}
-
 // 16 bytes from any element boundary, of a row that spans [begin, end): two aligned accesses where both lie
 // inside the row, single elements at its ends. The lanes of a warp share the aligned lines.
 template <class T>
@@ -73,20 +64,15 @@ __device__ __forceinline__ Vec<T> load16_any(const T* p, const T* begin, const T
   }
   const uint4 a = *reinterpret_cast<const uint4*>(low), b = *(reinterpret_cast<const uint4*>(low) + 1);
   const unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  const unsigned bits = off % 4 * 8;
-  unsigned out[4];
-  switch (off / 4) {  // the same for a whole row; registers are indexed by constants
-    case 0:
-      shift_words<0>(w, bits, out);
-      break;
-    case 1:
-      shift_words<1>(w, bits, out);
-      break;
-    case 2:
-      shift_words<2>(w, bits, out);
-      break;
-    default:
-      shift_words<3>(w, bits, out);
+  unsigned by2[6], by1[5], out[4];  // registers are indexed by constants alone
+#pragma unroll
+  for (int i = 0; i < 6; ++i) by2[i] = off & 8 ? w[i + 2] : w[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) by1[i] = off & 4 ? by2[i + 1] : by2[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned long long pair = static_cast<unsigned long long>(by1[i + 1]) << 32 | by1[i];
+    out[i] = static_cast<unsigned>(pair >> off % 4 * 8);
   }
   std::memcpy(&r, out, 16);
   return r;
