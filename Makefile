@@ -6,12 +6,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-# Without an NVIDIA driver torch's CPU wheel will do, a tenth of the download; where its index cannot be reached,
-# PyPI's is taken. Expanded when .venv is made, not before.
-CPU_WHEELS := https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null || { \
-  $(PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_WHEELS)/torch/", timeout=5)' 2>/dev/null && \
-  echo --extra-index-url $(CPU_WHEELS); })
+# Where torch comes from; without a GPU, TORCH_INDEX="--index-url .../whl/cpu" (see pytorch.org) is a tenth of the download.
+TORCH_INDEX ?=
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 CPP_FILES := find csrc tests '(' -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' ')' -print0
@@ -27,7 +23,7 @@ env: $(VENV)/.env ## make .venv with torch and what the build needs
 $(VENV)/.env:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=...") if sys.version_info < (3, 10) else 0'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) $(TORCH_INDEX)
+	$(PIP) $(TORCH_INDEX) $(TORCH)
 	$(PIP) numpy pybind11 ninja setuptools wheel
 	@touch $@
 

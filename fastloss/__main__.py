@@ -22,10 +22,12 @@ def shape(text: str) -> tuple[int, ...]:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m fastloss", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="{info,check,bench}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,losses,check,bench}")
 
     info = commands.add_parser("info", help="what was built, what this machine has, what will be used")
     info.add_argument("--json", action="store_true", help="print JSON")
+
+    commands.add_parser("losses", help="the table of losses, as markdown")
 
     check = commands.add_parser("check", help="compare every loss with its float64 reference")
     check.add_argument("--loss", action="append", metavar="NAME", help="only this loss; may be repeated")

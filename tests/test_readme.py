@@ -1,0 +1,11 @@
+"""The README says what is so."""
+
+from pathlib import Path
+
+from fastloss.losses import table
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_table_of_losses_is_the_registrys():
+    assert table() in README.read_text(), "put the output of `python -m fastloss losses` into README.md"
