@@ -45,7 +45,7 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     """A finite number in [low, high]."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (-math.inf < value < math.inf and low <= value <= high):
         raise ValueError(f"{name}: expected a finite number in [{low}, {high}], got {value}")
     return float(value)
 

@@ -35,11 +35,9 @@ class LossModule(torch.nn.Module):
         return self.loss.function(**dict(zip(self.loss.forward_arguments, args)), **kwargs, **options)
 
     def extra_repr(self) -> str:
-        changed = {
-            name: getattr(self, name)
-            for name, p in type(self).__signature__.parameters.items()
-            if getattr(self, name) is not p.default
-        }
+        options = {name: getattr(self, name) for name in type(self).__signature__.parameters}
+        defaults = {name: p.default for name, p in type(self).__signature__.parameters.items()}
+        changed = {n: v for n, v in options.items() if isinstance(v, Tensor) or v != defaults[n]}
         return ", ".join(
             f"{n}={tuple(v.shape) if isinstance(v, Tensor) else v!r}" for n, v in changed.items()
         )

@@ -31,6 +31,22 @@ __all__ = ["cross_entropy"]
 _cross_entropy = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
 
 
+def is_wide(input: Tensor) -> bool:
+    """Under autocast a loss of half types is float32, as torch's are."""
+    return input.dtype in HALF_TYPES and torch.is_autocast_enabled(input.device.type)
+
+
+def call_rows(
+    op: RowOp, tensors: tuple[Tensor | None, ...], options: tuple, inplace_backward: bool
+) -> Tensor:
+    try:
+        return op(tensors, options, inplace_backward)
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(str(error)) from None
+        raise
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -112,23 +128,17 @@ def cross_entropy(
         input, target = input.to(wider), target.to(wider)
     elif input.dim() == 1:
         target = target.reshape(())
-    wide = input.dtype in HALF_TYPES and torch.is_autocast_enabled(input.device.type)
     numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
-    options = (ignore_index, mode, check_number("logit_scale", logit_scale), cap, numbers, wide)
-    try:
-        return _cross_entropy((input, target, weight, sample_weight), options, inplace_backward)
-    except RuntimeError as error:
-        if "is out of bounds" in str(error):
-            raise IndexError(str(error)) from None
-        raise
+    options = (ignore_index, mode, check_number("logit_scale", logit_scale), cap, numbers, is_wide(input))
+    return call_rows(_cross_entropy, (input, target, weight, sample_weight), options, inplace_backward)
 
 
-def _classes(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+def classes_of(draw: Draw, shape: tuple[int, ...]) -> Tensor:
     return draw.index(shape[1], shape[0], *shape[2:])
 
 
-def _some_ignored(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    target = _classes(draw, shape)
+def some_ignored(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    target = classes_of(draw, shape)
     return torch.where(draw.index(3, *target.shape) == 0, -100, target)
 
 
@@ -140,20 +150,23 @@ register(
         reference=reference.cross_entropy,
         eager=F.cross_entropy,
         replaces="torch.nn.functional.cross_entropy",
-        inputs=lambda draw, shape: {"input": draw.normal(*shape, scale=3.0), "target": _classes(draw, shape)},
+        inputs=lambda draw, shape: {
+            "input": draw.normal(*shape, scale=3.0),
+            "target": classes_of(draw, shape),
+        },
         wrt=("input",),
         forward_arguments=("input", "target", "sample_weight"),
         cases={
             "plain": {},
             "sum": {"reduction": "sum"},
             "none": {"reduction": "none"},
-            "ignored": {"target": _some_ignored},
+            "ignored": {"target": some_ignored},
             "weight": {"weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0)},
-            "smoothing": {"label_smoothing": 0.1, "target": _some_ignored},
+            "smoothing": {"label_smoothing": 0.1, "target": some_ignored},
             "weight+smoothing": {
                 "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
                 "label_smoothing": 0.2,
-                "target": _some_ignored,
+                "target": some_ignored,
             },
             "probabilities": {"target": lambda d, s: d.simplex(*s)},
             "probabilities+weight+smoothing": {
@@ -166,7 +179,7 @@ register(
             "z_loss": {"z_loss": 1e-2},
             "sample_weight": {"sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0)},
             "everything": {
-                "target": _some_ignored,
+                "target": some_ignored,
                 "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
                 "label_smoothing": 0.1,
                 "logit_scale": 0.5,

@@ -28,7 +28,7 @@ from fastloss import reference
 
 def module_class(loss):
     """The module that calls this loss; the registry names functions, `fastloss.nn` names classes."""
-    wanted = loss.name.replace("_", "") + "loss"
+    wanted = loss.name.replace("_", "").removesuffix("loss") + "loss"
     found = [c for n, c in vars(fastloss.nn).items() if inspect.isclass(c) and n.lower() == wanted]
     assert len(found) == 1, f"fastloss.nn has no one class for {loss.name}"
     return found[0]

@@ -32,6 +32,10 @@ FL_FN float log(float x) { return ::logf(x); }
 FL_FN double log(double x) { return ::log(x); }
 FL_FN float log1p(float x) { return ::log1pf(x); }
 FL_FN double log1p(double x) { return ::log1p(x); }
+FL_FN float pow(float x, float y) { return ::powf(x, y); }
+FL_FN double pow(double x, double y) { return ::pow(x, y); }
+FL_FN float sqrt(float x) { return ::sqrtf(x); }
+FL_FN double sqrt(double x) { return ::sqrt(x); }
 FL_FN float tanh(float x) { return ::tanhf(x); }
 FL_FN double tanh(double x) { return ::tanh(x); }
 FL_FN float max(float a, float b) { return a > b ? a : b; }

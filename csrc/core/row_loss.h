@@ -16,6 +16,16 @@
 
 namespace fastloss::inline FL_ISA {
 
+// What a loss does not say otherwise.
+struct RowLossDefaults {
+  static constexpr int kVariants = 1;             // instantiations, of which `variant` chooses
+  static constexpr int kSaved = 0;                // numbers of a row that its gradient needs
+  static constexpr bool kSoftcap = false;         // logits may be capped
+  static constexpr bool kSideStreams = false;     // `w` and `q` are read for every class
+  static constexpr bool kGradUsesLogit = false;   // `grad` uses z - m
+  static constexpr bool kNormCountsRows = false;  // "mean" counts rows, whatever their class weights
+};
+
 template <class R>
 struct RowState {
   R m;         // maximum of z

@@ -42,8 +42,9 @@ struct RowArgs {
   const void* class_weight;  // [n] in the accumulation type, or null
   const void* row_weight;    // [rows] in the accumulation type, or null
   int64_t ignore_index;
-  const void* norm;  // one number of the accumulation type that divides every row's weight, or null
-  void* state;       // [rows, state_width] in the accumulation type: written forward, read backward
+  bool norm_counts_rows;  // the norm leaves class weights out
+  const void* norm;       // one number of the accumulation type that divides every row's weight, or null
+  void* state;            // [rows, state_width] in the accumulation type: written forward, read backward
   int64_t state_width;
   void* loss;                   // [rows] in the accumulation type; not divided by norm
   const void* upstream;         // backward: gradient of the result, in the accumulation type,

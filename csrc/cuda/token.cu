@@ -48,8 +48,9 @@ __global__ void __launch_bounds__(kSumThreads) norm_kernel(RowArgs a, R* out) {
     const int64_t t = a.target ? a.target[r] : 0;
     if (a.target && t == a.ignore_index) return 0.0;
     const bool inside = t >= 0 && t < a.n;
-    const double w =
-        a.target && a.class_weight && inside ? double(static_cast<const R*>(a.class_weight)[t]) : 1.0;
+    const double w = a.target && a.class_weight && !a.norm_counts_rows && inside
+                         ? double(static_cast<const R*>(a.class_weight)[t])
+                         : 1.0;
     return w * (a.row_weight ? double(static_cast<const R*>(a.row_weight)[r]) : 1.0);
   });
   if (threadIdx.x == 0) *out = static_cast<R>(sum);

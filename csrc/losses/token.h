@@ -13,10 +13,9 @@ enum Targets { kHard, kSmooth, kSoft };
 // w_y ((1 - s) nll + z_loss lse^2) + s / n sum_c w_c (lse - z_c); with soft targets q,
 // sum_c w_c ((1 - s) q_c + s / n) (lse - z_c) + z_loss lse^2.
 template <class R, int kTargets>
-struct CrossEntropy {
+struct CrossEntropy : RowLossDefaults {
   static constexpr int kVariants = 3;
   static constexpr bool kSoftcap = kTargets == kSoft, kSideStreams = kTargets == kSoft;
-  static constexpr bool kGradUsesLogit = false;
   static constexpr int kSaved = kTargets == kSoft ? 2 : 1;
   R smoothing, z_loss, per_class;  // per_class = smoothing / n
 
@@ -100,8 +99,52 @@ struct CrossEntropy {
   }
 };
 
+// w_y (1 - p)^gamma nll with p = softmax(z)_y. Its derivative is A p_j for the other classes and -A (1 - p)
+// for the target, A = (1 - p)^gamma (1 + gamma p nll / (1 - p)): the quotient tends to 1 as p does, so that
+// nothing is singular for gamma < 1 either.
+template <class R, int>
+struct Focal : RowLossDefaults {
+  static constexpr int kSaved = 2;
+  static constexpr bool kNormCountsRows = true;
+  R gamma;
+
+  static int variant(const RowArgs&) { return 0; }
+  FL_FN Focal(const double* options, int64_t) : gamma(R(options[0])) {}
+
+  template <class>
+  using Sums = NoSums;
+  FL_FN R power(R rest) const {
+    if (gamma == 0) return 1;
+    if (gamma == 0.5) return sqrt(rest);
+    if (gamma == 1) return rest;
+    if (gamma == 2) return rest * rest;
+    return pow(rest, gamma);
+  }
+  FL_FN R finish(RowState<R>& row, const NoSums&, R others, R e, const Target<R>& t) const {
+    const TargetShare<R> share = target_share(others, e, t.d, row.log_sum);
+    const R p = e / (others + e), factor = power(share.rest);
+    const R ratio = share.rest == 0 ? 1 : share.nll / share.rest;
+    row.saved[0] = t.weight * factor * (p == 0 ? 1 : 1 + gamma * p * ratio);
+    row.saved[1] = share.rest;
+    return t.weight * factor * share.nll;
+  }
+  struct Coef {
+    R p, rest;
+  };
+  FL_FN Coef coef(const RowState<R>& row, const Target<R>&, R g) const {
+    return {g * row.saved[0], row.saved[1]};
+  }
+  template <class F>
+  FL_FN F grad(F p, F, F, F, const Coef& c) const {
+    return p * c.p;
+  }
+  FL_FN R target(R, R, R, const Coef& c) const { return -c.p * c.rest; }
+};
+
 }  // namespace fastloss::inline FL_ISA
 
 // The token losses: name of the operator and struct. A new loss is its struct, its line here and its Python
 // function.
-#define FASTLOSS_TOKEN_LOSSES(X) X(cross_entropy, CrossEntropy)
+#define FASTLOSS_TOKEN_LOSSES(X) \
+  X(cross_entropy, CrossEntropy) \
+  X(softmax_focal_loss, Focal)

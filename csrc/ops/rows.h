@@ -26,6 +26,7 @@ constexpr int kStateHead = 3;  // m, log_sum, k; then what the loss saves
 struct TokenLoss {
   int (*variant)(const RowArgs&);
   int saved;
+  bool norm_counts_rows;
   cpu::RowKernel cpu::Kernels::* cpu_kernel;
 #if defined(FASTLOSS_HAS_CUDA)
   void (*cuda_kernel)(const RowArgs&, void* stream);
@@ -108,6 +109,7 @@ struct Call {
     args.softcap = softcap;
     STD_TORCH_CHECK(options.size() <= kMaxOptions, "options: too many");
     std::copy(options.begin(), options.end(), args.options);
+    args.norm_counts_rows = loss.norm_counts_rows;
     args.variant = loss.variant(args);
   }
   Tensor as_dtype(const Tensor& t) const {
@@ -177,7 +179,9 @@ double norm_of(const RowArgs& a) {
   double sum = 0;
   for (int64_t r = 0; r < a.rows; ++r) {
     if (a.target && a.target[r] == a.ignore_index) continue;
-    const double w = a.target && a.class_weight ? static_cast<const R*>(a.class_weight)[a.target[r]] : 1;
+    const double w = a.target && a.class_weight && !a.norm_counts_rows
+                         ? static_cast<const R*>(a.class_weight)[a.target[r]]
+                         : 1;
     sum += w * (a.row_weight ? static_cast<const R*>(a.row_weight)[r] : 1);
   }
   return sum;
@@ -196,8 +200,9 @@ void reduce(const RowArgs& a, R* out) {
 #else
 #define FASTLOSS_CUDA_FIELD(name)
 #endif
-#define FASTLOSS_DESCRIBE(name, Loss)                                                                  \
-  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(), &cpu::Kernels::name, \
+#define FASTLOSS_DESCRIBE(name, Loss)                                                          \
+  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(),              \
+                                         Loss<float, 0>::kNormCountsRows, &cpu::Kernels::name, \
                                          FASTLOSS_CUDA_FIELD(name)};
 FASTLOSS_TOKEN_LOSSES(FASTLOSS_DESCRIBE)
 #undef FASTLOSS_DESCRIBE
