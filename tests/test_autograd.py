@@ -8,7 +8,6 @@ from support import (
     Answer,
     copied,
     differentiable,
-    every_case,
     every_dtype,
     fused,
     has_reductions,
@@ -16,6 +15,7 @@ from support import (
     of_tensors,
     requiring,
     same_bits,
+    some_cases,
     tensors,
     tiny_shape,
     upstream_like,
@@ -29,20 +29,20 @@ def call(loss, kwargs):
     return of_tensors(loss, kwargs, names), tuple(kwargs[name] for name in names)
 
 
-@every_case
+@some_cases
 def test_gradcheck(loss, case, device):
     function, inputs = call(loss, make(loss, case, device=device, shape=tiny_shape(loss)))
     assert gradcheck(function, inputs)
 
 
-@every_case
+@some_cases
 def test_gradgradcheck(loss, case, device):
     function, inputs = call(loss, make(loss, case, device=device, shape=tiny_shape(loss)))
     assert gradgradcheck(function, inputs)
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_create_graph_gives_the_same_gradient(loss, case, dtype, device):
     function, inputs = call(loss, make(loss, case, dtype, device))
     value = function(*inputs)
@@ -56,7 +56,7 @@ def test_create_graph_gives_the_same_gradient(loss, case, dtype, device):
 # ---- torch.func -----------------------------------------------------------------------------------------
 
 
-@every_case
+@some_cases
 def test_func_grad(loss, case, device):
     kwargs = make(loss, case, device=device)
     function, inputs = call(loss, kwargs)
@@ -65,7 +65,7 @@ def test_func_grad(loss, case, device):
         torch.testing.assert_close(a, b)
 
 
-@every_case
+@some_cases
 def test_func_jacrev(loss, case, device):
     kwargs = make(loss, case, device=device, shape=tiny_shape(loss))
     function, inputs = call(loss, kwargs)
@@ -82,7 +82,7 @@ def batch_of_calls(loss, case, device, n=3):
     return calls, names, [torch.stack([kwargs[name].detach() for kwargs in calls]) for name in names]
 
 
-@every_case
+@some_cases
 def test_vmap(loss, case, device):
     calls, names, stacked = batch_of_calls(loss, case, device)
     got = torch.func.vmap(of_tensors(loss, calls[0], names))(*stacked)
@@ -90,7 +90,7 @@ def test_vmap(loss, case, device):
     torch.testing.assert_close(got, expected)
 
 
-@every_case
+@some_cases
 def test_vmap_over_one_argument(loss, case, device):
     """The others are shared, and the mapped dimension is not the first."""
     calls, names, stacked = batch_of_calls(loss, case, device)
@@ -100,7 +100,7 @@ def test_vmap_over_one_argument(loss, case, device):
         torch.testing.assert_close(got, expected.detach())
 
 
-@every_case
+@some_cases
 def test_vmap_of_grad(loss, case, device):
     calls, names, stacked = batch_of_calls(loss, case, device)
     wrt = differentiable(loss, calls[0])
@@ -112,7 +112,7 @@ def test_vmap_of_grad(loss, case, device):
         torch.testing.assert_close(a, torch.stack(b))
 
 
-@every_case
+@some_cases
 def test_grad_of_vmap(loss, case, device):
     calls, names, stacked = batch_of_calls(loss, case, device)
     wrt = differentiable(loss, calls[0])
@@ -133,7 +133,7 @@ def test_grad_of_vmap(loss, case, device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_second_backward(loss, case, dtype, device):
     """It gives the same bits in other memory, and what the first gave is left alone."""
     function, inputs = call(loss, make(loss, case, dtype, device))
@@ -152,7 +152,7 @@ def test_second_backward(loss, case, dtype, device):
         torch.testing.assert_close(c, 2 * saved)
 
 
-@every_case
+@some_cases
 def test_backward_twice_without_retain_graph_raises(loss, case, device):
     function, inputs = call(loss, make(loss, case, device=device))
     value = function(*inputs).sum()
@@ -161,7 +161,7 @@ def test_backward_twice_without_retain_graph_raises(loss, case, device):
         value.backward()
 
 
-@every_case
+@some_cases
 def test_gradient_accumulates(loss, case, device):
     kwargs = make(loss, case, torch.float32, device)
     function, inputs = call(loss, kwargs)
@@ -174,7 +174,7 @@ def test_gradient_accumulates(loss, case, device):
         torch.testing.assert_close(x.grad, 1 + g + g)
 
 
-@every_case
+@some_cases
 def test_two_losses_share_their_inputs(loss, case, device):
     kwargs = make(loss, case, torch.float32, device)
     function, inputs = call(loss, kwargs)
@@ -184,7 +184,7 @@ def test_two_losses_share_their_inputs(loss, case, device):
         torch.testing.assert_close(g, 3 * expected + 1)
 
 
-@every_case
+@some_cases
 def test_inside_a_larger_graph(loss, case, device):
     """Inputs that are not leaves, a scaled loss, hooks on both sides."""
     kwargs = make(loss, case, torch.float32, device)
@@ -202,7 +202,7 @@ def test_inside_a_larger_graph(loss, case, device):
         torch.testing.assert_close(leaf.grad, 15 * expected)
 
 
-@every_case
+@some_cases
 def test_each_row_has_its_own_upstream(loss, case, device):
     if not has_reductions(loss):
         return
@@ -220,7 +220,7 @@ def test_each_row_has_its_own_upstream(loss, case, device):
 # ---- no gradient wanted ---------------------------------------------------------------------------------
 
 
-@every_case
+@some_cases
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_modes_without_gradient(loss, case, mode, device):
     kwargs = make(loss, case, torch.float32, device)
@@ -235,7 +235,7 @@ def test_modes_without_gradient(loss, case, mode, device):
     assert same_bits(made_inside, expected)
 
 
-@every_case
+@some_cases
 def test_no_graph_without_requires_grad(loss, case, device):
     kwargs = requiring(make(loss, case, torch.float32, device), [])
     value = loss.function(**kwargs)
@@ -243,7 +243,7 @@ def test_no_graph_without_requires_grad(loss, case, device):
     assert isinstance(fused(loss, kwargs, []), Answer)
 
 
-@every_case
+@some_cases
 def test_gradient_only_for_what_needs_it(loss, case, device):
     kwargs = make(loss, case, torch.float32, device)
     names = differentiable(loss, kwargs)

@@ -9,7 +9,6 @@ import torch
 from support import (
     assert_same_bits,
     differentiable,
-    every_case,
     every_dtype,
     every_loss,
     fused,
@@ -18,6 +17,7 @@ from support import (
     of_tensors,
     requiring,
     small_shape,
+    some_cases,
     tensors,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -49,7 +49,7 @@ def step(function, kwargs, names):
     return [value.detach(), *(inputs[name].grad for name in names)]
 
 
-@every_case
+@some_cases
 def test_compiles_as_one_graph(loss, case, real_device):
     kwargs = make(loss, case, torch.float32, real_device)
     names = differentiable(loss, kwargs)
@@ -73,7 +73,7 @@ def test_compiles_with_inductor_inside_a_model(loss, real_device):
         torch.testing.assert_close(got, wanted)
 
 
-@every_case
+@some_cases
 def test_one_graph_serves_every_size(loss, case, real_device):
     counter = CompileCounterWithBackend("aot_eager")
     function, frames = None, []
@@ -102,7 +102,7 @@ class RecordOps(TorchDispatchMode):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_opcheck(loss, case, dtype, real_device):
     """Schema, fake kernel and dispatch of each operator that a call and its backward run."""
     kwargs = make(loss, case, dtype, real_device)
@@ -115,7 +115,7 @@ def test_opcheck(loss, case, dtype, real_device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_fake_tensors_tell_shape_and_dtype(loss, case, dtype, real_device):
     kwargs = make(loss, case, dtype, real_device)
     names = differentiable(loss, kwargs)
@@ -139,7 +139,7 @@ class AsModule(torch.nn.Module):
         return self.function(*values)
 
 
-@every_case
+@some_cases
 def test_export(loss, case, real_device):
     kwargs = requiring(make(loss, case, torch.float32, real_device), [])
     names = list(tensors(kwargs))
@@ -153,7 +153,7 @@ def test_export(loss, case, real_device):
 # ---- autocast -------------------------------------------------------------------------------------------
 
 
-@every_case
+@some_cases
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_autocast_gives_float32(loss, case, low, device):
     """As PyTorch's losses do; gradients come back in the inputs' own dtype."""
@@ -169,7 +169,7 @@ def test_autocast_gives_float32(loss, case, low, device):
         assert all(kwargs[name].grad.dtype == dtype for name in names)
 
 
-@every_case
+@some_cases
 def test_disabled_autocast_changes_nothing(loss, case, device):
     kwargs = make(loss, case, torch.bfloat16, device)
     names = differentiable(loss, kwargs)
@@ -183,7 +183,7 @@ def test_disabled_autocast_changes_nothing(loss, case, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 class TestCuda:
-    @every_case
+    @some_cases
     def test_host_does_not_wait(self, loss, case):
         kwargs = make(loss, case, torch.float32, "cuda")
         fused(loss, kwargs, differentiable(loss, kwargs))  # one-time set-up may wait
@@ -193,7 +193,7 @@ class TestCuda:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    @every_case
+    @some_cases
     def test_captured_in_a_graph(self, loss, case):
         kwargs = make(loss, case, torch.float32, "cuda")
         names = differentiable(loss, kwargs)
@@ -220,7 +220,7 @@ class TestCuda:
         for got, wanted in zip(grads, wanted_grads, strict=True):
             torch.testing.assert_close(got, wanted)
 
-    @every_case
+    @some_cases
     def test_runs_on_the_current_stream(self, loss, case):
         kwargs = make(loss, case, torch.float32, "cuda")
         names = differentiable(loss, kwargs)

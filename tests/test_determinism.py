@@ -8,7 +8,6 @@ from support import (
     Answer,
     assert_same_bits,
     differentiable,
-    every_case,
     every_dtype,
     exact,
     fused,
@@ -16,6 +15,7 @@ from support import (
     make,
     requiring,
     same_bits,
+    some_cases,
     tensors,
     upstream_like,
 )
@@ -29,7 +29,7 @@ def batched_shapes(loss):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_run_to_run(loss, case, dtype, device):
     for shape in loss.shapes:
         kwargs = make(loss, case, dtype, device, shape)
@@ -39,7 +39,7 @@ def test_run_to_run(loss, case, dtype, device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_number_of_threads(loss, case, dtype, threads):
     """Many rows so that the work is shared out, few long ones so that a row itself might be."""
     many = {(97, *s[1:]) for s in loss.shapes if len(s) > 1 and s[-1] < 2000}
@@ -83,7 +83,7 @@ def same_rows(got: Answer, whole: Answer, index) -> bool:
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_other_rows_of_the_batch(loss, case, dtype, device):
     """Alone, at the front, at the back, among others: a row's loss and gradient are the same bits."""
     if not is_row_wise(loss, case):
@@ -100,7 +100,7 @@ def test_other_rows_of_the_batch(loss, case, dtype, device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_alignment_of_rows(loss, case, dtype, device):
     """A row's bits do not depend on where in memory it starts."""
     for shape in batched_shapes(loss):
@@ -116,7 +116,7 @@ def test_alignment_of_rows(loss, case, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@every_case
+@some_cases
 def test_recycled_memory(loss, case, dtype, device):
     """Outputs are written whole: what their memory held before (here NaN) does not show."""
     shape = max(loss.shapes, key=lambda s: torch.Size(s).numel())

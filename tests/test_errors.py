@@ -12,12 +12,12 @@ import re
 import pytest
 import torch
 from support import (
-    every_case,
     every_loss,
     has_reductions,
     is_float,
     make,
     requiring,
+    some_cases,
     tensors,
 )
 
@@ -110,7 +110,7 @@ def assert_as_torch(loss, kwargs, name):
 
 
 @pytest.mark.parametrize("spoil", SPOIL, ids=lambda f: f.__name__)
-@every_case
+@some_cases
 def test_spoiled_tensor(loss, case, spoil, device):
     kwargs = requiring(make(loss, case, torch.float32, device), [])
     for name, value in tensors(kwargs).items():
@@ -126,7 +126,7 @@ def test_spoiled_tensor(loss, case, spoil, device):
 
 
 @pytest.mark.parametrize("index", [10**6, 2**40, -1, -(2**40)])
-@every_case
+@some_cases
 def test_index_out_of_range(loss, case, index, real_device):
     """Raised where the host can see it; on a GPU it must neither read out of bounds nor end the process."""
     kwargs = requiring(make(loss, case, torch.float32, real_device), [])
@@ -141,7 +141,7 @@ def test_index_out_of_range(loss, case, index, real_device):
             assert loss.function(**kwargs | {name: bad}).isnan().any()
 
 
-@every_case
+@some_cases
 def test_other_device(loss, case, device):
     """One argument on another device than the rest."""
     kwargs = requiring(make(loss, case, torch.float32, device), [])
@@ -150,7 +150,7 @@ def test_other_device(loss, case, device):
             loss.function(**kwargs | {name: value.to("meta")})
 
 
-@every_case
+@some_cases
 def test_other_floating_point_type(loss, case, device):
     """Mixed types: PyTorch's error or PyTorch's result."""
     kwargs = requiring(make(loss, case, torch.float32, device), [])
@@ -179,7 +179,7 @@ def test_unknown_reduction(loss, device):
             loss.function(**kwargs | {"reduction": reduction})
 
 
-@every_case
+@some_cases
 def test_nothing_is_ignored_silently(loss, case, device):
     """Every floating-point option takes part: with another value the result is another, or an error."""
     kwargs = requiring(make(loss, case, torch.float64, device), [])
@@ -191,7 +191,7 @@ def test_nothing_is_ignored_silently(loss, case, device):
             assert not same, f"{name} has no effect"
 
 
-@every_case
+@some_cases
 def test_errors_leave_no_trace(loss, case, device):
     """After an error in the middle of a call the next call is right."""
     kwargs = make(loss, case, torch.float32, device)

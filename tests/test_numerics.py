@@ -23,6 +23,7 @@ from support import (
     requiring,
     same_bits,
     small_shape,
+    some_cases,
     tensors,
 )
 
@@ -35,7 +36,7 @@ def test_accurate(loss, case, dtype, device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_accurate_without_gradient(loss, case, dtype, device):
     """The path that does no gradient work gives the very same value."""
     for shape in loss.shapes:
@@ -44,7 +45,7 @@ def test_accurate_without_gradient(loss, case, dtype, device):
         assert same_bits(fused(loss, kwargs, []).value, with_gradient.value)
 
 
-@every_case
+@some_cases
 def test_each_input_alone(loss, case, device):
     """Gradients of some inputs do not depend on which others want one."""
     kwargs = make(loss, case, torch.float32, device)
@@ -55,7 +56,7 @@ def test_each_input_alone(loss, case, device):
         torch.testing.assert_close(alone.grads[name], together.grads[name])
 
 
-@every_case
+@some_cases
 def test_every_reduction(loss, case, device):
     if not has_reductions(loss):
         assert "reduction" not in loss.cases[case]
@@ -66,7 +67,7 @@ def test_every_reduction(loss, case, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@every_case
+@some_cases
 def test_any_layout(loss, case, layout, dtype, device):
     """Strides and alignment of all tensor arguments, and of each in turn, change nothing."""
     for shape in {small_shape(loss), *(s for s in loss.shapes if len(s) > 2)}:
@@ -78,7 +79,7 @@ def test_any_layout(loss, case, layout, dtype, device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_upstream_gradient_in_any_layout(loss, case, dtype, device):
     """What comes from above may be expanded (`sum().backward()`), zero, negative or strided."""
     more = {"reduction": "none"} if has_reductions(loss) else {}
@@ -95,7 +96,7 @@ def test_upstream_gradient_in_any_layout(loss, case, dtype, device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_inputs_are_not_written(loss, case, dtype, device):
     for shape in loss.shapes:
         kwargs = make(loss, case, dtype, device, shape)
@@ -131,7 +132,7 @@ def test_in_place_backward_takes_the_inputs_memory(loss, case, dtype, device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_nan_inputs_are_not_hidden(loss, case, dtype, device):
     """The value is NaN where the reference's is; the gradient is, and nowhere else than the reference's."""
     more = {"reduction": "none"} if has_reductions(loss) else {}
@@ -153,7 +154,7 @@ def test_nan_inputs_are_not_hidden(loss, case, dtype, device):
 
 
 @every_dtype
-@every_case
+@some_cases
 def test_empty_batch(loss, case, dtype, device):
     for shape in loss.shapes:
         if len(shape) > 1:
