@@ -64,6 +64,10 @@ def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def _differentiable(t: Tensor | None) -> bool:
+    return t is not None and t.is_floating_point()
+
+
 class Op:
     """A differentiable function of `tensors` tensors (None allowed where the schema allows it) and options.
 
@@ -72,6 +76,8 @@ class Op:
     """
 
     backward_options: slice = slice(None)
+    traced_extra: tuple = ()  # what forward takes after the options, where a tracer follows it
+    saved: int | None = None  # how many of the results after the outputs backward needs; None: all
 
     def __init__(
         self,
@@ -142,27 +148,77 @@ class Op:
         results = plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options])
         return [results] if isinstance(results, Tensor) else list(results)
 
+    def fake_backward(self, *args: Any) -> Any:
+        """All results of `bwd` for shapes alone."""
+        first = self.outputs
+        like = [args[first + i] for i in self.wrt]  # what is absent has an empty gradient
+        grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
+        return grads[0] if len(grads) == 1 else tuple(grads)
+
     def differentiable_again(self, plan: Any) -> None:
         """Raises where the gradient cannot be differentiated."""
 
 
-class RowOp(Op):
+class FusedOp(Op):
+    """A loss whose forward pass also writes the gradients, where the loss is one number: the data is at hand.
+
+    `fwd` takes `with_gradient` after the options and gives, after the outputs and what backward needs, buffers
+    of the gradients of `wrt` for an upstream gradient of 1. The first backward takes them if its upstream
+    gradient is 1, else `bwd_into` fills them again from the inputs; both ways give the same bits. On the CPU,
+    where looking is free, a function whose upstream gradients are not 1 stops doing so. `reduction` is the place
+    of the reduction among the options.
+    """
+
+    traced_extra = (False,)
+    reduction: int
+
+    def __init__(self, *args, **kwargs):
+        self._expect_unit = threading.local()  # does the upstream gradient tend to be 1?
+        super().__init__(*args, **kwargs)
+
+    def plan(self, operators, tensors, options):
+        fuse = (
+            _requires_grad([tensors[i] for i in self.wrt])
+            and options[self.reduction] != REDUCTIONS["none"]
+            and not _functorch_active()
+            and (tensors[0].device.type != "cpu" or getattr(self._expect_unit, "value", True))
+        )
+        return SimpleNamespace(operators=operators, fuse=fuse, ready=None)
+
+    def run_forward(self, plan, tensors, options):
+        return plan.operators.fwd(*tensors, *options, getattr(plan, "fuse", False))
+
+    def keep(self, plan, saved):
+        if plan is not None and plan.fuse:
+            plan.ready = list(saved[self.saved :])
+        return saved[: self.saved]
+
+    def run_backward(self, plan, grads, tensors, saved, options):
+        (g,) = grads
+        rest = (*tensors, *saved, *options[self.backward_options])
+        ready, plan.ready = plan.ready, None
+        if options[self.reduction] != REDUCTIONS["none"] and g.device.type == "cpu" and type(g) is Tensor:
+            self._expect_unit.value = _functorch_active() or g.item() == 1
+        if ready is None:
+            results = plan.operators.bwd(g, *rest)
+            return [results] if isinstance(results, Tensor) else list(results)
+        plan.operators.into(g, *ready, *rest, True)
+        return ready
+
+
+class RowOp(FusedOp):
     """A loss of rows of logits: tensors `(input, target, weight, row_weight)`, one output.
 
     `options` are `ignore_index, reduction, logit_scale, softcap, numbers, wide`, as in the operator's schema;
     `saved` is how many numbers a row saves beside its statistics.
-
-    Where the loss is one number, the forward pass also writes the gradient for an upstream gradient of 1: the row
-    is at hand. The first backward takes that buffer if its upstream gradient is 1, else fills it again from the
-    logits; both ways give the same bits. On the CPU, where looking is free, a function whose upstream gradients
-    are not 1 stops doing so.
     """
 
     backward_options = slice(2, 5)
+    saved = 1
+    reduction = 1
 
     def __init__(self, name: str, reference: Callable[..., Tensor], saved: int):
         width = 3 + saved
-        self._expect_unit = threading.local()  # does the upstream gradient tend to be 1?
 
         def fake(input, target, weight, row_weight, index, reduction, scale, cap, numbers, wide, gradient):
             rows = list(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else []
@@ -182,61 +238,77 @@ class RowOp(Op):
         return super().__call__(tensors, options)
 
     def plan(self, operators, tensors, options):
-        fuse = (
-            tensors[0].requires_grad
-            and options[1] != REDUCTIONS["none"]
-            and not self._inplace
-            and not _functorch_active()
-            and (tensors[0].device.type != "cpu" or getattr(self._expect_unit, "value", True))
-        )
-        return SimpleNamespace(operators=operators, fuse=fuse, inplace=self._inplace, dx=None)
-
-    def run_forward(self, plan, tensors, options):
-        return plan.operators.fwd(*tensors, *options, getattr(plan, "fuse", False))
-
-    def keep(self, plan, saved):
-        state, dx = saved
-        if plan is not None and plan.fuse:
-            plan.dx = dx
-        return [state]
+        plan = super().plan(operators, tensors, options)
+        plan.inplace = self._inplace
+        plan.fuse = plan.fuse and not plan.inplace
+        return plan
 
     def run_backward(self, plan, grads, tensors, saved, options):
-        (g,), input = grads, tensors[0]
-        rest = (*tensors, saved[0], *options[self.backward_options])
-        ready, plan.dx = plan.dx, None
-        if plan.inplace:
-            dx = input.detach()
-            plan.operators.into(g, dx, *rest, False)
-            torch.autograd.graph.increment_version(input)
-            return [dx]
-        if options[1] != REDUCTIONS["none"] and g.device.type == "cpu" and type(g) is Tensor:
-            self._expect_unit.value = _functorch_active() or g.item() == 1
-        if ready is None:
-            return [plan.operators.bwd(g, *rest)]
-        plan.operators.into(g, ready, *rest, True)
-        return [ready]
+        if not plan.inplace:
+            return super().run_backward(plan, grads, tensors, saved, options)
+        dx = tensors[0].detach()
+        plan.operators.into(*grads, dx, *tensors, *saved, *options[self.backward_options], False)
+        torch.autograd.graph.increment_version(tensors[0])
+        return [dx]
 
     def differentiable_again(self, plan):
         if plan.inplace:
             raise RuntimeError("inplace_backward=True: the gradient cannot be differentiated again")
 
 
+class ElementOp(FusedOp):
+    """An elementwise loss: `inputs` tensors of one shape, then `weight` of that shape and `norm`, one number.
+
+    An int64 tensor among the inputs holds classes and stands for their one-hot encoding along a last dimension.
+    What is broadcast comes expanded; it is read where it lies. A weight of 0 leaves an element out; a reduced
+    loss is divided by `norm`. `wrt` must name the inputs that the struct in C++ differentiates.
+
+    `options` are `reduction, numbers, ignore_index, background_index, wide`; `numbers` are the struct's. The
+    reference takes the tensors and these.
+    """
+
+    saved = 0
+    reduction = 0
+
+    def __init__(self, name: str, reference: Callable[..., Tensor], inputs: int, wrt: Sequence[int]):
+        def fake(*args):
+            input, reduction, wide, wanted, gradient = args[0], args[inputs + 2], *args[-3:]
+            shape = input.shape if reduction == REDUCTIONS["none"] else []
+            high = torch.float64 if input.dtype == torch.float64 else torch.float32
+            loss = input.new_empty(shape, dtype=high if wide else input.dtype)
+            return loss, *self._empty_gradients(input, wanted if gradient else 0)
+
+        def for_inputs(*args):
+            return reference(*args[:-1])  # without `wanted`
+
+        super().__init__(name, for_inputs, fake, tensors=inputs + 2, wrt=wrt)
+
+    def _empty_gradients(self, input: Tensor, wanted: int) -> list[Tensor]:
+        return [input.new_empty(input.shape if wanted >> i & 1 else [0]) for i in self.wrt]
+
+    def fake_backward(self, *args):
+        grads = self._empty_gradients(args[1], args[-1])
+        return grads[0] if len(grads) == 1 else tuple(grads)
+
+    def __call__(self, tensors, options) -> Tensor:
+        transformed = not torch.compiler.is_compiling() and _functorch_active()
+        wanted = sum(
+            1 << i
+            for i in self.wrt
+            if tensors[i].is_floating_point() and (transformed or tensors[i].requires_grad)
+        )
+        return super().__call__(tensors, (*options, wanted))
+
+
 def _register(namespace: str, op: Op) -> None:
     """Fake kernels and batching rules of an operator's pair."""
     fwd, bwd = f"{namespace}::{op.name}_fwd", f"{namespace}::{op.name}_bwd"
-    first = op.outputs
-
-    def bwd_fake(*args):
-        like = [args[first + i] for i in op.wrt]  # what is absent has an empty gradient
-        grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
-        return grads[0] if len(grads) == 1 else tuple(grads)
-
     torch.library.register_fake(fwd, op.fake)
     operators = op.operators()
     torch.library.register_vmap(fwd, _each_sample(operators.fwd))
     if operators.bwd is None:
         return
-    torch.library.register_fake(bwd, bwd_fake)
+    torch.library.register_fake(bwd, op.fake_backward)
     torch.library.register_vmap(bwd, _each_sample(operators.bwd))
     if operators.into is not None:
         torch.library.register_fake(f"{namespace}::{op.name}_bwd_into", lambda *_: None)
@@ -264,8 +336,7 @@ def _traced_function(op: Op) -> type[Function]:
     operators = op.operators()
     fwd, bwd, wrt = operators.fwd, operators.bwd, op.wrt
     tensors, outputs, backward_options = op.tensors, op.outputs, op.backward_options
-    extra = (False,) if isinstance(op, RowOp) else ()
-    saved_only = 1 if isinstance(op, RowOp) else None
+    extra, saved_only = op.traced_extra, op.saved
 
     class Traced(Function):
         @staticmethod
@@ -338,7 +409,7 @@ def _eager_function(op: Op) -> type[Function]:
             if all(u is None for u in upstream):
                 return (None,) * len(ctx.needs_input_grad)
             needed = ctx.needs_input_grad[: len(free)]
-            wanted = [i in op.wrt and free[op.outputs + i] is not None for i in range(n)]
+            wanted = [i in op.wrt and _differentiable(free[op.outputs + i]) for i in range(n)]
 
             def first(*some: Tensor):
                 it = iter(some)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import differentiable, every_loss, make, same_bits
+from support import differentiable, every_loss, make, requiring, same_bits
 
 import fastloss
 from fastloss import memory
@@ -30,6 +30,7 @@ def large_shape(loss, bytes=4 * MiB):
 def gradient(loss, seed=0, bytes=4 * MiB):
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, shape=large_shape(loss, bytes), seed=seed)
     name = differentiable(loss, kwargs)[0]
+    kwargs = requiring(kwargs, [name])
     loss.function(**kwargs).sum().backward()
     return kwargs[name].grad
 
@@ -274,7 +275,7 @@ def test_memory_from_outside(loss):
     run_child(
         loss,
         """
-from support import has_argument, make
+from support import differentiable, has_argument, make, requiring
 MEGABYTES = 96
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -284,6 +285,7 @@ def peak():
 def extra(wanted, retain_graph=False, **options):
     shape = test_memory.large_shape(loss, MEGABYTES << 20)
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, shape=shape, **options)
+    kwargs = requiring(kwargs, differentiable(loss, kwargs)[:1])
     memory.empty_cache(); gc.collect()
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
     before = resident()
@@ -291,7 +293,7 @@ def extra(wanted, retain_graph=False, **options):
         value = loss.function(**kwargs)
     if wanted:
         value.sum().backward(retain_graph=retain_graph)
-    return (peak() - before) / MEGABYTES
+    return (peak() - before - value.nbytes / 2**20) / MEGABYTES
 
 gradient(); memory.empty_cache()
 before = resident()

@@ -40,6 +40,19 @@ FL_FN float tanh(float x) { return ::tanhf(x); }
 FL_FN double tanh(double x) { return ::tanh(x); }
 FL_FN float max(float a, float b) { return a > b ? a : b; }
 FL_FN double max(double a, double b) { return a > b ? a : b; }
+FL_FN float min(float a, float b) { return a < b ? a : b; }
+FL_FN double min(double a, double b) { return a < b ? a : b; }
+FL_FN float abs(float x) { return ::fabsf(x); }
+FL_FN double abs(double x) { return ::fabs(x); }
+FL_FN float copysign(float size, float sign) { return ::copysignf(size, sign); }
+FL_FN double copysign(double size, double sign) { return ::copysign(size, sign); }
+FL_FN float expm1(float x) { return ::expm1f(x); }
+FL_FN double expm1(double x) { return ::expm1(x); }
+FL_FN float select(bool c, float a, float b) { return c ? a : b; }
+FL_FN double select(bool c, double a, double b) { return c ? a : b; }
+// log(1 + u) for u in [0, 1] alone, as in softplus; the vectors' is half the work of theirs for any u
+FL_FN float log1p_unit(float u) { return ::log1pf(u); }
+FL_FN double log1p_unit(double u) { return ::log1p(u); }
 
 // The type in which the elements of T are summed.
 template <class T>

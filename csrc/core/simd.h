@@ -87,22 +87,49 @@ FL_FN scalar_t<F> horizontal_sum(F v) {
   return part[0];
 }
 
+// a * b + c, rounded once where the machine can: written out, so that it does not depend on what a compiler
+// makes of an expression in one place or another.
+FL_FN f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+FL_FN f64v fma(f64v a, f64v b, f64v c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+// The polynomial with these coefficients, highest power first.
+template <class F, class... C>
+FL_FN F polynomial(F x, scalar_t<F> highest, C... rest) {
+  F p = fill<F>(highest);
+  ((p = fma(p, x, fill<F>(rest))), ...);
+  return p;
+}
+
 // exp(x): Cody-Waite reduction, r + r^2 P(r). Error < 1 ulp in float for x in [-87.3, 88.7], zero below,
 // infinity above, NaN kept.
 FL_FN f32v exp(f32v x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
 #if defined(__AVX512F__)
-  const f32v n = _mm512_roundscale_ps(x * kLog2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const f32v bounded = _mm512_min_ps(fill<f32v>(89.f), x);  // a NaN in x stays
+  const f32v n = _mm512_roundscale_ps(bounded * kLog2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const f32v bounded = x < -104.f ? fill<f32v>(-104.f) : (x > 89.f ? fill<f32v>(89.f) : x);
   const f32v n = (bounded * kLog2e + 12582912.f) - 12582912.f;
 #endif
-  const f32v r = (x - n * kLn2High) - n * kLn2Low;
-  f32v p = r * 1.38145394e-3f + 8.36874545e-3f;  // minimax, 3e-9
-  p = p * r + 4.16683890e-2f;
-  p = p * r + 1.66665211e-1f;
-  p = p * r + 4.99999940e-1f;
-  p = p * (r * r) + r + 1.f;
+  const f32v r = fma(n, fill<f32v>(-kLn2Low), fma(n, fill<f32v>(-kLn2High), bounded));
+  f32v p = polynomial(r, 1.38145394e-3f, 8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f,
+                      4.99999940e-1f);  // minimax, 3e-9
+  p = fma(p, r * r, r) + 1.f;
 #if defined(__AVX512F__)
   p = _mm512_scalef_ps(p, n);
   return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_LT_OQ),
@@ -122,13 +149,13 @@ FL_FN f64v exp(f64v x) {
                    kLn2Low = 1.4286068203094172e-6;
   const f64v bounded = x < -746. ? fill<f64v>(-746.) : (x > 710. ? fill<f64v>(710.) : x);
   const f64v n = (bounded * kLog2e + 6755399441055744.) - 6755399441055744.;
-  const f64v r = (bounded - n * kLn2High) - n * kLn2Low;
+  const f64v r = fma(n, fill<f64v>(-kLn2Low), fma(n, fill<f64v>(-kLn2High), bounded));
   f64v p = fill<f64v>(1. / 6227020800.);  // Taylor to r^13: |r| <= 0.347, remainder 4e-18
   constexpr double kInverseFactorial[] = {
       1. / 479001600., 1. / 39916800., 1. / 3628800., 1. / 362880., 1. / 40320., 1. / 5040.,
       1. / 720.,       1. / 120.,      1. / 24.,      1. / 6.,      0.5};
-  for (double c : kInverseFactorial) p = p * r + c;
-  p = p * (r * r) + r + 1.;
+  for (double c : kInverseFactorial) p = fma(p, r, fill<f64v>(c));
+  p = fma(p, r * r, r) + 1.;
 #if defined(__AVX512DQ__)
   const i64v power = (i64v)_mm512_cvtpd_epi64(n);
 #else

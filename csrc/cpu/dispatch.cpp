@@ -10,6 +10,7 @@ struct Choice {
   const char* name;
   const Kernels* kernels;
   const ScanKernels* scans;
+  const ElementKernels* elements;
 };
 
 Choice choose() {
@@ -21,10 +22,10 @@ Choice choose() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4 && allowed("avx512")) return {"avx512", &kernels_avx512, &scans_avx512};
+  if (v4 && allowed("avx512")) return {"avx512", &kernels_avx512, &scans_avx512, &elements_avx512};
   if (v3 && (allowed("avx2") || (asked && std::strcmp(asked, "avx512") == 0)))
-    return {"avx2", &kernels_avx2, &scans_avx2};
-  return {"sse2", &kernels_sse2, &scans_sse2};
+    return {"avx2", &kernels_avx2, &scans_avx2, &elements_avx2};
+  return {"sse2", &kernels_sse2, &scans_sse2, &elements_sse2};
 }
 
 const Choice& choice() {
@@ -36,6 +37,7 @@ const Choice& choice() {
 
 const Kernels& kernels() { return *choice().kernels; }
 const ScanKernels& scan_kernels() { return *choice().scans; }
+const ElementKernels& element_kernels() { return *choice().elements; }
 const char* capability() { return choice().name; }
 
 }  // namespace fastloss::cpu

@@ -2,9 +2,11 @@
 #pragma once
 #include <cstdint>
 
+#include "../core/elements.h"
 #include "../core/export.h"
 #include "../core/rows.h"
 #include "../core/scan.h"
+#include "../losses/elements.h"
 #include "../losses/sequence.h"
 #include "../losses/token.h"
 
@@ -26,12 +28,23 @@ struct ScanKernels {
 #undef FASTLOSS_FIELD
 };
 
+// Blocks begin, ..., end - 1 of kElementBlock elements.
+using ElementKernel = void (*)(const ElementArgs& args, int64_t begin, int64_t end);
+
+struct ElementKernels {
+#define FASTLOSS_FIELD(name, Loss) ElementKernel name;
+  FASTLOSS_ELEMENT_LOSSES(FASTLOSS_FIELD)
+#undef FASTLOSS_FIELD
+};
+
 extern const Kernels kernels_sse2, kernels_avx2, kernels_avx512;
 extern const ScanKernels scans_sse2, scans_avx2, scans_avx512;
+extern const ElementKernels elements_sse2, elements_avx2, elements_avx512;
 
 // Chosen once: the best that this machine has, or less if FASTLOSS_CPU_CAPABILITY asks for it.
 const Kernels& kernels();
 const ScanKernels& scan_kernels();
+const ElementKernels& element_kernels();
 FASTLOSS_EXPORT const char* capability();
 
 }  // namespace fastloss::cpu

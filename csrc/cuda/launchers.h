@@ -1,7 +1,9 @@
 // The kernels' launchers, as the operators see them: raw pointers and a stream, no torch.
 #pragma once
+#include "../core/elements.h"
 #include "../core/rows.h"
 #include "../core/scan.h"
+#include "../losses/elements.h"
 #include "../losses/sequence.h"
 #include "../losses/token.h"
 
@@ -18,6 +20,12 @@ FASTLOSS_TOKEN_LOSSES(FASTLOSS_LAUNCHER)
 
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const ScanArgs& args, void* stream);
 FASTLOSS_SCANS(FASTLOSS_LAUNCHER)
+#undef FASTLOSS_LAUNCHER
+
+// How many sums of blocks a call of n elements of this type leaves in ElementArgs::partial.
+int64_t element_partials(DType dtype, int64_t n);
+#define FASTLOSS_LAUNCHER(name, Loss) void name(const ElementArgs& args, void* stream);
+FASTLOSS_ELEMENT_LOSSES(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
 }  // namespace fastloss::cuda

@@ -4,6 +4,8 @@
 #include <dlfcn.h>
 #endif
 
+#include <vector>
+
 #include "../cpu/pool.h"
 
 namespace fastloss {
@@ -31,6 +33,21 @@ Tensor empty_like_pooled(const Tensor& t) {
   if (!t.is_cpu() || bytes < cpu::kPoolMinimum || !t.is_contiguous()) return torch::stable::empty_like(t);
   return torch::stable::from_blob(cpu::pool_acquire(bytes), t.sizes(), t.strides(), t.device(),
                                   t.scalar_type(), &cpu::pool_release);
+}
+
+Tensor empty_pooled(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t count = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = count;
+    count *= sizes[d];
+  }
+  const size_t bytes = static_cast<size_t>(count) * (dtype == ScalarType::Double  ? 8
+                                                     : dtype == ScalarType::Float ? 4
+                                                                                  : 2);
+  if (!like.is_cpu() || bytes < cpu::kPoolMinimum) return torch::stable::new_empty(like, sizes, dtype);
+  return torch::stable::from_blob(cpu::pool_acquire(bytes), sizes, strides, like.device(), dtype,
+                                  &cpu::pool_release);
 }
 
 }  // namespace fastloss

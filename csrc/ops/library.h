@@ -44,5 +44,7 @@ void* current_stream(const Tensor& t);
 // An uninitialised tensor like `t`: its shape, dtype and (where dense) its strides. Large ones on the CPU
 // come from the pool of warm pages (memory.h).
 Tensor empty_like_pooled(const Tensor& t);
+// The same, contiguous, of another shape and dtype.
+Tensor empty_pooled(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
 }  // namespace fastloss

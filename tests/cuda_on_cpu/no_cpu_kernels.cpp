@@ -7,5 +7,8 @@ namespace fastloss::cpu {
 
 const Kernels& kernels() { throw std::logic_error("the CPU kernels are not part of this build"); }
 const ScanKernels& scan_kernels() { throw std::logic_error("the CPU kernels are not part of this build"); }
+const ElementKernels& element_kernels() {
+  throw std::logic_error("the CPU kernels are not part of this build");
+}
 
 }  // namespace fastloss::cpu

@@ -1,0 +1,59 @@
+// What an elementwise kernel is told, on CPU and CUDA alike, and what its loss says. Plain data: no torch.
+//
+// A loss is a struct over the accumulation type R (float, double) and a variant:
+//   kInputs, kWrt     how many numbers an element has, and a bit for each that can be differentiated
+//   kVariants, variant(options)    instantiations, and which one a call takes
+//   kLogSum           the loss is v + log(1 + u), u in [0, 1]: a sum then takes one logarithm of a product
+//   F operator()(const F* v, F* d [, F& u])    the loss of the inputs v; d[i] is its derivative by v[i]
+// F is R, or a vector of R. What a call does not want of d costs nothing. The weight, the upstream gradient,
+// the reduction and what it is divided by are the driver's.
+#pragma once
+#include <cstdint>
+
+#include "dtype.h"
+#include "portable.h"
+#include "rows.h"
+
+namespace fastloss {
+
+inline constexpr int kMaxInputs = 8;
+
+enum class Source : int {
+  element,      // of the call's dtype
+  wide,         // of its accumulation type
+  one_hot,      // from classes [n / inner], int64: 1 where i % inner is the element's class, else 0
+  not_ignored,  // from the same classes: 0 where they are ignore_index, else 1
+};
+
+// Element i of an input is p[i / inner % period]: broadcast without being stored so.
+struct ElementInput {
+  const void* p = nullptr;  // null: absent
+  Source source = Source::element;
+  int64_t inner = 1, period = 1;
+};
+
+struct ElementArgs {
+  DType dtype;  // of the inputs, and of the gradients
+  int variant;
+  int64_t n;  // elements
+  ElementInput inputs[kMaxInputs];
+  ElementInput weight;                     // an element of weight 0 counts nothing, whatever its inputs are
+  ElementInput upstream;                   // gradient of the result; absent: 1
+  int64_t ignore_index, background_index;  // classes that match no column
+  const void* norm;         // one number of the accumulation type that a reduced loss is divided by, or null
+  double divisor, scale;    // another, and 1 / divisor
+  void* out;                // [n] losses, or null where they are reduced
+  bool out_wide;            // out or result are of the accumulation type
+  double* partial;          // [element_blocks(n)] sums of blocks, or null
+  void* result;             // CUDA: their sum, divided
+  void* dx[kMaxInputs];     // [n] gradients; null where not wanted
+  bool past_cache;          // CPU: outputs are too large for the caches, write around them
+  bool skip_unit_upstream;  // do nothing if upstream is 1
+  double options[kMaxOptions];
+};
+
+// A block is what is summed in one go; sums of blocks are added in an order of their own.
+inline constexpr int64_t kElementBlock = 1024;
+inline int64_t element_blocks(int64_t n) { return (n + kElementBlock - 1) / kElementBlock; }
+
+}  // namespace fastloss

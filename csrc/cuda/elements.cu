@@ -1,0 +1,35 @@
+// Launchers of the elementwise losses.
+#include "elements.cuh"
+#include "launchers.h"
+
+namespace fastloss::cuda {
+namespace {
+
+template <template <class, int> class Loss, int kVariant = 0>
+void run(const ElementArgs& a, cudaStream_t stream) {
+  if constexpr (kVariant < Loss<float, 0>::kVariants) {
+    if (a.variant != kVariant) return run<Loss, kVariant + 1>(a, stream);
+    switch (a.dtype) {
+      case DType::f32:
+        return launch_elements<Loss<float, kVariant>, float>(a, stream);
+      case DType::bf16:
+        return launch_elements<Loss<float, kVariant>, __nv_bfloat16>(a, stream);
+      case DType::f16:
+        return launch_elements<Loss<float, kVariant>, __half>(a, stream);
+      case DType::f64:
+        return launch_elements<Loss<double, kVariant>, double>(a, stream);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t element_partials(DType dtype, int64_t n) {
+  if (dtype == DType::f64) return tiles<double>(n);
+  return dtype == DType::f32 ? tiles<float>(n) : tiles<__half>(n);
+}
+#define FASTLOSS_LAUNCH(name, Loss) \
+  void name(const ElementArgs& args, void* stream) { run<Loss>(args, static_cast<cudaStream_t>(stream)); }
+FASTLOSS_ELEMENT_LOSSES(FASTLOSS_LAUNCH)
+
+}  // namespace fastloss::cuda
