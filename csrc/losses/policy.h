@@ -1,0 +1,125 @@
+// Policy and value heads: of tokens. The protocol is in core/elements.h; masks and reductions are weights.
+#pragma once
+#include "preference.h"
+
+namespace fastloss::inline FL_ISA {
+
+enum class Policy : int { clip, cispo, sapo, gradient, dro };
+enum class Kl : int { none, k1, k2, k3, absolute, k1_straight, k3_straight };
+
+// Inputs: log-probabilities l, those of the policy that drew the tokens, advantages A, and log-probabilities
+// of the reference model. With the ratio rho = exp(l - old):
+//   clip      max(-A min(rho, two_sided), -A clip(rho, 1 - low, 1 + high)); for A < 0 at most -A dual
+//   cispo     -A l clip(rho, 1 - low, 1 + high), the ratio held constant
+//   sapo      -A 4 / t sigmoid(t (rho - 1)), t = high for A > 0, else low
+//   gradient  -A l
+//   dro       -A l + low / 2 (l - old)^2
+// plus kl times an estimate of the divergence from the reference model.
+template <class R, int>
+struct PolicyGradient {
+  static constexpr int kInputs = 4, kVariants = 1;
+  static constexpr unsigned kWrt = 0b0001;
+  static constexpr bool kLogSum = false;
+  Policy type;
+  Kl kl_type;
+  R low, high, dual, two_sided, kl, top;  // top: bound of the ratio's exponent, both ways
+
+  static int variant(const double*) { return 0; }
+  FL_FN explicit PolicyGradient(const double* o)
+      : type(static_cast<Policy>(int(o[0]))),
+        kl_type(static_cast<Kl>(int(o[6]))),
+        low(R(o[1])),
+        high(R(o[2])),
+        dual(R(o[3])),
+        two_sided(R(o[4])),
+        kl(R(o[5])),
+        top(R(o[7])) {}
+
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F l = v[0], a = v[2], zero{}, raw = l - v[1];
+    const F x = min(max(raw, zero - top), zero + top);
+    const F rho = exp(x), slope = select((raw >= -top) & (raw <= top), rho, zero);  // of rho by l
+    F value, by_l;
+    switch (type) {
+      case Policy::clip: {
+        const F free = -a * min(rho, zero + two_sided),
+                bound = -a * min(max(rho, zero + (1 - low)), zero + (1 + high));
+        const auto moves = (free >= bound) & (rho <= two_sided);
+        const F ceiling = -a * dual;
+        const auto dual_holds = (a < 0) & (max(free, bound) > ceiling);
+        value = select(dual_holds, ceiling, max(free, bound));
+        by_l = select(moves, -a * slope, zero);
+        by_l = select(dual_holds, zero, by_l);
+        break;
+      }
+      case Policy::cispo:
+        by_l = -a * min(max(rho, zero + (1 - low)), zero + (1 + high));
+        value = by_l * l;
+        break;
+      case Policy::sapo: {
+        const F t = select(a > 0, zero + high, zero + low);
+        const Logistic<F> s = logistic(t * (rho - 1));
+        value = -a * (4 / t) * s.p;
+        by_l = -4 * a * (s.p * s.q) * slope;
+        break;
+      }
+      case Policy::gradient:
+        by_l = -a;
+        value = by_l * l;
+        break;
+      default:
+        by_l = low * raw - a;
+        value = R(0.5) * low * (raw * raw) - a * l;
+    }
+    if (kl_type != Kl::none) {
+      const F y = v[3] - l, square = R(0.5) * (y * y);
+      F k, by;
+      switch (kl_type) {
+        case Kl::k1:
+        case Kl::k1_straight:
+          k = -y, by = kl_type == Kl::k1 ? zero + 1 : -y;
+          break;
+        case Kl::k2:
+          k = square, by = -y;
+          break;
+        case Kl::absolute:
+          k = abs(y), by = select(y > 0, zero - 1, select(y < 0, zero + 1, zero));
+          break;
+        default: {
+          const F e = expm1(y);
+          k = e - y, by = kl_type == Kl::k3 ? -e : -y;
+        }
+      }
+      value += kl * k;
+      by_l += kl * by;
+    }
+    d[0] = by_l;
+    return value;
+  }
+};
+
+// max((v - R)^2, (clip(v, old - range, old + range) - R)^2) / 2 of values v, returns R and old values.
+template <class R, int>
+struct ClippedValue {
+  static constexpr int kInputs = 3, kVariants = 1;
+  static constexpr unsigned kWrt = 0b001;
+  static constexpr bool kLogSum = false;
+  R range;
+
+  static int variant(const double*) { return 0; }
+  FL_FN explicit ClippedValue(const double* o) : range(R(o[0])) {}
+
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F free = v[0] - v[1], bound = min(max(v[0], v[2] - range), v[2] + range) - v[1];
+    const auto moves = free * free >= bound * bound;
+    const F e = select(moves, free, bound);
+    d[0] = select(moves, e, F{});
+    return R(0.5) * (e * e);
+  }
+};
+
+}  // namespace fastloss::inline FL_ISA
+
+#define FASTLOSS_POLICY_LOSSES(X) X(policy_loss, PolicyGradient) X(value_loss, ClippedValue)

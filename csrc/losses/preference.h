@@ -1,0 +1,299 @@
+// Preference and reward heads: of log-probabilities of whole answers, or of rewards, pair by pair. The
+// protocol is in core/elements.h. What kind of head a call wants is an option: heads are small and rows are
+// few, so a branch costs less than an instantiation each.
+#pragma once
+#include "pointwise.h"
+
+namespace fastloss::inline FL_ISA {
+
+// -log sigmoid(u) and its derivative, mixed with those of -u by label smoothing.
+template <class F>
+struct PairLoss {
+  F value, slope;
+};
+template <class F>
+FL_FN PairLoss<F> smooth_pair(F u, scalar_t<F> smoothing) {
+  const Logistic<F> s = logistic(u);
+  const scalar_t<F> keep = 1 - smoothing;
+  return {s.l + (keep * max(-u, F{}) + smoothing * max(u, F{})), smoothing * s.p - keep * s.q};
+}
+template <class F>
+FL_FN PairLoss<F> hinge_pair(F u) {
+  const F rest = 1 - u;
+  const auto inside = rest > 0;
+  return {select(inside, rest, F{}), select(inside, F{} - 1, F{})};
+}
+
+enum class Dpo : int {
+  sigmoid,
+  hinge,
+  ipo,
+  exo_pair,
+  nca_pair,
+  robust,
+  bco_pair,
+  sppo_hard,
+  apo_zero,
+  apo_down,
+  discopop,
+  sft
+};
+enum class Divergence : int { reverse_kl, forward_kl, js, alpha };
+
+// Inputs: log-probabilities of the chosen and the rejected answer, then the same of the reference model. With
+// the log-ratios c and r, each through the map of a divergence, and D = c - r.
+template <class R, int>
+struct DirectPreference {
+  static constexpr int kInputs = 4, kVariants = 1;
+  static constexpr unsigned kWrt = 0b1111;
+  static constexpr bool kLogSum = false;
+  Dpo type;
+  Divergence divergence;
+  R beta, smoothing, alpha, tau, top;  // top: bound of a divergence's exponent
+
+  static int variant(const double*) { return 0; }
+  FL_FN explicit DirectPreference(const double* o)
+      : type(static_cast<Dpo>(int(o[0]))),
+        divergence(static_cast<Divergence>(int(o[3]))),
+        beta(R(o[1])),
+        smoothing(R(o[2])),
+        alpha(R(o[4])),
+        tau(R(o[5])),
+        top(R(o[6])) {}
+
+  // What takes the place of a log-ratio, and its derivative.
+  template <class F>
+  FL_FN F ratio(F x, F& slope) const {
+    switch (divergence) {
+      case Divergence::reverse_kl:
+        slope = F{} + 1;
+        return x;
+      case Divergence::js: {
+        const Logistic<F> s = logistic(x);
+        slope = s.q;
+        return R(0.6931471805599453) - (s.l + max(-x, F{}));
+      }
+      default: {
+        const R rate = divergence == Divergence::forward_kl ? R(-1) : alpha - 1;
+        const F exponent = x * rate;
+        const auto inside = exponent <= top;
+        const F bounded = select(inside, exponent, F{} + top);
+        slope = select(inside, exp(bounded), F{});
+        return expm1(bounded) / rate;
+      }
+    }
+  }
+
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    if (type == Dpo::sft) {
+      d[0] = F{} - 1;
+      d[1] = d[2] = d[3] = F{};
+      return -v[0];
+    }
+    F slope_c, slope_r;
+    const F c = ratio(v[0] - v[2], slope_c), r = ratio(v[1] - v[3], slope_r), u = beta * (c - r);
+    F value{}, by_c{}, by_r{}, by_u{};
+    switch (type) {
+      case Dpo::sigmoid: {
+        const PairLoss<F> p = smooth_pair(u, smoothing);
+        value = p.value, by_u = p.slope;
+        break;
+      }
+      case Dpo::hinge: {
+        const PairLoss<F> p = hinge_pair(u);
+        value = p.value, by_u = p.slope;
+        break;
+      }
+      case Dpo::ipo: {
+        const F e = (c - r) - 1 / (2 * beta);
+        value = e * e, by_c = 2 * e, by_r = -by_c;
+        break;
+      }
+      case Dpo::exo_pair: {  // the divergence of (p, 1 - p) from (1 - e, e)
+        const Logistic<F> s = logistic(u);
+        const R keep = log1p(-smoothing), flip = log(smoothing);
+        value = s.p * (-max(-u, F{}) - s.l - keep) + s.q * (-max(u, F{}) - s.l - flip);
+        by_u = s.p * s.q * (u - (keep - flip));
+        break;
+      }
+      case Dpo::nca_pair: {
+        const Logistic<F> a = logistic(beta * c), b = logistic(beta * r);
+        value = (a.l + max(-beta * c, F{})) + R(0.5) * (a.l + max(beta * c, F{})) +
+                R(0.5) * (b.l + max(beta * r, F{}));
+        by_c = beta * (R(0.5) * a.p - a.q), by_r = R(0.5) * beta * b.p;
+        break;
+      }
+      case Dpo::robust: {
+        const Logistic<F> s = logistic(u);
+        const R keep = (1 - smoothing) / (1 - 2 * smoothing), flip = smoothing / (1 - 2 * smoothing);
+        value = keep * (s.l + max(-u, F{})) - flip * (s.l + max(u, F{}));
+        by_u = -keep * s.q - flip * s.p;
+        break;
+      }
+      case Dpo::bco_pair: {
+        const Logistic<F> a = logistic(beta * c), b = logistic(beta * r);
+        value = (a.l + max(-beta * c, F{})) + (b.l + max(beta * r, F{}));
+        by_c = -beta * a.q, by_r = beta * b.p;
+        break;
+      }
+      case Dpo::sppo_hard: {
+        const F win = c - R(0.5) / beta, lose = r + R(0.5) / beta;
+        value = win * win + lose * lose, by_c = 2 * win, by_r = 2 * lose;
+        break;
+      }
+      case Dpo::apo_zero: {
+        const Logistic<F> a = logistic(beta * c), b = logistic(beta * r);
+        value = a.q + b.p, by_c = -beta * (a.p * a.q), by_r = beta * (b.p * b.q);
+        break;
+      }
+      case Dpo::apo_down: {
+        const Logistic<F> a = logistic(beta * c), s = logistic(u);
+        value = a.p + s.q, by_c = beta * (a.p * a.q), by_u = -(s.p * s.q);
+        break;
+      }
+      case Dpo::discopop: {  // e^-u sigmoid(u / tau) as one exponential: neither factor overflows
+        const Logistic<F> s = logistic(u), w = logistic(u / tau);
+        const F size = abs(u), bend = (w.p * w.q) / tau;
+        const F tail = exp(select(u >= 0, -u, u * (1 / tau - 1))) / (1 + exp(-size / tau));
+        const F nll = s.l + max(-u, F{});
+        value = nll * w.q + tail;
+        by_u = -s.q * w.q - nll * bend - tail + tail * w.q / tau;
+        break;
+      }
+      case Dpo::sft:
+        break;
+    }
+    d[0] = (by_c + beta * by_u) * slope_c;
+    d[1] = (by_r - beta * by_u) * slope_r;
+    d[2] = -d[0];
+    d[3] = -d[1];
+    return value;
+  }
+};
+
+// KTO: inputs are log-probabilities, those of the reference model, 1 where the answer is desirable (else 0),
+// and the reference point z: w sigmoid(-s beta (log-ratio - z)) with s = 1 and its weight, or s = -1 and the
+// other.
+template <class R, int>
+struct Kto {
+  static constexpr int kInputs = 4, kVariants = 1;
+  static constexpr unsigned kWrt = 0b0011;
+  static constexpr bool kLogSum = false;
+  R beta, desirable, undesirable;
+
+  static int variant(const double*) { return 0; }
+  FL_FN explicit Kto(const double* o) : beta(R(o[0])), desirable(R(o[1])), undesirable(R(o[2])) {}
+
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const auto good = v[2] > 0;
+    const F w = select(good, F{} + desirable, F{} + undesirable);
+    const F b = select(good, F{} + beta, F{} - beta);
+    const Logistic<F> s = logistic(b * ((v[0] - v[1]) - v[3]));
+    d[0] = -(w * b) * (s.p * s.q);
+    d[1] = -d[0];
+    return w * s.q;
+  }
+};
+
+// Without a reference model: inputs are (mean) log-probabilities of chosen and rejected, and the chosen
+// answer's negative log-likelihood. With alpha the log-probability l becomes (1 - e^(-alpha l)) / alpha.
+template <class R, int>
+struct ReferenceFree {
+  static constexpr int kInputs = 3, kVariants = 1;
+  static constexpr unsigned kWrt = 0b111;
+  static constexpr bool kLogSum = false;
+  Dpo type;
+  R beta, margin, smoothing, nll, alpha;
+
+  static int variant(const double*) { return 0; }
+  FL_FN explicit ReferenceFree(const double* o)
+      : type(static_cast<Dpo>(int(o[0]))),
+        beta(R(o[1])),
+        margin(R(o[2])),
+        smoothing(R(o[3])),
+        nll(R(o[4])),
+        alpha(R(o[5])) {}
+
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    F c = v[0], r = v[1], slope_c = F{} + 1, slope_r = slope_c;
+    if (alpha != 0) {
+      slope_c = exp(-alpha * c), slope_r = exp(-alpha * r);
+      c = -expm1(-alpha * c) / alpha, r = -expm1(-alpha * r) / alpha;
+    }
+    F value, slope;
+    if (type == Dpo::ipo) {
+      const F e = (c - r) - 1 / (2 * beta);
+      value = e * e, slope = 2 * e;
+    } else {
+      const F u = beta * (c - r) - margin;
+      const PairLoss<F> p = type == Dpo::hinge ? hinge_pair(u) : smooth_pair(u, smoothing);
+      value = p.value, slope = beta * p.slope;
+    }
+    d[0] = slope * slope_c;
+    d[1] = -(slope * slope_r);
+    d[2] = F{} + nll;
+    return nll != 0 ? value + nll * v[2] : value;
+  }
+};
+
+// ORPO: nll - beta log sigmoid(log odds of chosen - log odds of rejected), of mean log-probabilities c and r.
+// Without the third input (own = 1) nll = -c. The derivatives sigmoid(-log odds) / (1 - e^c) are quotients of
+// e^(r - c), 1 - e^c and 1 - e^r, finite as c -> 0.
+template <class R, int>
+struct OddsRatio {
+  static constexpr int kInputs = 3, kVariants = 1;
+  static constexpr unsigned kWrt = 0b111;
+  static constexpr bool kLogSum = false;
+  R beta, own;
+
+  static int variant(const double*) { return 0; }
+  FL_FN explicit OddsRatio(const double* o) : beta(R(o[0])), own(R(o[1])) {}
+
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F c = v[0], r = v[1], not_c = -expm1(c), not_r = -expm1(r);
+    const F x = (c - log(not_c)) - (r - log(not_r));
+    const Logistic<F> s = logistic(x);
+    const F gap = exp(-abs(r - c));
+    const auto above = r > c;  // in units of the larger of e^c and e^r
+    const F of_c = select(above, gap, F{} + 1), of_r = select(above, F{} + 1, gap);
+    const F sum = of_c * not_r + of_r * not_c;
+    d[0] = -beta * (of_r / sum) - own;
+    d[1] = beta * (of_r * (not_c / sum) / not_r);
+    d[2] = F{} + (1 - own);
+    const F value = beta * (s.l + max(-x, F{}));
+    return own != 0 ? value - c : value + v[2];
+  }
+};
+
+// Reward models: -log sigmoid(chosen - rejected - margin), smoothed, plus c (chosen + rejected)^2.
+template <class R, int>
+struct BradleyTerry {
+  static constexpr int kInputs = 3, kVariants = 1;
+  static constexpr unsigned kWrt = 0b111;
+  static constexpr bool kLogSum = false;
+  R smoothing, center;
+
+  static int variant(const double*) { return 0; }
+  FL_FN explicit BradleyTerry(const double* o) : smoothing(R(o[0])), center(R(o[1])) {}
+
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const PairLoss<F> p = smooth_pair((v[0] - v[1]) - v[2], smoothing);
+    const F sum = v[0] + v[1], pull = 2 * center * sum;
+    d[0] = p.slope + pull;
+    d[1] = pull - p.slope;
+    d[2] = -p.slope;
+    return p.value + center * (sum * sum);
+  }
+};
+
+}  // namespace fastloss::inline FL_ISA
+
+#define FASTLOSS_PREFERENCE_LOSSES(X)                                       \
+  X(dpo_loss, DirectPreference)                                             \
+  X(kto_loss, Kto) X(reference_free, ReferenceFree) X(orpo_loss, OddsRatio) \
+      X(bradley_terry_loss, BradleyTerry)

@@ -1,0 +1,217 @@
+"""Policy and value heads, and the advantages of a group of answers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["group_advantages", "policy_loss", "value_loss"]
+
+KL_TYPES = ("none", "k1", "k2", "k3", "abs", "k1+", "k3+")
+
+
+def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
+    """The value of one and the derivative of the other."""
+    return gradient + (value - gradient).detach()
+
+
+def policy_element(lp, old, a, ref, type, low, high, dual, two_sided, kl_coef, kl_type, top) -> Tensor:
+    raw = lp - old
+    x = raw.clamp(-top, top)
+    rho = x.exp()
+    type = int(type)
+    if type == 0:  # at a tie, as for every ratio inside the bounds, the free branch moves
+        free = -a * torch.where(rho <= two_sided, rho, torch.full_like(rho, two_sided).detach())
+        inside = -a * torch.where(
+            (rho >= 1 - low) & (rho <= 1 + high), rho, rho.detach().clamp(1 - low, 1 + high)
+        )
+        loss = torch.where(free >= inside, free, inside)
+        if math.isfinite(dual):
+            loss = torch.where((a < 0) & (loss > -a * dual), -a * dual, loss)
+    elif type == 1:
+        loss = -a * rho.clamp(1 - low, 1 + high).detach() * lp
+    elif type == 2:
+        t = torch.where(a > 0, torch.full_like(a, high), torch.full_like(a, low))
+        loss = -a * (4 / t) * torch.sigmoid(t * (rho - 1))
+    elif type == 3:
+        loss = -a * lp
+    else:
+        loss = 0.5 * low * raw.square() - a * lp
+    kind = KL_TYPES[int(kl_type)]
+    if kind != "none":
+        y = ref - lp
+        k2 = 0.5 * y.square()
+        value = (
+            -y
+            if kind[:2] == "k1"
+            else k2
+            if kind == "k2"
+            else y.abs()
+            if kind == "abs"
+            else torch.expm1(y) - y
+        )
+        loss = loss + kl_coef * (straight_through(value, k2) if kind.endswith("+") else value)
+    return loss
+
+
+def token_weights(mask, like: Tensor, loss_agg_mode: str, horizon: float | None):
+    """Weights of tokens [..., T], and what the sum of their losses is divided by (None: 1)."""
+    high = torch.float64 if like.dtype == torch.float64 else torch.float32
+    m = torch.ones((), dtype=high, device=like.device) if mask is None else torch.as_tensor(mask).to(high)
+    m = m.expand(like.shape)
+    if loss_agg_mode in ("none", "token-sum"):
+        return m, None
+    if loss_agg_mode == "token-mean":
+        return m, m.sum().clamp(min=1.0)
+    length = m.sum(-1, keepdim=True)
+    if loss_agg_mode == "seq-mean-token-sum-norm":
+        steps = like.shape[-1] if horizon is None else horizon
+        return m, m.new_ones(length.shape).sum().clamp(min=1.0) * steps
+    answers = (length > 0).to(high).sum().clamp(min=1.0)
+    if loss_agg_mode == "seq-mean-token-sum":
+        return m, answers
+    if loss_agg_mode == "seq-mean-token-mean":
+        return m / length.clamp(min=1.0), answers
+    raise ValueError(f"loss_agg_mode: unknown: {loss_agg_mode!r}")
+
+
+def aggregated(loss: Tensor, w: Tensor, norm: Tensor | None, loss_agg_mode: str) -> Tensor:
+    """Tokens of weight 0 count nothing, whatever they hold."""
+    loss = torch.where(w != 0, w.to(loss.dtype) * loss, 0.0)
+    if loss_agg_mode == "none":
+        return loss
+    return loss.sum() if norm is None else loss.sum() / norm.to(loss.dtype)
+
+
+AGGREGATION = {
+    "ppo": "token-mean", "grpo": "seq-mean-token-mean", "bnpo": "token-mean", "dapo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm", "gspo": "seq-mean-token-mean", "cispo": "token-mean",
+    "sapo": "seq-mean-token-mean", "vespo": "token-mean", "gpg": "token-mean", "dro": "token-mean",
+}  # fmt: skip
+"""How each type is aggregated where it is published."""
+FORMULA = {"cispo": 1, "sapo": 2, "vespo": 3, "gpg": 3, "dro": 4}
+
+
+def sequence_mean(x: Tensor, mask) -> Tensor:
+    m = torch.ones_like(x) if mask is None else torch.as_tensor(mask).to(x.dtype).expand(x.shape)
+    return torch.where(m != 0, m * x, 0.0).sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1.0)
+
+
+def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask) -> Tensor:
+    """A phi(w) of an answer's probability ratio w, log phi = l + k log w - l w."""
+    m = torch.ones_like(logps) if mask is None else torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
+    log_w = torch.where(m != 0, m * (logps - old).clamp(-20.0, 20.0), 0.0).sum(-1, keepdim=True)
+    good = advantages >= 0
+    k, rate = torch.where(good, 2.0, 3.0).to(log_w.dtype), torch.where(good, 3.0, 2.0).to(log_w.dtype)
+    return advantages * torch.exp(rate + k * log_w - rate * log_w.exp())
+
+
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    loss_type: str = "ppo",
+    loss_agg_mode: str | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    delta: float | None = None,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    dro_beta: float = 1.0,
+    ref_logps: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_type: str = "k3",
+    log_ratio_clamp: float | None = None,
+    entropies: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    normalizer: float | Tensor | None = None,
+    horizon: float | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """As `fastloss.functional.policy_loss`."""
+    mode = loss_agg_mode or AGGREGATION[loss_type]
+    log_ratio, a = logps - old_logps, torch.as_tensor(advantages)
+    a = (a.unsqueeze(-1) if a.dim() == log_ratio.dim() - 1 else a).detach()
+    old, ref = old_logps.detach(), None if ref_logps is None else torch.as_tensor(ref_logps).detach()
+    with torch.no_grad():
+        if loss_type == "gspo":
+            old = logps - sequence_mean(log_ratio, mask)
+        elif loss_type == "vespo":
+            a = vespo_advantages(logps, old, a, mask)
+    low, high = clip_low, clip_high
+    if loss_type == "sapo":
+        low, high = sapo_temperature_neg, sapo_temperature_pos
+    elif loss_type == "dro":
+        low = dro_beta
+    loss = policy_element(
+        logps, old, a, ref, FORMULA.get(loss_type, 0), low, high, math.inf if dual_clip is None else dual_clip,
+        math.inf if delta is None else delta, kl_coef, KL_TYPES.index(kl_type) if ref is not None else 0,
+        math.inf if log_ratio_clamp is None else log_ratio_clamp,
+    )  # fmt: skip
+    if entropies is not None:
+        loss = loss - entropy_coef * entropies
+    w, norm = token_weights(mask, logps, mode, horizon)
+    if normalizer is not None:
+        norm = torch.as_tensor(normalizer, dtype=w.dtype, device=w.device)
+    loss = aggregated(loss, w, norm, mode)
+    return (loss, policy_metrics(logps, old_logps, a, mask, clip_low, clip_high)) if return_metrics else loss
+
+
+def policy_metrics(logps, old_logps, advantages, mask, clip_low, clip_high) -> dict[str, Tensor]:
+    """Numbers to watch, as tensors on the device: nothing waits for them."""
+    with torch.no_grad():
+        x = logps - old_logps
+        rho = x.exp()
+        bound = torch.where(advantages >= 0, rho > 1 + clip_high, rho < 1 - clip_low).to(x.dtype)
+        w, norm = token_weights(mask, x, "token-mean", None)
+        mean = {"clip_fraction": bound, "approx_kl": torch.expm1(x) - x, "ratio": rho}
+        return {name: aggregated(v, w, norm, "token-mean") for name, v in mean.items()}
+
+
+def value_element(v, returns, old, clip_range) -> Tensor:
+    free = (v - returns).square()
+    held = (torch.minimum(torch.maximum(v, old - clip_range), old + clip_range) - returns).square()
+    return 0.5 * torch.where(free >= held, free, held)
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    old_values: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip_range: float | None = 0.2,
+    loss_agg_mode: str = "token-mean",
+    *,
+    normalizer: float | Tensor | None = None,
+    horizon: float | None = None,
+) -> Tensor:
+    """As `fastloss.functional.value_loss`."""
+    returns = torch.as_tensor(returns).detach()
+    if old_values is None or clip_range is None:
+        loss = 0.5 * (values - returns).square()
+    else:
+        loss = value_element(values, returns, torch.as_tensor(old_values).detach(), clip_range)
+    w, norm = token_weights(mask, values, loss_agg_mode, horizon)
+    if normalizer is not None:
+        norm = torch.as_tensor(normalizer, dtype=w.dtype, device=w.device)
+    return aggregated(loss, w, norm, loss_agg_mode)
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, kind: str = "grpo", *, epsilon: float = 1e-4
+) -> Tensor:
+    """As `fastloss.functional.group_advantages`."""
+    same = (group_ids.unsqueeze(1) == group_ids.unsqueeze(0)).to(rewards.dtype)
+    count = same.sum(1)
+    mean = (same * rewards).sum(1) / count
+    if kind == "dr_grpo":
+        return rewards - mean
+    if kind == "rloo":
+        return torch.where(count > 1, (rewards - mean) * count / (count - 1).clamp(min=1), 0.0)
+    deviation = ((same * (rewards - mean.unsqueeze(1)).square()).sum(1) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(count > 1, (rewards - mean) / (deviation + epsilon), 0.0)

@@ -1,0 +1,257 @@
+"""Preference and reward heads."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "alpha_po_loss",
+    "bradley_terry_loss",
+    "cpo_loss",
+    "dpo_loss",
+    "kto_loss",
+    "orpo_loss",
+    "simpo_loss",
+]
+
+DPO_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop", "sft",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=1e9)
+
+
+def divergence_map(x: Tensor, divergence: int, alpha: float, top: float) -> Tensor:
+    """What takes the place of a log-ratio x."""
+    if divergence == 0:
+        return x
+    if divergence == 2:
+        return math.log(2) - softplus(-x)
+    rate = -1.0 if divergence == 1 else alpha - 1
+    return torch.expm1((rate * x).clamp(max=top)) / rate
+
+
+def dpo_element(pc, pr, rc, rr, type, beta, smoothing, divergence, alpha, tau, top) -> Tensor:
+    type = DPO_TYPES[int(type)]
+    if type == "sft":
+        return -pc
+    c, r = (divergence_map(x, int(divergence), alpha, top) for x in (pc - rc, pr - rr))
+    u = beta * (c - r)
+    win, lose = softplus(-u), softplus(u)  # -log sigmoid(u), -log sigmoid(-u)
+    if type == "sigmoid":
+        return (1 - smoothing) * win + smoothing * lose
+    if type == "hinge":
+        return torch.relu(1 - u)
+    if type == "ipo":
+        return (c - r - 1 / (2 * beta)).square()
+    if type == "exo_pair":
+        keep, flip = math.log1p(-smoothing), math.log(smoothing)
+        return torch.sigmoid(u) * (-win - keep) + torch.sigmoid(-u) * (-lose - flip)
+    if type == "nca_pair":
+        return softplus(-beta * c) + 0.5 * softplus(beta * c) + 0.5 * softplus(beta * r)
+    if type == "robust":
+        return ((1 - smoothing) * win - smoothing * lose) / (1 - 2 * smoothing)
+    if type == "bco_pair":
+        return softplus(-beta * c) + softplus(beta * r)
+    if type == "sppo_hard":
+        return (c - 0.5 / beta).square() + (r + 0.5 / beta).square()
+    if type == "apo_zero":
+        return torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)
+    if type == "apo_down":
+        return torch.sigmoid(beta * c) + torch.sigmoid(-u)
+    # e^-u sigmoid(u / tau), of which for u < 0 neither factor may stand alone
+    above, below = u.clamp(min=0), u.clamp(max=0)
+    tail = torch.where(
+        u >= 0, torch.exp(-above) * torch.sigmoid(above / tau),
+        torch.exp(below * (1 / tau - 1)) * torch.sigmoid(-below / tau),
+    )  # fmt: skip
+    return win * torch.sigmoid(-u / tau) + tail
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "mean",
+    *,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
+    exponent_clamp: float | None = None,
+    discopop_tau: float = 0.05,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    return_rewards: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """As `fastloss.functional.dpo_loss`."""
+    pc, pr = policy_chosen_logps, policy_rejected_logps
+    rc, rr = reference_chosen_logps, reference_rejected_logps
+    rewards = (beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()
+    if chosen_lengths is not None:
+        pc, rc = pc / chosen_lengths, rc / chosen_lengths
+    if rejected_lengths is not None:
+        pr, rr = pr / rejected_lengths, rr / rejected_lengths
+    if loss_type == "aot":
+        pc, pr, rc, rr = (pc - pr).sort(0)[0], 0.0, (rc - rr).sort(0)[0], 0.0
+    elif loss_type == "aot_unpaired":
+        pc, pr, rc, rr = (pc - rc).sort(0)[0], (pr - rr).sort(0)[0], 0.0, 0.0
+    kind = "sigmoid" if loss_type in ("aot", "aot_unpaired", "sigmoid_norm") else loss_type
+    divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
+    loss = dpo_element(
+        pc, pr, rc, rr, DPO_TYPES.index(kind), beta, label_smoothing, DIVERGENCES.index(divergence), f_alpha,
+        discopop_tau, math.inf if exponent_clamp is None else exponent_clamp,
+    )  # fmt: skip
+    loss = reduced(loss, reduction)
+    return (loss, *rewards) if return_rewards else loss
+
+
+def kto_element(lp, ref, desirable, kl, beta, weight_desirable, weight_undesirable) -> Tensor:
+    ratio = lp - ref
+    good = (desirable > 0).to(ratio.dtype)
+    b = beta * (2 * good - 1)
+    w = weight_desirable * good + weight_undesirable * (1 - good)
+    return w * torch.sigmoid(-b * (ratio - kl))
+
+
+def kto_loss(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    labels: Tensor,
+    kl: Tensor | None = None,
+    beta: float = 0.1,
+    reduction: str = "mean",
+    *,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+) -> Tensor:
+    """As `fastloss.functional.kto_loss`."""
+    point = 0.0 if kl is None or loss_type == "apo_zero_unpaired" else torch.as_tensor(kl).detach()
+    loss = kto_element(
+        policy_logps, reference_logps, labels, point, beta, desirable_weight, undesirable_weight
+    )
+    return reduced(loss, reduction)
+
+
+def reference_free_element(c, r, nll, type, beta, margin, smoothing, nll_weight, alpha) -> Tensor:
+    if alpha:
+        c, r = -torch.expm1(-alpha * c) / alpha, -torch.expm1(-alpha * r) / alpha
+    type = DPO_TYPES[int(type)]
+    u = beta * (c - r) - margin
+    if type == "ipo":
+        loss = (c - r - 1 / (2 * beta)).square()
+    elif type == "hinge":
+        loss = torch.relu(1 - u)
+    else:
+        loss = (1 - smoothing) * softplus(-u) + smoothing * softplus(u)
+    return loss + nll_weight * nll if nll_weight else loss
+
+
+def simpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.simpo_loss`."""
+    kind = DPO_TYPES.index(loss_type)
+    loss = reference_free_element(
+        chosen_logps, rejected_logps, None, kind, beta, gamma, label_smoothing, 0.0, 0.0
+    )
+    return reduced(loss, reduction)
+
+
+def cpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_nll: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.cpo_loss`."""
+    kind = DPO_TYPES.index(loss_type)
+    weight = 0.0 if chosen_nll is None else alpha
+    loss = reference_free_element(
+        chosen_logps, rejected_logps, chosen_nll, kind, beta, 0.0, label_smoothing, weight, 0.0
+    )
+    return reduced(loss, reduction)
+
+
+def alpha_po_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    alpha: float = 0.25,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.alpha_po_loss`."""
+    loss = reference_free_element(
+        chosen_logps, rejected_logps, None, 0, beta, gamma, label_smoothing, 0.0, alpha
+    )
+    return reduced(loss, reduction)
+
+
+def orpo_element(c, r, nll, beta, own) -> Tensor:
+    log_odds = (c - torch.log(-torch.expm1(c))) - (r - torch.log(-torch.expm1(r)))
+    return beta * softplus(-log_odds) + (-c if own else nll)
+
+
+def orpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_nll: Tensor | None = None,
+    beta: float = 0.1,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.orpo_loss`."""
+    return reduced(
+        orpo_element(chosen_logps, rejected_logps, chosen_nll, beta, chosen_nll is None), reduction
+    )
+
+
+def bradley_terry_element(chosen, rejected, margin, smoothing, center) -> Tensor:
+    u = chosen - rejected - margin
+    loss = (1 - smoothing) * softplus(-u) + smoothing * softplus(u)
+    return loss + center * (chosen + rejected).square()
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    center_coefficient: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.bradley_terry_loss`."""
+    margin = 0.0 if margin is None else margin
+    loss = bradley_terry_element(chosen, rejected, margin, label_smoothing, center_coefficient)
+    if weight is not None:
+        loss = torch.where(weight != 0, weight * loss, 0.0)
+    return reduced(loss, reduction)
