@@ -167,8 +167,12 @@ struct ElementThread {
   }
 };
 
+// Losses of many inputs keep them in registers, of which the compiler would leave them too few.
+template <class Loss>
+constexpr int kFewBlocks = Loss::kInputs > 2 ? 2 : 0;
+
 template <class Loss, class T>
-__global__ void __launch_bounds__(kElementThreads) elements_kernel(ElementArgs a) {
+__global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss>) elements_kernel(ElementArgs a) {
   using R = acc_t<T>;
   R k = R(a.scale);
   if (a.norm) k /= *static_cast<const R*>(a.norm);
