@@ -101,7 +101,9 @@ def assert_as_torch(loss, kwargs, name):
     theirs, knows_all = torch_outcome(loss, kwargs)
     if isinstance(theirs, Exception):
         wanted = f"PyTorch raises {type(theirs).__name__}: {theirs}"
-        assert isinstance(ours, type(theirs)), f"{name} spoiled: {ours!r}; {wanted}"
+        # without a counterpart in torch the kind of error is an accident of the reference
+        kind = type(theirs) if loss.replaces.startswith("torch.") else Exception
+        assert isinstance(ours, kind), f"{name} spoiled: {ours!r}; {wanted}"
     if isinstance(ours, Exception):
         assert isinstance(ours, (RuntimeError, TypeError, ValueError, LookupError)), f"{name}: {ours!r}"
         assert names_an_argument(ours, [*tensors(kwargs), name]), f"{name}: no argument is named: {ours}"
@@ -145,6 +147,8 @@ def test_index_out_of_range(loss, case, index, real_device):
 def test_other_device(loss, case, device):
     """One argument on another device than the rest."""
     kwargs = requiring(make(loss, case, torch.float32, device), [])
+    if len(tensors(kwargs)) == 1:
+        return  # nothing to be apart from
     for name, value in tensors(kwargs).items():
         with pytest.raises((RuntimeError, NotImplementedError), match="device"):
             loss.function(**kwargs | {name: value.to("meta")})

@@ -36,6 +36,8 @@ FL_FN float pow(float x, float y) { return ::powf(x, y); }
 FL_FN double pow(double x, double y) { return ::pow(x, y); }
 FL_FN float sqrt(float x) { return ::sqrtf(x); }
 FL_FN double sqrt(double x) { return ::sqrt(x); }
+FL_FN float expm1(float x) { return ::expm1f(x); }
+FL_FN double expm1(double x) { return ::expm1(x); }
 FL_FN float tanh(float x) { return ::tanhf(x); }
 FL_FN double tanh(double x) { return ::tanh(x); }
 FL_FN float max(float a, float b) { return a > b ? a : b; }
@@ -46,8 +48,6 @@ FL_FN float abs(float x) { return ::fabsf(x); }
 FL_FN double abs(double x) { return ::fabs(x); }
 FL_FN float copysign(float size, float sign) { return ::copysignf(size, sign); }
 FL_FN double copysign(double size, double sign) { return ::copysign(size, sign); }
-FL_FN float expm1(float x) { return ::expm1f(x); }
-FL_FN double expm1(double x) { return ::expm1(x); }
 FL_FN float select(bool c, float a, float b) { return c ? a : b; }
 FL_FN double select(bool c, double a, double b) { return c ? a : b; }
 // log(1 + u) for u in [0, 1] alone, as in softplus; the vectors' is half the work of theirs for any u

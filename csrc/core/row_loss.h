@@ -19,11 +19,22 @@ namespace fastloss::inline FL_ISA {
 // What a loss does not say otherwise.
 struct RowLossDefaults {
   static constexpr int kVariants = 1;             // instantiations, of which `variant` chooses
+  static constexpr int kPlanes = 0;               // > 0: several results for a row, see Planes
   static constexpr int kSaved = 0;                // numbers of a row that its gradient needs
   static constexpr bool kSoftcap = false;         // logits may be capped
   static constexpr bool kSideStreams = false;     // `w` and `q` are read for every class
   static constexpr bool kGradUsesLogit = false;   // `grad` uses z - m
   static constexpr bool kNormCountsRows = false;  // "mean" counts rows, whatever their class weights
+};
+
+// A row's numbers where each kind of number has an array of its own: result i stands i * stride further on. A
+// loss with planes has `write` for its results in place of a value from `finish`, and a `coef` that takes
+// their upstream gradients; the log-probabilities of the classes asked for are the driver's.
+template <class R>
+struct Planes {
+  R* first;
+  int64_t stride;
+  FL_FN R& operator[](int64_t i) const { return first[i * stride]; }
 };
 
 template <class R>

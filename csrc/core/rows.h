@@ -39,6 +39,9 @@ struct RowArgs {
   const int64_t* target;  // [rows], or null for soft targets
   const void* q;          // soft targets, laid out as q_layout, or null
   RowLayout q_layout;
+  const int64_t* asked;  // [rows, asked_each]: classes whose log-probabilities are wanted, or null
+  int64_t asked_each;
+  int64_t planes;            // of loss and upstream, each [rows]
   const void* class_weight;  // [n] in the accumulation type, or null
   const void* row_weight;    // [rows] in the accumulation type, or null
   int64_t ignore_index;

@@ -16,7 +16,7 @@ using RowKernel = void (*)(const RowArgs& args, int64_t begin, int64_t end);
 
 struct Kernels {
 #define FASTLOSS_FIELD(name, Loss) RowKernel name;
-  FASTLOSS_TOKEN_LOSSES(FASTLOSS_FIELD)
+  FASTLOSS_ROW_KERNELS(FASTLOSS_FIELD)
 #undef FASTLOSS_FIELD
 };
 

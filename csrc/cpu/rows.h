@@ -69,7 +69,11 @@ class RowWalker {
     if (k == 0) {
       if (a_.pass != RowPass::backward) {
         for (int64_t i = 0; i < a_.state_width; ++i) state[i] = 0;
-        static_cast<R*>(a_.loss)[r] = 0;
+        if constexpr (Loss::kPlanes) {
+          for (int64_t i = 0; i < a_.planes; ++i) results(r)[i] = 0;
+        } else {
+          static_cast<R*>(a_.loss)[r] = 0;
+        }
       }
       if (dx) write_zeros(dx);
       return;
@@ -85,9 +89,15 @@ class RowWalker {
       row.state.log_sum = state[1];
       for (int i = 0; i < Loss::kSaved; ++i) row.state.saved[i] = state[kStateHead + i];
       row.target.d = zt - row.state.m;
-      g = static_cast<const R*>(a_.upstream)[r * a_.upstream_stride];
+      if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a_.upstream)[r * a_.upstream_stride];
     } else {
-      static_cast<R*>(a_.loss)[r] = k * accumulate(row, zt);
+      if constexpr (Loss::kPlanes) {
+        accumulate(row, zt);
+        loss_.write(row.state, results(r));
+        write_asked(row, r);
+      } else {
+        static_cast<R*>(a_.loss)[r] = k * accumulate(row, zt);
+      }
       if (a_.norm) k /= *static_cast<const R*>(a_.norm);
       state[0] = row.state.m;
       state[1] = row.state.log_sum;
@@ -97,9 +107,38 @@ class RowWalker {
     }
     if (!dx) return;
     T* out = a_.dx_layout.class_stride == 1 ? dx : staged_dx_;
-    gradient(row, out, zt, g * k);
+    gradient(row, r, out, zt, g * k);
+    if constexpr (Loss::kPlanes) asked_gradient(row, r, out);
     if (out != dx)
       for (int64_t j = 0; j < n_; ++j) dx[j * a_.dx_layout.class_stride] = out[j];
+  }
+
+  // ---- results of a loss with planes
+  FL_FN Planes<R> results(int64_t r) const { return {static_cast<R*>(a_.loss) + r, a_.rows}; }
+  FL_FN Planes<const R> upstream(int64_t r) const {
+    return {static_cast<const R*>(a_.upstream) + r, a_.rows};
+  }
+  FL_FN const int64_t* asked(int64_t r) const { return a_.asked + r * a_.asked_each; }
+  FL_FN R asked_logit(const Row& row, int64_t j) const { return logit(fill<F>(widen(row.x[j])))[0]; }
+  FL_NOINLINE void write_asked(const Row& row, int64_t r) const {
+    const Planes<R> out = results(r);
+    for (int64_t i = 0, count = a_.asked_each; i < count; ++i) {
+      const R d = asked_logit(row, asked(r)[i]) - row.state.m;
+      out[Loss::kPlanes + i] = d - row.state.log_sum;
+      out[Loss::kPlanes + count + i] = d == 0;
+    }
+  }
+  FL_NOINLINE void asked_gradient(const Row& row, int64_t r, T* dx) const {
+    const auto coef = loss_.coef(row.state, upstream(r), a_.asked_each, scale_);
+    for (int64_t i = 0, count = a_.asked_each; i < count; ++i) {
+      const int64_t j = asked(r)[i];
+      R g = 0;  // a class may be asked for more than once
+      for (int64_t other = 0; other < count; ++other)
+        if (asked(r)[other] == j) g += upstream(r)[Loss::kPlanes + other];
+      const R z = asked_logit(row, j), d = z - row.state.m;
+      const R dz = loss_.asked_for(exp(d - row.state.log_sum), d, g * scale_, coef);
+      store_one(dx + j, dz * (slope(fill<F>(z))[0] / scale_));
+    }
   }
 
   // ---- one row's inputs
@@ -247,10 +286,17 @@ class RowWalker {
   }
 
   // ---- gradient
-  FL_NOINLINE void gradient(const Row& row, T* dx, R zt, R g) {
+  FL_NOINLINE void gradient(const Row& row, int64_t r, T* dx, R zt, R g) {
     const bool kept = a_.pass == RowPass::forward_gradient;
     const bool capped = Loss::kSoftcap && cap_ > 0;
-    const auto coef = loss_.coef(row.state, row.target, capped ? g : g * scale_);
+    const auto coef = [&] {
+      const R to_x = capped ? 1 : scale_;
+      if constexpr (Loss::kPlanes) {
+        return loss_.coef(row.state, upstream(r), a_.asked_each, to_x);
+      } else {
+        return loss_.coef(row.state, row.target, g * to_x);
+      }
+    }();
     const bool past_cache = a_.past_cache && dx != staged_dx_;
     const R p_target = exp(row.target.d - row.state.log_sum);
     R base = -INFINITY;

@@ -36,5 +36,5 @@ void run(const RowArgs& a, int64_t begin, int64_t end) {
 
 namespace fastloss::cpu {
 #define FASTLOSS_ENTRY(name, Loss) .name = &run<Loss>,
-const Kernels FASTLOSS_JOIN(kernels_, FL_ISA) = {FASTLOSS_TOKEN_LOSSES(FASTLOSS_ENTRY)};
+const Kernels FASTLOSS_JOIN(kernels_, FL_ISA) = {FASTLOSS_ROW_KERNELS(FASTLOSS_ENTRY)};
 }  // namespace fastloss::cpu

@@ -15,7 +15,7 @@ void row_norm(const RowArgs& args, void* norm, void* stream);
 void row_reduce(const RowArgs& args, void* out, void* stream);
 
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const RowArgs& args, void* stream);
-FASTLOSS_TOKEN_LOSSES(FASTLOSS_LAUNCHER)
+FASTLOSS_ROW_KERNELS(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const ScanArgs& args, void* stream);

@@ -202,7 +202,11 @@ struct RowTeam {
     if (k == 0) {
       if (!backward && leader) {
         for (int64_t i = 0; i < a.state_width; ++i) state[i] = 0;
-        static_cast<R*>(a.loss)[r] = 0;
+        if constexpr (Loss::kPlanes) {
+          for (int64_t i = 0; i < a.planes; ++i) results()[i] = 0;
+        } else {
+          static_cast<R*>(a.loss)[r] = 0;
+        }
       }
       if (dx) write_zeros(dx);
       return;
@@ -221,7 +225,7 @@ struct RowTeam {
 #pragma unroll
       for (int i = 0; i < Loss::kSaved; ++i) row.saved[i] = state[3 + i];
       target.d = zt - row.m;
-      g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
+      if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
     } else {
       const Online<Loss, R> o = team_merge<kTeam>(sweep());
       row.m = o.base();
@@ -230,8 +234,13 @@ struct RowTeam {
       row.log_sum = log(o.s + e);
       const R value = k * loss.finish(row, o.extra, o.s, e, target);
       if (a.norm) k /= *static_cast<const R*>(a.norm);
+      if constexpr (Loss::kPlanes) write_asked(row);
       if (leader) {
-        static_cast<R*>(a.loss)[r] = value;
+        if constexpr (Loss::kPlanes) {
+          loss.write(row, results());
+        } else {
+          static_cast<R*>(a.loss)[r] = value;
+        }
         state[0] = row.m;
         state[1] = row.log_sum;
         state[2] = k;
@@ -241,13 +250,57 @@ struct RowTeam {
       }
     }
     if (!dx) return;
-    write(Slope{loss.coef(row, target, g * k * scale), row.m, row.log_sum}, dx);
+    if constexpr (Loss::kPlanes) {
+      const Slope s{loss.coef(row, upstream(), a.asked_each, scale), row.m, row.log_sum};
+      write(s, dx);
+      asked_gradient(s, dx);
+    } else {
+      write(Slope{loss.coef(row, target, g * k * scale), row.m, row.log_sum}, dx);
+    }
+  }
+
+  // ---- results of a loss with planes
+  __device__ __forceinline__ Planes<R> results() const { return {static_cast<R*>(a.loss) + r, a.rows}; }
+  __device__ __forceinline__ Planes<const R> upstream() const {
+    return {static_cast<const R*>(a.upstream) + r, a.rows};
+  }
+  // NaN for a class that does not exist
+  __device__ __forceinline__ R asked_logit(int64_t j) const {
+    return j >= 0 && j < a.n ? logit(widen(x[j * a.x_layout.class_stride])) : R(NAN);
+  }
+  __device__ __forceinline__ void write_asked(const RowState<R>& row) const {
+    const Planes<R> out = results();
+    for (int64_t i = lane; i < a.asked_each; i += kTeam) {
+      const R d = asked_logit(a.asked[r * a.asked_each + i]) - row.m;
+      out[Loss::kPlanes + i] = d - row.log_sum;
+      out[Loss::kPlanes + a.asked_each + i] = d == 0;
+    }
+  }
+  __device__ __forceinline__ void asked_gradient(const Slope& s, T* dx) const {
+    if constexpr (kTeam == 32) __syncwarp();
+    if constexpr (kTeam > 32) __syncthreads();  // after the writes of `write`
+    const int64_t* asked = a.asked + r * a.asked_each;
+    for (int64_t i = lane; i < a.asked_each; i += kTeam) {
+      const int64_t j = asked[i];
+      if (j < 0 || j >= a.n) continue;
+      bool first = true;  // a class may be asked for more than once
+      R g = 0;
+      for (int64_t other = 0; other < a.asked_each; ++other) {
+        if (asked[other] != j) continue;
+        first = first && other >= i;
+        g += upstream()[Loss::kPlanes + other];
+      }
+      if (!first) continue;
+      const R z = asked_logit(j), d = z - s.m;
+      R dz = loss.asked_for(exp(d - s.log_sum), d, g * scale, s.coef);
+      if (cap > 0) dz *= 1 - z * inverse_cap * (z * inverse_cap);
+      dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
+    }
   }
 };
 
 template <class Loss, class T, int kTeam>
-__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 : 4)
-    rows_kernel(RowArgs a) {
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 : 4) rows_kernel(RowArgs a) {
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
   if (a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;

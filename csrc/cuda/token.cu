@@ -77,6 +77,6 @@ void row_reduce(const RowArgs& a, void* out, void* stream) {
 }
 #define FASTLOSS_LAUNCH(name, Loss) \
   void name(const RowArgs& args, void* stream) { run<Loss>(args, static_cast<cudaStream_t>(stream)); }
-FASTLOSS_TOKEN_LOSSES(FASTLOSS_LAUNCH)
+FASTLOSS_ROW_KERNELS(FASTLOSS_LAUNCH)
 
 }  // namespace fastloss::cuda

@@ -5,6 +5,7 @@
 
 #include "../core/row_loss.h"
 #include "../core/rows.h"
+#include "token_stats.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -148,3 +149,5 @@ struct Focal : RowLossDefaults {
 #define FASTLOSS_TOKEN_LOSSES(X) \
   X(cross_entropy, CrossEntropy) \
   X(softmax_focal_loss, Focal)
+// What else the row driver runs, with operators of its own.
+#define FASTLOSS_ROW_KERNELS(X) FASTLOSS_TOKEN_LOSSES(X) X(token_stats, TokenStats)

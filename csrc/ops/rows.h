@@ -59,6 +59,21 @@ inline std::optional<RowLayout> row_layout(const Tensor& t) {
   }
   return l;
 }
+// The same with the classes in the last dimension, [..., C].
+inline std::optional<RowLayout> row_layout_last(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const int64_t classes = t.dim() - 1;
+  int64_t count[2] = {1, 1}, stride[2] = {0, 0};  // of the inner and the outer rows
+  int level = 0;
+  for (int64_t d = classes - 1; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (count[level] > 1 && strides[d] != stride[level] * count[level] && ++level > 1) return std::nullopt;
+    if (count[level] == 1) stride[level] = strides[d];
+    count[level] *= sizes[d];
+  }
+  if (level == 0) return RowLayout{1, stride[0], 0, strides[classes]};
+  return RowLayout{count[0], stride[1], stride[0], strides[classes]};
+}
 inline Tensor as_rows(const Tensor& t) { return row_layout(t) ? t : torch::stable::contiguous(t); }
 inline Tensor as_type(const Tensor& t, ScalarType type) {
   const Tensor typed = t.scalar_type() == type ? t : torch::stable::to(t, type);
@@ -204,7 +219,7 @@ void reduce(const RowArgs& a, R* out) {
   inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(),              \
                                          Loss<float, 0>::kNormCountsRows, &cpu::Kernels::name, \
                                          FASTLOSS_CUDA_FIELD(name)};
-FASTLOSS_TOKEN_LOSSES(FASTLOSS_DESCRIBE)
+FASTLOSS_ROW_KERNELS(FASTLOSS_DESCRIBE)
 #undef FASTLOSS_DESCRIBE
 #undef FASTLOSS_CUDA_FIELD
 

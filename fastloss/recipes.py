@@ -1,0 +1,141 @@
+"""Training objectives of papers, composed of the losses of this package. Each says what it stands on."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss._checks import check_number, check_reduction
+from fastloss.statistics import sequence_log_probs
+
+__all__ = [
+    "cringe_hinge_loss",
+    "cringe_loss",
+    "deep_rag_calibration_loss",
+    "deep_rag_imitation_loss",
+    "rog_loss",
+]
+
+
+def cringe_loss(
+    logits: Tensor,
+    negative_labels: Tensor,
+    top_k: int = 1,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    detach_positive: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""The token loss of CRINGE for sequences that should not be generated.
+
+    At each token a positive class is drawn from the softmax over the `top_k` largest logits that are not the
+    negative label's, and the loss is :math:`\mathrm{softplus}(s^- - s^+)`, with :math:`s^-, s^+` the logits of the
+    negative label and of the drawn class. Only these two logits have a gradient. To be added to the cross-entropy of
+    sequences that should be generated, with weight 1.
+
+    Args:
+        logits: `[..., V]`, V > `top_k`.
+        negative_labels: `[...]`, int64.
+        top_k: how many logits compete for the positive. Default: 1.
+        ignore_index: the label of tokens that do not count. Default: -100.
+        reduction: `"none"`, `"sum"` or `"mean"`, over the tokens that count; 0 if there are none. Default: `"mean"`.
+        detach_positive: no gradient for the drawn logit. Default: False.
+        generator: of the draw.
+
+    Raises:
+        ValueError, RuntimeError: for labels of another shape, or a vocabulary that is too small.
+
+    Source: Adolphs et al., https://arxiv.org/abs/2211.05826, and its code in ParlAI.
+    """
+    check_reduction(reduction)
+    if negative_labels.shape != logits.shape[:-1]:
+        raise RuntimeError(
+            f"negative_labels: expected shape {tuple(logits.shape[:-1])}, got {tuple(negative_labels.shape)}"
+        )
+    if not 1 <= top_k < logits.shape[-1]:
+        raise ValueError(f"top_k: expected a number from 1 to {logits.shape[-1] - 1}, got {top_k}")
+    valid = negative_labels != ignore_index
+    label = torch.where(valid, negative_labels, 0).unsqueeze(-1)
+    best, classes = logits.detach().topk(top_k + 1, -1)
+    # the negative label goes, or else the last: after sorting that to the end the first top_k are left
+    keep = (classes == label).int().argsort(dim=-1, stable=True)[..., :top_k]
+    best, classes = best.gather(-1, keep), classes.gather(-1, keep)
+    p = best.float().softmax(-1).reshape(-1, top_k)
+    drawn = torch.multinomial(p, 1, generator=generator).view(label.shape) if p.numel() else label
+    positive = logits.gather(-1, classes.gather(-1, drawn)) if p.numel() else logits.gather(-1, label)
+    if detach_positive:
+        positive = positive.detach()
+    loss = torch.where(valid, F.softplus(logits.gather(-1, label) - positive).squeeze(-1), 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
+
+
+def cringe_hinge_loss(chosen_log_probs: Tensor, rejected_log_probs: Tensor, margin: float = 1.0) -> Tensor:
+    r"""The hinge on whole sequences that also goes by that name, :math:`\max(0, \log\pi(y^-) - \log\pi(y^+) + \alpha)`.
+
+    A different loss than `cringe_loss`. The log-probabilities are those of `sequence_log_probs`, `[B]`.
+
+    Args:
+        chosen_log_probs, rejected_log_probs: `[B]`.
+        margin: :math:`\alpha`. Default: 1.
+    """
+    return F.relu(rejected_log_probs - chosen_log_probs + check_number("margin", margin)).mean()
+
+
+def rog_loss(answer_log_probs: Tensor, path_log_probs: Tensor, path_question: Tensor) -> Tensor:
+    r"""Reasoning on graphs: answer from the paths, and plan the paths.
+
+    .. math:: \mathrm{mean}_b \left[-\log P(a_b \mid q_b, Z^*_b) - \frac{1}{|Z^*_b|} \sum_{z \in Z^*_b}
+              \log P(z \mid q_b)\right]
+
+    The second term is KL(Q || P) up to a constant, with Q uniform over the shortest paths. A question without paths
+    has none.
+
+    Args:
+        answer_log_probs: `[B]`, of the answers, from `sequence_log_probs`.
+        path_log_probs: `[P]`, of all paths.
+        path_question: `[P]`, int64, the question in [0, B) that each path belongs to.
+
+    Source: Luo et al., https://arxiv.org/abs/2310.01061.
+    """
+    if path_log_probs.shape != path_question.shape:
+        raise RuntimeError(f"path_question: expected shape {path_log_probs.shape}, got {path_question.shape}")
+    nothing = torch.zeros_like(answer_log_probs)
+    total = nothing.index_add(0, path_question, path_log_probs)
+    count = nothing.detach().index_add(0, path_question, torch.ones_like(path_log_probs))
+    return -(answer_log_probs + total / count.clamp(min=1)).mean()
+
+
+def deep_rag_imitation_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    r"""First stage of DeepRAG: :math:`-\sum_t \log p(y_t)` over the model's own tokens, mean over sequences.
+
+    Args:
+        logits: `[B, T, V]`, aligned with the labels.
+        labels: `[B, T]`, `ignore_index` at the question and at retrieved documents.
+        ignore_index: Default: -100.
+
+    Source: Guan et al., https://arxiv.org/abs/2502.01142.
+    """
+    return -sequence_log_probs(logits, labels, ignore_index).mean()
+
+
+def deep_rag_calibration_loss(
+    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float = 0.4
+) -> Tensor:
+    r"""Second stage of DeepRAG, its chain of calibration: DPO on whether to retrieve or to answer from memory.
+
+    .. math:: -\log\sigma\left(\beta \left[(\log\pi - \log\pi_\mathrm{ref})(y^+) -
+              (\log\pi - \log\pi_\mathrm{ref})(y^-)\right]\right)
+
+    Args:
+        chosen, rejected, reference_chosen, reference_rejected: `[B]`, log-probabilities of the decision at one state
+            by the policy and by the reference, from `sequence_log_probs`.
+        beta: Default: 0.4, as in the released configuration.
+
+    Source: Guan et al., https://arxiv.org/abs/2502.01142.
+    """
+    gap = (chosen - reference_chosen) - (rejected - reference_rejected)
+    return -F.logsigmoid(check_number("beta", beta) * gap).mean()

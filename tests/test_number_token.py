@@ -1,0 +1,164 @@
+"""Number token losses beside loops over their definitions, and their conventions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastloss.functional import (
+    cross_entropy_with_number_token_loss,
+    gaussian_cross_entropy,
+    number_token_loss,
+)
+
+IDS = torch.tensor([11, 3, 7, 5])
+VALUES = torch.tensor([0.0, 1.0, 4.0, 2.5], dtype=torch.float64)
+
+
+def draw(*shape, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(*shape, 13, generator=generator, dtype=torch.float64) * 2
+    labels = torch.tensor([3, 12, 7, -100, 11, 5])[torch.randint(6, shape, generator=generator)]
+    return logits.to(device), labels.to(device)
+
+
+def squashed(gap, factor):
+    gaps = (VALUES[:, None] - VALUES).abs()
+    least, most = gaps[gaps > 0].min(), gaps.max()
+    return 0.0 if gap == 0 else 1 + (gap - least) * (factor - 1) / (most - least)
+
+
+def one(logits, label, kind, reweigh, factor):
+    """The loss of one row, or None."""
+    if label not in IDS:
+        return None
+    y = VALUES[IDS.tolist().index(label)]
+    q = logits[IDS].softmax(0)
+    if kind == "wasserstein":
+        gaps = [(v - y).abs() if factor is None else squashed((v - y).abs(), factor) for v in VALUES]
+        loss, most = sum(p * g for p, g in zip(q, gaps, strict=True)), factor or 4.0
+    else:
+        loss, most = ((q * VALUES).sum() - y) ** 2, 16.0
+    mass = logits.softmax(0)[IDS].sum()
+    return loss * mass + 1.01 * most * (1 - mass) if reweigh else loss
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 5)])
+@pytest.mark.parametrize(
+    ("kind", "reweigh", "factor"),
+    [
+        ("wasserstein", False, None),
+        ("wasserstein", True, None),
+        ("wasserstein", False, 2.0),
+        ("wasserstein", True, 3.0),
+        ("mse", False, None),
+        ("mse", True, None),
+    ],
+)
+def test_is_its_definition(kind, reweigh, factor, shape, device):
+    logits, labels = draw(*shape)
+    rows = [one(x, int(y), kind, reweigh, factor) for x, y in zip(logits.reshape(-1, 13), labels.flatten())]
+    counted = torch.stack([r for r in rows if r is not None])
+    arguments = logits.to(device), labels.to(device), IDS.to(device), VALUES.to(device)
+    options = {"kind": kind, "reweigh": reweigh, "squash_factor": factor}
+    torch.testing.assert_close(number_token_loss(*arguments, **options).cpu(), counted.mean())
+    each = number_token_loss(*arguments, reduction="none", **options).cpu()
+    expected = torch.stack([torch.zeros((), dtype=torch.float64) if r is None else r for r in rows])
+    torch.testing.assert_close(each, expected.view(shape))
+    both = cross_entropy_with_number_token_loss(*arguments, ntl_weight=0.7, **options).cpu()
+    plain = F.cross_entropy(logits.reshape(-1, 13), labels.flatten())
+    torch.testing.assert_close(both, plain + 0.7 * counted.mean())
+
+
+def test_wasserstein_is_the_area_between_the_distribution_functions(device):
+    logits, _ = draw(4, device=device)
+    labels = IDS.to(device)
+    order = VALUES.argsort()
+    steps = VALUES[order].diff()
+    q = logits.cpu()[:, IDS].softmax(-1)[:, order].cumsum(-1)
+    p = torch.eye(4, dtype=torch.float64)[:, order].cumsum(-1)
+    expected = ((q - p).abs()[:, :-1] * steps).sum(-1)
+    got = number_token_loss(logits, labels, labels, VALUES.to(device), reduction="none")
+    torch.testing.assert_close(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", ["wasserstein", "mse"])
+def test_no_numbers_is_zero_with_a_graph(kind, device):
+    logits, labels = draw(5, device=device)
+    logits.requires_grad_()
+    loss = number_token_loss(logits, torch.full_like(labels, 12), IDS.to(device), VALUES.to(device), kind)
+    assert loss == 0
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert (grad == 0).all()
+    everything_ignored = torch.full_like(labels, -100)
+    both = cross_entropy_with_number_token_loss(logits, everything_ignored, IDS.to(device), VALUES.to(device))
+    assert both.isnan()
+
+
+def test_rows_without_a_number_have_no_gradient(device):
+    logits, labels = draw(12, device=device)
+    logits.requires_grad_()
+    loss = number_token_loss(logits, labels, IDS.to(device), VALUES.to(device), reweigh=True)
+    (grad,) = torch.autograd.grad(loss, logits)
+    number = torch.isin(labels.cpu(), IDS).to(device)
+    assert (grad[~number] == 0).all()
+    assert (grad[number] != 0).all()
+
+
+def test_ignored_number_does_not_count(device):
+    logits, _ = draw(2, device=device)
+    labels, ids, values = torch.tensor([3, 7], device=device), IDS.to(device), VALUES.to(device)
+    got = number_token_loss(logits, labels, ids, values, ignore_index=7)
+    torch.testing.assert_close(got, number_token_loss(logits[:1], labels[:1], ids, values))
+
+
+def test_gaussian_over_class_indices(device):
+    logits, _ = draw(6, device=device)
+    target = torch.tensor([0, 1, 6, 11, 12, -100], device=device)
+    classes = torch.arange(13, device=device, dtype=torch.float64)
+    q = torch.exp(-((classes - target[:, None]) ** 2) / (2 * 1.3**2))
+    q = q / q.sum(-1, keepdim=True)
+    expected = torch.where(target != -100, -(q * logits.log_softmax(-1)).sum(-1), 0.0)
+    got = gaussian_cross_entropy(logits, target, 1.3, reduction="none")
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(gaussian_cross_entropy(logits, target, 1.3), expected.sum() / 5)
+    torch.testing.assert_close(gaussian_cross_entropy(logits, target, 0.0), F.cross_entropy(logits, target))
+
+
+def test_gaussian_over_values(device):
+    logits, labels = draw(9, device=device)
+    ids, values = IDS.to(device), VALUES.to(device)
+    got = gaussian_cross_entropy(logits, labels, 1.0, ids, values, reduction="none")
+    logp = logits.log_softmax(-1)
+    for row, label in enumerate(labels.tolist()):
+        if label == -100:
+            expected = torch.zeros((), dtype=torch.float64, device=device)
+        elif label in IDS:
+            y = values[IDS.tolist().index(label)]
+            q = torch.exp(-((values - y) ** 2) / 2)
+            expected = -(q / q.sum() * logp[row, ids]).sum()
+        else:
+            expected = -logp[row, label]
+        torch.testing.assert_close(got[row], expected)
+
+
+def test_errors(device):
+    logits, labels = draw(3, device=device)
+    ids, values = IDS.to(device), VALUES.to(device)
+    for match, bad in (
+        ("token_ids", (logits, labels, ids[None], values)),
+        ("token_values", (logits, labels, ids, values[1:])),
+        ("labels", (logits, labels[1:], ids, values)),
+        ("labels", (logits, labels.int(), ids, values)),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            number_token_loss(*bad)
+    with pytest.raises(ValueError, match="kind"):
+        number_token_loss(logits, labels, ids, values, kind="mae")
+    with pytest.raises(ValueError, match="squash_factor"):
+        number_token_loss(logits, labels, ids, values, squash_factor=1.0)
+    with pytest.raises(ValueError, match="squash_factor"):
+        number_token_loss(logits, labels, ids, values, kind="mse", squash_factor=2.0)
+    with pytest.raises(ValueError, match="token_ids"):
+        gaussian_cross_entropy(logits, labels, token_ids=ids)

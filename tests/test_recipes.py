@@ -1,0 +1,82 @@
+"""The recipes beside loops over their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastloss import recipes
+from fastloss.functional import sequence_log_probs
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_cringe_is_a_contrast_with_the_best_other_class():
+    logits = draw(6, 9).requires_grad_()
+    labels = torch.tensor([0, 1, 2, 3, -100, 8])
+    labels[0] = logits[0].argmax()  # the negative label itself is the best
+    got = recipes.cringe_loss(logits, labels, reduction="none")
+    grad_rows = []
+    for row, label in enumerate(labels.tolist()):
+        if label == -100:
+            assert got[row] == 0
+            continue
+        others = logits[row].clone()
+        others[label] = -math.inf
+        torch.testing.assert_close(got[row], F.softplus(logits[row, label] - others.max()))
+        grad_rows.append({label, int(others.argmax())})
+    (grad,) = torch.autograd.grad(recipes.cringe_loss(logits, labels), logits)
+    touched = [set(g.nonzero().flatten().tolist()) for g in grad if (g != 0).any()]
+    assert touched == grad_rows
+    torch.testing.assert_close(recipes.cringe_loss(logits, labels), got.sum() / 5)
+
+
+def test_cringe_draws_among_the_top_k_without_the_negative():
+    logits = torch.tensor([[5.0, 4.0, 3.0, -9.0]]).expand(4000, 4)
+    labels = torch.full((4000,), 1)
+    generator = torch.Generator().manual_seed(0)
+    losses = recipes.cringe_loss(logits, labels, top_k=2, reduction="none", generator=generator)
+    against = F.softplus(torch.tensor([4.0 - 5.0, 4.0 - 3.0]))
+    assert torch.isin(losses, against).all()
+    share = (losses == against[0]).double().mean()
+    assert abs(share - torch.tensor([5.0, 3.0]).softmax(0)[0]) < 0.02
+
+
+def test_cringe_detaches_the_positive():
+    logits = draw(3, 5).requires_grad_()
+    loss = recipes.cringe_loss(logits, torch.tensor([0, 1, 2]), detach_positive=True)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert ((grad != 0).sum(-1) == 1).all()
+    assert recipes.cringe_loss(logits, torch.full((3,), -100)) == 0
+    with pytest.raises(ValueError, match="top_k"):
+        recipes.cringe_loss(logits, torch.tensor([0, 1, 2]), top_k=5)
+
+
+def test_cringe_hinge():
+    chosen, rejected = torch.tensor([-1.0, -5.0]), torch.tensor([-4.0, -4.5])
+    torch.testing.assert_close(recipes.cringe_hinge_loss(chosen, rejected), torch.tensor(1.5 / 2))
+
+
+def test_rog_averages_the_paths_of_each_question():
+    answers, paths = draw(3).requires_grad_(), draw(4).requires_grad_()
+    owner = torch.tensor([0, 2, 0, 0])
+    plans = torch.stack([paths[[0, 2, 3]].mean(), torch.zeros((), dtype=torch.float64), paths[1]])
+    torch.testing.assert_close(recipes.rog_loss(answers, paths, owner), -(answers + plans).mean())
+    grads = torch.autograd.grad(recipes.rog_loss(answers, paths, owner), (answers, paths))
+    torch.testing.assert_close(grads[0], torch.full((3,), -1 / 3, dtype=torch.float64))
+    torch.testing.assert_close(grads[1], torch.tensor([-1 / 9, -1 / 3, -1 / 9, -1 / 9], dtype=torch.float64))
+
+
+def test_deep_rag():
+    logits, labels = draw(2, 3, 7), torch.tensor([[1, -100, 3], [4, 5, -100]])
+    summed = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(recipes.deep_rag_imitation_loss(logits, labels), summed / 2)
+    policy = sequence_log_probs(logits, labels)
+    zero = torch.zeros_like(policy)
+    loss = recipes.deep_rag_calibration_loss(policy[:1], policy[1:], zero[:1], zero[1:])
+    torch.testing.assert_close(loss, F.softplus(-0.4 * (policy[0] - policy[1])))
