@@ -126,7 +126,7 @@ def cross_entropy(
     elif target.dtype != input.dtype and target.is_floating_point():
         wider = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(wider), target.to(wider)
-    elif input.dim() == 1:
+    elif input.dim() == 1 and not target.is_floating_point():
         target = target.reshape(())
     numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
     options = (ignore_index, mode, check_number("logit_scale", logit_scale), cap, numbers, is_wide(input))

@@ -50,7 +50,11 @@ def cross_entropy(
         target = target.reshape(())
     classes = max(input.shape[dim], 1)
     z = logits_of(input, logit_scale, softcap)
+    top = z.detach().amax(dim, keepdim=True) if input.shape[dim] else z.new_zeros(())
+    top = torch.where(top.isfinite(), top, 0.0)
+    z = z - top  # the loss does not change; far from zero, lse itself would not be exact enough
     lse = z.logsumexp(dim)
+    square = (lse + top.squeeze(dim) if top.dim() else lse).square()
     w = torch.ones(classes, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
     per_class = w.view([-1 if d == dim else 1 for d in range(z.dim())])
 
@@ -58,13 +62,13 @@ def cross_entropy(
         share = (1 - label_smoothing) * target + label_smoothing / classes
         loss = (per_class * share * (lse.unsqueeze(dim) - z)).sum(dim)
         row = torch.ones_like(lse)
-        loss = loss + z_loss * lse.square()
+        loss = loss + z_loss * square
     else:
         valid = target != ignore_index
         y = torch.where(valid, target, 0)
         one_hot = F.one_hot(y, classes).bool().movedim(-1, dim)
         row = torch.where(valid, w[y], 0.0)
-        loss = w[y] * ((1 - label_smoothing) * nll_of(z, one_hot, dim) + z_loss * lse.square())
+        loss = w[y] * ((1 - label_smoothing) * nll_of(z, one_hot, dim) + z_loss * square)
         if label_smoothing:
             loss = loss + label_smoothing / classes * (per_class * (lse.unsqueeze(dim) - z)).sum(dim)
         loss = torch.where(valid, loss, 0.0)
