@@ -54,6 +54,25 @@ FL_FN double select(bool c, double a, double b) { return c ? a : b; }
 FL_FN float log1p_unit(float u) { return ::log1pf(u); }
 FL_FN double log1p_unit(double u) { return ::log1p(u); }
 
+// x rounded to its type: keeps the compiler from folding the product x into a fused multiply-add, where two equal
+// products must cancel exactly.
+FL_FN float rounded(float x) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+f"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+FL_FN double rounded(double x) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+d"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 // The type in which the elements of T are summed.
 template <class T>
 struct Accumulate {
