@@ -1,17 +1,38 @@
 """The losses as functions, under the names that the field knows them by. Each family's file holds its own."""
 
-from fastloss import focal, number_token, pointwise, policy, preference, sequence, statistics, token
+from fastloss import (
+    focal,
+    number_token,
+    pointwise,
+    policy,
+    preference,
+    regression,
+    sequence,
+    statistics,
+    token,
+)
 from fastloss.focal import *  # noqa: F403
 from fastloss.number_token import *  # noqa: F403
 from fastloss.pointwise import *  # noqa: F403
 from fastloss.policy import *  # noqa: F403
 from fastloss.preference import *  # noqa: F403
+from fastloss.regression import *  # noqa: F403
 from fastloss.sequence import *  # noqa: F403
 from fastloss.statistics import *  # noqa: F403
 from fastloss.token import *  # noqa: F403
 
 __all__ = [
     name
-    for family in (token, focal, statistics, number_token, pointwise, preference, policy, sequence)
+    for family in (
+        token,
+        focal,
+        statistics,
+        number_token,
+        pointwise,
+        regression,
+        preference,
+        policy,
+        sequence,
+    )
     for name in family.__all__
 ]

@@ -147,7 +147,9 @@ def test_nan_inputs_are_not_hidden(loss, case, dtype, device):
             got, true = fused(loss, spoiled, names), exact(loss, spoiled, names)
             assert torch.equal(got.value.isnan().cpu(), true.value.isnan()), f"NaN at {place} of {name}"
             seen += (bad := bool(true.value.isnan().any()))
-            assert bool(got.grads[name].isnan().any()) == bad
+            # where the loss is linear in an input, its derivative by that one need not be NaN
+            if true.grads[name].isnan().any() or not bad:
+                assert bool(got.grads[name].isnan().any()) == bad
             for part, grad in got.grads.items():
                 assert (true.grads[part].isnan() >= grad.isnan().cpu()).all(), f"gradient of {part}"
         assert seen, f"no NaN in {name} reaches the reference's value"

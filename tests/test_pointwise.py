@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from support import every_dtype, same_bits
 
+import fastloss.functional
 from fastloss.functional import sigmoid_focal_loss
 
 EXTREMES = [1e4, -1e4, 88.0, -88.0, 0.0, 20.0, -20.0, 1e-3]
@@ -73,3 +74,75 @@ def test_gradient_of_forward_and_of_backward_have_the_same_bits(dtype, device):
         assert same_bits(first, second)
         with torch.no_grad():
             assert same_bits(sigmoid_focal_loss(x, y, gamma=gamma, reduction="mean"), value)
+
+
+# ---- beside torch's functions ---------------------------------------------------------------------------
+
+TORCHS = {
+    "mse_loss": {},
+    "l1_loss": {},
+    "smooth_l1_loss": {"beta": 0.7},
+    "huber_loss": {"delta": 0.7},
+    "binary_cross_entropy": {},
+    "binary_cross_entropy_with_logits": {},
+    "kl_div": {"log_target": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides", "ignore:Using a target size")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("name", TORCHS)
+def test_as_torch(name, reduction, device):
+    """Values and both gradients, at and beside the places where the formulas change."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(40, 30, generator=g, dtype=torch.float64)
+    y = torch.rand(40, 30, generator=g, dtype=torch.float64)
+    if name != "binary_cross_entropy":
+        x = 6 * x - 3
+    x[0], y[0] = 0.5, torch.linspace(0, 1, 30)
+    answers = []
+    for function in (getattr(fastloss.functional, name), getattr(F, name)):
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_()
+        value = function(a, b, reduction=reduction, **TORCHS[name])
+        value.sum().backward()
+        answers.append((value.detach(), a.grad, b.grad))
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_binary_cross_entropy_of_saturated_logits(device):
+    """The sum's product of 1 + e^-|x| keeps terms far below 1, and does not overflow."""
+    for dtype, rtol in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+        x = torch.full((5000,), 30.0, dtype=dtype)
+        got = fastloss.functional.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction="sum")
+        expected = 5000 * torch.tensor(-30.0, dtype=torch.float64).exp().log1p()
+        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=0)
+        zero = torch.zeros(5000, dtype=dtype)
+        got = fastloss.functional.binary_cross_entropy_with_logits(zero, zero, reduction="sum")
+        torch.testing.assert_close(got.double(), 5000 * torch.tensor(2.0).double().log(), rtol=rtol, atol=0)
+
+
+def test_hinge_by_hand(device):
+    s = torch.tensor([0.5, 2.0, 1.0, -1.0], requires_grad=True)
+    y = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    value = fastloss.functional.hinge_loss(s, y, reduction="none")
+    assert value.tolist() == [0.5, 0.0, 0.0, 0.0]
+    value.sum().backward()
+    assert s.grad.tolist() == [-1.0, 0.0, 0.0, 0.0]
+
+
+def test_kl_div_of_a_certain_target(device):
+    q = torch.tensor([[0.0, 1.0, 0.0]])
+    logp = torch.tensor([[0.2, 0.5, 0.3]]).log()
+    got = fastloss.functional.kl_div(logp, q, reduction="batchmean")
+    torch.testing.assert_close(got, torch.tensor(0.5).log().neg())
+
+
+def test_broadcast_inputs_are_read_where_they_lie(device):
+    x = torch.randn(7, 130, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for y in (torch.randn(130), torch.randn(7, 1), torch.randn(()), torch.randn(1, 130)):
+        got = fastloss.functional.huber_loss(x, y)
+        (grad,) = torch.autograd.grad(got, x)
+        expected = fastloss.functional.huber_loss(x, y.expand(7, 130).contiguous())
+        assert same_bits(got, expected)
+        assert same_bits(grad, torch.autograd.grad(expected, x)[0])

@@ -63,7 +63,163 @@ struct SigmoidFocal {
   }
 };
 
+// ---- regression: e = prediction - target
+
+template <class F>
+FL_FN F sign(F e) {  // of 0 and NaN: itself
+  return select(e > 0, F{} + 1, select(e < 0, F{} - 1, e));
+}
+struct Regression {
+  static constexpr int kInputs = 2, kVariants = 1;
+  static constexpr unsigned kWrt = 0b11;
+  static constexpr bool kLogSum = false;
+  static int variant(const double*) { return 0; }
+};
+
+template <class R, int>
+struct SquaredError : Regression {
+  FL_FN explicit SquaredError(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F e = v[0] - v[1];
+    d[0] = e + e;
+    d[1] = -d[0];
+    return e * e;
+  }
+};
+
+template <class R, int>
+struct AbsoluteError : Regression {
+  FL_FN explicit AbsoluteError(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F e = v[0] - v[1];
+    d[0] = sign(e);
+    d[1] = -d[0];
+    return abs(e);
+  }
+};
+
+// e^2 / (2 beta) below beta, |e| - beta / 2 above.
+template <class R, int>
+struct SmoothAbsoluteError : Regression {
+  R beta;
+  FL_FN explicit SmoothAbsoluteError(const double* options) : beta(R(options[0])) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F e = v[0] - v[1], size = abs(e);
+    const auto near = size < beta;
+    d[0] = select(near, e / beta, sign(e));
+    d[1] = -d[0];
+    return select(near, R(0.5) * e * e / beta, size - R(0.5) * beta);
+  }
+};
+
+// e^2 / 2 up to delta, delta (|e| - delta / 2) above.
+template <class R, int>
+struct Huber : Regression {
+  R delta;
+  FL_FN explicit Huber(const double* options) : delta(R(options[0])) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F e = v[0] - v[1], size = abs(e);
+    const auto near = size <= delta;
+    d[0] = select(near, e, delta * sign(e));
+    d[1] = -d[0];
+    return select(near, R(0.5) * e * e, delta * (size - R(0.5) * delta));
+  }
+};
+
+// ---- two classes
+
+// -y log p - (1 - y) log(1 - p) of a probability p; logarithms are not below -100.
+template <class R, int>
+struct BinaryCrossEntropy : Regression {
+  FL_FN explicit BinaryCrossEntropy(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F p = v[0], y = v[1], lowest = F{} - 100;
+    F of_one = log(p), of_zero = log1p(-p);
+    of_one = select(of_one < -100, lowest, of_one);
+    of_zero = select(of_zero < -100, lowest, of_zero);
+    d[0] = (p - y) / max((1 - p) * p, F{} + R(1e-12));
+    d[1] = of_zero - of_one;
+    return (y - 1) * of_zero - y * of_one;
+  }
+};
+
+// The same of a logit x: y max(-x, 0) + (1 - y) max(x, 0) + log(1 + e^-|x|).
+template <class R, int>
+struct BinaryCrossEntropyWithLogits : Regression {
+  static constexpr bool kLogSum = true;
+  FL_FN explicit BinaryCrossEntropyWithLogits(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d, F& u) const {
+    const F x = v[0], y = v[1], no = 1 - y;
+    u = exp(-abs(x));
+    const F big = 1 / (1 + u), small = u * big;
+    d[0] = no * select(x >= 0, big, small) - y * select(x >= 0, small, big);
+    d[1] = -x;
+    return y * max(-x, F{}) + no * max(x, F{});
+  }
+};
+
+// With the positive class weighted: its share y is y w, w the third input.
+template <class R, int>
+struct WeightedBinaryCrossEntropyWithLogits : Regression {
+  static constexpr int kInputs = 3;
+  FL_FN explicit WeightedBinaryCrossEntropyWithLogits(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F x = v[0], w = v[2], yes = v[1] * w, no = 1 - v[1], up = max(x, F{}), down = max(-x, F{});
+    const Logistic<F> s = logistic(x);
+    d[0] = no * s.p - yes * s.q;
+    d[1] = (w * down - up) + (w - 1) * s.l;
+    return (yes * down + no * up) + (yes + no) * s.l;
+  }
+};
+
+// max(0, 1 - y s) of a score s and a label y of -1 or 1.
+template <class R, int>
+struct Hinge : Regression {
+  FL_FN explicit Hinge(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F margin = 1 - v[0] * v[1];
+    const auto met = margin <= 0;
+    d[0] = select(met, F{}, -v[1]);
+    d[1] = select(met, F{}, -v[0]);
+    return select(met, F{}, margin);
+  }
+};
+
+// q (log q - x) of a log-probability x, for the target q, or log q (variant 1).
+template <class R, int kLogTarget>
+struct KLDivergence : Regression {
+  static constexpr int kVariants = 2;
+  static int variant(const double* options) { return options[0] != 0; }
+  FL_FN explicit KLDivergence(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F x = v[0], q = kLogTarget ? exp(v[1]) : v[1], log_q = kLogTarget ? v[1] : log(v[1]);
+    d[0] = -q;
+    d[1] = kLogTarget ? q * (log_q - x) + q : log_q + 1 - x;
+    if constexpr (kLogTarget) return q * (log_q - x);
+    return select(q == 0, F{}, q * log_q) - q * x;
+  }
+};
+
 }  // namespace fastloss::inline FL_ISA
 
 // The pointwise losses: name of the operator and struct.
-#define FASTLOSS_POINTWISE_LOSSES(X) X(sigmoid_focal_loss, SigmoidFocal)
+#define FASTLOSS_POINTWISE_LOSSES(X)                                                 \
+  X(sigmoid_focal_loss, SigmoidFocal)                                                \
+  X(mse_loss, SquaredError)                                                          \
+  X(l1_loss, AbsoluteError)                                                          \
+  X(smooth_l1_loss, SmoothAbsoluteError)                                             \
+  X(huber_loss, Huber)                                                               \
+  X(binary_cross_entropy, BinaryCrossEntropy)                                        \
+  X(binary_cross_entropy_with_logits, BinaryCrossEntropyWithLogits)                  \
+  X(weighted_binary_cross_entropy_with_logits, WeightedBinaryCrossEntropyWithLogits) \
+  X(hinge_loss, Hinge)                                                               \
+  X(kl_div, KLDivergence)

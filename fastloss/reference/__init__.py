@@ -1,17 +1,38 @@
 """Every loss in plain PyTorch, written from its formula: slow, readable, differentiable any number of times."""
 
-from fastloss.reference import focal, number_token, pointwise, policy, preference, sequence, statistics, token
+from fastloss.reference import (
+    focal,
+    number_token,
+    pointwise,
+    policy,
+    preference,
+    regression,
+    sequence,
+    statistics,
+    token,
+)
 from fastloss.reference.focal import *  # noqa: F403
 from fastloss.reference.number_token import *  # noqa: F403
 from fastloss.reference.pointwise import *  # noqa: F403
 from fastloss.reference.policy import *  # noqa: F403
 from fastloss.reference.preference import *  # noqa: F403
+from fastloss.reference.regression import *  # noqa: F403
 from fastloss.reference.sequence import *  # noqa: F403
 from fastloss.reference.statistics import *  # noqa: F403
 from fastloss.reference.token import *  # noqa: F403
 
 __all__ = [
     name
-    for family in (token, focal, statistics, number_token, pointwise, preference, policy, sequence)
+    for family in (
+        token,
+        focal,
+        statistics,
+        number_token,
+        pointwise,
+        regression,
+        preference,
+        policy,
+        sequence,
+    )
     for name in family.__all__
 ]

@@ -1,0 +1,188 @@
+"""Losses of a prediction and a target, and of scores of two classes, as in torch.nn.functional."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "hinge_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "smooth_l1_loss",
+]
+
+
+def squared_error(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square()
+
+
+def absolute_error(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).abs()
+
+
+def smooth_absolute_error(x: Tensor, y: Tensor, beta: float) -> Tensor:
+    e = x - y
+    size = e.abs()
+    if beta == 0:
+        return size
+    return torch.where(size < beta, 0.5 * e.square() / beta, size - 0.5 * beta)
+
+
+def huber(x: Tensor, y: Tensor, delta: float) -> Tensor:
+    e = x - y
+    size = e.abs()
+    return torch.where(size <= delta, 0.5 * e.square(), delta * (size - 0.5 * delta))
+
+
+def hinge(s: Tensor, y: Tensor) -> Tensor:
+    return torch.relu(1 - s * y)
+
+
+def binary(p: Tensor, y: Tensor) -> Tensor:
+    """Logarithms are not below -100, as in torch."""
+    of_one, of_zero = p.log().clamp_min(-100), torch.log1p(-p).clamp_min(-100)
+    return (y - 1) * of_zero - y * of_one
+
+
+def binary_with_logits(x: Tensor, y: Tensor) -> Tensor:
+    return -(y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+
+
+def weighted_binary_with_logits(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+    return -(w * y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+
+
+def kl_divergence(x: Tensor, t: Tensor, log_target: float) -> Tensor:
+    return t.exp() * (t - x) if log_target else torch.xlogy(t, t) - t * x
+
+
+def _floats(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and not torch.is_floating_point(t):
+            raise NotImplementedError(f"{name}: expected a floating point type, got {t.dtype}")
+
+
+def _mode(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce)
+    return reduction
+
+
+def _reduced(loss: Tensor, reduction: str, weight: Tensor | None = None, by_weight: bool = False) -> Tensor:
+    if weight is not None:
+        loss = torch.where(weight != 0, weight * loss, 0.0)
+    if reduction == "mean" and by_weight and weight is not None:
+        return loss.sum() / weight.sum()
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.mse_loss`."""
+    _floats(input=input, target=target, weight=weight)
+    return _reduced(squared_error(input, target), _mode(size_average, reduce, reduction), weight, True)
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.l1_loss`."""
+    _floats(input=input, target=target, weight=weight)
+    return _reduced(absolute_error(input, target), _mode(size_average, reduce, reduction), weight, True)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    """As `fastloss.functional.smooth_l1_loss`."""
+    _floats(input=input, target=target)
+    return _reduced(smooth_absolute_error(input, target, beta), _mode(size_average, reduce, reduction))
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.huber_loss`."""
+    _floats(input=input, target=target, weight=weight)
+    return _reduced(huber(input, target, delta), reduction, weight)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.binary_cross_entropy`."""
+    _floats(input=input, target=target, weight=weight)
+    return _reduced(binary(input, target), _mode(size_average, reduce, reduction), weight)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.binary_cross_entropy_with_logits`."""
+    _floats(input=input, target=target, weight=weight, pos_weight=pos_weight)
+    if pos_weight is None:
+        loss = binary_with_logits(input, target)
+    else:
+        loss = weighted_binary_with_logits(input, target, pos_weight)
+    return _reduced(loss, _mode(size_average, reduce, reduction), weight)
+
+
+def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """As `fastloss.functional.hinge_loss`."""
+    _floats(input=input, target=target)
+    return _reduced(hinge(input, target), reduction)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    """As `fastloss.functional.kl_div`."""
+    _floats(input=input, target=target)
+    reduction = _mode(size_average, reduce, reduction)
+    loss = kl_divergence(input, target, float(log_target))
+    if reduction == "batchmean":
+        return loss.sum() / input.shape[0] if input.dim() else loss.sum()
+    return _reduced(loss, reduction)
