@@ -44,7 +44,7 @@ demo: $(VENV)/.built $(VENV)/.extra-demo ## train a small language model with to
 	$(BIN)/python benchmarks/train_lm.py $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.extra-test ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(VENV)/.built $(VENV)/.extra-cli ## every loss against its float64 reference on every device here
 	$(BIN)/python -m fastloss check $(ARGS)
