@@ -46,6 +46,7 @@ def _cases(keep: Callable[[Loss], bool], few: bool = False) -> pytest.MarkDecora
 
 every_loss = pytest.mark.parametrize("loss", losses(), ids=lambda loss: loss.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+some_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
 every_case = _cases(lambda loss: True)
 # the plainest and the fullest case: for what the machinery around a loss promises, not its formula
 some_cases = _cases(lambda loss: True, few=True)

@@ -8,7 +8,6 @@ from support import (
     Answer,
     copied,
     differentiable,
-    every_dtype,
     fused,
     has_reductions,
     make,
@@ -16,6 +15,7 @@ from support import (
     requiring,
     same_bits,
     some_cases,
+    some_dtypes,
     tensors,
     tiny_shape,
     upstream_like,
@@ -41,7 +41,7 @@ def test_gradgradcheck(loss, case, device):
     assert gradgradcheck(function, inputs)
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_create_graph_gives_the_same_gradient(loss, case, dtype, device):
     function, inputs = call(loss, make(loss, case, dtype, device))
@@ -132,7 +132,7 @@ def test_grad_of_vmap(loss, case, device):
 # ---- one graph, used in unusual ways --------------------------------------------------------------------
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_second_backward(loss, case, dtype, device):
     """It gives the same bits in other memory, and what the first gave is left alone."""

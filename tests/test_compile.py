@@ -9,7 +9,6 @@ import torch
 from support import (
     assert_same_bits,
     differentiable,
-    every_dtype,
     every_loss,
     fused,
     is_float,
@@ -18,6 +17,7 @@ from support import (
     requiring,
     small_shape,
     some_cases,
+    some_dtypes,
     tensors,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -101,7 +101,7 @@ class RecordOps(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_opcheck(loss, case, dtype, real_device):
     """Schema, fake kernel and dispatch of each operator that a call and its backward run."""
@@ -114,7 +114,7 @@ def test_opcheck(loss, case, dtype, real_device):
         torch.library.opcheck(op, args, options)
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_fake_tensors_tell_shape_and_dtype(loss, case, dtype, real_device):
     kwargs = make(loss, case, dtype, real_device)

@@ -8,7 +8,6 @@ from support import (
     Answer,
     assert_same_bits,
     differentiable,
-    every_dtype,
     exact,
     fused,
     has_reductions,
@@ -16,6 +15,7 @@ from support import (
     requiring,
     same_bits,
     some_cases,
+    some_dtypes,
     tensors,
     upstream_like,
 )
@@ -28,7 +28,7 @@ def batched_shapes(loss):
     return [(ROWS, *s[1:]) for s in loss.shapes if len(s) > 1 and ROWS not in s[1:]]
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_run_to_run(loss, case, dtype, device):
     for shape in loss.shapes:
@@ -38,7 +38,7 @@ def test_run_to_run(loss, case, dtype, device):
         assert_same_bits(fused(loss, kwargs, names), first, "a second run")
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_number_of_threads(loss, case, dtype, threads):
     """Many rows so that the work is shared out, few long ones so that a row itself might be."""
@@ -82,7 +82,7 @@ def same_rows(got: Answer, whole: Answer, index) -> bool:
     return all(same_bits(x, y[index]) for (_, x), (_, y) in pairs)
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_other_rows_of_the_batch(loss, case, dtype, device):
     """Alone, at the front, at the back, among others: a row's loss and gradient are the same bits."""
@@ -99,7 +99,7 @@ def test_other_rows_of_the_batch(loss, case, dtype, device):
             assert same_rows(got, whole, index), f"rows {rows} of shape {shape}"
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_alignment_of_rows(loss, case, dtype, device):
     """A row's bits do not depend on where in memory it starts."""

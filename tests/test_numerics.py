@@ -24,6 +24,7 @@ from support import (
     same_bits,
     small_shape,
     some_cases,
+    some_dtypes,
     tensors,
 )
 
@@ -35,7 +36,7 @@ def test_accurate(loss, case, dtype, device):
         assert_right(loss, make(loss, case, dtype, device, shape, seed))
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_accurate_without_gradient(loss, case, dtype, device):
     """The path that does no gradient work gives the very same value."""
@@ -78,7 +79,7 @@ def test_any_layout(loss, case, layout, dtype, device):
         assert_right(loss, requiring(kwargs | laid, differentiable(loss, kwargs)))
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_upstream_gradient_in_any_layout(loss, case, dtype, device):
     """What comes from above may be expanded (`sum().backward()`), zero, negative or strided."""
@@ -95,7 +96,7 @@ def test_upstream_gradient_in_any_layout(loss, case, dtype, device):
         assert_right(loss, kwargs, upstream)
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_inputs_are_not_written(loss, case, dtype, device):
     for shape in loss.shapes:
@@ -107,7 +108,7 @@ def test_inputs_are_not_written(loss, case, dtype, device):
             assert value._version == versions[name]
 
 
-@every_dtype
+@some_dtypes
 @every_in_place_case
 def test_in_place_backward_takes_the_inputs_memory(loss, case, dtype, device):
     """Same numbers, no second tensor; and the overwritten input is not used by mistake afterwards."""
@@ -131,7 +132,7 @@ def test_in_place_backward_takes_the_inputs_memory(loss, case, dtype, device):
         torch.autograd.grad(value, inputs, torch.ones_like(value))
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_nan_inputs_are_not_hidden(loss, case, dtype, device):
     """The value is NaN where the reference's is; the gradient is, and nowhere else than the reference's."""
@@ -155,7 +156,7 @@ def test_nan_inputs_are_not_hidden(loss, case, dtype, device):
         assert seen, f"no NaN in {name} reaches the reference's value"
 
 
-@every_dtype
+@some_dtypes
 @some_cases
 def test_empty_batch(loss, case, dtype, device):
     for shape in loss.shapes:
