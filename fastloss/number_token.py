@@ -292,7 +292,7 @@ def _tokens(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def _inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    logits = draw.normal(*shape, scale=3.0)
+    logits = draw.normal(*shape, scale=2.0)
     return {"logits": logits, "labels": _labels(draw, shape), **_tokens(draw, shape)}
 
 

@@ -37,7 +37,7 @@ def _number_rows(
     squash_factor: float | None,
 ) -> Tensor:
     _, y = _numbers(labels, ids, values)
-    q = z[..., ids].softmax(-1)
+    q = z.log_softmax(-1)[..., ids].softmax(-1)  # NaN anywhere in the row shows
     gaps = (values.unsqueeze(0) - values.unsqueeze(1)).abs()
     if kind == "wasserstein":
         gap, most = (values - y.unsqueeze(-1)).abs(), gaps.max()
