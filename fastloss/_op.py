@@ -16,6 +16,7 @@ The rules:
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from fastloss import _linear
 
 _library = Path(__file__).with_name("_ops.so")
 if not _library.exists():
@@ -300,6 +303,154 @@ class ElementOp(FusedOp):
         return super().__call__(tensors, (*options, wanted))
 
 
+class LinearOp(Op):
+    """A row loss of `linear(input, linear_weight, linear_bias)`, from the chunks of `_linear`.
+
+    Tensors `(input, linear_weight, linear_bias, target, weight, row_weight)`, of which the first three are
+    differentiated; `options` are `ignore_index, reduction, logit_scale, softcap, numbers, wide, chunk`.
+
+    Where the loss is one number, the gradients are made in forward, while the logits are at hand, and the first
+    backward multiplies them by its upstream gradient. Any other backward runs the chunks again.
+    """
+
+    SCHEMA = (
+        "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+        "Tensor? row_weight, int ignore_index, int reduction, float logit_scale, float softcap, float[] numbers, "
+        "bool wide, int chunk, int wanted) -> (Tensor loss, Tensor norm, Tensor dinput, Tensor dweight, Tensor dbias)"
+    )
+    REDUCTION = 1  # its place among the options
+
+    def __init__(self, name: str, reference: Callable[..., Tensor], rows: str):
+        self._rows = rows
+        self._libraries: list[torch.library.Library] = []
+
+        def fake(input, linear_weight, linear_bias, *rest):
+            high = _linear.accumulation_type(input.dtype)
+            reduction, wide, wanted = rest[4], rest[8], rest[10]
+            loss = input.new_empty([] if reduction else [input.shape[0]], dtype=high if wide else input.dtype)
+            norm = input.new_empty([] if reduction == REDUCTIONS["mean"] else [0], dtype=high)
+            shapes = input.shape, linear_weight.shape, linear_weight.shape[:1]
+            return (
+                loss,
+                norm,
+                *(
+                    input.new_empty(shape if wanted & bit else [0], dtype=high)
+                    for shape, bit in zip(shapes, (_linear.INPUT, _linear.WEIGHT, _linear.BIAS), strict=True)
+                ),
+            )
+
+        super().__init__(name, reference, fake, tensors=6, wrt=(0, 1, 2))
+        self._traced = self._trace()
+
+    def operators(self) -> SimpleNamespace:
+        found = self._operators.get(_namespace)
+        if found is None:
+            operators = getattr(torch.ops, _namespace)
+            library = torch.library.Library(_namespace, "FRAGMENT")
+            library.define(f"{self.name}_fwd{self.SCHEMA}")
+            simulated = _namespace != "fastloss"  # a build in which the CPU runs the CUDA kernels
+            here = _linear.RowByRow if simulated else _linear.PackedProducts
+            for key, products in (("CPU", here), ("CUDA", _linear.BlasProducts)):
+                forward = functools.partial(_linear.forward, self._rows, operators, products)
+                library.impl(f"{self.name}_fwd", forward, key)
+            self._libraries.append(library)  # its registrations live as long as it does
+            fwd = getattr(operators, f"{self.name}_fwd").default
+            found = SimpleNamespace(fwd=fwd, bwd=None, into=None, all=operators)
+            self._operators[_namespace] = found
+        return found
+
+    def _wanted(self, tensors: Sequence[Tensor | None]) -> int:
+        return sum(1 << i for i in self.wrt if tensors[i] is not None and tensors[i].requires_grad)
+
+    def plan(self, operators, tensors, options):
+        ahead = options[self.REDUCTION] != REDUCTIONS["none"] and not _functorch_active()
+        wanted = self._wanted(tensors) if ahead else 0
+        return SimpleNamespace(operators=operators, wanted=wanted, ready=None, needed=None)
+
+    def run_forward(self, plan, tensors, options):
+        return plan.operators.fwd(*tensors, *options, getattr(plan, "wanted", 0))
+
+    def keep(self, plan, saved):
+        if plan is not None and plan.wanted:
+            plan.ready = saved
+        return []
+
+    def run_backward(self, plan, grads, tensors, saved, options):
+        (g,) = grads
+        input, like = tensors[0], tensors[:3]
+        needed = sum(1 << i for i in self.wrt if plan.needed is None or plan.needed[i])
+        needed &= sum(1 << i for i in self.wrt if tensors[i] is not None)
+        high = _linear.accumulation_type(input.dtype)
+        factor, own = g.to(high), not _functorch_active()
+        options = list(options)
+        ready, plan.ready = plan.ready, None
+        if options[self.REDUCTION] == REDUCTIONS["none"]:
+            tensors = [*tensors[:5], factor if tensors[5] is None else factor * tensors[5]]
+            options[self.REDUCTION] = REDUCTIONS["sum"]
+            factor = torch.ones_like(factor.sum())
+            ready = None
+        if ready is None or needed & ~plan.wanted:
+            ready = plan.operators.fwd(*tensors, *options, needed)[1:]
+        norm, *ready = ready
+        if high != input.dtype and norm.dim() == 0:
+            factor = factor / (norm + (norm == 0))  # of nothing: no gradient
+        scale = _linear.scaled if own else lambda _, d, factor, x, __: (d * factor).to(x.dtype)
+        return [
+            scale(plan.operators.all, d, factor, x, own) if needed >> i & 1 else input.new_empty(0)
+            for i, (d, x) in enumerate(zip(ready, like, strict=True))
+        ]
+
+    def _compiled(self, tensors, options):
+        if _requires_grad(tensors[3:]):
+            return self.reference(*tensors, *options)
+        wanted = self._wanted(tensors) if torch.is_grad_enabled() else 0
+        return self._traced.apply(*tensors, *options, wanted)[0]
+
+    def _trace(self) -> type[Function]:
+        fwd, tensors, at = self.operators().fwd, self.tensors, self.tensors + self.REDUCTION
+        none, total = REDUCTIONS["none"], REDUCTIONS["sum"]
+
+        class Traced(Function):
+            @staticmethod
+            def forward(*args):
+                return fwd(*args[:-1], 0 if args[at] == none else args[-1])
+
+            @staticmethod
+            def setup_context(ctx, inputs, output):
+                ctx.mark_non_differentiable(*output[1:])
+                ctx.options = inputs[tensors:]
+                ctx.count = len(inputs)
+                ctx.save_for_backward(*inputs[:tensors], *(() if inputs[at] == none else output[1:]))
+
+            @staticmethod
+            def backward(ctx, g, *_):
+                saved = ctx.saved_tensors
+                given, ready = list(saved[:tensors]), saved[tensors:]
+                options, wanted = list(ctx.options[:-1]), ctx.options[-1]
+                input = given[0]
+                high = _linear.accumulation_type(input.dtype)
+                factor = g.to(high)
+                if options[at - tensors] == none:
+                    given[5] = factor if given[5] is None else factor * given[5]
+                    options[at - tensors] = total
+                    ready = fwd(*given, *options, wanted)[1:]
+                    factor = torch.ones_like(factor.sum())
+                norm, *ready = ready
+                if high != input.dtype and norm.dim() == 0:
+                    factor = factor / (norm + (norm == 0))  # of nothing: no gradient
+                found = [
+                    (d * factor).to(input.dtype) if wanted >> i & 1 else None for i, d in enumerate(ready)
+                ]
+                return (*found, *([None] * (ctx.count - len(found))))
+
+        return Traced
+
+
+torch.library.register_fake(
+    "fastloss::linear_scaled", lambda d, factor, like: torch.empty_like(d, dtype=like.dtype)
+)
+
+
 def _register(namespace: str, op: Op) -> None:
     """Fake kernels and batching rules of an operator's pair."""
     fwd, bwd = f"{namespace}::{op.name}_fwd", f"{namespace}::{op.name}_bwd"
@@ -448,6 +599,7 @@ def _eager_function(op: Op) -> type[Function]:
             if all(g is None for g in grads):
                 return (None,) * len(ctx.needs_input_grad)
             if any(needed[i] for i in op.wrt):
+                ctx.plan.needed = needed
                 if torch.is_grad_enabled():
                     op.differentiable_again(ctx.plan)
                     mine = _apply(Gradient, *grads, *tensors, *saved, ctx.options, ctx.plan)

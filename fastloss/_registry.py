@@ -69,6 +69,8 @@ class Loss:
     forward_arguments: tuple[str, ...]
     """Arguments of the module's `forward`; all others belong to its constructor."""
     replaces: str = ""
+    multiplies: bool = False
+    """Whether it multiplies matrices: works in buffers of its own, and in the autocast type under autocast."""
     eager: Callable[..., Tensor] | None = None
     """What people call today, with the same arguments by name; the reference where there is none."""
 

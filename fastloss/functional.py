@@ -2,6 +2,7 @@
 
 from fastloss import (
     focal,
+    linear,
     number_token,
     pointwise,
     policy,
@@ -12,6 +13,7 @@ from fastloss import (
     token,
 )
 from fastloss.focal import *  # noqa: F403
+from fastloss.linear import *  # noqa: F403
 from fastloss.number_token import *  # noqa: F403
 from fastloss.pointwise import *  # noqa: F403
 from fastloss.policy import *  # noqa: F403
@@ -33,6 +35,7 @@ __all__ = [
         preference,
         policy,
         sequence,
+        linear,
     )
     for name in family.__all__
 ]

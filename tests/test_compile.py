@@ -164,7 +164,10 @@ def test_autocast_gives_float32(loss, case, low, device):
             value = loss.function(**kwargs)
         assert value.dtype == torch.float32
         wide = {k: v.detach().float() if is_float(v) else v for k, v in kwargs.items()}
-        torch.testing.assert_close(value.detach(), fused(loss, wide, []).value)
+        expected, near = fused(loss, wide, []).value, {}
+        if loss.multiplies:  # in the autocast type
+            near = {"rtol": 4 * torch.finfo(low).eps, "atol": 4 * torch.finfo(low).eps}
+        torch.testing.assert_close(value.detach(), expected, **near)
         value.sum().backward()
         assert all(kwargs[name].grad.dtype == dtype for name in names)
 

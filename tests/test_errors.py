@@ -99,6 +99,8 @@ def torch_outcome(loss, kwargs):
 def assert_as_torch(loss, kwargs, name):
     ours = outcome(loss.function, **kwargs)
     theirs, knows_all = torch_outcome(loss, kwargs)
+    if isinstance(theirs, AttributeError):  # torch came upon it by accident
+        theirs = TypeError(str(theirs))
     if isinstance(theirs, Exception):
         wanted = f"PyTorch raises {type(theirs).__name__}: {theirs}"
         # without a counterpart in torch the kind of error is an accident of the reference; an AttributeError is a

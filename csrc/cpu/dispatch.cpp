@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "linear.h"
+
 namespace fastloss::cpu {
 namespace {
 
@@ -39,5 +41,9 @@ const Kernels& kernels() { return *choice().kernels; }
 const ScanKernels& scan_kernels() { return *choice().scans; }
 const ElementKernels& element_kernels() { return *choice().elements; }
 const char* capability() { return choice().name; }
+const LinearKernels& linear_kernels() {
+  const Kernels* chosen = choice().kernels;
+  return chosen == &kernels_avx512 ? linear_avx512 : chosen == &kernels_avx2 ? linear_avx2 : linear_sse2;
+}
 
 }  // namespace fastloss::cpu

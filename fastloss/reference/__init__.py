@@ -2,6 +2,7 @@
 
 from fastloss.reference import (
     focal,
+    linear,
     number_token,
     pointwise,
     policy,
@@ -12,6 +13,7 @@ from fastloss.reference import (
     token,
 )
 from fastloss.reference.focal import *  # noqa: F403
+from fastloss.reference.linear import *  # noqa: F403
 from fastloss.reference.number_token import *  # noqa: F403
 from fastloss.reference.pointwise import *  # noqa: F403
 from fastloss.reference.policy import *  # noqa: F403
@@ -33,6 +35,7 @@ __all__ = [
         preference,
         policy,
         sequence,
+        linear,
     )
     for name in family.__all__
 ]

@@ -1,0 +1,275 @@
+// What a row loss from hidden states is made of (fastloss/_linear.py puts it together, chunk by chunk): the
+// row losses on a chunk of logits in place, sums over all rows, and on the CPU the matrix products.
+#include <tuple>
+
+#include "../cpu/pool.h"
+#include "rows.h"
+#if !defined(FL_SIMT)
+#include "../cpu/linear.h"
+#endif
+
+namespace fastloss {
+namespace {
+
+size_t real_size(ScalarType accumulation) {
+  return accumulation == ScalarType::Double ? sizeof(double) : sizeof(float);
+}
+
+// ---- the row losses in place
+
+// loss[r] = row_weight[r] * (loss of the row) and, if wanted, logits = gradient of sum loss[r] / norm.
+template <const TokenLoss& kLoss>
+void rows(Tensor logits, Tensor loss, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
+          OptionalTensor norm, int64_t ignore_index, double logit_scale, double softcap, Options options,
+          bool with_gradient) {
+  Call call(kLoss, with_gradient ? RowPass::forward_gradient : RowPass::forward, logits, target, weight,
+            logit_scale, softcap, options);
+  RowArgs& a = call.args;
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected rows without gaps");
+  STD_TORCH_CHECK(loss.numel() == a.rows && loss.is_contiguous() && loss.scalar_type() == call.accumulation,
+                  "loss: expected ", a.rows, " numbers of the accumulation type");
+  a.ignore_index = ignore_index;
+  if (row_weight) {
+    STD_TORCH_CHECK(row_weight->numel() == a.rows, "row_weight: expected ", a.rows, " numbers");
+    row_weight = as_type(*row_weight, call.accumulation);
+    a.row_weight = row_weight->const_data_ptr();
+  }
+  if (norm) {
+    norm = as_type(*norm, call.accumulation);
+    a.norm = norm->const_data_ptr();
+  }
+  const int64_t state_shape[] = {a.rows, kStateHead + kLoss.saved};
+  const Tensor state = torch::stable::new_empty(logits, state_shape, call.accumulation);
+  call.set_state(state);
+  a.loss = loss.mutable_data_ptr();
+  if (with_gradient) call.set_gradient(logits);
+  run(kLoss, call);
+}
+
+// ---- sums over all rows, in double and in their order
+
+// Sum of row weight x class weight of the target over the rows that count, in the type of `loss`.
+Tensor row_norm(Tensor loss, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
+                int64_t ignore_index) {
+  RowArgs a{};
+  const DType dtype = dtype_of(loss, "loss");
+  a.dtype = dtype;
+  a.rows = loss.numel();
+  a.ignore_index = ignore_index;
+  if (target.scalar_type() == ScalarType::Long) {
+    target = as_type(target, ScalarType::Long);
+    a.target = static_cast<const int64_t*>(target.const_data_ptr());
+  }
+  if (weight) {
+    weight = as_type(*weight, loss.scalar_type());
+    a.class_weight = weight->const_data_ptr();
+    a.n = weight->numel();
+  }
+  if (row_weight) {
+    row_weight = as_type(*row_weight, loss.scalar_type());
+    a.row_weight = row_weight->const_data_ptr();
+  }
+  const Tensor norm = torch::stable::new_empty(loss, std::vector<int64_t>{});
+  if (on_cuda(loss)) {
+#if defined(FASTLOSS_HAS_CUDA)
+    const DeviceScope scope(loss);
+    cuda::row_norm(a, norm.mutable_data_ptr(), current_stream(loss));
+#endif
+  } else if (dtype == DType::f64) {
+    *static_cast<double*>(norm.mutable_data_ptr()) = norm_of<double>(a);
+  } else {
+    *static_cast<float*>(norm.mutable_data_ptr()) = static_cast<float>(norm_of<float>(a));
+  }
+  return norm;
+}
+
+Tensor row_reduce(Tensor loss, OptionalTensor norm) {
+  RowArgs a{};
+  a.dtype = dtype_of(loss, "loss");
+  a.rows = loss.numel();
+  a.loss = const_cast<void*>(loss.const_data_ptr());
+  a.norm = norm ? norm->const_data_ptr() : nullptr;
+  const Tensor result = torch::stable::new_empty(loss, std::vector<int64_t>{});
+  if (on_cuda(loss)) {
+#if defined(FASTLOSS_HAS_CUDA)
+    const DeviceScope scope(loss);
+    cuda::row_reduce(a, result.mutable_data_ptr(), current_stream(loss));
+#endif
+  } else if (a.dtype == DType::f64) {
+    reduce(a, static_cast<double*>(result.mutable_data_ptr()));
+  } else {
+    reduce(a, static_cast<float*>(result.mutable_data_ptr()));
+  }
+  return result;
+}
+
+// Uninitialised, of the accumulation type of `like`; large ones on the CPU come from the pool of warm pages.
+Tensor scratch(Tensor like, std::vector<int64_t> shape) {
+  const ScalarType type = accumulation_type(dtype_of(like, "input"));
+  size_t bytes = real_size(type);
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
+  bytes *= stride;
+  if (!like.is_cpu() || bytes < cpu::kPoolMinimum) return torch::stable::new_empty(like, shape, type);
+  return torch::stable::from_blob(cpu::pool_acquire(bytes), shape, strides, like.device(), type,
+                                  &cpu::pool_release);
+}
+
+#if !defined(FL_SIMT)
+
+// ---- the products on the CPU
+
+cpu::LinearArgs products(const Tensor& w, const Tensor& logits) {
+  STD_TORCH_CHECK(w.dim() == 2 && logits.dim() == 2 && logits.is_contiguous() && logits.size(1) == w.size(0),
+                  "logits: expected a row of ", w.size(0), " classes without gaps");
+  cpu::LinearArgs a{};
+  a.dtype = dtype_of(w, "linear_weight");
+  STD_TORCH_CHECK(logits.scalar_type() == accumulation_type(a.dtype),
+                  "logits: expected the accumulation type");
+  a.rows = logits.size(0);
+  a.n = w.size(0);
+  a.features = w.size(1);
+  a.w = w.const_data_ptr();
+  a.w_row = w.stride(0);
+  a.w_column = w.stride(1);
+  a.logits = const_cast<void*>(logits.const_data_ptr());
+  return a;
+}
+void check_chunk(const cpu::LinearArgs& a, const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(
+      t.is_contiguous() && t.numel() == a.rows * a.features && t.scalar_type() == accumulation_type(a.dtype),
+      name, ": expected ", a.rows, " rows of ", a.features, " features of the accumulation type");
+}
+int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
+void in_parallel(cpu::LinearKernels::Kernel kernel, const cpu::LinearArgs& a, int64_t tasks) {
+  if (tasks == 1) return kernel(a, 0, 1);
+  if (tasks > 1)
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+}
+Tensor packing_room(cpu::LinearArgs& a, const Tensor& x) {
+  check_chunk(a, x, "x");
+  a.x = x.const_data_ptr();
+  const Tensor room = scratch(x, {cpu::linear_kernels().packed_size(a)});
+  a.panels = room.mutable_data_ptr();
+  return room;
+}
+
+// logits = x w^T + bias
+void linear_logits(Tensor logits, Tensor x, Tensor w, OptionalTensor bias) {
+  const cpu::LinearKernels& kernels = cpu::linear_kernels();
+  cpu::LinearArgs a = products(w, logits);
+  const Tensor room = packing_room(a, x);
+  if (bias) {
+    STD_TORCH_CHECK(bias->numel() == a.n, "linear_bias: expected ", a.n, " numbers");
+    bias = as_type(*bias, logits.scalar_type());
+    a.bias = bias->const_data_ptr();
+  }
+  in_parallel(kernels.pack_left, a, blocks(a.rows, cpu::kRowBlock));
+  in_parallel(kernels.logits, a, blocks(a.n, cpu::kClassBlock));
+}
+
+// dx = g w
+void linear_dx(Tensor dx, Tensor g, Tensor w) {
+  cpu::LinearArgs a = products(w, g);
+  check_chunk(a, dx, "dx");
+  a.dx = dx.mutable_data_ptr();
+  // a few tiles a thread: packing pays for itself where they are large
+  const int64_t threads = torch::stable::get_num_threads();
+  a.tile_rows = cpu::kRowBlock;
+  a.tile_columns = 512;
+  const auto tiles = [&] { return blocks(a.rows, a.tile_rows) * blocks(a.features, a.tile_columns); };
+  while (tiles() < threads && a.tile_columns > 64) a.tile_columns /= 2;
+  while (tiles() < threads && a.tile_rows > 24) a.tile_rows /= 2;
+  in_parallel(cpu::linear_kernels().dx, a, tiles());
+}
+
+// dw (+)= g^T x, db (+)= sum over rows of g; either may be left out
+void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, bool add) {
+  const cpu::LinearKernels& kernels = cpu::linear_kernels();
+  STD_TORCH_CHECK(g.dim() == 2 && g.is_contiguous() && x.dim() == 2, "g: expected rows without gaps");
+  cpu::LinearArgs a{};
+  a.dtype = dtype_of(g, "g");
+  a.rows = g.size(0);
+  a.n = g.size(1);
+  a.features = x.size(1);
+  a.logits = const_cast<void*>(g.const_data_ptr());
+  const Tensor room = packing_room(a, x);
+  if (dw) {
+    STD_TORCH_CHECK(dw->is_contiguous() && dw->numel() == a.n * a.features, "dw: expected no gaps");
+    a.dw = dw->mutable_data_ptr();
+    in_parallel(kernels.pack_right, a, blocks(a.rows, cpu::kRowBlock));
+  }
+  if (db) {
+    STD_TORCH_CHECK(db->numel() == a.n && db->is_contiguous(), "db: expected ", a.n, " numbers");
+    a.db = db->mutable_data_ptr();
+  }
+  a.add = add;
+  in_parallel(kernels.dw, a, blocks(a.n, cpu::kClassBlock));
+}
+
+// ---- the end: d is the gradient for an upstream gradient of 1, in the accumulation type
+
+// factor * d in the type of `like`.
+Tensor linear_scaled(Tensor d, Tensor factor, Tensor like) {
+  const DType dtype = dtype_of(like, "like");
+  STD_TORCH_CHECK(d.is_contiguous() && accumulation_type(dtype) == d.scalar_type(), "d: expected no gaps");
+  const double f = dtype == DType::f64 ? *static_cast<const double*>(factor.const_data_ptr())
+                                       : *static_cast<const float*>(factor.const_data_ptr());
+  const size_t bytes = static_cast<size_t>(d.numel()) * like.element_size();
+  const Tensor out = bytes < cpu::kPoolMinimum
+                         ? torch::stable::new_empty(d, d.sizes(), like.scalar_type())
+                         : torch::stable::from_blob(cpu::pool_acquire(bytes), d.sizes(), d.strides(),
+                                                    d.device(), like.scalar_type(), &cpu::pool_release);
+  const void* from = d.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  const auto kernel = cpu::linear_kernels().scale;
+  torch::stable::parallel_for(0, d.numel(), 1 << 16,
+                              [&](int64_t begin, int64_t end) { kernel(from, f, dtype, to, begin, end); });
+  return out;
+}
+
+#endif
+
+}  // namespace
+
+#define FASTLOSS_DEFINE(name, Loss)                                                                     \
+  m.def(#name                                                                                           \
+        "_rows(Tensor(a!) logits, Tensor(b!) loss, Tensor target, Tensor? weight, Tensor? row_weight, " \
+        "Tensor? norm, int ignore_index, float logit_scale, float softcap, float[] options, "           \
+        "bool with_gradient) -> ()");
+#define FASTLOSS_IMPLEMENT(name, Loss) m.impl(#name "_rows", TORCH_BOX(&rows<name##_loss>));
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE)
+  m.def(
+      "row_norm(Tensor loss, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index) -> Tensor");
+  m.def("row_reduce(Tensor loss, Tensor? norm) -> Tensor");
+  m.def("scratch(Tensor like, int[] shape) -> Tensor");
+  m.def("linear_logits(Tensor(a!) logits, Tensor x, Tensor w, Tensor? bias) -> ()");
+  m.def("linear_dx(Tensor(a!) dx, Tensor g, Tensor w) -> ()");
+  m.def("linear_dw(Tensor(a!)? dw, Tensor(b!)? db, Tensor g, Tensor x, bool add) -> ()");
+  m.def("linear_scaled(Tensor d, Tensor factor, Tensor like) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+  FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
+  m.impl("row_norm", TORCH_BOX(&row_norm));
+  m.impl("row_reduce", TORCH_BOX(&row_reduce));
+  m.impl("scratch", TORCH_BOX(&scratch));
+#if !defined(FL_SIMT)
+  m.impl("linear_logits", TORCH_BOX(&linear_logits));
+  m.impl("linear_dx", TORCH_BOX(&linear_dx));
+  m.impl("linear_dw", TORCH_BOX(&linear_dw));
+  m.impl("linear_scaled", TORCH_BOX(&linear_scaled));
+#endif
+}
+#if !defined(FL_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
+  FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
+  m.impl("row_norm", TORCH_BOX(&row_norm));
+  m.impl("row_reduce", TORCH_BOX(&row_reduce));
+  m.impl("scratch", TORCH_BOX(&scratch));
+}
+#endif
+
+}  // namespace fastloss
