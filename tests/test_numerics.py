@@ -13,9 +13,9 @@ from support import (
     dtype_id,
     evaluate,
     every_case,
+    every_contract_loss,
     every_dtype,
     every_in_place_case,
-    every_loss,
     exact,
     fused,
     has_reductions,
@@ -164,7 +164,7 @@ def test_empty_batch(loss, case, dtype, device):
             assert_right(loss, make(loss, case, dtype, device, (0, *shape[1:])))
 
 
-@every_loss
+@every_contract_loss
 def test_registered_cases_cover_both_kinds(loss):
     """The tests above are worth something only if they are run on something."""
     assert not any("inplace_backward" in case for case in loss.cases.values()), "the tests add it themselves"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import (
     differentiable,
-    every_case,
+    every_contract_case,
     every_loss,
     fused,
     has_reductions,
@@ -95,7 +95,7 @@ def test_every_public_function_is_registered_and_documented():
             assert inspect.getdoc(function), f"fastloss.memory.{name} has no docstring"
 
 
-@every_case
+@every_contract_case
 def test_module_calls_the_function(loss, case, device):
     module, inputs, kwargs = module_and_call(loss, case, device=device)
     assert same_bits(module(**inputs), loss.function(**kwargs))
@@ -103,7 +103,7 @@ def test_module_calls_the_function(loss, case, device):
     assert same_bits(module(*in_order), module(**inputs))
 
 
-@every_case
+@every_contract_case
 def test_module_survives_copies(loss, case):
     module, inputs, _ = module_and_call(loss, case)
     expected = module(**inputs)
@@ -115,7 +115,7 @@ def test_module_survives_copies(loss, case):
         assert repr(other) == repr(module)
 
 
-@every_case
+@every_contract_case
 def test_module_tells_its_options(loss, case):
     module, _, kwargs = module_and_call(loss, case)
     text = repr(module)
@@ -125,7 +125,7 @@ def test_module_tells_its_options(loss, case):
             assert f"{name}={value!r}" in text, f"{text} does not show {name}"
 
 
-@every_case
+@every_contract_case
 def test_module_moves_with_its_tensors(loss, case):
     """Tensors given to the constructor are buffers: they follow `.to()` and stand in the state."""
     module, inputs, kwargs = module_and_call(loss, case)

@@ -54,8 +54,8 @@ FL_FN double select(bool c, double a, double b) { return c ? a : b; }
 FL_FN float log1p_unit(float u) { return ::log1pf(u); }
 FL_FN double log1p_unit(double u) { return ::log1p(u); }
 
-// x rounded to its type: keeps the compiler from folding the product x into a fused multiply-add, where two equal
-// products must cancel exactly.
+// x rounded to its type: keeps the compiler from folding the product x into a fused multiply-add, where two
+// equal products must cancel exactly.
 FL_FN float rounded(float x) {
 #ifdef __CUDA_ARCH__
   asm("" : "+f"(x));

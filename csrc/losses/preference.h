@@ -293,7 +293,7 @@ struct BradleyTerry {
 
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_PREFERENCE_LOSSES(X)                                       \
-  X(dpo_loss, DirectPreference)                                             \
-  X(kto_loss, Kto) X(reference_free, ReferenceFree) X(orpo_loss, OddsRatio) \
-      X(bradley_terry_loss, BradleyTerry)
+#define FASTLOSS_PREFERENCE_LOSSES(X) \
+  X(dpo_loss, DirectPreference)       \
+  X(kto_loss, Kto)                    \
+  X(reference_free, ReferenceFree) X(orpo_loss, OddsRatio) X(bradley_terry_loss, BradleyTerry)

@@ -19,7 +19,7 @@ from support import (
     assert_same_bits,
     differentiable,
     dtype_id,
-    every_case,
+    every_contract_case,
     exact,
     fused,
     make,
@@ -67,7 +67,7 @@ def assert_close(got: Answer, true: Answer, what: str) -> None:
 
 @pytest.mark.parametrize("layout", [contiguous, unaligned])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@every_case
+@every_contract_case
 def test_right_under_every_schedule(loss, case, dtype, layout, schedule):
     for shape in shapes(loss, case):
 
