@@ -81,7 +81,8 @@ def test_target_wins_with_a_one_hot_distribution(dtype, device):
     loss, _ = collapse_safe(x, t)
     one_hot = F.one_hot(t, 333).to(dtype)
     got, plain = (f(x, one_hot, reduction="none").double().cpu() for f in (cross_entropy, F.cross_entropy))
-    assert ((got - loss).abs() <= torch.maximum((plain - loss).abs(), 1e-4 * loss)).all()
+    rounding = 4 * EPS[dtype]  # of sums near 1, in which both round
+    assert ((got - loss).abs() <= torch.maximum((plain - loss).abs(), 1e-4 * loss) + rounding).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
