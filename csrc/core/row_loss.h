@@ -24,6 +24,7 @@ struct RowLossDefaults {
   static constexpr bool kSoftcap = false;         // logits may be capped
   static constexpr bool kSideStreams = false;     // `w` and `q` are read for every class
   static constexpr bool kGradUsesLogit = false;   // `grad` uses z - m
+  static constexpr bool kProportional = false;    // `grad` is p * coef.p
   static constexpr bool kNormCountsRows = false;  // "mean" counts rows, whatever their class weights
 };
 

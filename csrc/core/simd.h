@@ -78,6 +78,37 @@ FL_FN scalar_t<F> horizontal_max(F v) {
   for (int k = 1; k < kLanes<F>; ++k) m = v[k] > m ? v[k] : m;
   return m;
 }
+// The largest of count > 0 half precision numbers, found among their bits: as integers these are in order
+// once the negative ones are turned round. NaN with a positive sign is larger than all, one with a negative
+// sign smaller.
+template <class I>
+FL_FN I in_order(I bits) {
+  return bits ^ ((bits >> 15) & 0x7fff);
+}
+template <class T>
+  requires(sizeof(T) == 2)
+FL_FN T largest(const T* x, int64_t count) {
+  using i16v = int16_t __attribute__((vector_size(kVectorBytes)));
+  constexpr int kWide = kVectorBytes / 2, kUnroll = 4;
+  i16v top[kUnroll], v;
+  for (i16v& t : top) t = i16v{} + int16_t(INT16_MIN);
+  int64_t j = 0;
+  for (; j + kUnroll * kWide <= count; j += kUnroll * kWide)
+    for (int u = 0; u < kUnroll; ++u) {
+      std::memcpy(&v, x + j + u * kWide, sizeof v);
+      v = in_order(v);
+      top[u] = v > top[u] ? v : top[u];
+    }
+  int m = INT16_MIN;
+  for (const i16v& t : top)
+    for (int k = 0; k < kWide; ++k) m = t[k] > m ? t[k] : m;
+  for (; j < count; ++j) {
+    const int one = in_order(static_cast<int>(static_cast<int16_t>(x[j].bits)));
+    m = one > m ? one : m;
+  }
+  return T{static_cast<uint16_t>(in_order(m))};
+}
+
 template <class F>
 FL_FN scalar_t<F> horizontal_sum(F v) {
   scalar_t<F> part[kLanes<F>];
@@ -120,7 +151,7 @@ FL_FN F polynomial(F x, scalar_t<F> highest, C... rest) {
 FL_FN f32v exp(f32v x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
 #if defined(__AVX512F__)
-  const f32v bounded = _mm512_min_ps(fill<f32v>(89.f), x);  // a NaN in x stays
+  const f32v bounded = _mm512_max_ps(fill<f32v>(-104.f), _mm512_min_ps(fill<f32v>(89.f), x));  // NaN stays
   const f32v n = _mm512_roundscale_ps(bounded * kLog2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const f32v bounded = x < -104.f ? fill<f32v>(-104.f) : (x > 89.f ? fill<f32v>(89.f) : x);
@@ -131,9 +162,7 @@ FL_FN f32v exp(f32v x) {
                       4.99999940e-1f);  // minimax, 3e-9
   p = fma(p, r * r, r) + 1.f;
 #if defined(__AVX512F__)
-  p = _mm512_scalef_ps(p, n);
-  return _mm512_mask_mov_ps(p, _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.f), _CMP_LT_OQ),
-                            _mm512_setzero_ps());
+  return _mm512_scalef_ps(p, n);
 #else
   const i32v power = __builtin_convertvector(n, i32v);
   const i32v half = power >> 1;  // two factors: 2^n alone leaves the range of normal floats at both ends
@@ -167,6 +196,21 @@ FL_FN f64v exp(f64v x) {
   p = x < -746. ? f64v{} : p;
   p = x > 710. ? fill<f64v>(INFINITY) : p;
   return x != x ? x : p;
+}
+
+// exp(x) for x <= 0, of which half precision is wanted in the end: 2^floor(t) p(t - floor(t)), t = x log2(e),
+// from half as many instructions where the machine splits t in one. Relative error 1.5e-7 + 1e-7 |x|; exp(0)
+// is 1; 0 below -110; NaN kept.
+FL_FN f32v exp_for_half(f32v x) {
+#if defined(__AVX512DQ__)
+  const f32v t = _mm512_max_ps(fill<f32v>(-160.f), x * 1.44269504f);
+  const f32v f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const f32v p =
+      polynomial(f, 1.86711829e-3f, 9.01705492e-3f, 5.57998940e-2f, 2.40164459e-1f, 6.93151295e-1f, 1.f);
+  return _mm512_scalef_ps(p, t);
+#else
+  return exp(x);
+#endif
 }
 
 // tanh(x): odd polynomial near zero (float), 1 - 2 / (exp(2|x|) + 1) elsewhere.
@@ -244,22 +288,38 @@ FL_FN float widen(BFloat16 h) {
 template <class T>
 FL_FN vector_t<acc_t<T>> load_part(const T* p, int64_t count, acc_t<T> rest) {
   using F = vector_t<acc_t<T>>;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_loadu_ps(fill<F>(rest), (1u << count) - 1, p);
+  else if constexpr (std::is_same_v<T, double>)
+    return _mm512_mask_loadu_pd(fill<F>(rest), (1u << count) - 1, p);
+  T buffer[kLanes<F>];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16((1u << count) - 1, p));
+#else
   T buffer[kLanes<F>] = {};
   std::memcpy(buffer, p, count * sizeof(T));
+#endif
   return select(first_lanes<F>(count), load(buffer), fill<F>(rest));
 }
 
 // ---- stores: round to nearest even
 FL_FN void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
 FL_FN void store(double* p, f64v v) { std::memcpy(p, &v, sizeof v); }
+#if defined(__AVX512F__)
+// The machine's own conversion; it takes subnormal numbers for 0.
+inline const bool kConvertsBf16 = __builtin_cpu_supports("avx512bf16");
+#endif
 FL_FN u16v narrow_bf16(f32v v) {
-#if defined(__AVX512BF16__)
-  return (u16v)_mm512_cvtneps_pbh(v);
-#else
+#if defined(__AVX512F__)
+  if (kConvertsBf16) [[likely]] {
+    u16v h;  // as text: an intrinsic would ask for it in every function that this is inlined into
+    asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(v));
+    return h;
+  }
+#endif
   const u32v b = (u32v)v;
   const u32v rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
   return __builtin_convertvector(v != v ? u32v{} + 0x7fc0 : rounded, u16v);
-#endif
 }
 FL_FN void store(BFloat16* p, f32v v) {
   const u16v h = narrow_bf16(v);
@@ -293,8 +353,17 @@ FL_FN void store(Half* p, f32v v) {
 }
 template <class T>
 FL_FN void store_part(T* p, vector_t<acc_t<T>> v, int64_t count) {
+#if defined(__AVX512F__)
+  const uint32_t lanes = (1u << count) - 1;
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, lanes, v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_mask_storeu_pd(p, lanes, v);
+#endif
   T buffer[kLanes<vector_t<acc_t<T>>>];
   store(buffer, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2)
+    return _mm256_mask_storeu_epi16(p, lanes, _mm256_loadu_si256(reinterpret_cast<__m256i*>(buffer)));
+#endif
   std::memcpy(p, buffer, count * sizeof(T));
 }
 template <class T>

@@ -182,7 +182,17 @@ class RowWalker {
   }
 
   // ---- statistics
+  // exp, to the precision of T where no more is asked for.
+  FL_FN static F power(F d) {
+    if constexpr (sizeof(T) == 2 && !Loss::kPlanes) {
+      return exp_for_half(d);
+    } else {
+      return exp(d);
+    }
+  }
   FL_NOINLINE R block_max(const T* x, int64_t begin, int64_t end) const {
+    if constexpr (sizeof(T) == 2)
+      if (scale_ > 0 && !(Loss::kSoftcap && cap_ > 0)) return widen(largest(x + begin, end - begin)) * scale_;
     F top[kUnroll];
     for (F& v : top) v = fill<F>(-INFINITY);
     int64_t j = begin;
@@ -198,7 +208,7 @@ class RowWalker {
 
   template <bool kKeep>
   FL_FN void add(const Row& row, int64_t j, R base, Accumulator& acc) {
-    const F d = logit(load(row.x + j)) - base, e = exp(d);
+    const F d = logit(load(row.x + j)) - base, e = power(d);
     const Side s = side(row, j);
     acc.s += e;
     acc.extra.add(e, d, s.w, s.q, loss_);
@@ -212,7 +222,7 @@ class RowWalker {
     const auto here = first_lanes<F>(count);
     const auto others =
         here & (lane_numbers<F>() != static_cast<Lane>(row.t >= j && row.t < j + W ? row.t - j : -1));
-    const F e = select(others, exp(d), F{});
+    const F e = select(others, power(d), F{});
     const Side s = count < W ? side_part(row, j, count) : side(row, j);
     acc.s += e;
     Sums with = acc.extra;
@@ -308,7 +318,12 @@ class RowWalker {
         raise(base, block_max(row.x, begin, end));
       }
       const R share = exp((base - row.state.m) - row.state.log_sum), from = finite(base);
+      const R factor = [&] {
+        if constexpr (Loss::kProportional) return share * coef.p;
+        return R(0);
+      }();
       auto finished = [&](F e, F z, const Side& s) __attribute__((always_inline)) {
+        if constexpr (Loss::kProportional) return e * factor;
         F dz = loss_.grad(e * share, z - row.state.m, s.w, s.q, coef);
         if constexpr (Loss::kSoftcap)
           if (capped) dz *= slope(z);
@@ -318,11 +333,11 @@ class RowWalker {
         if constexpr (!Loss::kSoftcap && !Loss::kGradUsesLogit)
           if (kept) return finished(load(exps_ + j), F{}, side(row, j));
         const F z = logit(load(row.x + j));
-        return finished(kept ? load(exps_ + j) : exp(z - from), z, side(row, j));
+        return finished(kept ? load(exps_ + j) : power(z - from), z, side(row, j));
       };
       auto part = [&](int64_t j, int64_t count) __attribute__((noinline)) {
         const F z = logit(load_part(row.x + j, count, R(0)));
-        const F e = kept ? load(exps_ + j) : exp(z - from);
+        const F e = kept ? load(exps_ + j) : power(z - from);
         store_part(dx + j, finished(e, z, side_part(row, j, count)), count);
       };
       int64_t j = begin;

@@ -17,6 +17,7 @@ template <class R, int kTargets>
 struct CrossEntropy : RowLossDefaults {
   static constexpr int kVariants = 3;
   static constexpr bool kSoftcap = kTargets == kSoft, kSideStreams = kTargets == kSoft;
+  static constexpr bool kProportional = kTargets == kHard;
   static constexpr int kSaved = kTargets == kSoft ? 2 : 1;
   R smoothing, z_loss, per_class;  // per_class = smoothing / n
 
@@ -106,7 +107,7 @@ struct CrossEntropy : RowLossDefaults {
 template <class R, int>
 struct Focal : RowLossDefaults {
   static constexpr int kSaved = 2;
-  static constexpr bool kNormCountsRows = true;
+  static constexpr bool kNormCountsRows = true, kProportional = true;
   R gamma;
 
   static int variant(const RowArgs&) { return 0; }
