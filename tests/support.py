@@ -56,7 +56,7 @@ def under_contract(loss: Loss) -> bool:
 
 every_loss = pytest.mark.parametrize("loss", losses(), ids=lambda loss: loss.name)
 every_contract_loss = pytest.mark.parametrize(
-    "loss", filter(under_contract, losses()), ids=lambda loss: loss.name
+    "loss", list(filter(under_contract, losses())), ids=lambda loss: loss.name
 )
 every_single_pass_loss = pytest.mark.parametrize(
     "loss",
