@@ -59,16 +59,31 @@ _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda
 def _apply(function: type[Function], *args: Any) -> Any:
     if _functorch_active():
         return function.apply(*args)
-    # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not
-    return super(Function, function).apply(*args)
+    return function.direct(*args)
 
 
 def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+    for t in tensors:  # noqa: SIM110  any() of a generator takes three times as long
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _differentiable(t: Tensor | None) -> bool:
     return t is not None and t.is_floating_point()
+
+
+class Plan:
+    """What forward and backward of one call agree on."""
+
+    fuse = False  # forward writes the gradients
+    inplace = False  # backward writes the gradient over the input
+    wanted = 0  # the inputs, as bits, whose gradients forward makes
+    ready: Sequence[Tensor] | None = None  # gradients made in forward
+    needed: Sequence[bool] | None = None  # the inputs whose gradients backward is asked for
+
+    def __init__(self, operators: SimpleNamespace):
+        self.operators = operators
 
 
 class Op:
@@ -116,10 +131,9 @@ class Op:
             return self._compiled(tensors, options)
         operators = self.operators()
         if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
-            return self._unwrap(
-                _apply(self._function, *tensors, *options, self.plan(operators, tensors, options))
-            )
-        return self._unwrap(self.run_forward(SimpleNamespace(operators=operators), tensors, options))
+            plan = self.plan(operators, tensors, options)
+            return self._unwrap(_apply(self._function, *tensors, *options, plan))
+        return self._unwrap(self.run_forward(Plan(operators), tensors, options))
 
     def _unwrap(self, results: Any) -> Any:
         if isinstance(results, Tensor):
@@ -135,18 +149,17 @@ class Op:
 
     def plan(
         self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]
-    ) -> Any:
-        """What forward and backward of one call agree on."""
-        return SimpleNamespace(operators=operators)
+    ) -> Plan:
+        return Plan(operators)
 
-    def run_forward(self, plan: Any, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+    def run_forward(self, plan: Plan, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         return plan.operators.fwd(*tensors, *options)
 
-    def keep(self, plan: Any, saved: Sequence[Tensor]) -> Sequence[Tensor]:
+    def keep(self, plan: Plan, saved: Sequence[Tensor]) -> Sequence[Tensor]:
         """Those results of forward that autograd is to save; others the plan may hold."""
         return saved
 
-    def run_backward(self, plan: Any, grads, tensors, saved, options) -> Sequence[Tensor | None]:
+    def run_backward(self, plan: Plan, grads, tensors, saved, options) -> Sequence[Tensor | None]:
         """Gradients of the tensors in `wrt`, without a graph of their own."""
         results = plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options])
         return [results] if isinstance(results, Tensor) else list(results)
@@ -158,7 +171,7 @@ class Op:
         grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
         return grads[0] if len(grads) == 1 else tuple(grads)
 
-    def differentiable_again(self, plan: Any) -> None:
+    def differentiable_again(self, plan: Plan) -> None:
         """Raises where the gradient cannot be differentiated."""
 
 
@@ -180,19 +193,20 @@ class FusedOp(Op):
         super().__init__(*args, **kwargs)
 
     def plan(self, operators, tensors, options):
-        fuse = (
-            _requires_grad([tensors[i] for i in self.wrt])
-            and options[self.reduction] != REDUCTIONS["none"]
+        plan = Plan(operators)
+        plan.fuse = (
+            options[self.reduction] != 0
+            and (not tensors[0].is_cpu or getattr(self._expect_unit, "value", True))
             and not _functorch_active()
-            and (tensors[0].device.type != "cpu" or getattr(self._expect_unit, "value", True))
+            and _requires_grad([tensors[i] for i in self.wrt])
         )
-        return SimpleNamespace(operators=operators, fuse=fuse, ready=None)
+        return plan
 
     def run_forward(self, plan, tensors, options):
-        return plan.operators.fwd(*tensors, *options, getattr(plan, "fuse", False))
+        return plan.operators.fwd(*tensors, *options, plan.fuse)
 
     def keep(self, plan, saved):
-        if plan is not None and plan.fuse:
+        if plan.fuse:
             plan.ready = list(saved[self.saved :])
         return saved[: self.saved]
 
@@ -200,8 +214,10 @@ class FusedOp(Op):
         (g,) = grads
         rest = (*tensors, *saved, *options[self.backward_options])
         ready, plan.ready = plan.ready, None
-        if options[self.reduction] != REDUCTIONS["none"] and g.device.type == "cpu" and type(g) is Tensor:
-            self._expect_unit.value = _functorch_active() or g.item() == 1
+        if options[self.reduction] != 0 and g.is_cpu and type(g) is Tensor and not _functorch_active():
+            unit = self._expect_unit.value = g.item() == 1
+            if unit and ready is not None:
+                return ready
         if ready is None:
             results = plan.operators.bwd(g, *rest)
             return [results] if isinstance(results, Tensor) else list(results)
@@ -365,13 +381,15 @@ class LinearOp(Op):
     def plan(self, operators, tensors, options):
         ahead = options[self.REDUCTION] != REDUCTIONS["none"] and not _functorch_active()
         wanted = self._wanted(tensors) if ahead else 0
-        return SimpleNamespace(operators=operators, wanted=wanted, ready=None, needed=None)
+        plan = Plan(operators)
+        plan.wanted = wanted
+        return plan
 
     def run_forward(self, plan, tensors, options):
-        return plan.operators.fwd(*tensors, *options, getattr(plan, "wanted", 0))
+        return plan.operators.fwd(*tensors, *options, plan.wanted)
 
     def keep(self, plan, saved):
-        if plan is not None and plan.wanted:
+        if plan.wanted:
             plan.ready = saved
         return []
 
@@ -577,17 +595,15 @@ def _eager_function(op: Op) -> type[Function]:
 
         @staticmethod
         def forward(*args):
-            *rest, plan = args
-            return op.run_forward(plan, rest[:n], rest[n:])
+            return op.run_forward(args[-1], args[:n], args[n:-1])
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             results = (output,) if isinstance(output, Tensor) else output
-            *rest, ctx.plan = inputs
-            ctx.options = tuple(rest[n:])
+            ctx.options, ctx.plan = inputs[n:-1], inputs[-1]
             ctx.mark_non_differentiable(*results[op.outputs :])
             ctx.set_materialize_grads(False)  # else autograd fills zeros of the size of every other result
-            ctx.save_for_backward(*rest[:n], *op.keep(ctx.plan, results[op.outputs :]))
+            ctx.save_for_backward(*inputs[:n], *op.keep(ctx.plan, results[op.outputs :]))
 
         @staticmethod
         def backward(ctx, *grads):
@@ -613,6 +629,9 @@ def _eager_function(op: Op) -> type[Function]:
                     found[i] = g if others[i] else found[i]
             return (*found, *([None] * (len(ctx.needs_input_grad) - n)))
 
+    for function in (Forward, Gradient):
+        # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not
+        function.direct = super(Function, function).apply
     Forward.__name__ = Forward.__qualname__ = f"{op.name}_function"
     Gradient.__name__ = Gradient.__qualname__ = f"{op.name}_gradient"
     return Forward

@@ -155,7 +155,7 @@ struct ElementCall {
     for (int j = 0; j < loss.inputs; ++j)
       if (loss.wrt >> j & 1)
         dx.push_back(wanted >> j & 1 ? empty_pooled(inputs[0], inputs[0].sizes(), type)
-                                     : torch::stable::new_empty(inputs[0], nothing, type));
+                                     : empty(inputs[0], nothing, type));
     set_gradients(dx);
     return dx;
   }
@@ -188,11 +188,11 @@ struct ElementCall {
 
   // A number: the sum of all losses, divided.
   Tensor reduced() {
-    const Tensor result = torch::stable::new_empty(inputs[0], {}, result_type());
+    const Tensor result = empty(inputs[0], {}, result_type());
     if (on_cuda()) {
 #if defined(FASTLOSS_HAS_CUDA)
       const int64_t count[] = {std::max<int64_t>(1, cuda::element_partials(args.dtype, args.n))};
-      const Tensor partial = torch::stable::new_empty(inputs[0], count, ScalarType::Double);
+      const Tensor partial = empty(inputs[0], count, ScalarType::Double);
       args.partial = static_cast<double*>(partial.mutable_data_ptr());
       args.result = result.mutable_data_ptr();
       run();
@@ -207,7 +207,7 @@ struct ElementCall {
     double sum = 0;
     for (double p : partial) sum += p;
     sum /= args.divisor * norm_value();
-    const Tensor exact = torch::stable::new_empty(inputs[0], {}, ScalarType::Double);
+    const Tensor exact = empty(inputs[0], {}, ScalarType::Double);
     *static_cast<double*>(exact.mutable_data_ptr()) = sum;
     return torch::stable::to(exact, result_type());
   }

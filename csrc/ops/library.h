@@ -41,10 +41,12 @@ inline ScalarType accumulation_type(DType d) {
 // The current stream of the device that `t` is on, as a cudaStream_t.
 void* current_stream(const Tensor& t);
 
+// An uninitialised contiguous tensor on the device of `like`.
+Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 // An uninitialised tensor like `t`: its shape, dtype and (where dense) its strides. Large ones on the CPU
 // come from the pool of warm pages (memory.h).
 Tensor empty_like_pooled(const Tensor& t);
-// The same, contiguous, of another shape and dtype.
+// The same as `empty`, from the pool where it is large.
 Tensor empty_pooled(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 
 }  // namespace fastloss

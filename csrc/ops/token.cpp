@@ -25,50 +25,60 @@ struct Ops {
       row_weight = as_type(*row_weight, call.accumulation);
       a.row_weight = row_weight->const_data_ptr();
     }
-    const bool cuda = on_cuda(call.x), f64 = a.dtype == DType::f64;
-    if (!cuda) check_targets(a);
+    if (!on_cuda(call.x)) check_targets(a);
     const int64_t width = kStateHead + kLoss.saved;
     const int64_t state_shape[] = {a.rows, width};
-    const Tensor state = torch::stable::new_empty(call.x, state_shape, call.accumulation);
-    Tensor loss = torch::stable::new_empty(call.x, call.row_shape, call.accumulation);
+    const Tensor state = empty(call.x, state_shape, call.accumulation);
+    Tensor loss = empty(call.x, call.row_shape, call.accumulation);
     const int64_t nothing[] = {0};
-    const Tensor dx = with_gradient ? empty_like_pooled(call.x) : torch::stable::new_empty(call.x, nothing);
+    const Tensor dx =
+        with_gradient ? empty_like_pooled(call.x) : empty(call.x, nothing, call.x.scalar_type());
     call.set_state(state);
     a.loss = loss.mutable_data_ptr();
     if (with_gradient) call.set_gradient(dx);
-
-    // [0] the result, [1] the norm: numbers that stay where the kernels can read them
-    const int64_t two[] = {2};
-    Tensor numbers = reduction == kNone ? loss : torch::stable::new_empty(call.x, two, call.accumulation);
-    if (reduction != kNone) {
-      void* result = numbers.mutable_data_ptr();
-      void* norm = static_cast<char*>(result) + (f64 ? sizeof(double) : sizeof(float));
-      if (reduction == kMean) a.norm = norm;
-      if (cuda) {
-#if defined(FASTLOSS_HAS_CUDA)
-        const DeviceScope scope(call.x);
-        void* stream = current_stream(call.x);
-        if (a.norm) cuda::row_norm(a, norm, stream);
-        if (a.rows) kLoss.cuda_kernel(a, stream);
-        cuda::row_reduce(a, result, stream);
-#else
-        run_cuda(kLoss, call);
-#endif
-      } else if (f64) {
-        if (a.norm) *static_cast<double*>(norm) = norm_of<double>(a);
-        run(kLoss, call);
-        reduce(a, static_cast<double*>(result));
-      } else {
-        if (a.norm) *static_cast<float*>(norm) = static_cast<float>(norm_of<float>(a));
-        run(kLoss, call);
-        reduce(a, static_cast<float*>(result));
-      }
-      loss = torch::stable::select(numbers, 0, 0);
-    } else {
+    if (reduction == kNone) {
       run(kLoss, call);
+    } else {
+      loss = on_cuda(call.x) ? reduced_on_cuda(call, reduction) : reduced(call, reduction);
     }
     if (!wide) loss = call.as_dtype(loss);
     return {loss, state, dx};
+  }
+
+  // Runs the loss and adds its rows up.
+  static Tensor reduced(Call& call, int64_t reduction) {
+    if (call.args.dtype == DType::f64) return reduced_as<double>(call, reduction);
+    return reduced_as<float>(call, reduction);
+  }
+  template <class R>
+  static Tensor reduced_as(Call& call, int64_t reduction) {
+    R norm;
+    if (reduction == kMean) {
+      norm = static_cast<R>(norm_of<R>(call.args));
+      call.args.norm = &norm;
+    }
+    Tensor result = empty(call.x, {}, call.accumulation);
+    run(kLoss, call);
+    reduce(call.args, static_cast<R*>(result.mutable_data_ptr()));
+    return result;
+  }
+  static Tensor reduced_on_cuda(Call& call, int64_t reduction) {
+#if defined(FASTLOSS_HAS_CUDA)
+    RowArgs& a = call.args;
+    const int64_t two[] = {2};  // the result, the norm: where the kernels can read them
+    Tensor numbers = empty(call.x, two, call.accumulation);
+    char* result = static_cast<char*>(numbers.mutable_data_ptr());
+    void* norm = result + (a.dtype == DType::f64 ? sizeof(double) : sizeof(float));
+    if (reduction == kMean) a.norm = norm;
+    const DeviceScope scope(call.x);
+    void* stream = current_stream(call.x);
+    if (a.norm) cuda::row_norm(a, norm, stream);
+    if (a.rows) kLoss.cuda_kernel(a, stream);
+    cuda::row_reduce(a, result, stream);
+    return torch::stable::select(numbers, 0, 0);
+#else
+    run_cuda(kLoss, call);
+#endif
   }
 
   static void write_gradient(Call& call, const Tensor& upstream, const Tensor& state, const Tensor& dx,

@@ -72,8 +72,8 @@ std::tuple<Tensor, Tensor> forward(Tensor logits, OptionalTensor index, Optional
   std::vector<int64_t> shape{a.planes};
   for (int64_t d = 0; d + 1 < s.x.dim(); ++d) shape.push_back(s.x.size(d));
   const int64_t state_shape[] = {a.rows, kStateHead + token_stats_loss.saved};
-  Tensor planes = torch::stable::new_empty(s.x, shape, s.accumulation);
-  Tensor state = torch::stable::new_empty(s.x, state_shape, s.accumulation);
+  Tensor planes = empty(s.x, shape, s.accumulation);
+  Tensor state = empty(s.x, state_shape, s.accumulation);
   a.loss = planes.mutable_data_ptr();
   a.state = state.mutable_data_ptr();
   a.state_width = state_shape[1];
