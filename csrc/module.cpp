@@ -62,5 +62,7 @@ PYBIND11_MODULE(_C, m) {
         "Registers, shared memory and spills of each CUDA kernel; empty without a GPU.");
   m.def("pool_statistics", &pool_statistics);
   m.def("pool_empty", &fastloss::cpu::pool_empty);
+  m.def("pool_watch", &fastloss::cpu::pool_watch);
+  m.def("pool_watched", &fastloss::cpu::pool_watched);
   m.def("pool_set_limit", &fastloss::cpu::pool_set_limit, py::arg("bytes"));
 }

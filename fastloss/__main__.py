@@ -22,7 +22,7 @@ def shape(text: str) -> tuple[int, ...]:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m fastloss", description=__doc__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="{info,losses,check,bench}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,losses,check,bench,profile}")
 
     info = commands.add_parser("info", help="what was built, what this machine has, what will be used")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -51,6 +51,16 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     bench.add_argument("--all", action="store_true", help="every loss in float32 and bfloat16; needs --out")
     bench.add_argument("--out", type=Path, metavar="DIR", help="folder for the report of --all")
+
+    profile = commands.add_parser("profile", help="what each fastloss call of a script costs")
+    profile.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw bandwidth over size (.png, .svg, .pdf)"
+    )
+    profile.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for chrome://tracing")
+    profile.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    profile.add_argument("--nvtx", action="store_true", help="mark the calls as NVTX ranges")
+    profile.add_argument("script", help="Python file")
+    profile.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
     return top
 
 

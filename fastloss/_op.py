@@ -53,6 +53,9 @@ def use_namespace(namespace: str) -> Iterator[None]:
         _namespace = before
 
 
+profiler: Any = None
+"""While `fastloss.profile` is active: called with an operation and its tensors, gives the record of this call."""
+
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
@@ -81,6 +84,7 @@ class Plan:
     wanted = 0  # the inputs, as bits, whose gradients forward makes
     ready: Sequence[Tensor] | None = None  # gradients made in forward
     needed: Sequence[bool] | None = None  # the inputs whose gradients backward is asked for
+    record: Any = None  # the profiler's of this call
 
     def __init__(self, operators: SimpleNamespace):
         self.operators = operators
@@ -129,11 +133,22 @@ class Op:
     def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         if torch.compiler.is_compiling():
             return self._compiled(tensors, options)
+        if profiler is not None:
+            return self._profiled(profiler(self, tensors), tensors, options)
         operators = self.operators()
         if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
             plan = self.plan(operators, tensors, options)
             return self._unwrap(_apply(self._function, *tensors, *options, plan))
         return self._unwrap(self.run_forward(Plan(operators), tensors, options))
+
+    def _profiled(self, record: Any, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        operators = self.operators()
+        with record.forward():
+            if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
+                plan = record.plan = self.plan(operators, tensors, options)
+                plan.record = record
+                return self._unwrap(record.made(_apply(self._function, *tensors, *options, plan)))
+            return self._unwrap(record.made(self.run_forward(Plan(operators), tensors, options)))
 
     def _unwrap(self, results: Any) -> Any:
         if isinstance(results, Tensor):
@@ -173,6 +188,10 @@ class Op:
 
     def differentiable_again(self, plan: Plan) -> None:
         """Raises where the gradient cannot be differentiated."""
+
+    def flops(self, shapes: Sequence[torch.Size | None], needed: Sequence[bool]) -> int:
+        """Of the matrix products behind the outputs and the gradients that are needed; 0 where there are none."""
+        return 0
 
 
 class FusedOp(Op):
@@ -374,6 +393,10 @@ class LinearOp(Op):
             found = SimpleNamespace(fwd=fwd, bwd=None, into=None, all=operators)
             self._operators[_namespace] = found
         return found
+
+    def flops(self, shapes, needed):
+        (rows, features), (classes, _) = shapes[:2]
+        return 2 * rows * features * classes * (1 + sum(needed[:2]))
 
     def _wanted(self, tensors: Sequence[Tensor | None]) -> int:
         return sum(1 << i for i in self.wrt if tensors[i] is not None and tensors[i].requires_grad)
@@ -590,6 +613,29 @@ def _eager_function(op: Op) -> type[Function]:
             it = iter(pull(tuple(u for u in upstream if u is not None)))
             return (*(next(it) if f else None for f in needed), *([None] * ctx.rest))
 
+    def gradients(ctx, grads: Sequence[Tensor | None]):
+        grads = grads[: op.outputs]
+        saved = ctx.saved_tensors
+        tensors, saved = saved[:n], saved[n:]
+        needed = ctx.needs_input_grad[:n]
+        found: list[Tensor | None] = [None] * n
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if any(needed[i] for i in op.wrt):
+            ctx.plan.needed = needed
+            if torch.is_grad_enabled():
+                op.differentiable_again(ctx.plan)
+                mine = _apply(Gradient, *grads, *tensors, *saved, ctx.options, ctx.plan)
+            else:
+                mine = op.run_backward(ctx.plan, grads, tensors, saved, ctx.options)
+            for i, g in zip(op.wrt, mine, strict=True):
+                found[i] = g if needed[i] else None
+        others = [f and i not in op.wrt for i, f in enumerate(needed)]
+        if any(others):
+            for i, g in enumerate(by_reference(tensors, ctx.options, others, grads)):
+                found[i] = g if others[i] else found[i]
+        return (*found, *([None] * (len(ctx.needs_input_grad) - n)))
+
     class Forward(Function):
         generate_vmap_rule = True
 
@@ -607,27 +653,10 @@ def _eager_function(op: Op) -> type[Function]:
 
         @staticmethod
         def backward(ctx, *grads):
-            grads = grads[: op.outputs]
-            saved = ctx.saved_tensors
-            tensors, saved = saved[:n], saved[n:]
-            needed = ctx.needs_input_grad[:n]
-            found: list[Tensor | None] = [None] * n
-            if all(g is None for g in grads):
-                return (None,) * len(ctx.needs_input_grad)
-            if any(needed[i] for i in op.wrt):
-                ctx.plan.needed = needed
-                if torch.is_grad_enabled():
-                    op.differentiable_again(ctx.plan)
-                    mine = _apply(Gradient, *grads, *tensors, *saved, ctx.options, ctx.plan)
-                else:
-                    mine = op.run_backward(ctx.plan, grads, tensors, saved, ctx.options)
-                for i, g in zip(op.wrt, mine, strict=True):
-                    found[i] = g if needed[i] else None
-            others = [f and i not in op.wrt for i, f in enumerate(needed)]
-            if any(others):
-                for i, g in enumerate(by_reference(tensors, ctx.options, others, grads)):
-                    found[i] = g if others[i] else found[i]
-            return (*found, *([None] * (len(ctx.needs_input_grad) - n)))
+            if ctx.plan.record is None:
+                return gradients(ctx, grads)
+            with ctx.plan.record.backward(ctx, grads):
+                return ctx.plan.record.made(gradients(ctx, grads))
 
     for function in (Forward, Gradient):
         # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not

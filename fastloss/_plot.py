@@ -1,8 +1,8 @@
-"""Bars of the times that `bench` measured, against the ceiling."""
+"""What `bench` and `profile` measured, against the ceiling."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,27 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].invert_yaxis()
     figure.suptitle(title(copy), fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def roofline(groups: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], path: Path) -> None:
+    """A point for each group of equal calls, a line for each device's copy, both in GB/s."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for i, g in enumerate(groups):
+        label = f"{g['loss']} {'x'.join(map(str, g['shape']))} {g['dtype']}"
+        axes.plot(g["bytes"] / 2**20, g["GB_per_s"], "o" if i < 10 else "s", color=f"C{i % 10}", label=label)
+    for device, ceiling in ceilings.items():
+        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1)
+        axes.annotate(f"copy on {device}, {number(ceiling)} GB/s", (0.01, ceiling), (0, 3),
+                      xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9)  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="MiB moved, forward and backward", ylabel="GB/s")
+    axes.grid(which="both", linewidth=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if groups:
+        axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

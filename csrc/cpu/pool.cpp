@@ -25,6 +25,7 @@ struct Pool {
   std::list<Block> cached;                   // oldest first
   std::unordered_map<void*, size_t> in_use;  // size of each buffer that is out
   PoolStatistics statistics{};
+  int64_t watch_start = 0, watch_peak = 0;  // of pool_watch
 
   Pool() {
     const int64_t memory = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
@@ -97,6 +98,7 @@ void* pool_acquire(size_t bytes) {
   p.in_use.emplace(b.p, b.bytes);
   p.statistics.in_use += static_cast<int64_t>(b.bytes);
   p.statistics.peak_in_use = std::max(p.statistics.peak_in_use, p.statistics.in_use);
+  p.watch_peak = std::max(p.watch_peak, p.statistics.in_use);
   return b.p;
 }
 
@@ -130,6 +132,18 @@ PoolStatistics pool_statistics() {
   Pool& p = pool();
   std::lock_guard lock(p.mutex);
   return p.statistics;
+}
+
+void pool_watch() {
+  Pool& p = pool();
+  std::lock_guard lock(p.mutex);
+  p.watch_start = p.watch_peak = p.statistics.in_use;
+}
+
+int64_t pool_watched() {
+  Pool& p = pool();
+  std::lock_guard lock(p.mutex);
+  return p.watch_peak - p.watch_start;
 }
 
 }  // namespace fastloss::cpu

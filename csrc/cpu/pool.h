@@ -24,5 +24,8 @@ void pool_release(void* p);
 FASTLOSS_EXPORT void pool_empty();
 FASTLOSS_EXPORT void pool_set_limit(int64_t bytes);
 FASTLOSS_EXPORT PoolStatistics pool_statistics();
+// Starts to watch the bytes in use; the highest number since then, beyond what it was at the start.
+FASTLOSS_EXPORT void pool_watch();
+FASTLOSS_EXPORT int64_t pool_watched();
 
 }  // namespace fastloss::cpu
