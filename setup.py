@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # torch 2.11
 INSTRUCTION_SETS = {"sse2": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+TILES = "x86-64-v4 -mamx-tile -mamx-bf16 -mavx512bf16"  # for matrix products alone
 
 
 def stop(message: str):
@@ -121,7 +122,8 @@ class NinjaBuild(build_ext):
             if source.name in once:
                 objects.append(compile_(f"cpu/{source.name}", ""))
                 continue
-            for isa, march in INSTRUCTION_SETS.items():
+            tiles = {"amx": TILES} if source.name == "linear.cpp" else {}
+            for isa, march in (INSTRUCTION_SETS | tiles).items():
                 # immintrin.h of g++ 12 trips -Wuninitialized when its intrinsics are inlined
                 flags = f"-march={march} -DFL_ISA={isa} -Wno-uninitialized -Wno-maybe-uninitialized"
                 objects.append(compile_(f"cpu/{source.name}", flags, f"cpu_{source.stem}_{isa}"))

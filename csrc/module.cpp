@@ -57,6 +57,7 @@ py::list cuda_kernels() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was compiled, for which machines and by what.");
+  m.def("linear_capability", &fastloss::cpu::linear_capability, "The same for matrix products.");
   m.def("cpu_capability", &fastloss::cpu::capability, "The instruction set whose kernels run here.");
   m.def("cuda_kernels", &cuda_kernels,
         "Registers, shared memory and spills of each CUDA kernel; empty without a GPU.");

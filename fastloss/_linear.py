@@ -6,7 +6,8 @@ the next chunk. Beyond the gradients, which half types collect in float32, no ca
 bytes, unless one row does.
 
 On the CPU the rows that count are picked out first, and the products are packed ones, in which no row depends
-on its neighbours. On CUDA, where counting would wait for the device, all rows are multiplied, by cuBLAS.
+on its neighbours; with AMX those of bfloat16 round the logits' gradient to bfloat16, as plain PyTorch does. On
+CUDA, where counting would wait for the device, all rows are multiplied, by cuBLAS.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 BUDGET = 116 << 20
 INPUT, WEIGHT, BIAS = 1, 2, 4
 """Bits of the gradients that are wanted."""
-PANEL = 192
+PANEL = 384
 """Rows that a product on the CPU adds up as one: chunks of whole panels give the same bits whatever their size."""
 
 
@@ -43,7 +44,7 @@ class PackedProducts:
     def weight_gradient(
         self, out: Tensor | None, bias_out: Tensor | None, g: Tensor, x: Tensor, add: bool
     ) -> None:
-        self.operators.linear_dw(out, bias_out, g, x, add)
+        self.operators.linear_dw(out, bias_out, g, x, self.weight, add)
 
 
 class BlasProducts:
@@ -104,10 +105,11 @@ class RowByRow:
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, asked: int) -> int:
     """As many as the budget allows, in whole panels where it allows one."""
     # on the CPU a row also lies there itself, packed, and as its gradient
-    row = (classes + (3 * features if cpu else 0)) * logits.itemsize + 64
+    row = (classes + (4 * features if cpu else 0)) * logits.itemsize + 64
     rows = max(1, BUDGET // row)
     if cpu:
-        rows = min(rows, 4 * PANEL)  # the packed rows of one block stay in the second-level cache
+        # more would gain little: the weight is packed once a chunk
+        rows = min(rows, 2 * PANEL)
     if asked:
         rows = min(rows, asked)
     unit = PANEL if cpu else 128

@@ -1,6 +1,12 @@
 // Panels and register tiles of csrc/cpu/gemm.h against the sum written out, for one instruction set.
 // Prints each mistake; `gemm speed` prints GFLOP/s of one thread.
 #include "cpu/gemm.h"
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "cpu/amx.h"
+#endif
 
 #include <chrono>
 #include <cstdio>
@@ -62,6 +68,45 @@ void check(int64_t m, int64_t n, int64_t depth, bool transposed, bool add) {
     }
 }
 
+// The same through packed operands of bytes, P; S is what the left operand is made of.
+template <class P, class S, class T>
+void check_products(int64_t m, int64_t n, int64_t depth, int kind, double precision) {
+  using R = acc_t<T>;
+  [[maybe_unused]] const typename P::Scope scope{};
+  const bool columns = kind & 1, add = kind & 2, strided = kind & 4;
+  const Matrix<S, R> a(m, depth, columns ? 1 : depth + 3, columns ? m + 1 : 1 + strided * (depth + 3) * m);
+  const Matrix<T, R> b(depth, n, columns ? 1 : n + 2, columns ? depth + 1 : 1 + strided * (n + 2) * depth);
+  const auto room = [](int64_t bytes) {
+    return static_cast<char*>(std::aligned_alloc(64, bytes / 64 * 64 + 64));
+  };
+  char *left = room(P::template packed_bytes<true>(m, depth)),
+       *right = room(P::template packed_bytes<false>(n, depth));
+  P::template pack<true>(a.data.data(), a.row, a.column, m, depth, left);
+  P::template pack<false>(b.data.data(), b.column, b.row, n, depth, right);
+  const int64_t ldc = n + 5;
+  std::vector<R> c(m * ldc + 1, R(7));
+  P::multiply(left, right, m, n, depth, c.data(), ldc, add);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < ldc; ++j) {
+      double sum = add || j >= n ? 7 : 0, size = std::abs(sum) + 1;
+      if (j < n)
+        for (int64_t k = 0; k < depth; ++k) {
+          const double term = double(a.wide[i * depth + k]) * b.wide[k * n + j];
+          sum += term;
+          size += std::abs(term);
+        }
+      if (!(std::abs(sum - c[i * ldc + j]) <= precision * size)) {
+        ++mistakes;
+        std::printf("products [%d, %d] of %d x %d x %d, kind %d: %g, expected %g\n", int(i), int(j), int(m),
+                    int(n), int(depth), kind, double(c[i * ldc + j]), sum);
+        i = m;
+        break;
+      }
+    }
+  std::free(left);
+  std::free(right);
+}
+
 void speed(int64_t m, int64_t n, int64_t depth) {
   using G = Gemm<float>;
   std::vector<float> x(round_up(m, G::kLeft) * depth, 1), left(x.size()),
@@ -98,6 +143,22 @@ int main(int count, char**) {
           check<double>(m, n, depth, kind & 1, kind & 2);
           check<BFloat16>(m, n, depth, kind & 1, kind & 2);
           check<Half>(m, n, depth, kind & 1, kind & 2);
+        }
+#if defined(__AMX_BF16__)
+  if (syscall(SYS_arch_prctl, 0x1023, 18)) return std::puts("no permission to use tiles"), 2;
+#endif
+  for (int64_t m : {1, 16, 37, 70})
+    for (int64_t n : {1, 32, 51, 70})
+      for (int64_t depth : {1, 32, 77, 400})
+        for (int kind = 0; kind < 8; ++kind) {
+          check_products<VectorProducts<float>, float, float>(m, n, depth, kind, 4e-7);
+          check_products<VectorProducts<double>, double, double>(m, n, depth, kind, 2e-15);
+          check_products<VectorProducts<float>, float, BFloat16>(m, n, depth, kind, 4e-7);
+#if defined(__AMX_BF16__)
+          check_products<TileProducts<3>, float, float>(m, n, depth, kind, 4e-7);
+          check_products<TileProducts<2>, float, Half>(m, n, depth, kind, 1.2e-5);
+          check_products<TileProducts<1>, BFloat16, BFloat16>(m, n, depth, kind, 4e-7);
+#endif
         }
   std::printf("%d mistakes\n", mistakes);
   return mistakes != 0;

@@ -12,10 +12,11 @@ from fastloss import _C
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTION_SETS = {"sse2": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
-RUN_HERE = {"sse2": ("sse2",), "avx2": ("sse2", "avx2"), "avx512": tuple(INSTRUCTION_SETS)}
+INSTRUCTION_SETS["amx"] = "x86-64-v4 -mamx-tile -mamx-bf16 -mavx512bf16"
+SETS = list(INSTRUCTION_SETS)
 
 
-@pytest.mark.parametrize("isa", RUN_HERE[_C.cpu_capability()])
+@pytest.mark.parametrize("isa", SETS[: SETS.index(_C.linear_capability()) + 1])
 def test_products_are_right(isa, tmp_path):
     """Panels from any strides and type, every size of edge, added to what is there or not."""
     program = tmp_path / "gemm"

@@ -88,10 +88,10 @@ def test_more_dimensions(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_chunks_change_no_row(dtype, device, monkeypatch):
     """Whatever is in a chunk: a row's loss and its gradient are the same bits, and the weight's numerically."""
-    x, w, b, target = problem(500, 20, 70, dtype, device)
+    x, w, b, target = problem(1000, 20, 70, dtype, device)
     target[::5] = -100
     answers = []
-    for size in (0, 1, 7, 100, 192, 384):
+    for size in (0, 7, 100, 384, 768):
         options = (
             torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None) if size else None
         )

@@ -1,5 +1,9 @@
 #include "dispatch.h"
 
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -24,7 +28,8 @@ Choice choose() {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v4 && allowed("avx512")) return {"avx512", &kernels_avx512, &scans_avx512, &elements_avx512};
+  if (v4 && (allowed("avx512") || allowed("amx")))
+    return {"avx512", &kernels_avx512, &scans_avx512, &elements_avx512};
   if (v3 && (allowed("avx2") || (asked && std::strcmp(asked, "avx512") == 0)))
     return {"avx2", &kernels_avx2, &scans_avx2, &elements_avx2};
   return {"sse2", &kernels_sse2, &scans_sse2, &elements_sse2};
@@ -35,6 +40,22 @@ const Choice& choice() {
   return c;
 }
 
+// Tiles are part of a thread's state that Linux keeps for a process once it has asked for it.
+bool tiles_allowed() {
+  static const bool allowed = [] {
+    const char* asked = std::getenv("FASTLOSS_CPU_CAPABILITY");
+    if (asked && std::strcmp(asked, "amx") != 0) return false;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kVectorBf16 = 1u << 5;
+    if ((d & kTile) == 0 || (d & kBf16) == 0) return false;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & kVectorBf16) == 0) return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return allowed;
+}
+
 }  // namespace
 
 const Kernels& kernels() { return *choice().kernels; }
@@ -43,7 +64,9 @@ const ElementKernels& element_kernels() { return *choice().elements; }
 const char* capability() { return choice().name; }
 const LinearKernels& linear_kernels() {
   const Kernels* chosen = choice().kernels;
-  return chosen == &kernels_avx512 ? linear_avx512 : chosen == &kernels_avx2 ? linear_avx2 : linear_sse2;
+  if (chosen == &kernels_avx512) return tiles_allowed() ? linear_amx : linear_avx512;
+  return chosen == &kernels_avx2 ? linear_avx2 : linear_sse2;
 }
+const char* linear_capability() { return &linear_kernels() == &linear_amx ? "amx" : capability(); }
 
 }  // namespace fastloss::cpu

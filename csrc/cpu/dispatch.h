@@ -46,5 +46,6 @@ const Kernels& kernels();
 const ScanKernels& scan_kernels();
 const ElementKernels& element_kernels();
 FASTLOSS_EXPORT const char* capability();
+FASTLOSS_EXPORT const char* linear_capability();  // of matrix products: also "amx"
 
 }  // namespace fastloss::cpu

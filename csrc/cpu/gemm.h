@@ -95,6 +95,8 @@ FL_NOINLINE void pack(const T* x, int64_t stride, int64_t element, int64_t count
     } else if (stride == 1 && kWidth % W == 0 && width == kWidth && !f) {  // vectors are columns: copied
       for (; k < depth; ++k)
         for (int i = 0; i < kWidth; i += W) store(out + k * kWidth + i, load(x + k * element + i));
+    } else if (std::is_same_v<T, R> && stride == 1 && width == kWidth && !f) {
+      for (; k < depth; ++k) std::memcpy(out + k * kWidth, x + k * element, kWidth * sizeof(R));
     }
     for (; k < depth; ++k)
       for (int i = 0; i < kWidth; ++i) {
@@ -162,5 +164,30 @@ FL_NOINLINE void multiply(Panels<R> left, Panels<R> right, int64_t m, int64_t n,
     if (block == 0) break;
   }
 }
+
+// The same as a way to multiply, see linear.cpp: packed operands are bytes to their user.
+template <class R>
+struct VectorProducts {
+  using G = Gemm<R>;
+  struct Scope {};
+  static constexpr int64_t kRows = 2 * G::kDepth;
+
+  template <bool kIsLeft>
+  static constexpr int kWidth = kIsLeft ? G::kLeft : G::kRight;
+  template <bool kIsLeft>
+  static constexpr int64_t packed_bytes(int64_t count, int64_t depth) {
+    return (count + kWidth<kIsLeft> - 1) / kWidth<kIsLeft> * kWidth<kIsLeft> * depth * sizeof(R);
+  }
+  template <bool kIsLeft, class S>
+  static void pack(const S* x, int64_t stride, int64_t element, int64_t count, int64_t depth, char* out) {
+    fastloss::pack<kWidth<kIsLeft>>(x, stride, element, count, depth, reinterpret_cast<R*>(out));
+  }
+  static void multiply(const char* left, const char* right, int64_t m, int64_t n, int64_t depth, R* c,
+                       int64_t ldc, bool add) {
+    fastloss::multiply<R>(packed<R, G::kLeft>(reinterpret_cast<const R*>(left), depth),
+                          packed<R, G::kRight>(reinterpret_cast<const R*>(right), depth), m, n, depth, c, ldc,
+                          add);
+  }
+};
 
 }  // namespace fastloss::inline FL_ISA

@@ -1,114 +1,139 @@
-// The products of cpu/linear.h for one instruction set. Every number is summed in blocks of kRowBlock along
-// the inner dimension, in order, so its bits depend neither on the chunk nor on the threads.
+// The products of cpu/linear.h for one instruction set. Every number is summed in blocks of kDepth along the
+// inner dimension, in order, so its bits depend neither on the chunk nor on the threads.
 #include "linear.h"
 
 #include "gemm.h"
 #include "scratch.h"
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 
 namespace fastloss::inline FL_ISA {
 namespace {
 
 using cpu::kClassBlock;
+using cpu::kDepth;
 using cpu::kRowBlock;
 using cpu::LinearArgs;
 
 FL_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
+struct ProductsOf {
+  using type = VectorProducts<acc_t<T>>;
+};
+#if defined(__AMX_BF16__)
+template <>
+struct ProductsOf<float> {
+  using type = TileProducts<3>;
+};
+template <>
+struct ProductsOf<Half> {
+  using type = TileProducts<2>;
+};
+template <>
+struct ProductsOf<BFloat16> {
+  using type = TileProducts<1>;
+};
+#endif
+
+template <class T>
 struct Linear {
   using R = acc_t<T>;
-  using G = Gemm<R>;
+  using P = typename ProductsOf<T>::type;
   static constexpr int W = kLanes<vector_t<R>>;
-  static constexpr int64_t kDepth = G::kDepth;
-  static_assert(kRowBlock % G::kLeft == 0 && kRowBlock % kDepth == 0 && kClassBlock % G::kLeft == 0);
+  static constexpr int64_t kRows = P::kRows;
 
-  static int64_t packed_size(const LinearArgs& a) {
-    return round_up(a.rows, G::kLeft) * round_up(a.features, G::kRight);
+  static char* scratch(int64_t bytes) { return static_cast<char*>(cpu::thread_scratch(bytes)); }
+
+  static int64_t packed_bytes(const LinearArgs& a) {
+    const int64_t left = (a.features + kDepth - 1) / kDepth * P::template packed_bytes<true>(a.rows, kDepth),
+                  right =
+                      (a.rows + kDepth - 1) / kDepth * P::template packed_bytes<false>(a.features, kDepth);
+    return left > right ? left : right;
   }
 
-  // [rows / kLeft][features][kLeft]
+  // [features / kDepth][panels of rows]
   static void pack_left(const LinearArgs& a, int64_t begin, int64_t end) {
     const int64_t row = begin * kRowBlock, stop = least(end * kRowBlock, a.rows);
-    pack<G::kLeft>(static_cast<const R*>(a.x) + row * a.features, a.features, 1, stop - row, a.features,
-                   static_cast<R*>(a.panels) + row * a.features);
+    char* out = static_cast<char*>(a.panels);
+    for (int64_t k = 0; k < a.features; k += kDepth) {
+      const int64_t depth = least(kDepth, a.features - k);
+      P::template pack<true>(static_cast<const R*>(a.x) + row * a.features + k, a.features, 1, stop - row,
+                             depth, out + P::template packed_bytes<true>(row, depth));
+      out += P::template packed_bytes<true>(a.rows, depth);
+    }
   }
-  // [rows / kRowBlock][features / kRight][kRowBlock][kRight]
+  // [rows / kDepth][panels of features]
   static void pack_right(const LinearArgs& a, int64_t begin, int64_t end) {
-    const int64_t width = round_up(a.features, G::kRight);
+    static_assert(kRowBlock == kDepth);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t row = b * kRowBlock, depth = least(kRowBlock, a.rows - row);
-      pack<G::kRight>(static_cast<const R*>(a.x) + row * a.features, 1, a.features, a.features, depth,
-                      static_cast<R*>(a.panels) + row * width);
+      const int64_t row = b * kDepth, depth = least(kDepth, a.rows - row);
+      P::template pack<false>(
+          static_cast<const R*>(a.x) + row * a.features, 1, a.features, a.features, depth,
+          static_cast<char*>(a.panels) + b * P::template packed_bytes<false>(a.features, kDepth));
     }
   }
 
   static void logits(const LinearArgs& a, int64_t begin, int64_t end) {
-    R* const right =
-        static_cast<R*>(cpu::thread_scratch(round_up(kClassBlock, G::kRight) * kDepth * sizeof(R)));
+    [[maybe_unused]] const typename P::Scope scope{};
+    char* const right = scratch(P::template packed_bytes<false>(kClassBlock, kDepth));
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kClassBlock, count = least(kClassBlock, a.n - first);
       R* const out = static_cast<R*>(a.logits) + first;
       if (a.bias)
         for (int64_t r = 0; r < a.rows; ++r)
           std::memcpy(out + r * a.n, static_cast<const R*>(a.bias) + first, count * sizeof(R));
+      const char* left = static_cast<const char*>(a.panels);
       for (int64_t k = 0; k == 0 || k < a.features; k += kDepth) {
         const int64_t depth = least(kDepth, a.features - k);
-        pack<G::kRight>(static_cast<const T*>(a.w) + first * a.w_row + k * a.w_column, a.w_row, a.w_column,
-                        count, depth, right);
-        const Panels<R> left{static_cast<const R*>(a.panels) + k * G::kLeft, a.features * G::kLeft, G::kLeft};
-        multiply<R>(left, packed<R, G::kRight>(right, depth), a.rows, count, depth, out, a.n,
-                    a.bias || k > 0);
+        P::template pack<false>(static_cast<const T*>(a.w) + first * a.w_row + k * a.w_column, a.w_row,
+                                a.w_column, count, depth, right);
+        for (int64_t row = 0; row < a.rows; row += kRows)
+          P::multiply(left + P::template packed_bytes<true>(row, depth), right, least(kRows, a.rows - row),
+                      count, depth, out + row * a.n, a.n, a.bias || k > 0);
+        left += P::template packed_bytes<true>(a.rows, depth);
       }
     }
   }
 
   static void dx(const LinearArgs& a, int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename P::Scope scope{};
     const int64_t across = (a.features + a.tile_columns - 1) / a.tile_columns;
-    const int64_t left_size = round_up(a.tile_rows, G::kLeft) * kDepth;
-    R* const left = static_cast<R*>(
-        cpu::thread_scratch((left_size + round_up(a.tile_columns, G::kRight) * kDepth) * sizeof(R)));
-    R* const right = left + left_size;
+    const int64_t left_bytes = P::template packed_bytes<true>(kRows, kDepth);
+    char* const left = scratch(left_bytes + P::template packed_bytes<false>(a.tile_columns, kDepth));
+    char* const right = left + left_bytes;
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t row = tile / across * a.tile_rows, rows = least(a.tile_rows, a.rows - row);
+      const int64_t top = tile / across * a.tile_rows, bottom = least(top + a.tile_rows, a.rows);
       const int64_t column = tile % across * a.tile_columns,
                     columns = least(a.tile_columns, a.features - column);
       for (int64_t k = 0; k == 0 || k < a.n; k += kDepth) {
         const int64_t depth = least(kDepth, a.n - k);
-        pack<G::kLeft>(static_cast<const R*>(a.logits) + row * a.n + k, a.n, 1, rows, depth, left);
-        pack<G::kRight>(static_cast<const T*>(a.w) + k * a.w_row + column * a.w_column, a.w_column, a.w_row,
-                        columns, depth, right);
-        multiply<R>(packed<R, G::kLeft>(left, depth), packed<R, G::kRight>(right, depth), rows, columns,
-                    depth, static_cast<R*>(a.dx) + row * a.features + column, a.features, k > 0);
+        P::template pack<false>(static_cast<const T*>(a.w) + k * a.w_row + column * a.w_column, a.w_column,
+                                a.w_row, columns, depth, right);
+        for (int64_t row = top; row < bottom; row += kRows) {
+          const int64_t rows = least(kRows, bottom - row);
+          P::template pack<true>(static_cast<const R*>(a.logits) + row * a.n + k, a.n, 1, rows, depth, left);
+          P::multiply(left, right, rows, columns, depth, static_cast<R*>(a.dx) + row * a.features + column,
+                      a.features, k > 0);
+        }
       }
-    }
-  }
-
-  // Panels of kLeft columns of g[depth][ld]. Whole vectors are copied, beyond the panel too: what follows is
-  // written later, and after the last panel there is room for a vector.
-  static void pack_columns(const R* g, int64_t ld, int64_t count, int64_t beyond, int64_t depth, R* out) {
-    for (int64_t p = 0; p < count; p += G::kLeft, out += depth * G::kLeft) {
-      if (count - p < G::kLeft || count + beyond - p < round_up(G::kLeft, W)) {
-        pack<G::kLeft>(g + p, 1, ld, least(G::kLeft, count - p), depth, out);
-        continue;
-      }
-      for (int64_t k = 0; k < depth; ++k)
-        for (int i = 0; i < G::kLeft; i += W) store(out + k * G::kLeft + i, load(g + k * ld + p + i));
     }
   }
 
   static void dw(const LinearArgs& a, int64_t begin, int64_t end) {
-    const int64_t width = round_up(a.features, G::kRight);
-    R* const left = static_cast<R*>(cpu::thread_scratch((kClassBlock * kRowBlock + 2 * W) * sizeof(R)));
+    [[maybe_unused]] const typename P::Scope scope{};
+    char* const left = scratch(P::template packed_bytes<true>(kClassBlock, kDepth));
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * kClassBlock, count = least(kClassBlock, a.n - first);
       const R* const g = static_cast<const R*>(a.logits) + first;
-      for (int64_t row = 0; a.dw && row < a.rows; row += kRowBlock) {
-        const int64_t depth = least(kRowBlock, a.rows - row);
-        pack_columns(g + row * a.n, a.n, count, a.n - first - count, depth, left);
-        multiply<R>(packed<R, G::kLeft>(left, depth),
-                    packed<R, G::kRight>(static_cast<const R*>(a.panels) + row * width, depth), count,
-                    a.features, depth, static_cast<R*>(a.dw) + first * a.features, a.features,
-                    a.add || row > 0);
+      const char* right = static_cast<const char*>(a.panels);
+      for (int64_t row = 0; a.dw && row < a.rows; row += kDepth) {
+        const int64_t depth = least(kDepth, a.rows - row);
+        P::template pack<true>(g + row * a.n, 1, a.n, count, depth, left);
+        P::multiply(left, right, count, a.features, depth, static_cast<R*>(a.dw) + first * a.features,
+                    a.features, a.add || row > 0);
+        right += P::template packed_bytes<false>(a.features, kDepth);
       }
       if (!a.db) continue;
       R* const db = static_cast<R*>(a.db) + first;
@@ -142,7 +167,7 @@ struct Linear {
   }                                    \
   __builtin_unreachable();
 
-int64_t packed_size(const LinearArgs& a) { FASTLOSS_BY_DTYPE(a.dtype, packed_size(a)) }
+int64_t packed_bytes(const LinearArgs& a) { FASTLOSS_BY_DTYPE(a.dtype, packed_bytes(a)) }
 void pack_left(const LinearArgs& a, int64_t begin, int64_t end) {
   FASTLOSS_BY_DTYPE(a.dtype, pack_left(a, begin, end))
 }
@@ -165,6 +190,6 @@ void scale(const void* in, double factor, DType dtype, void* out, int64_t begin,
 #define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
 
 namespace fastloss::cpu {
-const LinearKernels FASTLOSS_JOIN(linear_, FL_ISA) = {&packed_size, &pack_left, &pack_right, &logits,
-                                                      &dx,          &dw,        &scale};
+const LinearKernels FASTLOSS_JOIN(linear_, FL_ISA) = {&packed_bytes, &pack_left, &pack_right, &logits,
+                                                      &dx,           &dw,        &scale};
 }  // namespace fastloss::cpu

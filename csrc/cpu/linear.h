@@ -12,7 +12,7 @@ struct LinearArgs {
   DType dtype;                // of w
   int64_t rows, n, features;  // of the chunk: rows, classes, features
   const void* x;              // [rows, features]
-  void* panels;               // what `pack_left` or `pack_right` leaves of x, room for packed_size() numbers
+  void* panels;               // what `pack_left` or `pack_right` leaves of x, packed_bytes() of room
   const void* w;              // [n, features], any strides
   int64_t w_row, w_column;
   const void* bias;                 // [n] or null
@@ -24,11 +24,13 @@ struct LinearArgs {
   int64_t tile_rows, tile_columns;  // of dx that one task computes; no result depends on them
 };
 
-inline constexpr int64_t kClassBlock = 192, kRowBlock = 192;  // tasks of `logits` and `dw`; depth of a panel
+// Tasks of `logits` and `dw`, and the depth of a panel, in which products are added up before they are added
+// to the result.
+inline constexpr int64_t kClassBlock = 384, kRowBlock = 384, kDepth = 384;
 
 struct LinearKernels {
   using Kernel = void (*)(const LinearArgs&, int64_t begin, int64_t end);
-  int64_t (*packed_size)(const LinearArgs&);
+  int64_t (*packed_bytes)(const LinearArgs&);
   Kernel pack_left, pack_right;  // x, by blocks of kRowBlock rows
   Kernel logits;                 // x w^T + bias, by blocks of kClassBlock classes; after pack_left
   Kernel dx;                     // logits w, by tiles
@@ -37,7 +39,7 @@ struct LinearKernels {
   void (*scale)(const void* in, double factor, DType dtype, void* out, int64_t begin, int64_t end);
 };
 
-extern const LinearKernels linear_sse2, linear_avx2, linear_avx512;
+extern const LinearKernels linear_sse2, linear_avx2, linear_avx512, linear_amx;
 const LinearKernels& linear_kernels();
 
 }  // namespace fastloss::cpu

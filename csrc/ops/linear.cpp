@@ -150,7 +150,8 @@ void in_parallel(cpu::LinearKernels::Kernel kernel, const cpu::LinearArgs& a, in
 Tensor packing_room(cpu::LinearArgs& a, const Tensor& x) {
   check_chunk(a, x, "x");
   a.x = x.const_data_ptr();
-  const Tensor room = scratch(x, {cpu::linear_kernels().packed_size(a)});
+  const int64_t number = static_cast<int64_t>(real_size(x.scalar_type()));
+  const Tensor room = scratch(x, {blocks(cpu::linear_kernels().packed_bytes(a), number)});
   a.panels = room.mutable_data_ptr();
   return room;
 }
@@ -176,24 +177,18 @@ void linear_dx(Tensor dx, Tensor g, Tensor w) {
   a.dx = dx.mutable_data_ptr();
   // a few tiles a thread: packing pays for itself where they are large
   const int64_t threads = torch::stable::get_num_threads();
-  a.tile_rows = cpu::kRowBlock;
+  a.tile_rows = 2 * cpu::kRowBlock;
   a.tile_columns = 512;
   const auto tiles = [&] { return blocks(a.rows, a.tile_rows) * blocks(a.features, a.tile_columns); };
   while (tiles() < threads && a.tile_columns > 64) a.tile_columns /= 2;
-  while (tiles() < threads && a.tile_rows > 24) a.tile_rows /= 2;
+  while (tiles() < threads && a.tile_rows > 48) a.tile_rows /= 2;
   in_parallel(cpu::linear_kernels().dx, a, tiles());
 }
 
-// dw (+)= g^T x, db (+)= sum over rows of g; either may be left out
-void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, bool add) {
+// dw (+)= g^T x, db (+)= sum over rows of g; either may be left out. w is not read.
+void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, Tensor w, bool add) {
   const cpu::LinearKernels& kernels = cpu::linear_kernels();
-  STD_TORCH_CHECK(g.dim() == 2 && g.is_contiguous() && x.dim() == 2, "g: expected rows without gaps");
-  cpu::LinearArgs a{};
-  a.dtype = dtype_of(g, "g");
-  a.rows = g.size(0);
-  a.n = g.size(1);
-  a.features = x.size(1);
-  a.logits = const_cast<void*>(g.const_data_ptr());
+  cpu::LinearArgs a = products(w, g);
   const Tensor room = packing_room(a, x);
   if (dw) {
     STD_TORCH_CHECK(dw->is_contiguous() && dw->numel() == a.n * a.features, "dw: expected no gaps");
@@ -248,7 +243,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
   m.def("scratch(Tensor like, int[] shape) -> Tensor");
   m.def("linear_logits(Tensor(a!) logits, Tensor x, Tensor w, Tensor? bias) -> ()");
   m.def("linear_dx(Tensor(a!) dx, Tensor g, Tensor w) -> ()");
-  m.def("linear_dw(Tensor(a!)? dw, Tensor(b!)? db, Tensor g, Tensor x, bool add) -> ()");
+  m.def("linear_dw(Tensor(a!)? dw, Tensor(b!)? db, Tensor g, Tensor x, Tensor w, bool add) -> ()");
   m.def("linear_scaled(Tensor d, Tensor factor, Tensor like) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
