@@ -267,7 +267,7 @@ def kto_loss(
         check_floating("kl", kl)
         if kl.numel() != 1 and kl.shape != lp.shape:
             raise RuntimeError(f"kl: expected one number or the shape of policy_logps, got {tuple(kl.shape)}")
-        dtype = torch.result_type(lp, kl)
+        dtype = torch.promote_types(lp.dtype, kl.dtype) if kl.dim() or not lp.dim() else lp.dtype
         lp, ref, point = lp.to(dtype), ref.to(dtype), kl.detach().to(dtype)
         point = point if point.shape == lp.shape else point.reshape(()).expand(lp.shape)
     return _head(_kto, (lp, ref, (labels > 0).to(lp.dtype), point), numbers, mode)

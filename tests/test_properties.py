@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, lay
 from support import (
     DTYPES,
     assert_right,
     differentiable,
+    exact,
     has_reductions,
     is_float,
     make,
@@ -47,4 +48,8 @@ def test_any_call(device, call):
         kwargs[loss.wrt[0]] = first.detach() * torch.tensor(scale, dtype=dtype)
     laid = [lay(x, layout) for x, layout in zip(tensors(kwargs).values(), layouts * 3, strict=False)]
     kwargs |= dict(zip(tensors(kwargs), laid, strict=True))
-    assert_right(loss, requiring(kwargs, differentiable(loss, kwargs)))
+    kwargs = requiring(kwargs, differentiable(loss, kwargs))
+    # at the edge of a domain (a log-probability of 0) the reference's own gradient may be 0 times infinity
+    true = exact(loss, kwargs, differentiable(loss, kwargs))
+    assume(not any(grad.isnan().any() for grad in true.grads.values()))
+    assert_right(loss, kwargs)

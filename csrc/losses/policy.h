@@ -38,23 +38,23 @@ struct PolicyGradient {
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
     const F l = v[0], a = v[2], zero{}, raw = l - v[1];
-    const F x = min(max(raw, zero - top), zero + top);
-    const F rho = exp(x), slope = select((raw >= -top) & (raw <= top), rho, zero);  // of rho by l
+    const F x = min(zero + top, max(zero - top, raw));
+    const F rho = exp(x), slope = select((raw < -top) | (raw > top), zero, rho);  // of rho by l
     F value, by_l;
     switch (type) {
       case Policy::clip: {
-        const F free = -a * min(rho, zero + two_sided),
-                bound = -a * min(max(rho, zero + (1 - low)), zero + (1 + high));
-        const auto moves = (free >= bound) & (rho <= two_sided);
+        const F free = -a * min(zero + two_sided, rho),
+                bound = -a * min(zero + (1 + high), max(zero + (1 - low), rho));
+        const auto stays = (free < bound) | (rho > two_sided);
         const F ceiling = -a * dual;
         const auto dual_holds = (a < 0) & (max(free, bound) > ceiling);
         value = select(dual_holds, ceiling, max(free, bound));
-        by_l = select(moves, -a * slope, zero);
+        by_l = select(stays, zero, -a * slope);
         by_l = select(dual_holds, zero, by_l);
         break;
       }
       case Policy::cispo:
-        by_l = -a * min(max(rho, zero + (1 - low)), zero + (1 + high));
+        by_l = -a * min(zero + (1 + high), max(zero + (1 - low), rho));
         value = by_l * l;
         break;
       case Policy::sapo: {
@@ -112,10 +112,10 @@ struct ClippedValue {
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
-    const F free = v[0] - v[1], bound = min(max(v[0], v[2] - range), v[2] + range) - v[1];
-    const auto moves = free * free >= bound * bound;
-    const F e = select(moves, free, bound);
-    d[0] = select(moves, e, F{});
+    const F free = v[0] - v[1], bound = min(v[2] + range, max(v[2] - range, v[0])) - v[1];
+    const auto stays = free * free < bound * bound;
+    const F e = select(stays, bound, free);
+    d[0] = select(stays, F{}, e);
     return R(0.5) * (e * e);
   }
 };
