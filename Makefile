@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 CPP_FILES := find csrc tests '(' -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' ')' -print0
 
-.PHONY: help env build demo test check bench lint format clean
+.PHONY: help env build demo test gpu check bench lint format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,6 +45,9 @@ demo: $(VENV)/.built $(VENV)/.extra-demo ## train a small language model with to
 
 test: $(VENV)/.built $(VENV)/.extra-test ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+gpu: ## on a machine with a GPU: suite, sanitizer, CUDA graphs, benchmark table; PYTHON is one whose torch has CUDA
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 check: $(VENV)/.built $(VENV)/.extra-cli ## every loss against its float64 reference on every device here
 	$(BIN)/python -m fastloss check $(ARGS)

@@ -50,7 +50,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the times (.png, .svg, .pdf)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     bench.add_argument("--all", action="store_true", help="every loss in float32 and bfloat16; needs --out")
-    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for the report of --all")
+    bench.add_argument(
+        "--table", type=Path, metavar="FILE", help="what the JSON file lists, like benchmarks/cpu.json"
+    )
+    bench.add_argument("--out", type=Path, metavar="DIR", help="folder for the report of --all and --table")
 
     profile = commands.add_parser("profile", help="what each fastloss call of a script costs")
     profile.add_argument(
@@ -67,10 +70,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     top = parser()
     args = top.parse_args(argv)
-    if args.command == "bench" and args.all != (args.loss is None):
-        top.error("bench takes the name of a loss, or --all")
-    if args.command == "bench" and args.all != (args.out is not None):
-        top.error("--all and --out DIR go together")
+    if args.command == "bench" and sum((args.all, args.table is not None, args.loss is not None)) != 1:
+        top.error("bench takes the name of a loss, or --all, or --table FILE")
+    if args.command == "bench" and (args.loss is None) != (args.out is not None):
+        top.error("--all or --table, and --out DIR go together")
     try:
         return importlib.import_module(f"fastloss.{args.command}").main(args)
     except ModuleNotFoundError as error:

@@ -50,7 +50,8 @@ def header() -> dict[str, Any]:
 
 
 def slug(spec: Spec) -> str:
-    return f"{spec.loss}-{'x'.join(map(str, spec.shape))}-{spec.dtype}"
+    passes = "" if spec.backward else "-forward"
+    return f"{spec.loss}-{spec.case}-{'x'.join(map(str, spec.shape))}-{spec.dtype}{passes}"
 
 
 def title(row: Row) -> str:
@@ -132,8 +133,10 @@ def write_folder(folder: Path, report: dict[str, Any], specs: Sequence[Spec]) ->
         "`extra` is the peak memory of a step beyond its inputs.",
     ]
     for spec in specs:
-        key = (spec.loss, spec.dtype)
-        rows = [r for r in report["rows"] if (r["loss"], r["dtype"]) == key]
+        key = (spec.loss, spec.case, list(spec.shape), spec.dtype, spec.backward)
+        rows = [
+            r for r in report["rows"] if (r["loss"], r["case"], r["shape"], r["dtype"], r["backward"]) == key
+        ]
         text += [f"## {title(rows[0])}", markdown(rows)]
         text += [f"{r['candidate']} was not timed: {r['refused']}" for r in rows if "refused" in r]
         text.append(f"![times]({slug(spec)}.png)")

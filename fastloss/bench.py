@@ -113,26 +113,29 @@ def plan(args: argparse.Namespace) -> list[Spec]:
     if args.peers and not args.peers.is_file():
         raise FileNotFoundError(f"no file {args.peers}")
 
-    def spec(loss: Loss, dtype: str) -> Spec:
-        case = args.case or next(iter(loss.cases))
+    def spec(loss: Loss, dtype: str, one: argparse.Namespace = args) -> Spec:
+        case = one.case or next(iter(loss.cases))
         if case not in loss.cases:
             raise ValueError(f"{loss.name} has no case {case!r}; there are {', '.join(loss.cases)}")
         ranks = sorted({len(shape) for shape in loss.shapes})
-        if args.shape and len(args.shape) not in ranks:
+        if one.shape and len(one.shape) not in ranks:
             raise ValueError(f"--shape of {loss.name} has {' or '.join(map(str, ranks))} sizes")
         return Spec(
             loss=loss.name,
             case=case,
-            shape=args.shape or loss.bench_shape,
+            shape=tuple(one.shape or loss.bench_shape),
             dtype=dtype,
             device=device,
-            backward=not args.forward_only,
+            backward=not one.forward_only,
             threads=args.threads,
             rounds=args.rounds,
             budget=args.budget,
             peers=str(args.peers) if args.peers else None,
         )
 
+    if args.table:
+        rows = [argparse.Namespace(**{**vars(args), **row}) for row in json.loads(args.table.read_text())]
+        return [spec(*losses(row.loss), row.dtype, row) for row in rows]
     if args.all:
         return [spec(loss, dtype) for loss in losses() for dtype in ("float32", "bfloat16")]
     return [spec(*losses(args.loss), args.dtype)]
@@ -147,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    if args.plot or args.all:
+    if args.plot or args.out:
         from fastloss import _plot  # before an hour of measuring, not after
     console = Console(width=None if sys.stdout.isatty() else 120)
     report = _report.header()

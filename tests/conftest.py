@@ -15,6 +15,9 @@ hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("suite")
 
 
+collect_ignore = [] if torch.cuda.is_available() else ["test_cuda_graphs.py"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cpu,simt,cuda" if torch.cuda.is_available() else "cpu,simt"
     parser.addoption("--devices", default=default, help=f"comma-separated; default {default}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fastloss import _measure, _registry, check
 from fastloss.__main__ import main
 from fastloss._registry import losses
 
+ROOT = Path(__file__).parent.parent
 LOSS = losses()[0]
 CASE = next(iter(LOSS.cases))
 SHAPE = next(s for s in LOSS.shapes if len(s) == 2 and min(s) > 1)
@@ -152,6 +154,25 @@ def test_bench_from_the_command_line(tmp_path, capsys):
     assert report["machine"]["torch"] == torch.__version__
     assert plot.stat().st_size > 0
     assert "fastloss" in capsys.readouterr().out
+
+
+def test_bench_of_a_table(tmp_path, capsys):
+    table = tmp_path / "table.json"
+    rows = [{"loss": LOSS.name, "shape": [n, 8], "dtype": "float32", "forward_only": n == 2} for n in (2, 3)]
+    table.write_text(json.dumps(rows))
+    assert main(["bench", "--table", str(table), "--out", str(tmp_path / "out"), "--rounds", "2"]) == 0
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "2x8 float32, forward, " in report
+    assert "3x8 float32, forward + backward, " in report
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*.json")), ids=lambda p: p.stem)
+def test_tables_name_what_there_is(file):
+    for row in json.loads(file.read_text()):
+        (loss,) = losses(row["loss"])
+        assert len(row["shape"]) in {len(shape) for shape in loss.shapes}
+        assert hasattr(torch, row["dtype"])
 
 
 @pytest.mark.parametrize(
