@@ -222,7 +222,9 @@ def tolerance(expected: Tensor, dtype: torch.dtype) -> float:
 LUCK = 2.0
 
 
-def assert_accurate(got: Answer, plain: Answer, true: Answer, multiplies: bool = False) -> None:
+def assert_accurate(
+    got: Answer, plain: Answer, true: Answer, multiplies: bool = False, luck: float = LUCK
+) -> None:
     """`got` is no further from the truth than plain PyTorch is, or than rounding alone explains.
 
     Where a loss multiplies matrices, the terms that it adds up, about 1 in size, may cancel.
@@ -232,19 +234,19 @@ def assert_accurate(got: Answer, plain: Answer, true: Answer, multiplies: bool =
         t = torch.where(t.to(x.dtype).isinf(), t.to(x.dtype).double(), t)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         theirs = worst(p, t)
-        luck, least = (2 * LUCK, 4 * FLOOR[wide] * torch.finfo(wide).eps) if multiplies else (LUCK, 0.0)
+        factor, least = (2 * luck, 4 * FLOOR[wide] * torch.finfo(wide).eps) if multiplies else (luck, 0.0)
         rounding = tolerance(t, x.dtype) * (1.2 if multiplies else 1.0)
-        allowed = max(luck * theirs if math.isfinite(theirs) else 0.0, rounding, least)
+        allowed = max(factor * theirs if math.isfinite(theirs) else 0.0, rounding, least)
         error = worst(x, t)
         assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, allowed {allowed:.3g}"
 
 
-def assert_right(loss: Loss, kwargs: Kwargs, upstream: Tensor | None = None) -> Answer:
+def assert_right(loss: Loss, kwargs: Kwargs, upstream: Tensor | None = None, luck: float = LUCK) -> Answer:
     """Value and gradients of one call against the float64 reference; gives the answer for further checks."""
     names = differentiable(loss, kwargs)
     if upstream is None and names:
         upstream = upstream_like(eager(loss, kwargs, []).value)
     true, plain = exact(loss, kwargs, names, upstream), eager(loss, kwargs, names, upstream)
     got = fused(loss, kwargs, names, upstream)
-    assert_accurate(got, plain, true, loss.multiplies)
+    assert_accurate(got, plain, true, loss.multiplies, luck)
     return got

@@ -52,4 +52,4 @@ def test_any_call(device, call):
     # at the edge of a domain (a log-probability of 0) the reference's own gradient may be 0 times infinity
     true = exact(loss, kwargs, differentiable(loss, kwargs))
     assume(not any(grad.isnan().any() for grad in true.grads.values()))
-    assert_right(loss, kwargs)
+    assert_right(loss, kwargs, luck=4.0)  # of two elements one may well be lucky
