@@ -107,7 +107,7 @@ class RowWalker {
     }
     if (!dx) return;
     T* out = a_.dx_layout.class_stride == 1 ? dx : staged_dx_;
-    gradient(row, r, out, zt, g * k);
+    gradient(row, r, out, g * k);
     if constexpr (Loss::kPlanes) asked_gradient(row, r, out);
     if (out != dx)
       for (int64_t j = 0; j < n_; ++j) dx[j * a_.dx_layout.class_stride] = out[j];
@@ -137,7 +137,7 @@ class RowWalker {
         if (asked(r)[other] == j) g += upstream(r)[Loss::kPlanes + other];
       const R z = asked_logit(row, j), d = z - row.state.m;
       const R dz = loss_.asked_for(exp(d - row.state.log_sum), d, g * scale_, coef);
-      store_one(dx + j, dz * (slope(fill<F>(z))[0] / scale_));
+      store_one(dx + j, dz * (slope(fill<F>(widen(row.x[j])))[0] / scale_));
     }
   }
 
@@ -161,9 +161,12 @@ class RowWalker {
       if (cap_ > 0) z = cap_ * tanh(z * inverse_cap_);
     return z;
   }
-  FL_FN F slope(F z) const {  // dz / dx
+  FL_FN F slope(F x) const {  // dz / dx; from x, since in z / cap two more roundings would be
     if constexpr (Loss::kSoftcap)
-      if (cap_ > 0) return scale_ * (1 - z * inverse_cap_ * (z * inverse_cap_));
+      if (cap_ > 0) {
+        const F t = tanh(x * scale_ * inverse_cap_);
+        return scale_ * ((1 - t) * (1 + t));
+      }
     return fill<F>(scale_);
   }
   struct Side {
@@ -296,7 +299,7 @@ class RowWalker {
   }
 
   // ---- gradient
-  FL_NOINLINE void gradient(const Row& row, int64_t r, T* dx, R zt, R g) {
+  FL_NOINLINE void gradient(const Row& row, int64_t r, T* dx, R g) {
     const bool kept = a_.pass == RowPass::forward_gradient;
     const bool capped = Loss::kSoftcap && cap_ > 0;
     const auto coef = [&] {
@@ -308,7 +311,8 @@ class RowWalker {
       }
     }();
     const bool past_cache = a_.past_cache && dx != staged_dx_;
-    const R p_target = exp(row.target.d - row.state.log_sum);
+    const R p_target = exp(row.target.d - row.state.log_sum);  // both before dx, which may be x, is written
+    const R target_slope = capped && a_.target ? slope(fill<F>(widen(row.x[row.t])))[0] : 1;
     R base = -INFINITY;
     for (int64_t begin = 0, b = 0; begin < n_; begin += kBlock, ++b) {
       const int64_t end = begin + kBlock < n_ ? begin + kBlock : n_;
@@ -322,23 +326,23 @@ class RowWalker {
         if constexpr (Loss::kProportional) return share * coef.p;
         return R(0);
       }();
-      auto finished = [&](F e, F z, const Side& s) __attribute__((always_inline)) {
+      auto finished = [&](F e, F x, F z, const Side& s) __attribute__((always_inline)) {
         if constexpr (Loss::kProportional) return e * factor;
         F dz = loss_.grad(e * share, z - row.state.m, s.w, s.q, coef);
         if constexpr (Loss::kSoftcap)
-          if (capped) dz *= slope(z);
+          if (capped) dz *= slope(x);
         return dz;
       };
       auto at = [&](int64_t j) __attribute__((always_inline)) {
         if constexpr (!Loss::kSoftcap && !Loss::kGradUsesLogit)
-          if (kept) return finished(load(exps_ + j), F{}, side(row, j));
-        const F z = logit(load(row.x + j));
-        return finished(kept ? load(exps_ + j) : power(z - from), z, side(row, j));
+          if (kept) return finished(load(exps_ + j), F{}, F{}, side(row, j));
+        const F x = load(row.x + j), z = logit(x);
+        return finished(kept ? load(exps_ + j) : power(z - from), x, z, side(row, j));
       };
       auto part = [&](int64_t j, int64_t count) __attribute__((noinline)) {
-        const F z = logit(load_part(row.x + j, count, R(0)));
+        const F x = load_part(row.x + j, count, R(0)), z = logit(x);
         const F e = kept ? load(exps_ + j) : power(z - from);
-        store_part(dx + j, finished(e, z, side_part(row, j, count)), count);
+        store_part(dx + j, finished(e, x, z, side_part(row, j, count)), count);
       };
       int64_t j = begin;
       if (past_cache) {
@@ -364,7 +368,7 @@ class RowWalker {
     }
     if (a_.target) {
       const R dz = loss_.target(p_target, row.target.d, row.target.weight, coef);
-      store_one(dx + row.t, dz * (capped ? slope(fill<F>(zt))[0] : 1));
+      store_one(dx + row.t, dz * target_slope);
     }
   }
   FL_FN void write_zeros(T* dx) const {

@@ -95,6 +95,11 @@ struct RowTeam {
       if (cap > 0) return cap * tanh(z * inverse_cap);
     return z;
   }
+  __device__ __forceinline__ R
+  bend(R v) const {  // of the cap; from v, since in z / cap two more roundings would be
+    const R t = tanh(v * scale * inverse_cap);
+    return (1 - t) * (1 + t);
+  }
   __device__ __forceinline__ R weight(int64_t j) const {
     if constexpr (Loss::kSideStreams) return a.class_weight ? static_cast<const R*>(a.class_weight)[j] : R(1);
     return 1;
@@ -158,7 +163,7 @@ struct RowTeam {
     const R z = logit(widen(v)), d = z - s.m, p = exp(d - s.log_sum), w = weight(j);
     R dz = j == t ? loss.target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
     if constexpr (Loss::kSoftcap)
-      if (cap > 0) dz *= 1 - z * inverse_cap * (z * inverse_cap);
+      if (cap > 0) dz *= bend(widen(v));
     return narrow<T>(dz);
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx) const {
@@ -293,7 +298,7 @@ struct RowTeam {
       if (!first) continue;
       const R z = asked_logit(j), d = z - s.m;
       R dz = loss.asked_for(exp(d - s.log_sum), d, g * scale, s.coef);
-      if (cap > 0) dz *= 1 - z * inverse_cap * (z * inverse_cap);
+      if (cap > 0) dz *= bend(widen(x[j * a.x_layout.class_stride]));
       dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
     }
   }
