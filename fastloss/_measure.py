@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._registry import Draw, Loss, losses
+from fastloss._registry import Draw, Loss, entries
 from fastloss._steps import Clock, Copy, Step, cuda_peak, rss_peak
 from fastloss.check import compare, differentiable, eager_of
 
@@ -56,7 +56,8 @@ def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
     """Who competes, by name."""
     eager = eager_of(loss, loss.call(spec.case, Draw(), loss.shapes[0]))
     found: dict[str, Callable[..., Tensor]] = {"eager": eager}
-    found["torch.compile"] = torch.compile(eager, dynamic=False)
+    if not loss.unrolls:
+        found["torch.compile"] = torch.compile(eager, dynamic=False)
     found["fastloss"] = loss.function
     if spec.backward and "inplace_backward" in inspect.signature(loss.function).parameters:
         found["fastloss in place"] = partial(loss.function, inplace_backward=True)
@@ -157,7 +158,7 @@ def time_all(loss: Loss, spec: Spec, emit: Callable[..., None]) -> dict[str, Any
         "peaks": peaks,
         "traffic": traffic,
         "threads": torch.get_num_threads(),
-        "input_bytes": kwargs[loss.wrt[0]].nbytes,
+        "input_bytes": next(v.nbytes for v in kwargs.values() if isinstance(v, Tensor)),
     }
 
 
@@ -201,7 +202,7 @@ def main() -> None:
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    (loss,) = losses(spec.loss)
+    (loss,) = entries(spec.loss)
     spec = Spec(**{**vars(spec), "shape": tuple(spec.shape)})
     emit(result=peak(loss, spec) if spec.peak_of else time_all(loss, spec, emit))
 

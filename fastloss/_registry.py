@@ -73,6 +73,8 @@ class Loss:
     """Whether it multiplies matrices: works in buffers of its own, and in the autocast type under autocast."""
     eager: Callable[..., Tensor] | None = None
     """What people call today, with the same arguments by name; the reference where there is none."""
+    unrolls: bool = False
+    """Whether eager and reference are loops over steps, of which torch.compile would make a graph each."""
 
     def call(self, case: str, draw: Draw, shape: tuple[int, ...]) -> dict[str, Any]:
         """All arguments of a call, by name."""
@@ -83,13 +85,15 @@ class Loss:
 
 
 _losses: dict[str, Loss] = {}
-estimators: dict[str, Callable[..., Any]] = {}
-"""Public functions that are no losses: what they return, a loss is computed from."""
+estimators: dict[str, Loss] = {}
+"""Functions that are no losses: what they return, one tensor or several, a loss is computed from."""
 
 
-def estimator(function: Callable[..., Any]) -> Callable[..., Any]:
-    estimators[function.__name__] = function
-    return function
+def register_estimator(entry: Loss) -> Loss:
+    if entry.name in estimators:
+        raise ValueError(f"estimator {entry.name!r} is registered twice")
+    estimators[entry.name] = entry
+    return entry
 
 
 def register(loss: Loss) -> Loss:
@@ -107,3 +111,12 @@ def losses(*names: str) -> list[Loss]:
     if unknown:
         raise ValueError(f"no loss named {', '.join(sorted(unknown))}; there are {', '.join(_losses)}")
     return [_losses[n] for n in names] if names else list(_losses.values())
+
+
+def entries(*names: str) -> list[Loss]:
+    """Losses and estimators, in this order, or those named."""
+    everything = {loss.name: loss for loss in losses()} | estimators
+    unknown = set(names) - set(everything)
+    if unknown:
+        raise ValueError(f"no loss named {', '.join(sorted(unknown))}; there are {', '.join(everything)}")
+    return [everything[n] for n in names] if names else list(everything.values())

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss.check import values_by_name
+
 
 class Step:
     """Forward and backward of one candidate; with `own`, on inputs that it may overwrite."""
@@ -21,7 +23,7 @@ class Step:
         self.pristine = {k: kwargs[k] for k in wrt} if own else {}
         self.leaves = {k: (kwargs[k].clone() if own else kwargs[k].detach()).requires_grad_() for k in wrt}
         self.kwargs = {**kwargs, **self.leaves}
-        self.upstream: Tensor | None = None
+        self.upstream: list[Tensor] | None = None
 
     def prepare(self) -> None:
         """Undo what the last run overwrote (not timed)."""
@@ -29,12 +31,13 @@ class Step:
             for k, v in self.pristine.items():
                 self.leaves[k].copy_(v)
 
-    def run(self) -> Tensor:
+    def run(self) -> Tensor | tuple[Tensor, ...]:
         value = self.function(**self.kwargs)
         if self.leaves:
+            values = [value] if isinstance(value, Tensor) else list(value)
             if self.upstream is None:
-                self.upstream = torch.ones_like(value)
-            value.backward(self.upstream)
+                self.upstream = [torch.ones_like(v) for v in values]
+            torch.autograd.backward(values, self.upstream)
         return value
 
     def release(self) -> None:
@@ -44,8 +47,11 @@ class Step:
 
     def results(self) -> dict[str, Tensor]:
         self.prepare()
-        value = self.run()
-        return {"value": value.detach(), **{k: v.grad for k, v in self.leaves.items()}}
+        values = values_by_name(self.run())
+        return {
+            **{k: v.detach() for k, v in values.items()},
+            **{k: v.grad for k, v in self.leaves.items()},
+        }
 
 
 class Copy:

@@ -23,7 +23,7 @@ import torch
 
 from fastloss import _report
 from fastloss._measure import Spec, summary
-from fastloss._registry import Loss, losses
+from fastloss._registry import Loss, entries, estimators
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -126,7 +126,7 @@ def plan(args: argparse.Namespace) -> list[Spec]:
             shape=tuple(one.shape or loss.bench_shape),
             dtype=dtype,
             device=device,
-            backward=not one.forward_only,
+            backward=not one.forward_only and loss.name not in estimators,  # they are called without
             threads=args.threads,
             rounds=args.rounds,
             budget=args.budget,
@@ -135,10 +135,10 @@ def plan(args: argparse.Namespace) -> list[Spec]:
 
     if args.table:
         rows = [argparse.Namespace(**{**vars(args), **row}) for row in json.loads(args.table.read_text())]
-        return [spec(*losses(row.loss), row.dtype, row) for row in rows]
+        return [spec(*entries(row.loss), row.dtype, row) for row in rows]
     if args.all:
-        return [spec(loss, dtype) for loss in losses() for dtype in ("float32", "bfloat16")]
-    return [spec(*losses(args.loss), args.dtype)]
+        return [spec(loss, dtype) for loss in entries() for dtype in ("float32", "bfloat16")]
+    return [spec(*entries(args.loss), args.dtype)]
 
 
 def show(progress: Progress, task: TaskID, done: float, what: str) -> None:

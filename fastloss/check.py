@@ -1,4 +1,4 @@
-"""Every registered loss against its float64 reference: the rule, and the command that applies it.
+"""Every registered loss and estimator against its float64 reference: the rule, and the command that applies it.
 
 The rule, for the value and for the gradient of every differentiable argument, element by element:
 
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._registry import Draw, Loss, losses
+from fastloss._registry import Draw, Loss, entries
 
 EAGER_FACTOR = 2.0
 ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
@@ -92,16 +92,24 @@ def upstream(value: Tensor) -> Tensor:
     return (steps / 64).to(value)
 
 
+def values_by_name(result: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    if isinstance(result, Tensor):
+        return {"value": result}
+    return {f"value {i + 1}": v for i, v in enumerate(result)}
+
+
 def evaluate(
     function: Callable[..., Tensor], kwargs: Mapping[str, Any], wrt: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The value and the gradients with respect to the arguments `wrt`, by quantity."""
+    """The value (of several: each) and the gradients with respect to the arguments `wrt`, by quantity."""
     names = differentiable(kwargs, wrt)
     leaves = {k: kwargs[k].detach().requires_grad_() for k in names}
-    value = function(**{**kwargs, **leaves})
-    found = {"value": value.detach()}
-    if value.requires_grad:
-        grads = torch.autograd.grad(value, list(leaves.values()), upstream(value), allow_unused=True)
+    found = values_by_name(function(**{**kwargs, **leaves}))
+    graded = [v for v in found.values() if v.requires_grad]
+    found = {name: v.detach() for name, v in found.items()}
+    if graded:
+        ups = [upstream(v) for v in graded]
+        grads = torch.autograd.grad(graded, list(leaves.values()), ups, allow_unused=True)
     else:
         grads = (None,) * len(names)
     for k, grad in zip(names, grads, strict=True):
@@ -128,7 +136,8 @@ def evaluate_eager(
             raise
     single = evaluate(function, cast(kwargs, torch.float32), loss.wrt)
     dtypes = {f"gradient of {k}": v.dtype for k, v in kwargs.items() if isinstance(v, Tensor)}
-    return {k: v.to(dtypes.get(k, kwargs[loss.wrt[0]].dtype)) for k, v in single.items()}
+    of_values = next(v.dtype for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point())
+    return {k: v.to(dtypes.get(k, of_values)) for k, v in single.items()}
 
 
 def errors_of(eager: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
@@ -205,7 +214,8 @@ def compare_call(
     device = next((v.device.type for v in kwargs.values() if isinstance(v, Tensor)), "cpu")
     got = evaluate(function or loss.function, kwargs, loss.wrt)
 
-    largest = max(upstream(exact["value"]).abs().flatten().tolist(), default=0.0)
+    values = [v for k, v in exact.items() if k.startswith("value")]
+    largest = max((u for v in values for u in upstream(v).abs().flatten().tolist()), default=0.0)
     cancelled = accumulator(dtype).eps / 2 * largest
 
     where = (loss.name, case, shape, dtype, device)
@@ -217,7 +227,7 @@ def compare_call(
             message = f"has shape {tuple(have.shape)}, should have {tuple(like.shape)}"
             found.append(Result(*where, quantity, *([torch.inf] * 4), message))
             continue
-        absolute = EAGER_FACTOR * errors[quantity] + (0.0 if quantity == "value" else cancelled)
+        absolute = EAGER_FACTOR * errors[quantity] + (0.0 if quantity.startswith("value") else cancelled)
         error, allowed, ratio = worst_element(have, want, absolute)
         if have.dtype != like.dtype:
             ratio, message = torch.inf, f"is {name_of(have.dtype)}, should be {name_of(like.dtype)}"
@@ -248,7 +258,7 @@ def compare(
 ) -> Result:
     """Draw the inputs of one case and compare the loss with its float64 reference."""
     if isinstance(loss, str):
-        (loss,) = losses(loss)
+        (loss,) = entries(loss)
     kwargs = loss.call(case, Draw(dtype, device, seed), shape)
     return compare_call(loss, kwargs, dtype, function=function, case=case, shape=shape)
 
@@ -257,7 +267,7 @@ def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Result | int]:
     """First the number of comparisons, then the result of each."""
     plan = [
         (loss, case, shape, dtype, device)
-        for loss in losses(*names)
+        for loss in entries(*names)
         for device in on
         for dtype in DTYPES
         for case in loss.cases

@@ -7,7 +7,10 @@ from fastloss import (
     pointwise,
     policy,
     preference,
+    preference_dpo,
+    ranking,
     regression,
+    rewards,
     sequence,
     statistics,
     token,
@@ -18,7 +21,10 @@ from fastloss.number_token import *  # noqa: F403
 from fastloss.pointwise import *  # noqa: F403
 from fastloss.policy import *  # noqa: F403
 from fastloss.preference import *  # noqa: F403
+from fastloss.preference_dpo import *  # noqa: F403
+from fastloss.ranking import *  # noqa: F403
 from fastloss.regression import *  # noqa: F403
+from fastloss.rewards import *  # noqa: F403
 from fastloss.sequence import *  # noqa: F403
 from fastloss.statistics import *  # noqa: F403
 from fastloss.token import *  # noqa: F403
@@ -32,8 +38,11 @@ __all__ = [
         number_token,
         pointwise,
         regression,
+        preference_dpo,
         preference,
+        ranking,
         policy,
+        rewards,
         sequence,
         linear,
     )

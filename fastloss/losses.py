@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 
-from fastloss._registry import Loss, losses
+from fastloss._registry import Loss, entries
 
 
 def row(loss: Loss) -> str:
@@ -15,9 +15,9 @@ def row(loss: Loss) -> str:
 
 
 def table() -> str:
-    """One line for each registered loss."""
+    """One line for each loss and each estimator."""
     head = ["| function | family | replaces | what it is |", "|---|---|---|---|"]
-    return "\n".join(head + [row(loss) for loss in losses()])
+    return "\n".join(head + [row(loss) for loss in entries()])
 
 
 def main(args: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._checks import check_number, check_reduction
+from fastloss.policy import policy_loss, value_loss
+from fastloss.regression import huber_loss, mse_loss
 from fastloss.statistics import sequence_log_probs
 
 __all__ = [
@@ -14,6 +16,8 @@ __all__ = [
     "cringe_loss",
     "deep_rag_calibration_loss",
     "deep_rag_imitation_loss",
+    "ppo_total_loss",
+    "q_learning_loss",
     "rog_loss",
 ]
 
@@ -139,3 +143,105 @@ def deep_rag_calibration_loss(
     """
     gap = (chosen - reference_chosen) - (rejected - reference_rejected)
     return -F.logsigmoid(check_number("beta", beta) * gap).mean()
+
+
+def ppo_total_loss(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    returns: Tensor,
+    old_values: Tensor | None = None,
+    entropies: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    value_coef: float = 0.5,
+    entropy_coef: float = 0.01,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    value_clip: float | None = 0.2,
+    loss_agg_mode: str = "token-mean",
+) -> Tensor:
+    r"""What PPO minimises: clipped policy loss, plus the value loss, minus the entropy.
+
+    .. math:: L_\mathrm{clip} + c_1 L_V - c_2 H
+
+    with `policy_loss`, `value_loss` (which holds the factor 1/2 of its square) and the mean of the entropies. The
+    signs are those of a loss to be minimised: the value loss is added, the entropy taken off.
+
+    Args:
+        logps, old_logps, advantages: `[..., T]`, as for `policy_loss`; advantages also `[...]`.
+        values, returns, old_values: `[..., T]`, as for `value_loss`.
+        entropies: `[..., T]`, with gradient, for example of `entropy_from_logits`. Default: none, no such term.
+        mask: flags or weights of tokens, `[..., T]`. Default: all.
+        value_coef: :math:`c_1`. Default: 0.5.
+        entropy_coef: :math:`c_2`. Default: 0.01.
+        clip_low, clip_high: of the ratio. Default: 0.2.
+        value_clip: of the values, around `old_values`; None: not. Default: 0.2.
+        loss_agg_mode: of all three terms, as for `policy_loss`. Default: `"token-mean"`.
+
+    Source: Schulman et al., https://arxiv.org/abs/1707.06347, equation 9, and its released code.
+    """
+    policy = policy_loss(
+        logps, old_logps, advantages, mask, "ppo", loss_agg_mode, clip_low=clip_low, clip_high=clip_high,
+        entropies=entropies, entropy_coef=entropy_coef,
+    )  # fmt: skip
+    value = value_loss(values, returns, old_values, mask, value_clip, loss_agg_mode)
+    return policy + check_number("value_coef", value_coef) * value
+
+
+def q_learning_loss(
+    q_values: Tensor,
+    actions: Tensor,
+    rewards: Tensor,
+    next_q_values: Tensor,
+    terminated: Tensor | None = None,
+    *,
+    gamma: float = 0.99,
+    next_q_online: Tensor | None = None,
+    huber_delta: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""One step of Q-learning: the difference of the current estimate from its target.
+
+    .. math:: \delta = r + \gamma (1 - \mathrm{terminated}) \max_a Q^-(s', a) - Q(s, a), \qquad \tfrac12 \delta^2
+
+    or Huber's loss of it. With the online network's values of the next state, the action is chosen by these and
+    valued by the target network (double DQN). The target has no gradient.
+
+    Args:
+        q_values: `[..., A]`, of the state.
+        actions: int64 `[...]`, taken in it.
+        rewards: `[...]`.
+        next_q_values: :math:`Q^-`, `[..., A]`, of the next state by the target network.
+        terminated: flags `[...]`: nothing follows. Default: nowhere.
+        gamma: :math:`\gamma`. Default: 0.99.
+        next_q_online: `[..., A]`, of the next state by the online network. Default: none, no double DQN.
+        huber_delta: where Huber's loss turns linear. Default: none, the square.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+
+    Source: Mnih et al., Nature 518, 2015; van Hasselt et al., https://arxiv.org/abs/1509.06461.
+    """
+    check_reduction(reduction)
+    if actions.dtype != torch.int64 or actions.shape != q_values.shape[:-1]:
+        raise RuntimeError(
+            f"actions: expected int64 {tuple(q_values.shape[:-1])}, got {actions.dtype} {tuple(actions.shape)}"
+        )
+    for name, t in (("next_q_values", next_q_values), ("next_q_online", next_q_online)):
+        if t is not None and t.shape != q_values.shape:
+            raise RuntimeError(f"{name}: expected shape {tuple(q_values.shape)}, got {tuple(t.shape)}")
+    for name, t in (("rewards", rewards), ("terminated", terminated)):
+        if t is not None and t.shape != actions.shape:
+            raise RuntimeError(f"{name}: expected shape {tuple(actions.shape)}, got {tuple(t.shape)}")
+    with torch.no_grad():
+        if next_q_online is None:
+            best = next_q_values.amax(-1)
+        else:
+            best = next_q_values.gather(-1, next_q_online.argmax(-1, keepdim=True)).squeeze(-1)
+        best = check_number("gamma", gamma, 0.0, 1.0) * best
+        target = rewards + (best if terminated is None else torch.where(terminated.bool(), 0.0, best))
+    value = q_values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    target = target.to(value.dtype)
+    if huber_delta is not None:
+        return huber_loss(value, target, reduction=reduction, delta=huber_delta)
+    return 0.5 * mse_loss(value, target, reduction=reduction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._op import Op
-from fastloss._registry import estimator
+from fastloss._registry import Draw, Loss, register_estimator
 
 __all__ = ["discounted_returns", "gae", "td_lambda_returns", "vtrace"]
 
@@ -42,7 +43,7 @@ _gae = Op("gae", _gae_reference, _two_like_rewards, tensors=9, wrt=(0, 1, 2, 3),
 _vtrace = Op("vtrace", _vtrace_reference, _two_like_rewards, tensors=9, wrt=(), outputs=2)
 
 
-def _arguments(
+def step_arguments(
     numbers: dict[str, Tensor | None],
     flags: dict[str, Tensor | None],
     bootstrap_value: Tensor | None,
@@ -103,7 +104,6 @@ def _discounts(gamma: float, lam: float) -> list[float]:
     return [float(gamma), float(lam)]
 
 
-@estimator
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -149,7 +149,7 @@ def gae(
 
     Source: https://arxiv.org/abs/1506.02438; terminated and truncated as in gymnasium and TorchRL, masks as in verl.
     """
-    (r, v, n), b, (term, trunc, m), cu = _arguments(
+    (r, v, n), b, (term, trunc, m), cu = step_arguments(
         {"rewards": rewards, "values": values, "next_values": next_values},
         {"terminated": terminated, "truncated": truncated, "mask": mask},
         bootstrap_value, cu_seqlens,
@@ -157,7 +157,6 @@ def gae(
     return _gae((r, v, n, b, None, term, trunc, m, cu), (_discounts(gamma, lam),))
 
 
-@estimator
 def td_lambda_returns(
     rewards: Tensor,
     values: Tensor,
@@ -196,7 +195,6 @@ def td_lambda_returns(
     )[1]  # fmt: skip
 
 
-@estimator
 def discounted_returns(
     rewards: Tensor,
     terminated: Tensor | None = None,
@@ -226,13 +224,12 @@ def discounted_returns(
 
     Source: Sutton and Barto, Reinforcement Learning, section 3.3; https://arxiv.org/abs/1506.02438.
     """
-    (r,), b, (term, m), cu = _arguments(
+    (r,), b, (term, m), cu = step_arguments(
         {"rewards": rewards}, {"terminated": terminated, "mask": mask}, bootstrap_value, cu_seqlens
     )
     return _gae((r, None, None, b, None, term, None, m, cu), (_discounts(gamma, 1.0),))[0]
 
 
-@estimator
 def vtrace(
     log_rhos: Tensor,
     rewards: Tensor,
@@ -276,7 +273,7 @@ def vtrace(
 
     Source: https://arxiv.org/abs/1802.01561 and its released code.
     """
-    (r, v, n, rho), b, (term, trunc, m), cu = _arguments(
+    (r, v, n, rho), b, (term, trunc, m), cu = step_arguments(
         {"rewards": rewards, "values": values, "next_values": next_values, "log_rhos": log_rhos},
         {"terminated": terminated, "truncated": truncated, "mask": mask},
         bootstrap_value, cu_seqlens,
@@ -285,3 +282,59 @@ def vtrace(
     with torch.no_grad():
         r, v, n, b, rho = (None if x is None else x.detach() for x in (r, v, n, b, rho))
         return _vtrace((r, v, n, b, rho, term, trunc, m, cu), (options,))
+
+
+# ---- registration
+
+
+def _eager_gae(rewards, values, gamma=0.99, lam=0.95):
+    """The loop that people write."""
+    behind, value, found = 0.0, 0.0, []
+    for t in reversed(range(rewards.shape[-1])):
+        delta = rewards[..., t] + gamma * value - values[..., t]
+        behind = delta + gamma * lam * behind
+        value = values[..., t]
+        found.append(behind)
+    advantages = torch.stack(found[::-1], -1)
+    return advantages, advantages + values
+
+
+def _steps(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {"rewards": draw.normal(*shape), "values": draw.normal(*shape)}
+
+
+def _ends(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    return draw.index(9, *shape) == 0
+
+
+_ENDS = {"terminated": _ends, "truncated": _ends, "next_values": lambda d, s: d.normal(*s)}
+_MASKED = {"mask": lambda d, s: d.index(4, *s) > 0, "bootstrap_value": lambda d, s: d.normal(*s[:-1])}
+_MORE = ("terminated", "truncated", "next_values", "bootstrap_value", "mask", "cu_seqlens")
+
+for _function, _inputs, _eager, _count in (
+    (gae, _steps, _eager_gae, 4),
+    (td_lambda_returns, _steps, None, 4),
+    (discounted_returns, lambda d, s: {"rewards": d.normal(*s)}, None, 3),
+    (vtrace, lambda d, s: {"log_rhos": d.normal(*s, scale=0.3), **_steps(d, s)}, None, 5),
+):
+    _names = tuple(_inputs(Draw(), (1, 1)))
+    register_estimator(
+        Loss(
+            name=_function.__name__,
+            family="returns",
+            function=_function,
+            reference=getattr(reference, _function.__name__),
+            eager=_eager,
+            inputs=_inputs,
+            wrt=(),  # they are targets, called without gradients
+            forward_arguments=(*_names, *_MORE),
+            cases={"plain": {}, "masked": _MASKED}
+            | ({} if _function is discounted_returns else {"ends": _ENDS}),
+            shapes=((1, 1), (3, 33), (2, 3, 5)),
+            bench_shape=(64, 1024),
+            traffic=lambda shape, itemsize, backward, count=_count: (
+                (2 if backward else 1) * count * math.prod(shape) * itemsize
+            ),
+            unrolls=True,
+        )
+    )

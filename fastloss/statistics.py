@@ -11,7 +11,9 @@ from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_tensors
 from fastloss._op import HALF_TYPES, Op
 from fastloss._registry import Draw, Loss, register
+from fastloss.pointwise import NO_INDEX
 from fastloss.reference.statistics import TokenStats
+from fastloss.token import cross_entropy_rows
 
 __all__ = ["entropy_from_logits", "selective_log_softmax", "sequence_log_probs", "token_stats"]
 
@@ -94,6 +96,35 @@ def log_probs_of(
     return planes[_STATISTICS : _STATISTICS + index.shape[-1]].movedim(0, -1)
 
 
+def label_log_probs(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int | None,
+    temperature: float,
+    labels_name: str,
+) -> Tensor:
+    """Log-probability of one class of each row, `labels` [...]; 0 where it is `ignore_index`, a row that is not read.
+
+    That is what cross-entropy is made of, with the label's class kept apart from the sum over the others.
+    """
+    scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
+    ignored = NO_INDEX if ignore_index is None else ignore_index
+    rows, target = logits, labels
+    if logits.dim() > 2:
+        flat = logits.is_contiguous()
+        rows = logits.reshape(-1, logits.shape[-1]) if flat else logits.movedim(-1, 1)
+        target = labels.reshape(-1) if flat else labels
+    try:
+        nll = cross_entropy_rows(
+            (rows, target, None, None), (ignored, 0, scale, 0.0, [0.0, 0.0], True), False
+        )
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"{labels_name}: {error}") from None
+        raise
+    return -nll.reshape(labels.shape)
+
+
 def token_stats(
     logits: Tensor,
     index: Tensor | None = None,
@@ -168,8 +199,9 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
     Source: TRL's `selective_log_softmax`, https://github.com/huggingface/trl.
     """
     _check(logits, index, None)
-    several = index if index.dim() == logits.dim() else index.unsqueeze(-1)
-    return log_probs_of(logits, several, None, temperature).reshape(index.shape)
+    if index.dim() < logits.dim():
+        return label_log_probs(logits, index, None, temperature, "index")
+    return log_probs_of(logits, index, None, temperature)
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
@@ -225,10 +257,8 @@ def sequence_log_probs(
     _check(logits, labels, None, "labels")
     if labels.dim() == 0 or labels.dim() == logits.dim():
         raise RuntimeError(f"labels: expected shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
-    valid = labels != ignore_index
-    index = torch.where(valid, labels, 0).unsqueeze(-1)
-    total = log_probs_of(logits, index, valid, temperature, "labels").squeeze(-1).sum(-1)
-    return total / valid.sum(-1).clamp(min=1) if average else total
+    total = label_log_probs(logits, labels, ignore_index, temperature, "labels").sum(-1)
+    return total / (labels != ignore_index).sum(-1).clamp(min=1) if average else total
 
 
 def _logits(draw: Draw, shape: tuple[int, ...]) -> Tensor:

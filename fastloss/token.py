@@ -28,7 +28,7 @@ def _cross_entropy_reference(
 
 __all__ = ["cross_entropy"]
 
-_cross_entropy = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
+cross_entropy_rows = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
 
 
 def is_wide(input: Tensor) -> bool:
@@ -130,7 +130,7 @@ def cross_entropy(
         target = target.reshape(())
     numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
     options = (ignore_index, mode, check_number("logit_scale", logit_scale), cap, numbers, is_wide(input))
-    return call_rows(_cross_entropy, (input, target, weight, sample_weight), options, inplace_backward)
+    return call_rows(cross_entropy_rows, (input, target, weight, sample_weight), options, inplace_backward)
 
 
 def classes_of(draw: Draw, shape: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,6 @@ from support import DTYPES, dtype_id
 from torch.autograd import grad
 
 import fastloss.functional as FL
-import fastloss.reference as R
 from fastloss._registry import Draw
 
 LOW, HIGH = 0.2, 0.28
@@ -44,6 +43,24 @@ def vespo(lp, old, a, mask):
     return -(rate + k * log_w - rate * log_w.exp()).exp().detach() * a * lp
 
 
+def geo_mean(lp, old, a, mask):
+    a = mean(a, mask)
+    change = lp - old
+    kept = torch.where(a > 0, change.clamp(max=HIGH), change.clamp(min=-LOW))
+    moves = torch.where(a > 0, change <= HIGH, change >= -LOW)
+    return -a * (mean(kept, mask).detach() + torch.where(moves, lp - lp.detach(), 0.0)).exp()
+
+
+def dppo(lp, old, a, divergence):
+    p, q = lp.detach().exp(), old.exp()
+    if divergence == "tv":
+        keep = torch.where(a > 0, p - q <= HIGH, p - q >= -LOW)
+    else:
+        kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+        keep = torch.where(a > 0, (kl <= HIGH) | (p <= q), (kl <= LOW) | (p >= q))
+    return -a * (p / q).clamp(max=20.0) * lp * keep
+
+
 def sapo(lp, old, a, mask):
     t = torch.where(a > 0, torch.full_like(a, 1.0), torch.full_like(a, 1.05))
     return -(4 / t) * torch.sigmoid(t * ((lp - old).exp() - 1)) * a
@@ -56,7 +73,12 @@ FORMULAS = {
     "sapo": sapo,
     "vespo": vespo,
     "gpg": lambda lp, old, a, m: -lp * a,
+    "reinforce": lambda lp, old, a, m: -lp * a,
     "dro": lambda lp, old, a, m: -(lp * a - 0.5 * 0.7 * (lp - old) ** 2),
+    "luspo": gspo,
+    "geo_mean": geo_mean,
+    "dppo_tv": lambda lp, old, a, m: dppo(lp, old, a, "tv"),
+    "dppo_kl": lambda lp, old, a, m: dppo(lp, old, a, "kl"),
 }
 KLS = {
     "none": lambda y: 0 * y,
@@ -84,14 +106,79 @@ def test_types_and_divergences(kind, kl, device):
     torch.testing.assert_close(grad(got, lp, up)[0], grad(wanted, lp, up)[0], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["ppo", "sapo", "gpg"])
+@pytest.mark.parametrize("kind", [k for k in FORMULAS if k != "vespo"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 def test_first_step_on_policy(kind, dtype, device):
     """Every ratio is 1: the gradient is -A exactly, both branches of the clip being equal."""
     lp, _, a, _, _ = tokens(dtype, device=device)
     options = {"sapo_temperature_neg": 1.0} if kind == "sapo" else {}
-    loss = FL.policy_loss(lp, lp.detach(), a, None, kind, "token-sum", **options)
-    assert torch.equal(grad(loss, lp)[0], -a)
+    given = a[:, 0] if kind == "geo_mean" else a
+    loss = FL.policy_loss(lp, lp.detach(), given, None, kind, "token-sum", **options)
+    assert torch.equal(grad(loss, lp)[0], -(a[:, :1].expand_as(a) if kind == "geo_mean" else a))
+
+
+def test_no_exponent_is_bounded_unless_asked(device):
+    """l - old = 25: past the 20 that other libraries clamp at without a word."""
+    lp = torch.tensor([[-1.0]], dtype=torch.float64, device=device, requires_grad=True)
+    old, a = lp.detach() - 25, -torch.ones_like(lp)
+    for kind in ("ppo", "gspo", "luspo"):
+        loss = FL.policy_loss(lp, old, a, None, kind)
+        assert loss.item() == pytest.approx(math.exp(25.0))
+        assert grad(loss, lp)[0].item() == pytest.approx(math.exp(25.0))
+        assert FL.policy_loss(lp, old, a, None, kind, log_ratio_clamp=20.0).item() == pytest.approx(
+            math.exp(20.0)
+        )
+    kl = FL.policy_loss(lp, lp.detach(), 0 * a, None, "gpg", ref_logps=lp.detach() + 30, kl_coef=1.0)
+    assert kl.item() == pytest.approx(math.exp(30.0) - 31)
+
+
+@pytest.mark.parametrize("kind", [*FORMULAS, "clip_cov", "kl_cov"])
+def test_tokens_that_were_certain(kind, device):
+    """Log-probabilities down to what rounds to 0, of both policies: value and gradient are finite."""
+    values = torch.tensor([-1e-30, -1e-8, -1e-3, -5.0, 0.0], device=device)
+    lp, old = (x.clone() for x in torch.meshgrid(values, values, indexing="ij"))
+    lp.requires_grad_()
+    for sign in (1.0, -1.0):
+        loss = FL.policy_loss(lp, old, torch.full_like(old, sign), None, kind, ref_logps=old, kl_coef=0.1)
+        assert loss.isfinite() and grad(loss, lp)[0].isfinite().all()
+
+
+def test_covariance_types(device):
+    """All tokens are candidates and all of these are taken: nothing is left to the draw."""
+    lp, old, a, ref, mask = tokens(device=device, spread=0.1)
+    options = {"clip_low": LOW, "clip_high": HIGH, "cov_ratio": 1.0, "cov_bounds": (0.1, 0.9)}
+    m = mask.to(a.dtype)
+    cov = (a - (a * m).sum() / m.sum()) * (lp.detach() - (lp.detach() * m).sum() / m.sum())
+    rho = (lp - old).exp()
+    clipped = -a * clip(rho) > -a * rho
+    left_out = (cov > 0.1) & (cov < 0.9) & ~clipped & mask
+    assert left_out.any()
+    got = FL.policy_loss(lp, old, a, mask, "clip_cov", "none", **options)
+    wanted = -torch.min(rho * a, clip(rho) * a) * mask * ~left_out
+    for x, y in zip((got, grad(got.sum(), lp)[0]), (wanted, grad(wanted.sum(), lp)[0]), strict=True):
+        torch.testing.assert_close(x, y)
+
+    few = 5 / mask.sum().item() + 1e-9
+    chosen = torch.zeros_like(mask)
+    chosen.view(-1)[torch.where(mask, cov, -math.inf).flatten().topk(5)[1]] = True
+    got = FL.policy_loss(
+        lp, old, a, mask, "kl_cov", "none", cov_ratio=few, cov_kl_coef=0.7, ref_logps=ref, kl_coef=0.3
+    )
+    wanted = (-a * (lp - old).exp() + 0.7 * (lp - old).abs() * chosen + 0.3 * KLS["k3"](ref - lp)) * mask
+    for x, y in zip((got, grad(got.sum(), lp)[0]), (wanted, grad(wanted.sum(), lp)[0]), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_clip_cov_draws_as_many_as_asked():
+    lp, old, a, _, _ = tokens(shape=(40, 50), spread=0.01)
+    options = {"cov_ratio": 0.01, "cov_bounds": (-10.0, 10.0)}
+
+    def left_out(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return FL.policy_loss(lp, old, a, None, "clip_cov", "none", generator=generator, **options) == 0
+
+    assert left_out(1).sum() == 20
+    assert torch.equal(left_out(1), left_out(1)) and not torch.equal(left_out(1), left_out(2))
 
 
 def test_dual_clip_delta_and_exponent_clamp(device):
@@ -141,7 +228,7 @@ def test_aggregation(mode, device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("kind", [*FORMULAS, "clip_cov", "kl_cov"])
 def test_nothing_left_by_the_mask(kind, mode, device):
     """Zero, differentiable, and no trace of what the masked tokens hold."""
     lp = torch.full((2, 3), torch.nan, requires_grad=True, device=device)
@@ -149,6 +236,20 @@ def test_nothing_left_by_the_mask(kind, mode, device):
     loss = FL.policy_loss(lp, lp.detach(), torch.ones_like(lp), mask, kind, mode)
     assert loss.item() == 0
     assert torch.equal(grad(loss, lp)[0], torch.zeros_like(lp))
+    loss = FL.value_loss(lp, lp.detach(), None, mask, None, mode)
+    assert loss.item() == 0
+    assert torch.equal(grad(loss, lp)[0], torch.zeros_like(lp))
+
+
+def test_flags_weights_and_no_mask_agree(device):
+    """A mask as flags, as numbers, of all ones and none: one answer, whichever way it is read."""
+    for dtype in (torch.float32, torch.bfloat16):
+        lp, old, a, _, mask = tokens(dtype, device=device)
+        for mode in (*MODES, "none"):
+            for m, same in ((mask, mask.to(dtype)), (torch.ones_like(mask), None)):
+                x, y = (FL.policy_loss(lp, old, a, k, "grpo", mode) for k in (m, same))
+                torch.testing.assert_close(x, y)
+                torch.testing.assert_close(*(grad(v.sum(), lp)[0] for v in (x, y)))
 
 
 def test_one_advantage_for_an_answer_entropies_and_metrics(device):
@@ -179,6 +280,8 @@ def test_one_advantage_for_an_answer_entropies_and_metrics(device):
         ({"loss_agg_mode": "mean"}, "loss_agg_mode"),
         ({"kl_type": "k4"}, "kl_type"),
         ({"loss_type": "gpg", "dual_clip": 3.0}, "dual_clip"),
+        ({"loss_type": "geo_mean", "log_ratio_clamp": 20.0}, "log_ratio_clamp"),
+        ({"loss_type": "clip_cov", "cov_ratio": 2.0}, "cov_ratio"),
         ({"horizon": 10}, "horizon"),
         ({"mask": torch.ones(3)}, "mask"),
         ({"clip_low": -0.1}, "clip_low"),
@@ -197,23 +300,3 @@ def test_value_clipping(device):
     got = FL.value_loss(lp, old, a, mask, 0.5)
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(grad(got, lp)[0], grad(wanted, lp)[0])
-
-
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
-def test_group_advantages(kind):
-    rewards = Draw(torch.float64).normal(8)
-    ids = torch.tensor([3, 0, 3, 1, 0, 3, 0, 0])
-    got = FL.group_advantages(rewards, ids, kind)
-    torch.testing.assert_close(got, R.group_advantages(rewards, ids, kind))
-    for g in (0, 1, 3):
-        r = rewards[ids == g]
-        if len(r) == 1:
-            wanted = r * 0
-        elif kind == "grpo":
-            wanted = (r - r.mean()) / (r.std() + 1e-4)
-        else:
-            wanted = r - r.mean() if kind == "dr_grpo" else r - (r.sum() - r) / (len(r) - 1)
-        torch.testing.assert_close(got[ids == g], wanted)
-    same = FL.group_advantages(torch.ones(4, requires_grad=True), torch.zeros(4, dtype=torch.int64))
-    assert torch.equal(same, torch.zeros(4))
-    same.sum().backward()

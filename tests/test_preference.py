@@ -157,6 +157,11 @@ def test_dpo_known_value():
         ({"f_divergence": "tv"}, "f_divergence"),
         ({"beta": 0.0}, "beta"),
         ({"reduction": "batchmean"}, "reduction"),
+        ({"loss_weights": [1.0]}, "loss_weights"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights"),
+        ({"loss_type": []}, "loss_weights"),
+        ({"loss_type": ["hinge", "sft"], "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss_type": "aot", "weight": torch.ones(3)}, "weight"),
     ],
 )
 def test_dpo_refuses(more, match):
@@ -235,3 +240,132 @@ def test_weight_zero_leaves_a_pair_out(device):
     loss = FL.bradley_terry_loss(c, torch.zeros_like(c), weight=torch.tensor([2.0, 0.0], device=device))
     assert loss.item() == pytest.approx(-lsig(torch.tensor(1.0)).item())
     assert grad(loss, c)[0][1] == 0
+
+
+def test_dpo_types_add_up_with_their_weights(device):
+    inputs = logps(4, device=device)
+    lengths = {
+        n: Draw(torch.float64, device, 1).index(20, 37) + 1 for n in ("chosen_lengths", "rejected_lengths")
+    }
+    weight = Draw(torch.float64, device, 2).uniform(37)
+    mixed = FL.dpo_loss(
+        *inputs,
+        BETA,
+        EPS,
+        ["sigmoid", "bco_pair", "sft"],
+        "none",
+        loss_weights=[0.8, 0.2, 1.0],
+        weight=weight,
+        **lengths,
+    )
+    c, r = inputs[0] - inputs[2], inputs[1] - inputs[3]
+    each = FORMULAS["sigmoid"](c, r), FORMULAS["bco_pair"](c, r), -inputs[0] / lengths["chosen_lengths"]
+    wanted = weight * (0.8 * each[0] + 0.2 * each[1] + each[2])
+    torch.testing.assert_close(mixed, wanted)
+    for a, b in zip(grad(mixed.sum(), inputs), grad(wanted.sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+    plain = FL.dpo_loss(*inputs, BETA, loss_type=("hinge", "sppo_hard"))
+    torch.testing.assert_close(
+        plain, sum(FL.dpo_loss(*inputs, BETA, loss_type=k) for k in ("hinge", "sppo_hard"))
+    )
+
+
+def answers(dtype=torch.float64, device="cpu", shape=(6, 5, 11)):
+    """Logits, chosen answers first, labels of which the last pair has none, and reference log-probabilities."""
+    draw = Draw(dtype, device, 4)
+    logits, labels = draw.normal(*shape, scale=2.0), draw.index(shape[-1], *shape[:-1])
+    labels[0, 3:] = labels[4, :2] = labels[2] = labels[5] = -100
+    return logits.requires_grad_(), labels, draw.normal(3) - 9, draw.normal(3) - 9
+
+
+@pytest.mark.parametrize("kind", [*FORMULAS, "sigmoid_norm", "sft", "aot"])
+def test_dpo_from_logits(kind, device):
+    logits, labels, rc, rr = answers(device=device)
+    mask = labels != -100
+    every = logits.log_softmax(-1)
+    tokens = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * mask
+    (pc, pr), (n, m) = tokens.sum(-1).chunk(2), mask.sum(-1).clamp(min=1).chunk(2)
+    lengths = {"chosen_lengths": n, "rejected_lengths": m} if kind in ("ipo", "sigmoid_norm", "sft") else {}
+    wanted, *rewards = FL.dpo_loss(
+        pc, pr, rc, rr, BETA, loss_type=kind, return_rewards=True, **lengths, **options(kind)
+    )
+    got, *mine = FL.dpo_loss_from_logits(
+        logits, labels, rc, rr, BETA, loss_type=kind, return_rewards=True, **options(kind)
+    )
+    torch.testing.assert_close([got, *mine], [wanted, *rewards])
+    (dx,) = grad(got, logits)
+    torch.testing.assert_close(dx, grad(wanted, logits)[0])
+    assert (dx[~mask] == 0).all()
+
+
+def test_dpo_from_logits_weighting_and_shorter_tails(device):
+    logits, labels, rc, rr = answers(device=device)
+    mask = labels != -100
+    every = logits.log_softmax(-1)
+    tokens = every.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * mask
+    own = ((tokens - (2 * every).logsumexp(-1)) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    weight = (own[:3] + own[3:]).exp().clamp(max=1).detach()
+    (pc, pr) = tokens.sum(-1).chunk(2)
+    wanted = (weight * FL.dpo_loss(pc, pr, rc, rr, BETA, reduction="none")).mean()
+    got = FL.dpo_loss_from_logits(logits, labels, rc, rr, BETA, use_weighting=True)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(grad(got, logits)[0], grad(wanted, logits, retain_graph=True)[0])
+    # pair 0 has 3 tokens against 5, pair 1 has 5 against 3, pair 2 has none against none
+    tails = torch.ones(6, 5, dtype=torch.float64, device=tokens.device)
+    tails[3, 3:] = tails[1, 3:] = 0.25
+    pc, pr = (tokens * tails).sum(-1).chunk(2)
+    got = FL.dpo_loss_from_logits(logits, labels, rc, rr, BETA, ld_alpha=0.25)
+    torch.testing.assert_close(got, FL.dpo_loss(pc, pr, rc, rr, BETA))
+
+
+def test_dpo_from_logits_of_nothing_but_prompts(device):
+    """All labels ignored: the policy says what the reference said, and nothing moves, whatever the logits hold."""
+    logits = torch.full((4, 3, 7), math.nan, device=device, requires_grad=True)
+    labels = torch.full((4, 3), -100, device=device)
+    zero = torch.zeros(2, device=device)
+    for kind in ("sigmoid", "ipo", "sft"):
+        loss = FL.dpo_loss_from_logits(logits, labels, zero, zero, loss_type=kind, use_weighting=True)
+        assert loss.isfinite()
+        assert torch.equal(grad(loss, logits)[0], torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"policy_logits": torch.zeros(3, 2, 5)}, "policy_logits"),
+        ({"policy_logits": torch.zeros(4, 5)}, "policy_logits"),
+        ({"labels": torch.zeros(4, 3, dtype=torch.int64)}, "labels"),
+        ({"labels": torch.zeros(4, 2)}, "labels"),
+        ({"labels": torch.full((4, 2), 5)}, "labels: .*out of bounds"),
+        ({"reference_chosen_logps": torch.zeros(4)}, "reference_chosen_logps"),
+        ({"ld_alpha": 1.5}, "ld_alpha"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"loss_type": "simpo"}, "loss_type"),
+    ],
+)
+def test_dpo_from_logits_refuses(change, match):
+    valid = {
+        "policy_logits": torch.zeros(4, 2, 5), "labels": torch.zeros(4, 2, dtype=torch.int64),
+        "reference_chosen_logps": torch.zeros(2), "reference_rejected_logps": torch.zeros(2),
+    }  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError, IndexError), match=match):
+        FL.dpo_loss_from_logits(**valid | change)
+
+
+def test_heads_of_log_probabilities_next_to_zero(device):
+    """-1e-30 and -1e-8 beside likely and impossible answers: finite, value and gradient."""
+    values = torch.tensor(TINY, device=device)
+    c, r = (x.flatten().requires_grad_() for x in torch.meshgrid(values, values, indexing="ij"))
+    ref = torch.full_like(c, -1.0).detach()
+    heads = {
+        "simpo": lambda: FL.simpo_loss(c, r),
+        "cpo": lambda: FL.cpo_loss(c, r, -c.detach()),
+        "alpha_po": lambda: FL.alpha_po_loss(c, r, beta=1e-3),
+        "orpo": lambda: FL.orpo_loss(c, r),
+        "kto": lambda: FL.kto_loss(c, r.detach(), r > c),
+        "dpo": lambda: FL.dpo_loss(c, r, ref, ref),
+    }
+    for name, loss in heads.items():
+        value = loss()
+        assert value.isfinite(), name
+        assert all(g.isfinite().all() for g in grad(value, (c, r), allow_unused=True) if g is not None), name

@@ -80,3 +80,40 @@ def test_deep_rag():
     zero = torch.zeros_like(policy)
     loss = recipes.deep_rag_calibration_loss(policy[:1], policy[1:], zero[:1], zero[1:])
     torch.testing.assert_close(loss, F.softplus(-0.4 * (policy[0] - policy[1])))
+
+
+def test_ppo_total_is_its_three_terms():
+    lp, old, a, v, ret, h = (draw(6, 4, 7)[i] for i in range(6))
+    inputs = lp.requires_grad_(), v.requires_grad_(), h.requires_grad_()
+    mask = torch.arange(28).view(4, 7) % 3 > 0
+    old_v = v.detach() + 0.3 * old
+    got = recipes.ppo_total_loss(lp, old, a, v, ret, old_v, h, mask, value_coef=0.7, entropy_coef=0.2)
+    rho = (lp - old).exp()
+    policy = -torch.min(rho * a, rho.clamp(0.8, 1.2) * a)
+    held = old_v + (v - old_v).clamp(-0.2, 0.2)
+    value = 0.5 * torch.max((v - ret) ** 2, (held - ret) ** 2)
+    wanted = ((policy + 0.7 * value - 0.2 * h) * mask).sum() / mask.sum()
+    torch.testing.assert_close(got, wanted)
+    for x, y in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(wanted, inputs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("delta", [None, 0.5])
+def test_q_learning(double, delta):
+    q, target, online, r = draw(4, 9, 5)[0], draw(4, 9, 5)[1], draw(4, 9, 5)[2], draw(9)
+    q.requires_grad_()
+    actions, end = torch.arange(9) % 5, torch.arange(9) % 4 == 0
+    best = online.argmax(-1) if double else target.argmax(-1)
+    goal = r + 0.9 * torch.where(end, 0.0, target[torch.arange(9), best])
+    error = goal - q[torch.arange(9), actions]
+    wanted = 0.5 * error**2 if delta is None else F.huber_loss(error, 0 * error, "none", delta=delta)
+    got = recipes.q_learning_loss(
+        q, actions, r, target, end, gamma=0.9, next_q_online=online if double else None, huber_delta=delta
+    )
+    torch.testing.assert_close(got, wanted.mean())
+    torch.testing.assert_close(*(torch.autograd.grad(x, q)[0] for x in (got, wanted.mean())))
+    with pytest.raises(RuntimeError, match="actions"):
+        recipes.q_learning_loss(q, actions.float(), r, target)
+    with pytest.raises(RuntimeError, match="rewards"):
+        recipes.q_learning_loss(q, actions, r[:1], target)

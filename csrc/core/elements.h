@@ -21,6 +21,7 @@ inline constexpr int kMaxInputs = 8;
 enum class Source : int {
   element,      // of the call's dtype
   wide,         // of its accumulation type
+  flag,         // bool: 0 or 1
   one_hot,      // from classes [n / inner], int64: 1 where i % inner is the element's class, else 0
   not_ignored,  // from the same classes: 0 where they are ignore_index, else 1
 };

@@ -25,7 +25,7 @@ enum class RowPass : int {
   backward           // the gradient from the saved statistics
 };
 
-inline constexpr int kMaxOptions = 8;
+inline constexpr int kMaxOptions = 10;
 
 struct RowArgs {
   RowPass pass;

@@ -17,6 +17,7 @@ struct Choice {
   const Kernels* kernels;
   const ScanKernels* scans;
   const ElementKernels* elements;
+  const RankingKernel* ranking;
 };
 
 Choice choose() {
@@ -29,10 +30,10 @@ Choice choose() {
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   if (v4 && (allowed("avx512") || allowed("amx")))
-    return {"avx512", &kernels_avx512, &scans_avx512, &elements_avx512};
+    return {"avx512", &kernels_avx512, &scans_avx512, &elements_avx512, &ranking_avx512};
   if (v3 && (allowed("avx2") || (asked && std::strcmp(asked, "avx512") == 0)))
-    return {"avx2", &kernels_avx2, &scans_avx2, &elements_avx2};
-  return {"sse2", &kernels_sse2, &scans_sse2, &elements_sse2};
+    return {"avx2", &kernels_avx2, &scans_avx2, &elements_avx2, &ranking_avx2};
+  return {"sse2", &kernels_sse2, &scans_sse2, &elements_sse2, &ranking_sse2};
 }
 
 const Choice& choice() {
@@ -61,6 +62,7 @@ bool tiles_allowed() {
 const Kernels& kernels() { return *choice().kernels; }
 const ScanKernels& scan_kernels() { return *choice().scans; }
 const ElementKernels& element_kernels() { return *choice().elements; }
+RankingKernel ranking_kernel() { return *choice().ranking; }
 const char* capability() { return choice().name; }
 const LinearKernels& linear_kernels() {
   const Kernels* chosen = choice().kernels;

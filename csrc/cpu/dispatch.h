@@ -4,6 +4,7 @@
 
 #include "../core/elements.h"
 #include "../core/export.h"
+#include "../core/ranking.h"
 #include "../core/rows.h"
 #include "../core/scan.h"
 #include "../losses/elements.h"
@@ -37,14 +38,19 @@ struct ElementKernels {
 #undef FASTLOSS_FIELD
 };
 
+// Rows begin, ..., end - 1.
+using RankingKernel = void (*)(const RankingArgs& args, int64_t begin, int64_t end);
+
 extern const Kernels kernels_sse2, kernels_avx2, kernels_avx512;
 extern const ScanKernels scans_sse2, scans_avx2, scans_avx512;
 extern const ElementKernels elements_sse2, elements_avx2, elements_avx512;
+extern const RankingKernel ranking_sse2, ranking_avx2, ranking_avx512;
 
 // Chosen once: the best that this machine has, or less if FASTLOSS_CPU_CAPABILITY asks for it.
 const Kernels& kernels();
 const ScanKernels& scan_kernels();
 const ElementKernels& element_kernels();
+RankingKernel ranking_kernel();
 FASTLOSS_EXPORT const char* capability();
 FASTLOSS_EXPORT const char* linear_capability();  // of matrix products: also "amx"
 

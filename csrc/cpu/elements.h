@@ -172,6 +172,7 @@ class ElementWalker {
 
   // ---- inputs
   FL_FN R number(const ElementInput& x, int64_t i) const {
+    if (x.source == Source::flag) return static_cast<const uint8_t*>(x.p)[i] ? 1 : 0;
     return x.source == Source::wide ? static_cast<const R*>(x.p)[i] : widen(static_cast<const T*>(x.p)[i]);
   }
   template <class S>
@@ -185,20 +186,28 @@ class ElementWalker {
     const bool flat = x.inner == 1 && x.period >= a_.n;
     if (x.source == Source::one_hot || x.source == Source::not_ignored) {
       from_classes(x, begin, count, to);
+    } else if (flat && x.source == Source::flag) {
+      const uint8_t* p = static_cast<const uint8_t*>(x.p) + begin;
+      for (int64_t i = 0; i < count; ++i) to[i] = p[i] ? 1 : 0;
     } else if (flat && (x.source == Source::wide || sizeof(T) == sizeof(R))) {
       const R* p = static_cast<const R*>(x.p) + begin;
       if (count % W == 0) return p;
       copy(p, count, to);
     } else if (flat) {
       copy(static_cast<const T*>(x.p) + begin, count, to);
-    } else {
+    } else {  // runs of one number, inner of them, or where inner is 1 of a whole period
       int64_t within = begin % x.inner, at = begin / x.inner % x.period;
-      for (int64_t i = 0; i < count; ++i) {
-        to[i] = number(x, at);
-        if (++within == x.inner) {
-          within = 0;
-          if (++at == x.period) at = 0;
+      for (int64_t i = 0; i < count;) {
+        const int64_t whole = x.period == 1 ? count : x.inner == 1 ? x.period - at : x.inner - within;
+        const int64_t end = i + whole < count ? i + whole : count;
+        if (x.inner == 1 && x.period > 1) {
+          for (; i < end; ++i) to[i] = number(x, at++);
+        } else {
+          const R v = number(x, at++);
+          for (; i < end; ++i) to[i] = v;
         }
+        within = 0;
+        if (at == x.period) at = 0;
       }
     }
     for (int64_t i = count; i % W; ++i) to[i] = to[count - 1];

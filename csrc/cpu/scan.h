@@ -47,21 +47,21 @@ class ScanWalker {
   FL_FN explicit ScanWalker(const ScanArgs& args) : a_(args), loss_(args) {}
 
   FL_FN void run(int64_t begin, int64_t end) {
+    const bool brief = !a_.offsets && a_.n < W;
     for (int64_t r = begin; r < end; r += W) {
       lanes_ = end - r < W ? end - r : W;
-      longest_ = 0;
       F u{};
-      for (int l = 0; l < W; ++l) {  // lanes without a sequence repeat the last one and store nothing
-        const int64_t row = l < lanes_ ? r + l : end - 1;
-        start_[l] = a_.offsets ? a_.offsets[row] : row * a_.n;
-        length_[l] = a_.offsets ? a_.offsets[row + 1] - start_[l] : a_.n;
-        longest_ = length_[l] > longest_ ? length_[l] : longest_;
-        if (a_.initial) u[l] = widen(static_cast<const T*>(a_.initial)[row]);
-      }
+      if (a_.initial)
+        for (int l = 0; l < lanes_; ++l) u[l] = widen(static_cast<const T*>(a_.initial)[r + l]);
+      if (!brief) place_rows(r, end);
       if (!a_.backward) {
-        forward(u);
+        if (brief) {
+          forward_brief(r, u);
+        } else {
+          forward(u);
+        }
       } else if constexpr (Loss::kBackward) {
-        const F w = backward();
+        const F w = brief ? backward_brief(r) : backward();
         if (a_.initial_grad)
           for (int l = 0; l < lanes_; ++l) store_one(static_cast<T*>(a_.initial_grad) + r + l, w[l]);
       }
@@ -69,6 +69,16 @@ class ScanWalker {
   }
 
  private:
+  FL_FN void place_rows(int64_t r, int64_t end) {
+    longest_ = 0;
+    for (int l = 0; l < W; ++l) {  // lanes without a sequence repeat the last one and store nothing
+      const int64_t row = l < lanes_ ? r + l : end - 1;
+      start_[l] = a_.offsets ? a_.offsets[row] : row * a_.n;
+      length_[l] = a_.offsets ? a_.offsets[row + 1] - start_[l] : a_.n;
+      longest_ = length_[l] > longest_ ? length_[l] : longest_;
+    }
+  }
+
   // The part of each sequence that a tile holds: `at` in memory, `count` steps, the first in tile row `skip`.
   struct Tile {
     int64_t at[W];
@@ -148,20 +158,34 @@ class ScanWalker {
     read_flags(t, a_.mask, 1, s.mask);
   }
 
+  // Steps count - 1, ..., 0 of a tile.
+  FL_FN void steps(const Streams& s, int64_t count, F& u, F& w, F (*out)[W]) const {
+    for (int64_t k = count - 1; k >= 0; --k) {
+      const ScanStep<F> x = s.at(k);
+      const F u_before = u, w_before = w;
+      loss_.step(x).apply(u, w);
+      F o[Loss::kOutputs];
+      loss_.output(x, u_before, w_before, u, w, o);
+      for (int i = 0; i < Loss::kOutputs; ++i) out[i][k] = o[i];
+    }
+  }
+  FL_FN void adjoint_steps(const Streams& s, int64_t count, F& u, F& w, F (*out)[W]) const {
+    for (int64_t k = 0; k < count; ++k) {
+      const ScanStep<F> x = s.at(k);
+      F o[Loss::kGradients];
+      loss_.gradient(x, u, w, o);
+      loss_.adjoint(x).apply(u, w);
+      for (int i = 0; i < Loss::kGradients; ++i) out[i][k] = o[i];
+    }
+  }
+
   FL_NOINLINE void forward(F u) {
     F w{}, out[Loss::kOutputs][W];
     Streams s;
     for (int64_t done = 0; done < longest_; done += W) {
       const Tile t = tile(done, true);
       read_all(t, s);
-      for (int k = W - 1; k >= 0; --k) {
-        const ScanStep<F> x = s.at(k);
-        const F u_before = u, w_before = w;
-        loss_.step(x).apply(u, w);
-        F o[Loss::kOutputs];
-        loss_.output(x, u_before, w_before, u, w, o);
-        for (int i = 0; i < Loss::kOutputs; ++i) out[i][k] = o[i];
-      }
+      steps(s, W, u, w, out);
       for (int i = 0; i < Loss::kOutputs; ++i) write(t, a_.out[i], out[i]);
     }
   }
@@ -172,15 +196,79 @@ class ScanWalker {
     for (int64_t done = 0; done < longest_; done += W) {
       const Tile t = tile(done, false);
       read_all(t, s);
-      for (int k = 0; k < W; ++k) {
-        const ScanStep<F> x = s.at(k);
-        F o[Loss::kGradients];
-        loss_.gradient(x, u, w, o);
-        loss_.adjoint(x).apply(u, w);
-        for (int i = 0; i < Loss::kGradients; ++i) out[i][k] = o[i];
-      }
+      adjoint_steps(s, W, u, w, out);
       for (int i = 0; i < Loss::kGradients; ++i) write(t, a_.out[i], out[i]);
     }
+    return w;
+  }
+
+  // ---- sequences of fewer steps than a vector has lanes: the rows of a group lie one behind the other
+  FL_FN void read_brief(const void* base, int64_t r, F* m) const {
+    const T* p = base ? static_cast<const T*>(base) + r * a_.n : nullptr;
+    if (p && a_.n == 1 && lanes_ == W) {
+      m[0] = load(p);
+    } else if (p) {
+      spread([p](int64_t i) __attribute__((always_inline)) { return R(widen(p[i])); }, m);
+    } else {
+      for (int64_t k = 0; k < a_.n; ++k) m[k] = F{};
+    }
+  }
+  FL_FN void read_brief_flags(const uint8_t* base, int64_t r, R absent, F* m) const {
+    const uint8_t* p = base ? base + r * a_.n : nullptr;
+    if (p) {
+      spread([p](int64_t i) __attribute__((always_inline)) { return p[i] ? R(1) : R(0); }, m);
+    } else {
+      for (int64_t k = 0; k < a_.n; ++k) m[k] = fill<F>(absent);
+    }
+  }
+  // A count of steps that the compiler knows turns the loops into shuffles.
+  template <int kSteps, class Number>
+  FL_FN void spread_steps(Number number, R* to) const {
+    for (int l = 0; l < W; ++l)
+      for (int k = 0; k < kSteps; ++k) to[k * W + l] = number(l * kSteps + k);
+  }
+  template <class Number>
+  FL_FN void spread(Number number, F* m) const {
+    R* to = reinterpret_cast<R*>(m);
+    if (lanes_ == W && a_.n == 1) return spread_steps<1>(number, to);
+    if (lanes_ == W && a_.n == 2) return spread_steps<2>(number, to);
+    if (lanes_ == W && a_.n == 4) return spread_steps<4>(number, to);
+    for (int64_t l = 0; l < W; ++l)
+      for (int64_t k = 0; k < a_.n; ++k) to[k * W + l] = l < lanes_ ? number(l * a_.n + k) : R(0);
+  }
+  FL_FN void write_brief(void* base, int64_t r, const F* m) const {
+    if (!base) return;
+    T* p = static_cast<T*>(base) + r * a_.n;
+    if (a_.n == 1 && lanes_ == W) return store(p, m[0]);
+    T rows[W][W];  // [step][sequence]
+    for (int64_t k = 0; k < a_.n; ++k) store(rows[k], m[k]);
+    if (a_.n == 2 && lanes_ == W) {
+      for (int l = 0; l < W; ++l) p[2 * l] = rows[0][l], p[2 * l + 1] = rows[1][l];
+      return;
+    }
+    for (int64_t l = 0; l < lanes_; ++l)
+      for (int64_t k = 0; k < a_.n; ++k) p[l * a_.n + k] = rows[k][l];
+  }
+  FL_FN void read_all_brief(int64_t r, Streams& s) const {
+    for (int i = 0; i < kScanInputs; ++i) read_brief(i < Loss::kInputs ? a_.in[i] : nullptr, r, s.in[i]);
+    for (int i = 0; i < kScanGrads; ++i) read_brief(a_.backward ? a_.grad[i] : nullptr, r, s.grad[i]);
+    read_brief_flags(a_.terminated, r, 0, s.terminated);
+    read_brief_flags(a_.truncated, r, 0, s.truncated);
+    read_brief_flags(a_.mask, r, 1, s.mask);
+  }
+  FL_NOINLINE void forward_brief(int64_t r, F u) {
+    F w{}, out[Loss::kOutputs][W];
+    Streams s;
+    read_all_brief(r, s);
+    steps(s, a_.n, u, w, out);
+    for (int i = 0; i < Loss::kOutputs; ++i) write_brief(a_.out[i], r, out[i]);
+  }
+  FL_NOINLINE F backward_brief(int64_t r) {
+    F u{}, w{}, out[Loss::kGradients][W];
+    Streams s;
+    read_all_brief(r, s);
+    adjoint_steps(s, a_.n, u, w, out);
+    for (int i = 0; i < Loss::kGradients; ++i) write_brief(a_.out[i], r, out[i]);
     return w;
   }
 

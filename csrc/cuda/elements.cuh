@@ -51,6 +51,7 @@ __device__ __forceinline__ acc_t<T> element(const ElementArgs& a, const ElementI
     return c == i - row * x.inner ? R(1) : R(0);
   }
   const int64_t at = row < x.period ? row : row % x.period;
+  if (x.source == Source::flag) return static_cast<const uint8_t*>(x.p)[at] ? R(1) : R(0);
   return x.source == Source::wide ? static_cast<const R*>(x.p)[at] : widen(static_cast<const T*>(x.p)[at]);
 }
 __device__ __forceinline__ bool flat(const ElementArgs& a, const ElementInput& x) {
@@ -167,12 +168,13 @@ struct ElementThread {
   }
 };
 
-// Losses of many inputs keep them in registers, of which the compiler would leave them too few.
-template <class Loss>
-constexpr int kFewBlocks = Loss::kInputs > 2 ? 2 : 0;
+// Losses of many inputs, or of wide ones, keep them in registers, of which the compiler would leave them too
+// few.
+template <class Loss, class T>
+constexpr int kFewBlocks = Loss::kInputs > 2 || sizeof(T) == 8 ? 2 : 0;
 
 template <class Loss, class T>
-__global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss>) elements_kernel(ElementArgs a) {
+__global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements_kernel(ElementArgs a) {
   using R = acc_t<T>;
   R k = R(a.scale);
   if (a.norm) k /= *static_cast<const R*>(a.norm);

@@ -1,6 +1,7 @@
 // The kernels' launchers, as the operators see them: raw pointers and a stream, no torch.
 #pragma once
 #include "../core/elements.h"
+#include "../core/ranking.h"
 #include "../core/rows.h"
 #include "../core/scan.h"
 #include "../losses/elements.h"
@@ -21,6 +22,8 @@ FASTLOSS_ROW_KERNELS(FASTLOSS_LAUNCHER)
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const ScanArgs& args, void* stream);
 FASTLOSS_SCANS(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
+
+void ranking(const RankingArgs& args, void* stream);
 
 // How many sums of blocks a call of n elements of this type leaves in ElementArgs::partial.
 int64_t element_partials(DType dtype, int64_t n);

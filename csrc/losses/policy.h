@@ -4,25 +4,28 @@
 
 namespace fastloss::inline FL_ISA {
 
-enum class Policy : int { clip, cispo, sapo, gradient, dro };
+enum class Policy : int { clip, cispo, sapo, gradient, dro, geometric, bounded_change, bounded_kl };
 enum class Kl : int { none, k1, k2, k3, absolute, k1_straight, k3_straight };
 
-// Inputs: log-probabilities l, those of the policy that drew the tokens, advantages A, and log-probabilities
-// of the reference model. With the ratio rho = exp(l - old):
+// Inputs: log-probabilities l, those of the policy that drew the tokens, advantages A, log-probabilities of
+// the reference model, and entropies. With the ratio rho = exp(l - old):
 //   clip      max(-A min(rho, two_sided), -A clip(rho, 1 - low, 1 + high)); for A < 0 at most -A dual
 //   cispo     -A l clip(rho, 1 - low, 1 + high), the ratio held constant
 //   sapo      -A 4 / t sigmoid(t (rho - 1)), t = high for A > 0, else low
 //   gradient  -A l
 //   dro       -A l + low / 2 (l - old)^2
-// plus kl times an estimate of the divergence from the reference model.
+//   geometric -A, where A holds the answer's ratio; its gradient -A unless l - old is past -low or high
+//   bounded   -A l min(rho, two_sided), the ratio held constant, where the token's own probability has not
+//             gone the way of A too far: by a change of low or high, or by the divergence of two outcomes
+// plus kl times an estimate of the divergence from the reference model, minus entropy times the entropies.
 template <class R, int>
 struct PolicyGradient {
-  static constexpr int kInputs = 4, kVariants = 1;
-  static constexpr unsigned kWrt = 0b0001;
+  static constexpr int kInputs = 5, kVariants = 1;
+  static constexpr unsigned kWrt = 0b10001;
   static constexpr bool kLogSum = false;
   Policy type;
   Kl kl_type;
-  R low, high, dual, two_sided, kl, top;  // top: bound of the ratio's exponent, both ways
+  R low, high, dual, two_sided, kl, top, entropy;  // top: bound of the ratio's exponent, both ways
 
   static int variant(const double*) { return 0; }
   FL_FN explicit PolicyGradient(const double* o)
@@ -33,7 +36,18 @@ struct PolicyGradient {
         dual(R(o[3])),
         two_sided(R(o[4])),
         kl(R(o[5])),
-        top(R(o[7])) {}
+        top(R(o[7])),
+        entropy(R(o[8])) {}
+
+  // Whether the probability of a token has moved too far, the way of A, from what it was drawn with.
+  template <class F>
+  FL_FN auto beyond(F l, F old, F a) const {
+    const F change = exp(l) - exp(old);
+    if (type == Policy::bounded_change) return ((a > 0) & (change > high)) | ((a <= 0) & (change < -low));
+    const F other = -expm1(l), was = -expm1(old);  // of all other tokens
+    const F kl_of_two = exp(old) * (old - l) + select(was > 0, was * (log(was) - log(other)), F{});
+    return ((a > 0) & (kl_of_two > high) & (l > old)) | ((a <= 0) & (kl_of_two > low) & (l < old));
+  }
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
@@ -68,6 +82,15 @@ struct PolicyGradient {
         by_l = -a;
         value = by_l * l;
         break;
+      case Policy::geometric:
+        value = -a;
+        by_l = select(((a > 0) & (raw > high)) | ((a <= 0) & (raw < -low)), zero, value);
+        break;
+      case Policy::bounded_change:
+      case Policy::bounded_kl:
+        by_l = select(beyond(l, v[1], a), zero, -a * min(zero + two_sided, rho));
+        value = by_l * l;
+        break;
       default:
         by_l = low * raw - a;
         value = R(0.5) * low * (raw * raw) - a * l;
@@ -95,7 +118,8 @@ struct PolicyGradient {
       by_l += kl * by;
     }
     d[0] = by_l;
-    return value;
+    d[4] = zero - entropy;
+    return entropy != 0 ? value - entropy * v[4] : value;
   }
 };
 

@@ -109,14 +109,13 @@ struct ElementCall {
         args.inputs[j] = {classes->const_data_ptr(), Source::one_hot, std::max<int64_t>(columns, 1), args.n};
       } else {
         STD_TORCH_CHECK(same_sizes(inputs[j], first), "inputs: expected tensors of one shape");
-        inputs[j] = as_type(inputs[j], type);
-        args.inputs[j] = place(inputs[j], Source::element);
+        args.inputs[j] = place_number(inputs[j]);
       }
     }
     if (weight) {
       STD_TORCH_CHECK(same_sizes(*weight, first), "weight: expected a tensor of the input's shape");
-      weight = as_type(*weight, type);
-      args.weight = place(*weight, Source::element);
+      const bool wide = weight->scalar_type() == accumulation && accumulation != type;
+      args.weight = wide ? place(*weight, Source::wide) : place_number(*weight);
     } else if (classes) {
       for (const ElementInput& x : args.inputs)
         if (x.source == Source::one_hot) args.weight = x;
@@ -135,6 +134,11 @@ struct ElementCall {
     args.variant = loss.variant(args.options);
   }
 
+  ElementInput place_number(Tensor& t) const {
+    if (t.scalar_type() == ScalarType::Bool) return place(t, Source::flag);
+    t = as_type(t, type);
+    return place(t, Source::element);
+  }
   bool on_cuda() const { return runs_on_cuda(inputs[0]); }
   ScalarType result_type() const { return args.out_wide ? accumulation : type; }
 
@@ -207,6 +211,10 @@ struct ElementCall {
     double sum = 0;
     for (double p : partial) sum += p;
     sum /= args.divisor * norm_value();
+    if (result_type() == ScalarType::Float) {
+      *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(sum);
+      return result;
+    }
     const Tensor exact = empty(inputs[0], {}, ScalarType::Double);
     *static_cast<double*>(exact.mutable_data_ptr()) = sum;
     return torch::stable::to(exact, result_type());
@@ -217,10 +225,16 @@ struct ElementCall {
                                     : *static_cast<const float*>(args.norm);
   }
 
+  bool is_one(const Tensor& g) const {
+    if (g.scalar_type() == ScalarType::Float) return *static_cast<const float*>(g.const_data_ptr()) == 1;
+    const Tensor wide = as_type(g, ScalarType::Double);
+    return *static_cast<const double*>(wide.const_data_ptr()) == 1;
+  }
   void backward(const Tensor& grad, bool skip_unit) {
     Tensor g = as_type(grad, result_type());
     args.upstream = place(g, result_type() == type ? Source::element : Source::wide);
     STD_TORCH_CHECK(g.numel() == 1 || g.numel() == args.n, "grad: expected 1 or ", args.n, " numbers");
+    if (skip_unit && !on_cuda() && g.numel() == 1 && is_one(g)) return;
     args.skip_unit_upstream = skip_unit;
     run();
   }

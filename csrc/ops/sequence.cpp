@@ -97,8 +97,8 @@ struct ScanOps {
                                             OptionalTensor mask, OptionalTensor cu_seqlens, Options options) {
     ScanCall call(rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
                   cu_seqlens, options);
-    const Tensor first = empty(call.x, call.x.sizes(), call.type);
-    const Tensor second = empty(call.x, call.x.sizes(), call.type);
+    const Tensor first = empty_pooled(call.x, call.x.sizes(), call.type);
+    const Tensor second = empty_pooled(call.x, call.x.sizes(), call.type);
     call.args.out[0] = first.mutable_data_ptr();
     call.args.out[1] = second.mutable_data_ptr();
     call.run(kScan);
@@ -120,7 +120,7 @@ struct ScanOps {
     auto like = [&](const OptionalTensor& t, void*& out) {
       const int64_t nothing[] = {0};
       if (!t) return empty(call.x, nothing, call.type);
-      const Tensor g = empty(call.x, t->sizes(), call.type);
+      const Tensor g = empty_pooled(call.x, t->sizes(), call.type);
       out = g.mutable_data_ptr();
       return g;
     };

@@ -7,7 +7,9 @@ from fastloss.reference import (
     pointwise,
     policy,
     preference,
+    ranking,
     regression,
+    rewards,
     sequence,
     statistics,
     token,
@@ -18,7 +20,9 @@ from fastloss.reference.number_token import *  # noqa: F403
 from fastloss.reference.pointwise import *  # noqa: F403
 from fastloss.reference.policy import *  # noqa: F403
 from fastloss.reference.preference import *  # noqa: F403
+from fastloss.reference.ranking import *  # noqa: F403
 from fastloss.reference.regression import *  # noqa: F403
+from fastloss.reference.rewards import *  # noqa: F403
 from fastloss.reference.sequence import *  # noqa: F403
 from fastloss.reference.statistics import *  # noqa: F403
 from fastloss.reference.token import *  # noqa: F403
@@ -33,7 +37,9 @@ __all__ = [
         pointwise,
         regression,
         preference,
+        ranking,
         policy,
+        rewards,
         sequence,
         linear,
     )

@@ -1,4 +1,4 @@
-"""Policy and value heads, and the advantages of a group of answers."""
+"""Policy and value heads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["group_advantages", "policy_loss", "value_loss"]
+__all__ = ["policy_loss", "value_loss"]
 
 KL_TYPES = ("none", "k1", "k2", "k3", "abs", "k1+", "k3+")
 
@@ -17,7 +17,21 @@ def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
     return gradient + (value - gradient).detach()
 
 
-def policy_element(lp, old, a, ref, type, low, high, dual, two_sided, kl_coef, kl_type, top) -> Tensor:
+def within_bounds(type: int, lp, old, a, low, high) -> Tensor:
+    """Whether the probability of a token has not moved too far the way that its advantage points to."""
+    lp, old = lp.detach(), old.detach()
+    if type == 6:
+        change = lp.exp() - old.exp()
+        return torch.where(a > 0, change <= high, change >= -low)
+    other, was = -torch.expm1(lp), -torch.expm1(old)
+    of_others = torch.where(was > 0, was * (was.log() - other.log()), 0.0)
+    kl = old.exp() * (old - lp) + of_others
+    return torch.where(a > 0, (kl <= high) | (lp <= old), (kl <= low) | (lp >= old))
+
+
+def policy_element(
+    lp, old, a, ref, h, type, low, high, dual, two_sided, kl_coef, kl_type, top, entropy_coef
+) -> Tensor:
     raw = lp - old
     x = raw.clamp(-top, top)
     rho = x.exp()
@@ -37,8 +51,14 @@ def policy_element(lp, old, a, ref, type, low, high, dual, two_sided, kl_coef, k
         loss = -a * (4 / t) * torch.sigmoid(t * (rho - 1))
     elif type == 3:
         loss = -a * lp
-    else:
+    elif type == 4:
         loss = 0.5 * low * raw.square() - a * lp
+    elif type == 5:
+        moves = torch.where(a > 0, raw <= high, raw >= -low)
+        loss = -a * torch.where(moves, lp - lp.detach(), 0.0).exp()
+    else:
+        kept = within_bounds(type, lp, old, a, low, high)
+        loss = torch.where(kept, -a * rho.clamp(max=two_sided).detach() * lp, 0.0)
     kind = KL_TYPES[int(kl_type)]
     if kind != "none":
         y = ref - lp
@@ -53,7 +73,7 @@ def policy_element(lp, old, a, ref, type, low, high, dual, two_sided, kl_coef, k
             else torch.expm1(y) - y
         )
         loss = loss + kl_coef * (straight_through(value, k2) if kind.endswith("+") else value)
-    return loss
+    return loss - entropy_coef * h if entropy_coef else loss
 
 
 def token_weights(mask, like: Tensor, loss_agg_mode: str, horizon: float | None):
@@ -89,9 +109,15 @@ AGGREGATION = {
     "ppo": "token-mean", "grpo": "seq-mean-token-mean", "bnpo": "token-mean", "dapo": "token-mean",
     "dr_grpo": "seq-mean-token-sum-norm", "gspo": "seq-mean-token-mean", "cispo": "token-mean",
     "sapo": "seq-mean-token-mean", "vespo": "token-mean", "gpg": "token-mean", "dro": "token-mean",
+    "luspo": "seq-mean-token-sum", "geo_mean": "seq-mean-token-mean", "dppo_tv": "token-mean",
+    "dppo_kl": "token-mean", "clip_cov": "token-mean", "kl_cov": "token-mean", "reinforce": "seq-mean-token-sum",
 }  # fmt: skip
 """How each type is aggregated where it is published."""
-FORMULA = {"cispo": 1, "sapo": 2, "vespo": 3, "gpg": 3, "dro": 4}
+FORMULA = {
+    "cispo": 1, "sapo": 2, "vespo": 3, "gpg": 3, "reinforce": 3, "dro": 4, "geo_mean": 5, "dppo_tv": 6, "dppo_kl": 7,
+}  # fmt: skip
+RATIO_CAP = 20.0
+"""Of dppo_tv and dppo_kl where `delta` is not given."""
 
 
 def sequence_mean(x: Tensor, mask) -> Tensor:
@@ -99,13 +125,49 @@ def sequence_mean(x: Tensor, mask) -> Tensor:
     return torch.where(m != 0, m * x, 0.0).sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1.0)
 
 
-def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask) -> Tensor:
+def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp: float) -> Tensor:
     """A phi(w) of an answer's probability ratio w, log phi = l + k log w - l w."""
     m = torch.ones_like(logps) if mask is None else torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
-    log_w = torch.where(m != 0, m * (logps - old).clamp(-20.0, 20.0), 0.0).sum(-1, keepdim=True)
+    log_w = torch.where(m != 0, m * (logps - old).clamp(-clamp, clamp), 0.0).sum(-1, keepdim=True)
     good = advantages >= 0
     k, rate = torch.where(good, 2.0, 3.0).to(log_w.dtype), torch.where(good, 3.0, 2.0).to(log_w.dtype)
     return advantages * torch.exp(rate + k * log_w - rate * log_w.exp())
+
+
+def geometric_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, low: float, high: float):
+    """A times the geometric mean of an answer's ratios, each bounded on the side that A points to.
+
+    The advantages are those of answers [..., 1], or of tokens, of which the mean is taken.
+    """
+    a = advantages if advantages.shape[-1] == 1 else sequence_mean(advantages, mask)
+    change = logps - old
+    change = torch.where(a > 0, change.clamp(max=high), change.clamp(min=-low))
+    return (a * sequence_mean(change, mask).exp()).expand(logps.shape)
+
+
+def covariant_tokens(loss_type, logps, old, advantages, mask, low, high, ratio, bounds, generator) -> Tensor:
+    """The tokens that clip_cov leaves out or kl_cov pulls back: flags, found without waiting for the device."""
+    counted = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask != 0
+    m = counted.to(logps.dtype)
+    total = m.sum().clamp(min=1.0)
+    centred = [
+        x - torch.where(counted, x, 0.0).sum() / total
+        for x in (torch.where(counted, advantages, 0.0), torch.where(counted, logps, 0.0))
+    ]
+    cov = centred[0] * centred[1]
+    if loss_type == "clip_cov":
+        rho = torch.where(counted, logps - old, 0.0).exp()
+        clipped = torch.where(advantages > 0, rho > 1 + high, (advantages < 0) & (rho < 1 - low))
+        counted = counted & ~clipped & (cov > bounds[0]) & (cov < bounds[1])
+        random = torch.rand(cov.shape, generator=generator, dtype=cov.dtype, device=cov.device)
+        cov = random
+    order = torch.where(counted, cov, -math.inf).flatten()
+    most = min(max(int(ratio * order.numel()), 1), order.numel())
+    places = order.topk(most)[1]
+    count = (ratio * m.sum()).floor().clamp(min=1.0)
+    picked = torch.arange(most, device=order.device) < count
+    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(0, places, picked)
+    return chosen.view(cov.shape) & counted
 
 
 def policy_loss(
@@ -131,6 +193,10 @@ def policy_loss(
     entropy_coef: float = 0.0,
     normalizer: float | Tensor | None = None,
     horizon: float | None = None,
+    cov_ratio: float = 2e-4,
+    cov_bounds: tuple[float, float] = (1.0, 5.0),
+    cov_kl_coef: float = 1.0,
+    generator: torch.Generator | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """As `fastloss.functional.policy_loss`."""
@@ -138,28 +204,45 @@ def policy_loss(
     log_ratio, a = logps - old_logps, torch.as_tensor(advantages)
     a = (a.unsqueeze(-1) if a.dim() == log_ratio.dim() - 1 else a).detach()
     old, ref = old_logps.detach(), None if ref_logps is None else torch.as_tensor(ref_logps).detach()
+    drawn, given = old, a
+    low, high = clip_low, clip_high
+    chosen = None
     with torch.no_grad():
-        if loss_type == "gspo":
+        if loss_type in ("gspo", "luspo"):
             old = logps - sequence_mean(log_ratio, mask)
         elif loss_type == "vespo":
-            a = vespo_advantages(logps, old, a, mask)
-    low, high = clip_low, clip_high
+            a = vespo_advantages(
+                logps, old, a, mask, math.inf if log_ratio_clamp is None else log_ratio_clamp
+            )
+        elif loss_type == "geo_mean":
+            a = geometric_advantages(logps, old, a, mask, low, high)
+        elif loss_type in ("clip_cov", "kl_cov"):
+            chosen = covariant_tokens(
+                loss_type, logps, old, a.expand_as(logps), mask, low, high, cov_ratio, cov_bounds, generator
+            )
+    if loss_type == "clip_cov":
+        a = torch.where(chosen, 0.0, a)
+    elif loss_type == "kl_cov":
+        low, high = 1.0, math.inf
     if loss_type == "sapo":
         low, high = sapo_temperature_neg, sapo_temperature_pos
     elif loss_type == "dro":
         low = dro_beta
+    if delta is None:
+        delta = RATIO_CAP if loss_type.startswith("dppo") else math.inf
     loss = policy_element(
-        logps, old, a, ref, FORMULA.get(loss_type, 0), low, high, math.inf if dual_clip is None else dual_clip,
-        math.inf if delta is None else delta, kl_coef, KL_TYPES.index(kl_type) if ref is not None else 0,
-        math.inf if log_ratio_clamp is None else log_ratio_clamp,
+        logps, old, a, ref, entropies, FORMULA.get(loss_type, 0), low, high,
+        math.inf if dual_clip is None else dual_clip, delta, kl_coef,
+        KL_TYPES.index(kl_type) if ref is not None else 0, math.inf if log_ratio_clamp is None else log_ratio_clamp,
+        0.0 if entropies is None else entropy_coef,
     )  # fmt: skip
-    if entropies is not None:
-        loss = loss - entropy_coef * entropies
+    if loss_type == "kl_cov":
+        loss = loss + torch.where(chosen, cov_kl_coef * (logps - drawn).abs(), 0.0)
     w, norm = token_weights(mask, logps, mode, horizon)
     if normalizer is not None:
         norm = torch.as_tensor(normalizer, dtype=w.dtype, device=w.device)
     loss = aggregated(loss, w, norm, mode)
-    return (loss, policy_metrics(logps, old_logps, a, mask, clip_low, clip_high)) if return_metrics else loss
+    return (loss, policy_metrics(logps, drawn, given, mask, clip_low, clip_high)) if return_metrics else loss
 
 
 def policy_metrics(logps, old_logps, advantages, mask, clip_low, clip_high) -> dict[str, Tensor]:
@@ -200,18 +283,3 @@ def value_loss(
     if normalizer is not None:
         norm = torch.as_tensor(normalizer, dtype=w.dtype, device=w.device)
     return aggregated(loss, w, norm, loss_agg_mode)
-
-
-def group_advantages(
-    rewards: Tensor, group_ids: Tensor, kind: str = "grpo", *, epsilon: float = 1e-4
-) -> Tensor:
-    """As `fastloss.functional.group_advantages`."""
-    same = (group_ids.unsqueeze(1) == group_ids.unsqueeze(0)).to(rewards.dtype)
-    count = same.sum(1)
-    mean = (same * rewards).sum(1) / count
-    if kind == "dr_grpo":
-        return rewards - mean
-    if kind == "rloo":
-        return torch.where(count > 1, (rewards - mean) * count / (count - 1).clamp(min=1), 0.0)
-    deviation = ((same * (rewards - mean.unsqueeze(1)).square()).sum(1) / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(count > 1, (rewards - mean) / (deviation + epsilon), 0.0)

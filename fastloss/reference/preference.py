@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ __all__ = [
     "bradley_terry_loss",
     "cpo_loss",
     "dpo_loss",
+    "dpo_loss_from_logits",
     "kto_loss",
     "orpo_loss",
     "simpo_loss",
@@ -89,7 +91,7 @@ def dpo_loss(
     reference_rejected_logps: Tensor,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
     reduction: str = "mean",
     *,
     f_divergence: str = "reverse_kl",
@@ -98,28 +100,94 @@ def dpo_loss(
     discopop_tau: float = 0.05,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    loss_weights: Sequence[float] | None = None,
+    weight: Tensor | None = None,
     return_rewards: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """As `fastloss.functional.dpo_loss`."""
     pc, pr = policy_chosen_logps, policy_rejected_logps
     rc, rr = reference_chosen_logps, reference_rejected_logps
     rewards = (beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()
-    if chosen_lengths is not None:
-        pc, rc = pc / chosen_lengths, rc / chosen_lengths
-    if rejected_lengths is not None:
-        pr, rr = pr / rejected_lengths, rr / rejected_lengths
-    if loss_type == "aot":
-        pc, pr, rc, rr = (pc - pr).sort(0)[0], 0.0, (rc - rr).sort(0)[0], 0.0
-    elif loss_type == "aot_unpaired":
-        pc, pr, rc, rr = (pc - rc).sort(0)[0], (pr - rr).sort(0)[0], 0.0, 0.0
-    kind = "sigmoid" if loss_type in ("aot", "aot_unpaired", "sigmoid_norm") else loss_type
+    kinds = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    shares = [1.0] * len(kinds) if loss_weights is None else loss_weights
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
-    loss = dpo_element(
-        pc, pr, rc, rr, DPO_TYPES.index(kind), beta, label_smoothing, DIVERGENCES.index(divergence), f_alpha,
-        discopop_tau, math.inf if exponent_clamp is None else exponent_clamp,
-    )  # fmt: skip
+    loss = 0.0
+    for kind, share in zip(kinds, shares, strict=True):
+        inputs = pc, pr, rc, rr
+        if kind in ("ipo", "sigmoid_norm", "sft"):
+            n = 1.0 if chosen_lengths is None else chosen_lengths
+            m = 1.0 if rejected_lengths is None else rejected_lengths
+            inputs = pc / n, pr / m, rc / n, rr / m
+        elif kind == "aot":
+            inputs = (pc - pr).sort(0)[0], 0.0, (rc - rr).sort(0)[0], 0.0
+        elif kind == "aot_unpaired":
+            inputs = (pc - rc).sort(0)[0], (pr - rr).sort(0)[0], 0.0, 0.0
+        formula = "sigmoid" if kind in ("aot", "aot_unpaired", "sigmoid_norm") else kind
+        loss = loss + share * dpo_element(
+            *inputs, DPO_TYPES.index(formula), beta, label_smoothing, DIVERGENCES.index(divergence), f_alpha,
+            discopop_tau, math.inf if exponent_clamp is None else exponent_clamp,
+        )  # fmt: skip
+    if weight is not None:
+        loss = torch.where(weight != 0, weight.detach() * loss, 0.0)
     loss = reduced(loss, reduction)
     return (loss, *rewards) if return_rewards else loss
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the chosen and those of the rejected answers."""
+    pairs = x.shape[0] // 2
+    return x[:pairs], x[pairs:]
+
+
+def shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
+    """Of tokens [2B, T], chosen answers first: 1 up to the shorter answer's number of tokens, then `ld_alpha`."""
+    place = valid.cumsum(-1)  # from 1 at the first token
+    length = place[:, -1:]
+    chosen, rejected = halves(length)
+    shorter = torch.minimum(chosen, rejected).repeat(2, 1)
+    return torch.where(place <= shorter, 1.0, ld_alpha)
+
+
+def dpo_loss_from_logits(
+    policy_logits: Tensor,
+    labels: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
+    exponent_clamp: float | None = None,
+    discopop_tau: float = 0.05,
+    loss_weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    return_rewards: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """As `fastloss.functional.dpo_loss_from_logits`."""
+    valid = labels != ignore_index
+    logits = policy_logits if policy_logits.dtype == torch.float64 else policy_logits.float()
+    every = (logits / temperature).log_softmax(-1)
+    tokens = every.gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
+    tokens = torch.where(valid, tokens, 0.0)
+    counted = tokens if ld_alpha is None else tokens * shared_prefix_weights(valid, ld_alpha)
+    length = valid.sum(-1).clamp(min=1)
+    weight = None
+    if use_weighting:
+        own = torch.where(valid, tokens - (2 * every).logsumexp(-1), 0.0).sum(-1) / length
+        weight = sum(halves(own.detach())).exp().clamp(max=1.0)
+    (chosen, rejected), (n, m) = halves(counted.sum(-1)), halves(length)
+    return dpo_loss(
+        chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
+        reduction, f_divergence=f_divergence, f_alpha=f_alpha, exponent_clamp=exponent_clamp,
+        discopop_tau=discopop_tau, chosen_lengths=n, rejected_lengths=m, loss_weights=loss_weights, weight=weight,
+        return_rewards=return_rewards,
+    )  # fmt: skip
 
 
 def kto_element(lp, ref, desirable, kl, beta, weight_desirable, weight_undesirable) -> Tensor:

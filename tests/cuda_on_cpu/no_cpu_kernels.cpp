@@ -11,4 +11,6 @@ const ElementKernels& element_kernels() {
   throw std::logic_error("the CPU kernels are not part of this build");
 }
 
+RankingKernel ranking_kernel() { throw std::logic_error("the CPU kernels are not part of this build"); }
+
 }  // namespace fastloss::cpu
