@@ -1,6 +1,7 @@
 """The losses as functions, under the names that the field knows them by. Each family's file holds its own."""
 
 from fastloss import (
+    contrastive,
     focal,
     linear,
     number_token,
@@ -15,6 +16,7 @@ from fastloss import (
     statistics,
     token,
 )
+from fastloss.contrastive import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
 from fastloss.linear import *  # noqa: F403
 from fastloss.number_token import *  # noqa: F403
@@ -45,6 +47,7 @@ __all__ = [
         rewards,
         sequence,
         linear,
+        contrastive,
     )
     for name in family.__all__
 ]

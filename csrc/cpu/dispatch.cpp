@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "linear.h"
+#include "tiles.h"
 
 namespace fastloss::cpu {
 namespace {
@@ -70,5 +71,9 @@ const LinearKernels& linear_kernels() {
   return chosen == &kernels_avx2 ? linear_avx2 : linear_sse2;
 }
 const char* linear_capability() { return &linear_kernels() == &linear_amx ? "amx" : capability(); }
+const TileKernels& tile_kernels() {
+  const Kernels* chosen = choice().kernels;
+  return chosen == &kernels_avx512 ? tiles_avx512 : chosen == &kernels_avx2 ? tiles_avx2 : tiles_sse2;
+}
 
 }  // namespace fastloss::cpu

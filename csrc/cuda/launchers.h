@@ -4,6 +4,7 @@
 #include "../core/ranking.h"
 #include "../core/rows.h"
 #include "../core/scan.h"
+#include "../core/tiles.h"
 #include "../losses/elements.h"
 #include "../losses/sequence.h"
 #include "../losses/token.h"
@@ -30,5 +31,8 @@ int64_t element_partials(DType dtype, int64_t n);
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const ElementArgs& args, void* stream);
 FASTLOSS_ELEMENT_LOSSES(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
+
+// One pass over a chunk of similarities; chunks come in the order of their rows.
+void tile_chunk(const TileChunk& args, void* stream);
 
 }  // namespace fastloss::cuda

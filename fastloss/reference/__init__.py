@@ -1,6 +1,7 @@
 """Every loss in plain PyTorch, written from its formula: slow, readable, differentiable any number of times."""
 
 from fastloss.reference import (
+    contrastive,
     focal,
     linear,
     number_token,
@@ -14,6 +15,7 @@ from fastloss.reference import (
     statistics,
     token,
 )
+from fastloss.reference.contrastive import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
 from fastloss.reference.linear import *  # noqa: F403
 from fastloss.reference.number_token import *  # noqa: F403
@@ -42,6 +44,7 @@ __all__ = [
         rewards,
         sequence,
         linear,
+        contrastive,
     )
     for name in family.__all__
 ]

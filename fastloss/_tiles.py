@@ -1,0 +1,469 @@
+"""Losses of a matrix of similarities, s = scale * x y^T, that is never stored: operators and their autograd.
+
+On the CPU one call walks the whole matrix in tiles, products included (csrc/cpu/tiles.h). On CUDA the products
+are cuBLAS's, for as many rows at a time as `BUDGET` bytes hold, and kernels of our own (csrc/cuda/tiles.cu) make
+of such a chunk what is needed. What an entry counts as, `mark` and ids say: see csrc/core/tiles.h.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import _op
+from fastloss._linear import accumulation_type, scaled
+from fastloss._op import REDUCTIONS, Op, Plan, _functorch_active, _requires_grad
+
+BUDGET = 64 << 20
+STATISTICS, SOFTMAX_GRADIENT, PAIRS, PAIRS_GRADIENT, SIGMOID, HARDEST = range(6)
+ARRAYS = (
+    "row_max", "row_log_sum", "row_grad", "col_max", "col_log_sum", "col_grad", "positive", "positive_grad",
+    "hardest",
+)  # fmt: skip
+
+
+class Rows:
+    """Rows of features as the walks take them: in the accumulation type, of length 1 if they are to be."""
+
+    def __init__(self, x: Tensor, normalize: bool):
+        self.dtype = x.dtype
+        self.wide = x.to(accumulation_type(x.dtype)).contiguous()
+        self.length = None
+        if normalize:
+            self.length = torch.linalg.vector_norm(self.wide, dim=1, keepdim=True).clamp_min_(1e-12)
+            self.wide = self.wide / self.length
+
+    def gradient(self, d: Tensor) -> Tensor:
+        """Of x, from that of these rows."""
+        if self.length is not None:
+            d = (d - self.wide * (self.wide * d).sum(1, keepdim=True)) / self.length
+        return d.to(self.dtype)
+
+
+class Matrix:
+    """Similarities of the rows `x` and `y`, or of `x` with itself."""
+
+    def __init__(
+        self, operators, on_cpu, x, y, scale, bias, mark, row_ids, col_ids, flags, normalize, inverse=False
+    ):  # fmt: skip
+        self.operators, self.on_cpu = operators, on_cpu
+        self.x = Rows(x, normalize)
+        self.y = self.x if y is None else Rows(y, normalize)
+        self.itself = y is None
+        self.given_scale, self.inverse, self.low = scale, inverse, x.dtype
+        scale = scale.reshape(()).to(self.x.wide.dtype)
+        self.scale = 1 / scale if inverse else scale
+        self.bias = None if bias is None else bias.reshape(()).to(scale.dtype)
+        ids = row_ids, row_ids if col_ids is None else col_ids
+        self.entries = tuple(None if t is None else t.contiguous() for t in (mark, *ids))
+        self.flags = flags  # same_is_positive, with_positives
+        self.m, self.n = self.x.wide.shape[0], self.y.wide.shape[0]
+
+    def empty(self, *shape: int) -> Tensor:
+        return self.operators.scratch(self.x.wide, shape)
+
+    def walk(self, kind: int, gradients: bool = False, **arrays: Tensor | None) -> Sequence[Tensor]:
+        """One pass. With `gradients` it gives those of x, y and the scale."""
+        x, y = self.x.wide, self.y.wide
+        given = [arrays.get(name) for name in ARRAYS]
+        dx = dy = dots = None
+        if gradients:
+            dx, dy, dots = self.empty(*x.shape), self.empty(*y.shape), self.empty(self.m)
+            if self.m == 0 or self.n == 0:
+                dx, dy, dots = dx.zero_(), dy.zero_(), dots.zero_()
+        if self.on_cpu:
+            bias = 0.0 if self.bias is None else self.bias.item()
+            self.operators.tile_walk(
+                kind, *self.flags, x, y, self.scale.item(), bias, *self.entries, *given, dx, dy, dots
+            )
+        else:
+            self._walk_chunks(kind, given, dx, dy)
+        if not gradients:
+            return ()
+        if not self.on_cpu:
+            torch.sum(x * dx, 1, out=dots)
+            dx, dy = dx.mul_(self.scale), dy.mul_(self.scale)
+        if self.itself:
+            dx, dy = dx.add_(dy), None
+        return (
+            self.x.gradient(dx),
+            x.new_empty(0, dtype=self.low) if dy is None else self.y.gradient(dy),
+            self._scale_gradient(self.operators.row_reduce(dots, None)),
+        )
+
+    def _scale_gradient(self, d: Tensor) -> Tensor:
+        d = -d * self.scale.square() if self.inverse else d
+        return d.reshape(self.given_scale.shape)
+
+    def _walk_chunks(
+        self, kind: int, given: list[Tensor | None], dx: Tensor | None, dy: Tensor | None
+    ) -> None:
+        x, y = self.x.wide, self.y.wide
+        more: dict[str, Any] = {}
+        top = None
+        if self.low != x.dtype and x.is_cuda:  # products of half types, summed in float32
+            x, y, more = x.to(self.low), y.to(self.low), {"out_dtype": x.dtype}
+            if dx is not None:  # their gradients relative to the largest, so that small ones are not lost
+                places = [i for i in (2, 5, 7) if given[i] is not None]
+                top = torch.stack([given[i].abs().amax() for i in places]).amax()
+                top = top + (top == 0)
+                given = [g / top if i in places else g for i, g in enumerate(given)]
+        step = max(1, BUDGET // ((self.n + 1) * self.x.wide.element_size()))
+        step = min(step // 128 * 128 if step > 128 else step, max(self.m, 1))
+        room = self.empty(step, self.n)
+        for row in range(0, self.m, step):
+            pick = slice(row, row + step)
+            s = torch.mm(x[pick], y.t(), **more, out=room[: min(step, self.m - row)])
+            s.mul_(self.scale)
+            if self.bias is not None:
+                s.add_(self.bias)
+            self.operators.tile_chunk(kind, *self.flags, s, row, self.m, *self.entries, *given)
+            if dx is not None:
+                g = s.to(x.dtype)
+                torch.mm(g, y, **more, out=dx[pick])
+                if row:
+                    torch.addmm(dy, g.t(), x[pick], **more, out=dy)
+                else:
+                    torch.mm(g.t(), x[pick], **more, out=dy)
+        if top is not None:
+            dx.mul_(top)
+            dy.mul_(top)
+
+
+class TileOp(Op):
+    """An operator over a matrix of similarities, written in Python over the walks.
+
+    The first tensors are `(x, y or None, scale)`: without y it is x with itself, and without `col_ids` columns
+    have the ids of rows. With `inverse` the scale is a temperature. The last option, `wanted`, is added here:
+    as bits, the tensors whose gradients are.
+    """
+
+    forward_schema: str
+    backward_schema: str | None = None
+
+    def __init__(self, name: str, reference, *, tensors: int, wrt: Sequence[int], outputs: int):
+        self._libraries: list[torch.library.Library] = []
+
+        def without_wanted(*args):
+            return reference(*args[:-1])
+
+        super().__init__(name, without_wanted, self.shapes, tensors=tensors, wrt=wrt, outputs=outputs)
+
+    def operators(self) -> SimpleNamespace:
+        found = self._operators.get(_op._namespace)
+        if found is None:
+            operators = getattr(torch.ops, _op._namespace)
+            library = torch.library.Library(_op._namespace, "FRAGMENT")
+            simulated = _op._namespace != "fastloss"  # a build in which the CPU runs the CUDA kernels
+            names = {"fwd": (self.forward_schema, self.forward)}
+            if self.backward_schema:
+                names["bwd"] = self.backward_schema, self.backward
+            found = SimpleNamespace(fwd=None, bwd=None, into=None, all=operators)
+            for kind, (schema, function) in names.items():
+                library.define(f"{self.name}_{kind}{schema}")
+                for key in ("CPU", "CUDA"):
+                    on_cpu = key == "CPU" and not simulated
+                    inner = functools.partial(torch.no_grad()(function), operators, on_cpu)
+                    library.impl(f"{self.name}_{kind}", inner, key)
+                setattr(found, kind, getattr(operators, f"{self.name}_{kind}").default)
+            self._libraries.append(library)  # its registrations live as long as it does
+            self._operators[_op._namespace] = found
+        return found
+
+    def __call__(self, tensors, options):
+        transformed = not torch.compiler.is_compiling() and _functorch_active()
+        wanted = 0
+        if transformed or torch.is_grad_enabled():
+            wanted = sum(
+                1 << i
+                for i in self.wrt
+                if tensors[i] is not None and (transformed or tensors[i].requires_grad)
+            )
+        return super().__call__(tensors, (*options, wanted))
+
+    def shapes(self, *args):
+        raise NotImplementedError
+
+    def forward(self, operators, on_cpu, *args):
+        raise NotImplementedError
+
+    def fake_backward(self, *args):
+        tensors = args[self.outputs : self.outputs + self.tensors]
+        return tuple(
+            tensors[0].new_empty([0])
+            if t is None
+            else torch.empty_like(t, memory_format=torch.contiguous_format)
+            for t in (tensors[i] for i in self.wrt)
+        )
+
+
+class SoftmaxOp(TileOp):
+    """log sum exp of rows and columns relative to the positive.
+
+    Tensors `(x, y, scale, base, mark, row_ids, col_ids, share)`, of which the first four are differentiated;
+    options `same_is_positive, with_positives, normalize, inverse, rows, columns`. Of row i, with a positive or the sum
+    of the positives t_i,
+
+        row_i = log sum_j exp(s_ij) - share_i t_i - base_i,    col_i = log sum_k exp(s_kj) - t_i, j = mark_i
+
+    and t_i itself; where nothing is summed it is -inf.
+    """
+
+    _TENSORS = (
+        "Tensor x, Tensor? y, Tensor scale, Tensor? base, Tensor? mark, Tensor? row_ids, Tensor? col_ids, "
+        "Tensor? share, "
+    )
+    _OPTIONS = (
+        "bool same_is_positive, bool with_positives, bool normalize, bool inverse, bool rows, bool columns, "
+        "int wanted"
+    )
+    _STATE = "Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum"
+    forward_schema = f"({_TENSORS}{_OPTIONS}) -> (Tensor row, Tensor col, Tensor positive, {_STATE})"
+    backward_schema = (
+        f"(Tensor? row_grad, Tensor? col_grad, Tensor? positive_grad, {_TENSORS}{_STATE}, {_OPTIONS}) "
+        "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbase)"
+    )
+
+    def __init__(self, name: str, reference):
+        super().__init__(name, reference, tensors=8, wrt=(0, 1, 2, 3), outputs=3)
+
+    def shapes(
+        self,
+        x,
+        y,
+        scale,
+        base,
+        mark,
+        row_ids,
+        col_ids,
+        share,
+        same,
+        both,
+        normalize,
+        inverse,
+        rows,
+        columns,
+        _,
+    ):
+        high = accumulation_type(x.dtype)
+        m, n = x.shape[0], x.shape[0] if y is None else y.shape[0]
+        one = [m if rows else 0], [m if columns else 0], [m]
+        return tuple(
+            x.new_empty(shape, dtype=high) for shape in (*one, one[0], one[0], *([[n if columns else 0]] * 2))
+        )
+
+    def forward(
+        self, operators, on_cpu, x, y, scale, base, mark, row_ids, col_ids, share, same, both, normalize, inverse, rows,
+        columns, _,
+    ):  # fmt: skip
+        s = Matrix(
+            operators, on_cpu, x, y, scale, None, mark, row_ids, col_ids, (same, both), normalize, inverse
+        )
+        empty = s.x.wide.new_empty
+        of_rows = [empty(s.m) if rows else None for _ in range(2)]
+        of_cols = [empty(s.n) if columns else None for _ in range(2)]
+        if s.m == 0 or s.n == 0:
+            for array in (*of_rows, *of_cols):
+                if array is not None:
+                    array.fill_(-torch.inf if array is of_rows[1] or array is of_cols[1] else 0)
+        positive = torch.zeros_like(empty(s.m))
+        s.walk(
+            STATISTICS, row_max=of_rows[0], row_log_sum=of_rows[1], col_max=of_cols[0], col_log_sum=of_cols[1],
+            positive=positive,
+        )  # fmt: skip
+        row, col = empty(0), empty(0)
+        if rows:
+            row = of_rows[0] - (positive if share is None else positive * share)
+            row = (row if base is None else row - base) + of_rows[1]
+        if columns:
+            col = (of_cols[0][mark] - positive) + of_cols[1][mark]
+        kept = (empty(0) if array is None else array for array in (*of_rows, *of_cols))
+        return row, col, positive, *kept
+
+    def backward(
+        self, operators, on_cpu, g_row, g_col, g_positive, x, y, scale, base, mark, row_ids, col_ids, share,
+        row_max, row_log_sum, col_max, col_log_sum, same, both, normalize, inverse, rows, columns, wanted,
+    ):  # fmt: skip
+        s = Matrix(
+            operators, on_cpu, x, y, scale, None, mark, row_ids, col_ids, (same, both), normalize, inverse
+        )
+        zero = torch.zeros_like(s.x.wide.new_empty(s.m))
+        g_row = g_row.contiguous() if rows and g_row is not None else None
+        g_col = g_col.contiguous() if columns and g_col is not None else None
+        up = zero if g_positive is None else g_positive
+        arrays = {}
+        if g_row is not None:
+            up = up - (g_row if share is None else g_row * share)
+            arrays |= {"row_max": row_max, "row_log_sum": row_log_sum, "row_grad": g_row}
+        if g_col is not None:
+            up = up - g_col
+            grad = torch.zeros_like(s.x.wide.new_empty(s.n)).scatter_(0, mark, g_col)
+            arrays |= {"col_max": col_max, "col_log_sum": col_log_sum, "col_grad": grad}
+        dbase = x.new_empty(0) if base is None else (-zero if g_row is None else -g_row)
+        dx, dy, dscale = s.walk(SOFTMAX_GRADIENT, True, positive_grad=up.contiguous(), **arrays)
+        return dx, dy, dscale.to(scale.dtype), dbase
+
+
+class PairsOp(TileOp):
+    """Of each row the sum over its positives p of log(1 + sum over its negatives j of exp(s_j - s_p)).
+
+    Tensors `(x, y, scale, mark, row_ids, col_ids)`; options `normalize, inverse`.
+    """
+
+    _TENSORS = "Tensor x, Tensor? y, Tensor scale, Tensor? mark, Tensor row_ids, Tensor? col_ids, "
+    _STATE = "Tensor row_max, Tensor row_log_sum, Tensor slope"
+    forward_schema = f"({_TENSORS}bool normalize, bool inverse, int wanted) -> (Tensor value, {_STATE})"
+    backward_schema = (
+        f"(Tensor grad, {_TENSORS}{_STATE}, bool normalize, bool inverse, int wanted) "
+        "-> (Tensor dx, Tensor dy, Tensor dscale)"
+    )
+
+    def __init__(self, name: str, reference):
+        super().__init__(name, reference, tensors=6, wrt=(0, 1, 2), outputs=1)
+
+    def shapes(self, x, *_):
+        return tuple(x.new_empty([x.shape[0]], dtype=accumulation_type(x.dtype)) for _ in range(4))
+
+    def forward(self, operators, on_cpu, x, y, scale, mark, row_ids, col_ids, normalize, inverse, _):
+        s = Matrix(
+            operators, on_cpu, x, y, scale, None, mark, row_ids, col_ids, (True, False), normalize, inverse
+        )
+        m, log_sum, value, slope = (torch.zeros_like(s.x.wide.new_empty(s.m)) for _ in range(4))
+        s.walk(STATISTICS, row_max=m, row_log_sum=log_sum)
+        s.walk(PAIRS, row_max=m, row_log_sum=log_sum, positive=value, row_grad=slope)
+        return value, m, log_sum, slope
+
+    def backward(
+        self,
+        operators,
+        on_cpu,
+        grad,
+        x,
+        y,
+        scale,
+        mark,
+        row_ids,
+        col_ids,
+        m,
+        log_sum,
+        slope,
+        normalize,
+        inverse,
+        _,
+    ):
+        s = Matrix(
+            operators, on_cpu, x, y, scale, None, mark, row_ids, col_ids, (True, False), normalize, inverse
+        )
+        arrays = {"row_max": m, "row_log_sum": log_sum}
+        up = {"row_grad": grad * slope, "positive_grad": grad.contiguous()}
+        dx, dy, dscale = s.walk(PAIRS_GRADIENT, True, **arrays, **up)
+        return dx, dy, dscale.to(scale.dtype)
+
+
+class SigmoidOp(TileOp):
+    """Sum of softplus(-z s) over a row, z = 1 at the marked entry and -1 at the others, then over rows.
+
+    Tensors `(x, y, scale, bias, mark, row_ids, col_ids, weight)`, of which the first four are differentiated;
+    options `reduction, normalize, wide`. Where the loss is one number, forward also makes the gradients, in the
+    same pass, and the first backward multiplies them by its upstream gradient.
+    """
+
+    _TENSORS = (
+        "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? mark, Tensor? row_ids, Tensor? col_ids, "
+        "Tensor? weight, "
+    )
+    forward_schema = (
+        f"({_TENSORS}int reduction, bool normalize, bool wide, int wanted, bool with_gradient) "
+        "-> (Tensor loss, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
+    )
+    backward_schema = (
+        f"(Tensor grad, {_TENSORS}int reduction, bool normalize, bool wide, int wanted) "
+        "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
+    )
+    traced_extra = (False,)
+    saved = 0
+
+    def __init__(self, name: str, reference):
+        super().__init__(name, reference, tensors=8, wrt=(0, 1, 2, 3), outputs=1)
+
+    def shapes(
+        self, x, y, scale, bias, mark, row_ids, col_ids, weight, reduction, normalize, wide, wanted, gradient
+    ):
+        high = accumulation_type(x.dtype)
+        loss = x.new_empty([] if reduction else x.shape[:1], dtype=high if wide else x.dtype)
+        shapes = [t.shape if gradient and t is not None else [0] for t in (x, y, scale, bias)]
+        return loss, *(x.new_empty(shape, dtype=high) for shape in shapes)
+
+    def forward(
+        self, operators, on_cpu, x, y, scale, bias, mark, row_ids, col_ids, weight, reduction, normalize, wide,
+        wanted, gradient,
+    ):  # fmt: skip
+        high = accumulation_type(x.dtype)
+        s = Matrix(operators, on_cpu, x, y, scale, bias, mark, row_ids, col_ids, (False, False), normalize)
+        s.x.dtype = s.y.dtype = high
+        value, slope = (torch.zeros_like(s.x.wide.new_empty(s.m)) for _ in range(2))
+        norm = None
+        if reduction == REDUCTIONS["mean"]:
+            norm = value.new_full((), s.m) if weight is None else operators.row_reduce(weight.to(high), None)
+        row_grad = None
+        if gradient:
+            row_grad = torch.ones_like(value) if weight is None else weight.to(high)
+            row_grad = (row_grad if norm is None else row_grad / norm).contiguous()
+        grads = s.walk(SIGMOID, gradient, positive=value, row_log_sum=slope, row_grad=row_grad)
+        loss = value if weight is None else value * weight.to(high)
+        loss = operators.row_reduce(loss, norm) if reduction else loss
+        loss = loss if wide else loss.to(x.dtype)
+        if not gradient:
+            return loss, *(value.new_empty(0) for _ in range(4))
+        dx, dy, dscale = grads
+        dbias = value.new_empty(0)
+        if bias is not None:
+            dbias = operators.row_reduce(slope * row_grad, None).reshape(bias.shape)
+        return loss, dx, dy.to(high), dscale, dbias
+
+    def plan(self, operators, tensors, options):
+        plan = Plan(operators)
+        plan.fuse = options[0] != 0 and not _functorch_active() and _requires_grad(tensors[:4])
+        return plan
+
+    def run_forward(self, plan, tensors, options):
+        return plan.operators.fwd(*tensors, *options, plan.fuse)
+
+    def keep(self, plan, saved):
+        plan.ready = list(saved) if plan.fuse else None
+        return []
+
+    def run_backward(self, plan, grads, tensors, saved, options):
+        ready, plan.ready = plan.ready, None
+        if ready is None:
+            return list(plan.operators.bwd(*grads, *tensors, *options))
+        return self._scaled(plan.operators.all, ready, grads[0].to(ready[0].dtype), tensors)
+
+    @staticmethod
+    def _scaled(operators, ready, grad, tensors):
+        own, empty = not _functorch_active(), tensors[0].new_empty
+        sides = (
+            empty(0) if x is None else scaled(operators, d, grad, x, own)
+            for d, x in zip(ready[:2], tensors[:2], strict=True)
+        )
+        numbers = (
+            empty(0) if x is None else (d * grad).to(x.dtype)
+            for d, x in zip(ready[2:], tensors[2:4], strict=True)
+        )
+        return [*sides, *numbers]
+
+    def backward(self, operators, on_cpu, grad, *args):
+        tensors, (reduction, normalize, wide, wanted) = args[:8], args[8:]
+        high = accumulation_type(tensors[0].dtype)
+        grad = grad.to(high)
+        if reduction == REDUCTIONS["none"]:
+            weight = tensors[7]
+            tensors = (*tensors[:7], grad if weight is None else weight.to(high) * grad)
+            reduction, grad = REDUCTIONS["sum"], torch.ones_like(grad.sum())
+        _, *ready = self.forward(operators, on_cpu, *tensors, reduction, normalize, wide, wanted, True)
+        return tuple(self._scaled(operators, ready, grad, tensors))

@@ -1,0 +1,227 @@
+"""What the contrastive losses promise beside the general contract."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from support import assert_right, evaluate, exact, fused, make, same_bits
+
+import fastloss.functional as F
+from fastloss import reference
+from fastloss._registry import losses
+
+NAMES = ("clip_loss", "siglip_loss", "info_nce", "nt_xent_loss", "sup_con_loss", "pair_nt_xent_loss")
+every = pytest.mark.parametrize("loss", losses(*NAMES), ids=lambda loss: loss.name)
+
+
+def features(rows, columns=16, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return TF.normalize(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def with_options(loss, temperature, rows, columns=16):
+    """A call at this temperature, on features of length 1."""
+    (first, *rest) = list(make(loss, next(iter(loss.cases)), torch.float32, shape=(2, columns)))
+    kwargs = {first: features(rows, columns)}
+    if rest[0] == "labels":
+        kwargs["labels"] = torch.arange(rows) % max(rows // 4, 2)
+    else:
+        kwargs[rest[0]] = features(rows, columns, 1)
+    if "logit_scale" in rest:
+        return kwargs | {"logit_scale": torch.tensor(1 / temperature)}
+    return kwargs | {"temperature": torch.tensor(temperature)}
+
+
+@every
+@pytest.mark.parametrize("rows", [1, 2, 70, 400])
+def test_cold(loss, rows, device):
+    """At temperature 0.005 exponents span 400: finite, and as accurate as PyTorch."""
+    kwargs = with_options(loss, 0.005, rows)
+    names = [name for name in loss.wrt if isinstance(kwargs.get(name), torch.Tensor)]
+    got = fused(loss, kwargs, names)
+    true = exact(loss, kwargs, names)
+    for (what, g), (_, t) in zip(got.parts(), true.parts(), strict=True):
+        assert g.isfinite().all(), what
+        # similarities of 200 are rounded at 1e-5, and probabilities with them
+        scale = max(t.abs().max().item(), 1e-3)
+        assert (g.double() - t).abs().max() <= 3e-4 * scale, what
+
+
+@every
+def test_rows_far_apart(loss, device):
+    """Rows a hundred orders of magnitude below their neighbours in a tile keep their digits."""
+    kwargs = make(loss, next(iter(loss.cases)), torch.float32, shape=(50, 8))
+    first = next(iter(kwargs))
+    if loss.name not in ("clip_loss", "siglip_loss"):
+        kwargs["temperature"] = torch.tensor(0.004, requires_grad=True)
+    else:
+        x = kwargs[first].detach()
+        kwargs[first] = (x * torch.linspace(-60, 60, 50).unsqueeze(1)).requires_grad_()
+    assert_right(loss, kwargs)
+
+
+def test_small_losses_keep_their_digits(device):
+    """All positives win by 30 or more: PyTorch's own answer is 0."""
+    x = torch.eye(20)
+    for loss, want in (
+        (F.clip_loss(x, x, 30.0), math.log1p(19 * math.exp(-30))),
+        (F.info_nce(x, x, temperature=1 / 30), math.log1p(19 * math.exp(-30))),
+        (F.nt_xent_loss(x, x, temperature=1 / 30), math.log1p(38 * math.exp(-30))),
+        (F.siglip_loss(x, x, 60.0, -30.0), 20 * math.log1p(math.exp(-30))),
+    ):
+        assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
+def test_alone(device):
+    """One pair has nothing to be told from; a class of one does not count."""
+    x, y = features(1).requires_grad_(), features(1, seed=1)
+    for loss in (F.clip_loss(x, y, 10.0), F.info_nce(x, y), F.nt_xent_loss(x, y) * 0):
+        loss.backward()
+        assert loss == 0
+        assert x.grad.count_nonzero() == 0
+    z = features(6).requires_grad_()
+    for function in (F.sup_con_loss, F.pair_nt_xent_loss):
+        loss = function(z, torch.arange(6))
+        loss.backward()
+        assert loss == 0
+        assert z.grad.count_nonzero() == 0
+        with_single = function(z.detach(), torch.tensor([0, 0, 1, 1, 2, 2**40]), reduction="none")
+        assert (with_single[4:] == 0).all()
+        assert (with_single[:4] > 0).all()
+
+
+def test_large_and_negative_labels():
+    """Only whether labels are equal matters."""
+    x = features(30)
+    small = torch.arange(30) % 7
+    for labels in (small - 3, (small + 1) * 2**40 + 1, small * 2**24 + 1):
+        for function in (F.sup_con_loss, F.pair_nt_xent_loss):
+            assert torch.equal(function(x, labels), function(x, small))
+
+
+def test_only_one_class(device):
+    """No negatives: a pair's probability is 1."""
+    x = features(5).requires_grad_()
+    loss = F.pair_nt_xent_loss(x, torch.zeros(5, dtype=torch.long))
+    loss.backward()
+    assert loss == 0
+    assert x.grad.count_nonzero() == 0
+
+
+@every
+def test_threads_and_tiles(loss, threads):
+    """More than one block of rows and of columns, shared out in any way."""
+    kwargs = with_options(loss, 0.1, 450)
+    names = [name for name in loss.wrt if isinstance(kwargs.get(name), torch.Tensor)]
+    answers = []
+    for n in (1, 2, 5):
+        threads(n)
+        answers.append(fused(loss, kwargs, names))
+    for other in answers[1:]:
+        for (what, a), (_, b) in zip(answers[0].parts(), other.parts(), strict=True):
+            assert same_bits(a, b), what
+
+
+@pytest.mark.parametrize("name", ["clip_loss", "siglip_loss"])
+def test_scale_and_bias_as_open_clip_holds_them(name, device):
+    """Numbers, tensors without dimensions, and of one element and another type; each gets its gradient."""
+    function = getattr(F, name)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = features(9, dtype=dtype), features(9, seed=1, dtype=dtype)
+        plain = function(x, y, 10.0, -10.0)
+        scale = torch.full((1,), 10.0, requires_grad=True)
+        bias = torch.full((), -10.0, dtype=torch.float64, requires_grad=True)
+        loss = function(x, y, scale, bias)
+        assert loss.dtype == dtype
+        assert torch.equal(loss, plain)
+        loss.backward()
+        assert (scale.grad.shape, scale.grad.dtype) == ((1,), torch.float32)
+        assert bias.grad.dtype == torch.float64
+        wide = evaluate(
+            getattr(reference, name),
+            {"image_features": x.double(), "text_features": y.double(), "logit_scale": scale.detach().double(),
+             "logit_bias": bias.detach()},
+            ["logit_scale", "logit_bias"],
+            torch.ones((), dtype=torch.float64),
+        )  # fmt: skip
+        torch.testing.assert_close(scale.grad.double(), wide.grads["logit_scale"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(bias.grad, wide.grads["logit_bias"], rtol=1e-4, atol=1e-6)
+
+
+def test_gathered_blocks_add_up_to_the_whole(device):
+    """SigLIP over several processes: own texts with an offset, the neighbours' without positives."""
+    x, y = features(6), features(10, seed=1)
+    whole = F.siglip_loss(x, y, 10.0, -5.0, label_offset=3, reduction="sum")
+    parts = [
+        F.siglip_loss(x, y[3:9], 10.0, -5.0, reduction="sum"),
+        F.siglip_loss(x, y[:3], 10.0, -5.0, reduction="sum", label_offset=None),
+        F.siglip_loss(x, y[9:], 10.0, -5.0, reduction="sum", label_offset=None),
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_info_nce_among_more_keys(device):
+    """Keys gathered from several processes: the cross-entropy with shifted labels."""
+    q, k = features(5).requires_grad_(), features(12, seed=1).requires_grad_()
+    loss = F.info_nce(q, k, temperature=0.2, label_offset=4, normalize=False)
+    want = TF.cross_entropy(q @ k.t() / 0.2, torch.arange(5) + 4)
+    torch.testing.assert_close(loss, want)
+    for got, expected in zip(
+        torch.autograd.grad(loss, (q, k)), torch.autograd.grad(want, (q, k)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_bad_arguments():
+    x, y = features(4), features(5, seed=1)
+    with pytest.raises(ValueError, match="text_features"):
+        F.clip_loss(x, y, 1.0)
+    with pytest.raises(ValueError, match="text_features"):
+        F.siglip_loss(x, y[:, 1:], 1.0)
+    with pytest.raises(ValueError, match="label_offset"):
+        F.siglip_loss(x, y, 1.0, label_offset=2)
+    with pytest.raises(ValueError, match="logit_scale"):
+        F.clip_loss(x, x, torch.ones(2))
+    with pytest.raises(TypeError, match="logit_bias"):
+        F.siglip_loss(x, x, 1.0, "0")
+    with pytest.raises(ValueError, match="temperature"):
+        F.info_nce(x, x, temperature=0.0)
+    with pytest.raises(ValueError, match="negative_mode"):
+        F.info_nce(x, x, x, negative_mode="both")
+    with pytest.raises(ValueError, match="labels"):
+        F.sup_con_loss(x, torch.arange(3))
+    with pytest.raises(RuntimeError, match="labels"):
+        F.sup_con_loss(x, torch.rand(4))
+    with pytest.raises(RuntimeError, match="text_features"):
+        F.clip_loss(x, x.double(), 1.0)
+
+
+def test_peak_memory():
+    """Proportional to the features: no matrix of similarities, which here would take 64 MiB."""
+    code = """
+import torch, fastloss.functional as F
+def peak():
+    line, = (l for l in open("/proc/self/status") if l.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+x, y = torch.randn(4096, 32).requires_grad_(), torch.randn(4096, 32).requires_grad_()
+labels = torch.arange(4096) // 4
+calls = [lambda x, y: F.clip_loss(x, y, 1.0), lambda x, y: F.siglip_loss(x, y, 1.0),
+         lambda x, y: F.sup_con_loss(x, labels), lambda x, y: F.pair_nt_xent_loss(x, labels)]
+calls[0](x[:64], y[:64])
+before = peak()
+for call in calls:
+    call(x, y).backward()
+    assert peak() - before < 24, peak() - before
+"""
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(F.__file__).parents[1]), *filter(None, sys.path)])
+    }
+    child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
