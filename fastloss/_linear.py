@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss._linear_shapes import Shape
+
 BUDGET = 116 << 20
 INPUT, WEIGHT, BIAS = 1, 2, 4
 """Bits of the gradients that are wanted."""
@@ -124,17 +126,21 @@ def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
 
 @torch.no_grad()
 def forward(
-    name: str, operators: Any, products: type, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
-    target: Tensor, weight: Tensor | None, row_weight: Tensor | None, ignore_index: int, reduction: int,
-    logit_scale: float, softcap: float, numbers: list[float], wide: bool, chunk: int, wanted: int,
+    name: str, shape: type[Shape] | None, operators: Any, products: type, input: Tensor, linear_weight: Tensor,
+    linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, row_weight: Tensor | None,
+    ignore_index: int, reduction: int, logit_scale: float, softcap: float, numbers: list[float],
+    wide: bool, chunk: int, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, norm, and the wanted gradients of the sum of all rows' losses, in the accumulation type.
 
     The gradients are divided by the norm of "mean", save for half types: there, what is that small would be lost
-    in the logits' gradient, and backward divides at the end.
+    in the logits' gradient, and backward divides at the end. The numbers after the row loss's two are those of
+    the shape that stands between the products and the logits.
     """
     on_cpu = products is PackedProducts
     (rows, features), classes = input.shape, linear_weight.shape[0]
+    between = shape(numbers[2:], features) if shape else None
+    numbers = numbers[:2]
     high = accumulation_type(input.dtype)
     row_kernel = getattr(operators, f"{name}_rows")
     hard = not target.is_floating_point()
@@ -144,7 +150,7 @@ def forward(
     if on_cpu:
         counts = None
         if hard:
-            _check_targets(target, ignore_index, classes)
+            _check_targets(target, ignore_index, between.classes(classes) if between else classes)
             counts = target != ignore_index
         if row_weight is not None:
             counts = row_weight != 0 if counts is None else counts & (row_weight != 0)
@@ -165,7 +171,8 @@ def forward(
 
     product = products(operators, linear_weight, linear_bias)
     total = rows if counted is None else counted.numel()
-    step = min(rows_of_a_chunk(classes, features, product.logits_type, on_cpu, chunk), max(total, 1))
+    width = classes + (between.beside(classes) if between else 0)
+    step = min(rows_of_a_chunk(width, features, product.logits_type, on_cpu, chunk), max(total, 1))
     room = result(step, classes) if product.logits_type == high else input.new_empty(step, classes)
     for begin in range(0, total, step):
         size = min(step, total - begin)
@@ -180,12 +187,15 @@ def forward(
             x = x.contiguous()
         g = room[:size]
         product.logits(g, x)
+        z = between.enter(g, target[pick]) if between else g
         row_kernel(
-            g, part_loss, target[pick], weight, None if row_weight is None else row_weight[pick], inner_norm,
+            z, part_loss, target[pick], weight, None if row_weight is None else row_weight[pick], inner_norm,
             ignore_index, logit_scale, softcap, numbers, wanted != 0,
         )  # fmt: skip
         if counted is not None:
             loss[pick] = part_loss
+        if between and wanted:
+            g = between.leave(z)
         if wanted & INPUT:
             if counted is None:
                 product.input_gradient(dx[pick], g)

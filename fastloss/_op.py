@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastloss import _linear
+from fastloss._linear_shapes import Shape
 
 _library = Path(__file__).with_name("_ops.so")
 if not _library.exists():
@@ -116,6 +117,7 @@ class Op:
         self._operators: dict[str, SimpleNamespace] = {}
         self._function = _eager_function(self)
         self._traced = _traced_function(self)
+        self._plain = self.operators().fwd
         _register("fastloss", self)
 
     def operators(self) -> SimpleNamespace:
@@ -158,6 +160,8 @@ class Op:
     def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         if _requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
             return self.reference(*tensors, *options)  # whose operations the compiler fuses itself
+        if not (torch.is_grad_enabled() and _requires_grad(tensors)):
+            return self._unwrap(self._plain(*tensors, *options, *self.traced_extra))
         return self._unwrap(self._traced.apply(*tensors, *options))
 
     # ---- what a kind of operator may do its own way
@@ -355,8 +359,10 @@ class LinearOp(Op):
     )
     REDUCTION = 1  # its place among the options
 
-    def __init__(self, name: str, reference: Callable[..., Tensor], rows: str):
-        self._rows = rows
+    def __init__(
+        self, name: str, reference: Callable[..., Tensor], rows: str, shape: type[Shape] | None = None
+    ):
+        self._rows, self._shape = rows, shape
         self._libraries: list[torch.library.Library] = []
 
         def fake(input, linear_weight, linear_bias, *rest):
@@ -386,7 +392,7 @@ class LinearOp(Op):
             simulated = _namespace != "fastloss"  # a build in which the CPU runs the CUDA kernels
             here = _linear.RowByRow if simulated else _linear.PackedProducts
             for key, products in (("CPU", here), ("CUDA", _linear.BlasProducts)):
-                forward = functools.partial(_linear.forward, self._rows, operators, products)
+                forward = functools.partial(_linear.forward, self._rows, self._shape, operators, products)
                 library.impl(f"{self.name}_fwd", forward, key)
             self._libraries.append(library)  # its registrations live as long as it does
             fwd = getattr(operators, f"{self.name}_fwd").default
@@ -445,6 +451,8 @@ class LinearOp(Op):
         if _requires_grad(tensors[3:]):
             return self.reference(*tensors, *options)
         wanted = self._wanted(tensors) if torch.is_grad_enabled() else 0
+        if not wanted:
+            return self._plain(*tensors, *options, 0)[0]
         return self._traced.apply(*tensors, *options, wanted)[0]
 
     def _trace(self) -> type[Function]:

@@ -4,6 +4,8 @@ from fastloss import (
     contrastive,
     focal,
     linear,
+    linear_statistics,
+    margin,
     number_token,
     pointwise,
     policy,
@@ -19,6 +21,8 @@ from fastloss import (
 from fastloss.contrastive import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
 from fastloss.linear import *  # noqa: F403
+from fastloss.linear_statistics import *  # noqa: F403
+from fastloss.margin import *  # noqa: F403
 from fastloss.number_token import *  # noqa: F403
 from fastloss.pointwise import *  # noqa: F403
 from fastloss.policy import *  # noqa: F403
@@ -48,6 +52,8 @@ __all__ = [
         sequence,
         linear,
         contrastive,
+        linear_statistics,
+        margin,
     )
     for name in family.__all__
 ]

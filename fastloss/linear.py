@@ -33,7 +33,18 @@ _linear_cross_entropy = LinearOp(
 )
 
 
-def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def as_autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """In the type in which autocast multiplies, where it is on."""
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    low = torch.get_autocast_dtype(device)
+    return [
+        t.to(low) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """The linear layer's arguments, as torch checks them."""
     check_tensors(input, linear_weight=linear_weight, linear_bias=linear_bias)
     if not 1 <= input.dim() <= 2:
@@ -146,13 +157,8 @@ def linear_cross_entropy(
     )
     device = input.device.type
     autocast = torch.is_autocast_enabled(device)
-    if autocast:
-        low = torch.get_autocast_dtype(device)
-        input, linear_weight, linear_bias = (
-            t.to(low) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-            for t in (input, linear_weight, linear_bias)
-        )
-    _check_linear(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = as_autocast(device, input, linear_weight, linear_bias)
+    check_linear(input, linear_weight, linear_bias)
     classes = linear_weight.shape[:-1]
     logits = input.detach().new_empty(1).expand(*input.shape[:-1], *classes)  # their shape, device and type
     if target.shape == logits.shape and ignore_index is not None:

@@ -17,10 +17,10 @@ from fastloss.token import cross_entropy_rows
 
 __all__ = ["entropy_from_logits", "selective_log_softmax", "sequence_log_probs", "token_stats"]
 
-_STATISTICS = 4  # entropy, lse, log_sum_p2, mean_logit; then the log-probabilities, then the flags
+STATISTICS = 4  # entropy, lse, log_sum_p2, mean_logit; then the log-probabilities, then the flags
 
 
-def _planes_of_reference(logits, index, mask, scale, cap, everything):
+def planes_of_reference(logits, index, mask, scale, cap, everything):
     softcap = cap / scale if cap else None
     s = reference.token_stats(logits, index, 1 / scale, mask=mask, softcap=softcap)
     nothing = torch.zeros_like(s.entropy)
@@ -38,11 +38,11 @@ def _fake(logits, index, mask, scale, cap, everything):
     count = 1
     for size in rows:
         count = count * size
-    planes = _STATISTICS + (2 * index.shape[-1] if index is not None else 0)
+    planes = STATISTICS + (2 * index.shape[-1] if index is not None else 0)
     return logits.new_empty([planes, *rows], dtype=high), logits.new_empty([count, 6], dtype=high)
 
 
-_stats = Op("token_stats", _planes_of_reference, _fake, tensors=3)
+_stats = Op("token_stats", planes_of_reference, _fake, tensors=3)
 
 
 def _check(logits: Tensor, index: Tensor | None, mask: Tensor | None, index_name: str = "index") -> None:
@@ -93,7 +93,20 @@ def log_probs_of(
 ) -> Tensor:
     """Log-probabilities of the classes `index` [..., K]; 0 in rows where `mask` is False."""
     planes = _run(logits, index, mask, temperature, None, False, index_name)
-    return planes[_STATISTICS : _STATISTICS + index.shape[-1]].movedim(0, -1)
+    return planes[STATISTICS : STATISTICS + index.shape[-1]].movedim(0, -1)
+
+
+def stats_of_planes(planes: Tensor, index: Tensor | None) -> TokenStats:
+    """Planes [4 + 2 K, ...] by name."""
+    logp = top = None
+    if index is not None:
+        several = planes[STATISTICS:].movedim(0, -1)
+        count = several.shape[-1] // 2
+        logp, top = (
+            several[..., :count].reshape(index.shape),
+            several[..., count:].detach().reshape(index.shape) > 0,
+        )
+    return TokenStats(logp, *planes[:STATISTICS].unbind(0), top)
 
 
 def label_log_probs(
@@ -168,15 +181,7 @@ def token_stats(
     """
     _check(logits, index, mask)
     planes = _run(logits, index, mask, temperature, softcap, True)
-    logp = top = None
-    if index is not None:
-        several = planes[_STATISTICS:].movedim(0, -1)
-        count = several.shape[-1] // 2
-        logp, top = (
-            several[..., :count].reshape(index.shape),
-            several[..., count:].detach().reshape(index.shape) > 0,
-        )
-    return TokenStats(logp, *planes[:_STATISTICS].unbind(0), top)
+    return stats_of_planes(planes, index)
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:

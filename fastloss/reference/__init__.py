@@ -4,6 +4,7 @@ from fastloss.reference import (
     contrastive,
     focal,
     linear,
+    margin,
     number_token,
     pointwise,
     policy,
@@ -18,6 +19,7 @@ from fastloss.reference import (
 from fastloss.reference.contrastive import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
 from fastloss.reference.linear import *  # noqa: F403
+from fastloss.reference.margin import *  # noqa: F403
 from fastloss.reference.number_token import *  # noqa: F403
 from fastloss.reference.pointwise import *  # noqa: F403
 from fastloss.reference.policy import *  # noqa: F403
@@ -45,6 +47,7 @@ __all__ = [
         sequence,
         linear,
         contrastive,
+        margin,
     )
     for name in family.__all__
 ]

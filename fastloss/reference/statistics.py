@@ -54,7 +54,7 @@ def token_stats(
         found = [-nll_of(z, one_hot, -1) for one_hot in one_hots]
         of_index = torch.stack(found, -1) if found else z[..., :0]
         of_index = of_index.view(index.shape)
-        top = kept((z.gather(-1, several) == z.amax(-1, keepdim=True)).view(index.shape))
+        top = kept((z.gather(-1, several) == z.amax(-1, keepdim=True)).view(index.shape)).bool()
         of_index = kept(of_index)
     return TokenStats(
         of_index,

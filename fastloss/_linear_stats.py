@@ -1,0 +1,185 @@
+"""Statistics of rows of `input @ weight.T + bias` (see `token_stats`), without the matrix of all logits.
+
+Forward makes the logits of a chunk of rows and keeps a few numbers of each row; backward makes them again, turns
+them into their gradient, and multiplies that on. Chunks and products are those of `_linear`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import _linear, _op
+
+_STATE = 6  # numbers of a row that backward needs
+
+
+class _Chunks:
+    """The rows that count, by chunks: where they are, their hidden states, room for their logits."""
+
+    def __init__(
+        self, operators: Any, products: type, input: Tensor, weight: Tensor, bias: Tensor | None,
+        mask: Tensor | None,
+    ):  # fmt: skip
+        on_cpu = products is _linear.PackedProducts
+        self.operators, self.input = operators, input
+        self.product = products(operators, weight, bias)
+        self.mask = mask
+        self.counted = None
+        if on_cpu and mask is not None:
+            self.mask = None
+            if not mask.all():
+                self.counted = mask.nonzero().squeeze(1)
+        self.total = input.shape[0] if self.counted is None else self.counted.numel()
+        classes, features = weight.shape
+        rows = _linear.rows_of_a_chunk(
+            2 * classes, features, self.product.logits_type, on_cpu, 0
+        )  # and their gradient
+        self.step = min(rows, max(self.total, 1))
+        self.shape = self.step, classes
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        high = _linear.accumulation_type(self.input.dtype)
+        if self.product.logits_type == high:
+            room = self.operators.scratch(self.input, self.shape)
+        else:
+            room = self.input.new_empty(self.shape)
+        for begin in range(0, self.total, self.step):
+            end = min(begin + self.step, self.total)
+            pick = slice(begin, end) if self.counted is None else self.counted[begin:end]
+            x = self.input[pick].to(self.product.row_type).contiguous()
+            logits = room[: end - begin]
+            self.product.logits(logits, x)
+            yield pick, x, logits
+
+
+@torch.no_grad()
+def forward(
+    operators: Any, products: type, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None,
+    index: Tensor | None, mask: Tensor | None, scale: float, cap: float, everything: bool, wanted: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Planes [4 + 2 K, rows] as `token_stats` has them, 0 in rows that are masked, and what backward needs."""
+    rows, high = input.shape[0], _linear.accumulation_type(input.dtype)
+    planes = input.new_zeros([4 + (2 * index.shape[-1] if index is not None else 0), rows], dtype=high)
+    state = input.new_zeros([rows, _STATE], dtype=high)
+    chunks = _Chunks(operators, products, input, linear_weight, linear_bias, mask)
+    for pick, _, logits in chunks:
+        of_chunk = None if index is None else index[pick]
+        kept = None if chunks.mask is None else chunks.mask[pick]
+        planes[:, pick], state[pick] = operators.token_stats_fwd(
+            logits, of_chunk, kept, scale, cap, everything
+        )
+    return planes, state
+
+
+@torch.no_grad()
+def backward(
+    operators: Any, products: type, grad: Tensor, input: Tensor, linear_weight: Tensor,
+    linear_bias: Tensor | None, index: Tensor | None, mask: Tensor | None, state: Tensor, scale: float,
+    cap: float, everything: bool, wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients that are wanted; the others are empty."""
+    (rows, features), classes = input.shape, linear_weight.shape[0]
+
+    def result(bit: int, *shape: int) -> Tensor:
+        return operators.scratch(input, shape if wanted & bit else [0])
+
+    dx = result(_linear.INPUT, rows, features)
+    dw = result(_linear.WEIGHT, classes, features)
+    db = result(_linear.BIAS, classes)
+    chunks = _Chunks(operators, products, input, linear_weight, linear_bias, mask)
+    if chunks.counted is not None:
+        dx.zero_()
+    add = False
+    for pick, x, logits in chunks:
+        of_chunk = None if index is None else index[pick]
+        kept = None if chunks.mask is None else chunks.mask[pick]
+        g = operators.token_stats_bwd(
+            grad[:, pick], logits, of_chunk, kept, state[pick], scale, cap, everything
+        )
+        if wanted & _linear.INPUT:
+            part = dx[pick] if chunks.counted is None else dx.new_empty(x.shape)
+            chunks.product.input_gradient(part, g)
+            if chunks.counted is not None:
+                dx[pick] = part
+        if wanted & (_linear.WEIGHT | _linear.BIAS):
+            into = dw if wanted & _linear.WEIGHT else None, db if wanted & _linear.BIAS else None
+            chunks.product.weight_gradient(*into, g, x, add)
+        add = True
+    if not add:
+        dw.zero_()
+        db.zero_()
+    return tuple(d if d.dtype == input.dtype else d.to(input.dtype) for d in (dx, dw, db))
+
+
+class LinearStatsOp(_op.Op):
+    """Tensors `(input, linear_weight, linear_bias, index, mask)`, of which the first three are differentiated.
+
+    `options` are `scale, cap, everything`; the result are the planes of `token_stats`.
+    """
+
+    TENSORS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? index, Tensor? mask, "
+    OPTIONS = "float scale, float cap, bool everything, int wanted"
+
+    def __init__(self, name: str, reference: Callable[..., Tensor]):
+        self._libraries: list[torch.library.Library] = []
+
+        def fake(input, linear_weight, linear_bias, index, mask, *options):
+            high = _linear.accumulation_type(input.dtype)
+            planes = 4 + (2 * index.shape[-1] if index is not None else 0)
+            return (
+                input.new_empty([planes, input.shape[0]], dtype=high),
+                input.new_empty([input.shape[0], _STATE], dtype=high),
+            )
+
+        super().__init__(name, lambda *args: reference(*args[:-1]), fake, tensors=5, wrt=(0, 1, 2))
+
+    def fake_backward(self, *args):
+        like, wanted = args[1:4], args[-1]
+        return tuple(
+            torch.empty_like(x, memory_format=torch.contiguous_format)
+            if wanted >> i & 1
+            else args[1].new_empty([0])
+            for i, x in enumerate(like)
+        )
+
+    def operators(self) -> SimpleNamespace:
+        found = self._operators.get(_op._namespace)
+        if found is None:
+            operators = getattr(torch.ops, _op._namespace)
+            library = torch.library.Library(_op._namespace, "FRAGMENT")
+            library.define(f"{self.name}_fwd({self.TENSORS}{self.OPTIONS}) -> (Tensor planes, Tensor state)")
+            library.define(
+                f"{self.name}_bwd(Tensor grad, {self.TENSORS}Tensor state, {self.OPTIONS}) "
+                "-> (Tensor dinput, Tensor dweight, Tensor dbias)"
+            )
+            simulated = _op._namespace != "fastloss"  # a build in which the CPU runs the CUDA kernels
+            here = _linear.RowByRow if simulated else _linear.PackedProducts
+            for key, products in (("CPU", here), ("CUDA", _linear.BlasProducts)):
+                library.impl(f"{self.name}_fwd", functools.partial(forward, operators, products), key)
+                library.impl(f"{self.name}_bwd", functools.partial(backward, operators, products), key)
+            self._libraries.append(library)  # its registrations live as long as it does
+            found = SimpleNamespace(
+                fwd=getattr(operators, f"{self.name}_fwd").default,
+                bwd=getattr(operators, f"{self.name}_bwd").default,
+                into=None,
+            )
+            self._operators[_op._namespace] = found
+        return found
+
+    def flops(self, shapes, needed):
+        (rows, features), (classes, _) = shapes[:2]
+        again = any(needed[:2])  # backward makes the logits again
+        return 2 * rows * features * classes * (1 + again + sum(needed[:2]))
+
+    def __call__(self, tensors, options) -> Tensor:
+        transformed = not torch.compiler.is_compiling() and _op._functorch_active()
+        wanted = sum(
+            1 << i for i in self.wrt if tensors[i] is not None and (transformed or tensors[i].requires_grad)
+        )
+        return super().__call__(tensors, (*options, wanted))

@@ -1,0 +1,264 @@
+"""Losses over several processes (`torch.distributed`): a vocabulary of which each rank holds a slice.
+
+Ranks exchange a few numbers of each row, never logits. Every rank gets the same loss, and the gradients of its own
+logits or slice of the weight; the gradient of hidden states, which all ranks hold alike, is added up over them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
+from fastloss._op import HALF_TYPES
+from fastloss.linear_statistics import linear_token_stats
+from fastloss.statistics import token_stats
+
+__all__ = ["all_gather", "cross_entropy", "linear_cross_entropy", "sum_of_gradients"]
+
+
+def _check_group(group: Any) -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("group: torch.distributed is not initialised; call init_process_group first")
+    if dist.get_rank(group) < 0:
+        raise RuntimeError("group: this process is not one of its ranks")
+
+
+def _added_up(x: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks, of half types in float32."""
+    total = x.to(torch.float32 if x.dtype in HALF_TYPES else x.dtype, copy=True).contiguous()
+    dist.all_reduce(total, group=group)
+    return total.to(x.dtype)
+
+
+class _AllGather(Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.rows = group, x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        begin = dist.get_rank(ctx.group) * ctx.rows
+        return _added_up(grad, ctx.group)[begin : begin + ctx.rows].clone(), None
+
+
+class _SumOfGradients(Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _added_up(grad, ctx.group), None
+
+
+def all_gather(x: Tensor, group: Any = None) -> Tensor:
+    """The tensors of all ranks one after another along their first dimension, differentiable.
+
+    Backward adds the gradients up over the ranks and gives each its own part: that of the sum of all ranks' losses.
+
+    Args:
+        x: of the same shape and dtype on every rank.
+        group: a process group. Default: all processes.
+    """
+    _check_group(group)
+    return _AllGather.apply(x.contiguous(), group)
+
+
+def sum_of_gradients(x: Tensor, group: Any = None) -> Tensor:
+    """`x`, which all ranks hold alike and of which each computes a part: backward adds its gradient up over them."""
+    _check_group(group)
+    return _SumOfGradients.apply(x, group)
+
+
+class _NegativeLogProbability(Function):
+    """-log p of the target from what each rank knows of its slice: `lse`, and where it is `own`, `logp` in it.
+
+    Everything is relative to the largest lse M. With the mass s = exp(lse - M) of a slice, and `others` all of it
+    but the target's exp(z), the loss is log(1 + others / exp(z)): exact however far the target wins.
+    """
+
+    @staticmethod
+    def forward(ctx, lse, logp, own, group):
+        top = lse.clone()
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+        top = torch.where(top.isfinite(), top, 0.0)
+        mass = (lse - top).exp()
+        apart = torch.where(own, mass * -torch.expm1(logp), mass)
+        z = torch.where(own, (lse - top) + logp, 0.0)
+        sums = torch.stack([apart, z, own.to(lse.dtype)])
+        dist.all_reduce(sums, group=group)
+        others, z, owners = sums.unbind(0)
+        total = others + z.exp()
+        ctx.save_for_backward(torch.where(own, apart - others, mass) / total, own)
+        ctx.mark_non_differentiable(owners)
+        return torch.logaddexp(others.log() - z, torch.zeros_like(z)), owners
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if torch.is_grad_enabled():  # what is saved depends on every rank's logits
+            raise RuntimeError(
+                "the loss over several processes can be differentiated once: not with create_graph"
+            )
+        of_lse, own = ctx.saved_tensors
+        return grad * of_lse, torch.where(own, -grad, 0.0), None, None
+
+
+def _targets(
+    target: Tensor, rows: int, classes: int, ignore_index: int, first_class: int | None, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count, which of them have their class here, and where (0 elsewhere)."""
+    if target.dtype != torch.int64:
+        raise RuntimeError(f"target: expected classes of type int64, got {target.dtype}")
+    if target.shape != (rows,):
+        raise ValueError(f"target: expected shape {(rows,)}, got {tuple(target.shape)}")
+    first = dist.get_rank(group) * classes if first_class is None else first_class
+    valid = target != ignore_index
+    own = valid & (target >= first) & (target < first + classes)
+    return valid, own, torch.where(own, target - first, 0)
+
+
+def _loss(stats, valid: Tensor, own: Tensor, target: Tensor, mode: int, dtype: torch.dtype, group) -> Tensor:
+    nll, owners = _NegativeLogProbability.apply(stats.lse, stats.logp, own, group)
+    if target.is_cpu:
+        wrong = valid & (owners != 1)
+        if wrong.any():
+            raise IndexError(
+                f"Target {target[wrong][0].item()} is out of bounds: expected a class of exactly one rank"
+            )
+    else:
+        nll = torch.where(owners == 1, nll, torch.nan)
+    nll = torch.where(valid, nll, 0.0)
+    if mode == 0:
+        return nll.to(dtype)
+    total = nll.sum()
+    return (total / valid.sum() if mode == 1 else total).to(dtype)
+
+
+def _scales(logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """As temperature and softcap of `token_stats`, which caps first: s x = (x / T) with a cap of c T."""
+    scale = check_number("logit_scale", logit_scale, low=math.ulp(0.0))
+    cap = None if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) / scale
+    return 1 / scale, cap
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    first_class: int | None = None,
+    group: Any = None,
+) -> Tensor:
+    r"""Cross-entropy of logits of which each rank holds a slice of the classes.
+
+    `fastloss.functional.cross_entropy` of all slices beside each other. The ranks exchange four numbers of each row:
+    one all-reduce of the largest log-sum-exp, one of the probability mass, the target's logit and who holds it.
+    Backward exchanges nothing. Each rank gets the same loss and the gradient of its own logits, for an upstream
+    gradient that is the same on every rank.
+
+    Differs from one process by rounding alone: with W ranks, logits :math:`z` and rounding unit :math:`u` (2^-24, in
+    float64 2^-53), value and gradient by at most :math:`u (W + 8 + 4 \max |z|)` of themselves before they are rounded
+    to the input's type. It can be differentiated once. Where a rank's logits of a row are all -inf the loss is right,
+    and the gradient of these logits is NaN, as that of such a row always is.
+
+    Args:
+        input: `(N, C_r)`, this rank's logits; float32, float64, bfloat16 or float16.
+        target: classes `(N)`, int64, numbered over all ranks; the same on every rank.
+        ignore_index: rows with this class count nothing. Default: -100.
+        reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
+        logit_scale: multiplies the logits, > 0. Default: 1.
+        softcap: bounds the logits. Default: none.
+        first_class: the number of this rank's first class. Default: its rank times C_r, for slices of equal size.
+        group: a process group. Default: all processes.
+
+    Returns:
+        A scalar, or for `"none"` a tensor `(N)`, of the input's type.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it. IndexError, on every rank: on
+            the CPU for a target that is not exactly one rank's; on CUDA its loss is NaN.
+
+    Source: Megatron-LM's vocabulary-parallel cross-entropy, https://arxiv.org/abs/1909.08053.
+    """
+    mode = check_reduction(reduction)
+    _check_group(group)
+    check_tensors(input, target=target)
+    check_floating("input", input)
+    if input.dim() != 2:
+        raise RuntimeError(f"input: expected (N, C_r), got shape {tuple(input.shape)}")
+    rows, classes = input.shape
+    valid, own, index = _targets(target, rows, classes, ignore_index, first_class, group)
+    temperature, cap = _scales(logit_scale, softcap)
+    stats = token_stats(input, index, temperature, mask=valid, softcap=cap)
+    return _loss(stats, valid, own, target, mode, input.dtype, group)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    first_class: int | None = None,
+    group: Any = None,
+) -> Tensor:
+    r"""Cross-entropy of the logits `input @ linear_weight.T + linear_bias`, each rank holding a slice of the classes.
+
+    `fastloss.functional.linear_cross_entropy` of all slices beside each other, without logits of more than a chunk of
+    rows. The ranks exchange what `cross_entropy` here does, and in backward add up the gradient of `input`, in
+    float32 for half types, of which each rank's part is rounded once to the input's type. Its rounding is that of
+    `cross_entropy` here and of the products. It can be differentiated once.
+
+    Args:
+        input: hidden states `(N, in_features)`, the same on every rank.
+        linear_weight: this rank's slice, `(C_r, in_features)`.
+        target: classes `(N)`, int64, numbered over all ranks; the same on every rank.
+        linear_bias: this rank's slice, `(C_r)`. Default: none.
+        reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
+        ignore_index: rows with this class count nothing. Default: -100.
+        logit_scale: multiplies the logits, > 0. Default: 1.
+        softcap: bounds the logits. Default: none.
+        first_class: the number of this rank's first class. Default: its rank times C_r, for slices of equal size.
+        group: a process group. Default: all processes.
+
+    Returns:
+        A scalar, or for `"none"` a tensor `(N)`, of the input's type.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as for `cross_entropy` here.
+
+    Source: Megatron-LM, https://arxiv.org/abs/1909.08053; chunks as in `fastloss.functional.linear_cross_entropy`.
+    """
+    mode = check_reduction(reduction)
+    _check_group(group)
+    check_tensors(input, linear_weight=linear_weight, target=target)
+    if input.dim() != 2:
+        raise RuntimeError(f"input: expected (N, in_features), got shape {tuple(input.shape)}")
+    rows, classes = input.shape[0], linear_weight.shape[0]
+    valid, own, index = _targets(target, rows, classes, ignore_index, first_class, group)
+    temperature, cap = _scales(logit_scale, softcap)
+    stats = linear_token_stats(
+        sum_of_gradients(input, group), linear_weight, index, temperature, linear_bias=linear_bias, mask=valid,
+        softcap=cap,
+    )  # fmt: skip
+    return _loss(stats, valid, own, target, mode, input.dtype, group)

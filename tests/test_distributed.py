@@ -1,0 +1,166 @@
+"""A vocabulary over two processes: values and gradients of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import same_bits
+
+import fastloss
+from fastloss import distributed, functional
+
+CLASSES = 45
+CUT = 17  # slices of unequal size
+SHARE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-2}
+
+
+def slices(rank):
+    return (0, CUT) if rank == 0 else (CUT, CLASSES)
+
+
+def problem(dtype, scale=1.0):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(13, 8, generator=g, dtype=torch.float64)
+    w = torch.randn(CLASSES, 8, generator=g, dtype=torch.float64)
+    b = torch.randn(CLASSES, generator=g, dtype=torch.float64)
+    logits = scale * torch.randn(13, CLASSES, generator=g, dtype=torch.float64)
+    target = torch.randint(CLASSES, (13,), generator=g)
+    return [t.to(dtype) for t in (x, w, b, logits)], target
+
+
+def close(got, expected, dtype, what):
+    error = (got.double() - expected.double()).abs().max()
+    assert error <= SHARE[dtype] * expected.double().abs().max(), f"{what}: {error}"
+
+
+def check_cross_entropy(rank, dtype, reduction, scale):
+    (*_, logits), target = problem(dtype, scale)
+    target[::4] = -100
+    begin, end = slices(rank)
+    mine, whole = (t.detach().clone().requires_grad_() for t in (logits[:, begin:end], logits))
+    options = {"reduction": reduction, "logit_scale": 0.7, "softcap": 30.0}
+    ours = distributed.cross_entropy(mine, target, first_class=begin, **options)
+    theirs = functional.cross_entropy(whole, target, **options)
+    upstream = torch.linspace(0.5, 1.5, max(ours.numel(), 1), dtype=dtype).view(ours.shape)
+    ours.backward(upstream)
+    theirs.backward(upstream)
+    close(ours, theirs, dtype, f"value {dtype} {reduction} {scale}")
+    close(mine.grad, whole.grad[:, begin:end], dtype, f"gradient {dtype} {reduction} {scale}")
+
+
+def check_linear(rank, dtype, reduction):
+    (x, w, b, _), target = problem(dtype)
+    target[1] = -100
+    begin, end = slices(rank)
+    mine = [t.detach().clone().requires_grad_() for t in (x, w[begin:end], b[begin:end])]
+    whole = [t.detach().clone().requires_grad_() for t in (x, w, b)]
+    ours = distributed.linear_cross_entropy(
+        *mine[:2], target, linear_bias=mine[2], reduction=reduction, first_class=begin
+    )
+    theirs = functional.linear_cross_entropy(*whole[:2], target, linear_bias=whole[2], reduction=reduction)
+    ours.sum().backward()
+    theirs.sum().backward()
+    close(ours, theirs, dtype, "value")
+    for part, full, name in zip(mine, whole, ("input", "weight", "bias"), strict=True):
+        close(part.grad, full.grad if name == "input" else full.grad[begin:end], dtype, f"gradient of {name}")
+    everywhere = distributed.all_gather(ours.detach().reshape(-1))
+    assert same_bits(*everywhere.chunk(2)), "every rank has the same loss"
+    everywhere = distributed.all_gather(mine[0].grad)
+    assert same_bits(*everywhere.chunk(2)), "and the same gradient of what they share"
+
+
+def check_extremes(rank):
+    """A target that wins or loses by far, alone in its slice or not; slices of -inf; no row that counts."""
+    for margin in (60.0, -60.0, 1e4, -1e4):
+        for y in (3, 20):
+            logits = torch.zeros(1, 40)
+            logits[0, y] = margin
+            target = torch.tensor([y])
+            mine, whole = (
+                t.clone().requires_grad_() for t in (logits[:, 20 * rank : 20 * rank + 20], logits)
+            )
+            ours = distributed.cross_entropy(mine, target)
+            theirs = functional.cross_entropy(whole, target)
+            ours.backward()
+            theirs.backward()
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                mine.grad, whole.grad[:, 20 * rank : 20 * rank + 20], rtol=1e-5, atol=1e-30
+            )
+    logits = torch.randn(2, 20, generator=torch.Generator().manual_seed(1))
+    hidden = torch.full_like(logits, -torch.inf) if rank else logits
+    loss = distributed.cross_entropy(hidden, torch.tensor([1, 2]))
+    torch.testing.assert_close(loss, functional.cross_entropy(logits, torch.tensor([1, 2])))
+    none = distributed.cross_entropy(logits, torch.full((2,), -100))
+    assert none.isnan()
+    empty = distributed.cross_entropy(logits[:0], torch.empty(0, dtype=torch.int64), reduction="sum")
+    assert empty == 0
+
+
+def check_errors(rank):
+    logits = torch.zeros(2, 20)
+    for target in ([0, 40], [0, -1]):
+        with pytest.raises(IndexError, match="out of bounds"):
+            distributed.cross_entropy(logits, torch.tensor(target))
+    with pytest.raises(IndexError, match="exactly one rank"):
+        distributed.cross_entropy(logits, torch.tensor([0, 1]), first_class=0)
+    with pytest.raises(ValueError, match="target"):
+        distributed.cross_entropy(logits, torch.tensor([0]))
+    x = torch.zeros(2, 20, requires_grad=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(distributed.cross_entropy(x, torch.tensor([0, 1])), x, create_graph=True)
+
+
+def check_all_gather(rank):
+    x = (torch.arange(6.0).view(2, 3) + 10 * rank).requires_grad_()
+    together = distributed.all_gather(x)
+    assert torch.equal(together, torch.cat([torch.arange(6.0).view(2, 3) + 10 * r for r in range(2)]))
+    weight = torch.arange(12.0).view(4, 3) * (rank + 1)
+    (together * weight).sum().backward()
+    expected = torch.arange(12.0).view(4, 3) * 3
+    assert torch.equal(x.grad, expected[2 * rank : 2 * rank + 2])
+
+
+def work(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    for dtype in SHARE:
+        for reduction in ("none", "mean", "sum"):
+            check_cross_entropy(rank, dtype, reduction, 3.0)
+            check_linear(rank, dtype, reduction)
+    check_cross_entropy(rank, torch.float64, "mean", 200.0)
+    check_extremes(rank)
+    check_errors(rank)
+    check_all_gather(rank)
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    here = Path(__file__)
+    paths = [str(Path(fastloss.__file__).parents[1]), str(here.parent), *sys.path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, str(here), str(tmp_path / "meeting")]
+    ranks = [
+        subprocess.Popen([*command, str(r)], env=env, stderr=subprocess.PIPE, text=True) for r in range(2)
+    ]
+    try:
+        errors = [p.communicate(timeout=120)[1] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(errors)
+
+
+def test_without_a_process_group():
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        distributed.cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[2]), sys.argv[1])
