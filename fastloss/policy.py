@@ -84,6 +84,8 @@ def _positive(name: str, value: float | None) -> float:
 
 def _shares(mask: Tensor | None, x: Tensor, mode: str, horizon: float | None) -> tuple[Tensor | None, Any]:
     """Weights of tokens (None: 1) and what the sum of their losses is divided by, a number or a tensor of one."""
+    if mask is not None and mask.dtype == torch.bool and mode in ("none", "token-sum", "token-mean"):
+        return mask, mask.count_nonzero().clamp(min=1) if mode == "token-mean" else 1
     if mask is not None:
         w, norm = token_weights(mask, x, mode, horizon)
         # where tokens are not divided by the lengths, flags are read as they are
@@ -109,10 +111,12 @@ def _aggregate(op, inputs, numbers, shares, mode, normalizer) -> Tensor:
         if isinstance(norm, Tensor):
             if norm.numel() != 1:
                 raise ValueError(f"normalizer: expected one number, got shape {tuple(norm.shape)}")
-            norm = norm.detach().reshape(()).to(high)
+            norm = norm.detach().reshape(())
         else:
             norm = _positive("normalizer", norm)
     reduction = "none" if mode == "none" else "sum"
+    if isinstance(norm, Tensor):
+        norm = norm.to(high)
     if not isinstance(norm, Tensor) and norm is not None:
         if norm == x.numel() and reduction == "sum":
             reduction, norm = "mean", None

@@ -42,7 +42,7 @@ __device__ __forceinline__ void write_result(const ElementArgs& a, double sum) {
 template <class T>
 __device__ __forceinline__ acc_t<T> element(const ElementArgs& a, const ElementInput& x, int64_t i) {
   using R = acc_t<T>;
-  const int64_t row = x.inner == 1 ? i : i / x.inner;
+  const int64_t row = x.inner == 1 ? i : x.period == 1 ? 0 : i / x.inner;  // divided only where it must be
   if (x.source == Source::one_hot || x.source == Source::not_ignored) {
     const int64_t c = static_cast<const int64_t*>(x.p)[row];
     if (x.source == Source::not_ignored) return c == a.ignore_index ? R(0) : R(1);
