@@ -73,6 +73,14 @@ def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def _wanted(op: Op, tensors: Sequence[Tensor]) -> int:
+    """The inputs that are to be differentiated, a bit for each."""
+    transformed = not torch.compiler.is_compiling() and _functorch_active()
+    return sum(
+        1 << i for i in op.wrt if tensors[i].is_floating_point() and (transformed or tensors[i].requires_grad)
+    )
+
+
 def _differentiable(t: Tensor | None) -> bool:
     return t is not None and t.is_floating_point()
 
@@ -298,6 +306,28 @@ class RowOp(FusedOp):
             raise RuntimeError("inplace_backward=True: the gradient cannot be differentiated again")
 
 
+class NumberOp(FusedOp):
+    """A row loss with a term for numbers: `(input, target, ids, table, worst, position, number_weight)`, one output.
+
+    `options` are `ignore_index, reduction, numbers, wide`, as in the operator's schema.
+    """
+
+    backward_options = slice(2, 3)
+    saved = 1
+    reduction = 1
+
+    def __init__(self, name: str, reference: Callable[..., Tensor], saved: int):
+        def fake(input, target, *rest):
+            reduction, wide, gradient = rest[6], *rest[-2:]
+            high = torch.float64 if input.dtype == torch.float64 else torch.float32
+            shape = target.shape if reduction == REDUCTIONS["none"] else []
+            loss = input.new_empty(shape, dtype=high if wide else input.dtype)
+            state = input.new_empty([target.numel(), 3 + saved], dtype=high)
+            return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
+
+        super().__init__(name, reference, fake, tensors=7)
+
+
 class ElementOp(FusedOp):
     """An elementwise loss: `inputs` tensors of one shape, then `weight` of that shape and `norm`, one number.
 
@@ -333,13 +363,39 @@ class ElementOp(FusedOp):
         return grads[0] if len(grads) == 1 else tuple(grads)
 
     def __call__(self, tensors, options) -> Tensor:
-        transformed = not torch.compiler.is_compiling() and _functorch_active()
-        wanted = sum(
-            1 << i
-            for i in self.wrt
-            if tensors[i].is_floating_point() and (transformed or tensors[i].requires_grad)
-        )
-        return super().__call__(tensors, (*options, wanted))
+        return super().__call__(tensors, (*options, _wanted(self, tensors)))
+
+
+class DivergenceOp(FusedOp):
+    """A divergence of two tensors of logits: tensors `(student, teacher, row_weight)`, one output.
+
+    `options` are `reduction, logit_scale, beta`; the reference takes the tensors and these.
+    """
+
+    backward_options = slice(1, 4)
+    saved = 1
+    reduction = 0
+
+    def __init__(self, name: str, reference: Callable[..., Tensor]):
+        def fake(student, teacher, row_weight, reduction, scale, beta, wanted, gradient):
+            high = torch.float64 if student.dtype == torch.float64 else torch.float32
+            rows = [] if reduction != REDUCTIONS["none"] else student.shape[:-1]
+            count = 1
+            for size in student.shape[:-1]:
+                count = count * size
+            loss, state = student.new_empty(rows, dtype=high), student.new_empty([count, 7], dtype=high)
+            return loss, state, *self._empty_gradients(student, wanted if gradient else 0)
+
+        super().__init__(name, lambda *args: reference(*args[:-1]), fake, tensors=3, wrt=(0, 1))
+
+    def _empty_gradients(self, student: Tensor, wanted: int) -> list[Tensor]:
+        return [student.new_empty(student.shape if wanted >> i & 1 else [0]) for i in self.wrt]
+
+    def fake_backward(self, *args):
+        return tuple(self._empty_gradients(args[1], args[-1]))
+
+    def __call__(self, tensors, options) -> Tensor:
+        return super().__call__(tensors, (*options, _wanted(self, tensors)))
 
 
 class LinearOp(Op):

@@ -2,6 +2,7 @@
 
 from fastloss import (
     contrastive,
+    divergence,
     focal,
     linear,
     linear_statistics,
@@ -19,6 +20,7 @@ from fastloss import (
     token,
 )
 from fastloss.contrastive import *  # noqa: F403
+from fastloss.divergence import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
 from fastloss.linear import *  # noqa: F403
 from fastloss.linear_statistics import *  # noqa: F403
@@ -41,6 +43,7 @@ __all__ = [
         token,
         focal,
         statistics,
+        divergence,
         number_token,
         pointwise,
         regression,

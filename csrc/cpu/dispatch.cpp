@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "divergence.h"
 #include "linear.h"
 #include "tiles.h"
 
@@ -74,6 +75,11 @@ const char* linear_capability() { return &linear_kernels() == &linear_amx ? "amx
 const TileKernels& tile_kernels() {
   const Kernels* chosen = choice().kernels;
   return chosen == &kernels_avx512 ? tiles_avx512 : chosen == &kernels_avx2 ? tiles_avx2 : tiles_sse2;
+}
+DivergenceKernel divergence_kernel() {
+  const Kernels* chosen = choice().kernels;
+  if (chosen == &kernels_avx512) return divergence_avx512;
+  return chosen == &kernels_avx2 ? divergence_avx2 : divergence_sse2;
 }
 
 }  // namespace fastloss::cpu

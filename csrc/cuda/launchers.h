@@ -5,6 +5,7 @@
 #include "../core/rows.h"
 #include "../core/scan.h"
 #include "../core/tiles.h"
+#include "../losses/divergence.h"
 #include "../losses/elements.h"
 #include "../losses/sequence.h"
 #include "../losses/token.h"
@@ -19,6 +20,8 @@ void row_reduce(const RowArgs& args, void* out, void* stream);
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const RowArgs& args, void* stream);
 FASTLOSS_ROW_KERNELS(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
+
+void divergence(const DivergenceArgs& args, void* stream);
 
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const ScanArgs& args, void* stream);
 FASTLOSS_SCANS(FASTLOSS_LAUNCHER)

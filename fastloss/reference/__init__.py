@@ -2,6 +2,7 @@
 
 from fastloss.reference import (
     contrastive,
+    divergence,
     focal,
     linear,
     margin,
@@ -17,6 +18,7 @@ from fastloss.reference import (
     token,
 )
 from fastloss.reference.contrastive import *  # noqa: F403
+from fastloss.reference.divergence import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
 from fastloss.reference.linear import *  # noqa: F403
 from fastloss.reference.margin import *  # noqa: F403
@@ -37,6 +39,7 @@ __all__ = [
         token,
         focal,
         statistics,
+        divergence,
         number_token,
         pointwise,
         regression,
