@@ -1,5 +1,6 @@
-"""Losses that know the values of number tokens. They ask `token_stats` for the log-probabilities of the label and
-of the number tokens, which costs one read of the vocabulary; what follows is arithmetic on [rows, number tokens]."""
+"""Losses that know the values of number tokens. Those without a cross-entropy ask `token_stats` for the
+log-probabilities of the number tokens, which costs one read of the vocabulary; what follows is arithmetic on
+[rows, number tokens]."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
-from fastloss._op import HALF_TYPES
+from fastloss._op import HALF_TYPES, REDUCTIONS, NumberOp
 from fastloss._registry import Draw, Loss, register
 from fastloss.statistics import log_probs_of
 from fastloss.token import is_wide
@@ -18,6 +19,30 @@ from fastloss.token import is_wide
 __all__ = ["cross_entropy_with_number_token_loss", "gaussian_cross_entropy", "number_token_loss"]
 
 KINDS = ("wasserstein", "mse")
+
+
+def _of_operator(
+    input, target, ids, table, worst, position, number_weight, ignore_index, reduction, numbers, wide
+):
+    dim = 1 if input.dim() > 1 else 0
+    z = input.float() if input.dtype in HALF_TYPES else input
+    plain = reference.cross_entropy(z, target, ignore_index=ignore_index, reduction="none")
+    counts = number_weight != 0
+    z = torch.where(counts.unsqueeze(-1), z.movedim(dim, -1), 0.0)
+    logp = z.log_softmax(-1)[..., ids]
+    loss = (logp.softmax(-1) * table[position]).sum(-1)
+    if numbers[2]:
+        loss = loss.square()
+    if numbers[3]:
+        mass = logp.exp().sum(-1)
+        loss = loss * mass + worst * (1 - mass)
+    each = plain + torch.where(counts, number_weight * loss, 0.0)
+    if reduction != REDUCTIONS["none"]:
+        each = each.sum() / (target != ignore_index).sum() if reduction == REDUCTIONS["mean"] else each.sum()
+    return each if wide else each.to(input.dtype)
+
+
+_cross_entropy_numbers = NumberOp("cross_entropy_numbers", _of_operator, saved=1)
 
 
 def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: torch.Size) -> None:
@@ -64,23 +89,31 @@ def _numbers(labels: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tenso
     return match.any(-1), torch.where(match, values, 0.0).sum(-1)
 
 
+def _distances(values: Tensor, y: Tensor, kind: str, squash_factor: float | None) -> tuple[Tensor, Tensor]:
+    """How far each value is from each of `y`, [..., D]; the largest loss."""
+    away = values - y.unsqueeze(-1)
+    gaps = (values.unsqueeze(0) - values.unsqueeze(1)).abs()
+    most = gaps.amax()
+    if kind != "wasserstein":
+        return away, most.square()
+    if squash_factor is None:
+        return away.abs(), most
+    least = torch.where(gaps == 0, torch.inf, gaps).amin()
+    several = most > least  # else all different values are equally far apart: 1
+    scale = torch.where(several, (squash_factor - 1) / torch.where(several, most - least, 1.0), 0.0)
+    gap = away.abs()
+    gap = torch.where(gap == 0, 0.0, 1 + torch.where(several, gap - least, 0.0) * scale)
+    return gap, torch.where(several, squash_factor, 1.0).to(gap.dtype)
+
+
 def _number_rows(
     logp: Tensor, y: Tensor, values: Tensor, kind: str, reweigh: bool, squash_factor: float | None
 ) -> Tensor:
     """From the log-probabilities of the number tokens, [..., D]."""
-    q = logp.softmax(-1)
-    gaps = (values.unsqueeze(0) - values.unsqueeze(1)).abs()
-    if kind == "wasserstein":
-        gap, most = (values - y.unsqueeze(-1)).abs(), gaps.amax()
-        if squash_factor is not None:
-            least = torch.where(gaps == 0, torch.inf, gaps).amin()
-            several = most > least  # else all different values are equally far apart: 1
-            scale = torch.where(several, (squash_factor - 1) / torch.where(several, most - least, 1.0), 0.0)
-            gap = torch.where(gap == 0, 0.0, 1 + torch.where(several, gap - least, 0.0) * scale)
-            most = torch.where(several, squash_factor, 1.0).to(gap.dtype)
-        loss = (q * gap).sum(-1)
-    else:
-        loss, most = ((q * values).sum(-1) - y).square(), gaps.amax().square()
+    far, most = _distances(values, y, kind, squash_factor)
+    loss = (logp.softmax(-1) * far).sum(-1)
+    if kind == "mse":
+        loss = loss.square()
     if reweigh:
         mass = logp.exp().sum(-1)
         loss = loss * mass + 1.01 * most * (1 - mass)
@@ -195,19 +228,33 @@ def cross_entropy_with_number_token_loss(
     values = _check_tokens(logits, token_ids, token_values)
     _check_options(kind, reduction, squash_factor)
     weight = check_number("ntl_weight", ntl_weight)
+    ids, order = token_ids.sort()
+    far, most = _distances(values[order], values[order], kind, squash_factor)
     valid = labels != ignore_index
-    is_number, y = _numbers(labels, token_ids, values)
-    counts = is_number & valid
-    label = torch.where(valid, labels, 0).unsqueeze(-1)
-    logp = log_probs_of(
-        logits,
-        torch.cat([label, token_ids.expand(*labels.shape, -1)], -1),
-        valid,
-        index_name="labels or token_ids",
+    match = labels.unsqueeze(-1) == ids
+    is_number = match.any(-1) & valid
+    position = match.to(torch.uint8).argmax(-1)
+    share = is_number.to(values.dtype) * weight
+    if reduction == "mean":  # of the numbers among all labels
+        share = share * (valid.sum().to(share.dtype) / is_number.sum().clamp(min=1))
+    # rows without a copy where they lie in a row
+    flat = logits.dim() < 3 or logits.is_contiguous()
+    rows = (
+        logits.flatten(0, -2) if flat and logits.dim() > 1 else logits.movedim(-1, min(1, logits.dim() - 1))
     )
-    rows = _number_rows(logp[..., 1:], y, values, kind, reweigh, squash_factor)
-    numbers = _reduced(torch.where(counts, rows, 0.0), counts, reduction, 1)
-    return _typed(_reduced(-logp[..., 0], valid, reduction, 0) + weight * numbers, logits)
+    if flat:
+        labels, position, share = (t.flatten() if logits.dim() > 1 else t for t in (labels, position, share))
+    numbers = [0.0, 0.0, float(kind == "mse"), float(reweigh)]
+    tensors = rows, labels, ids, far, 1.01 * most, position, share
+    try:
+        loss = _cross_entropy_numbers(
+            tensors, (ignore_index, REDUCTIONS[reduction], numbers, is_wide(logits))
+        )
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"labels or token_ids: {error}") from None
+        raise
+    return loss.view(logits.shape[:-1]) if reduction == "none" else loss
 
 
 def gaussian_cross_entropy(

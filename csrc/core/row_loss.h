@@ -25,6 +25,7 @@ struct RowLossDefaults {
   static constexpr bool kSideStreams = false;     // `w` and `q` are read for every class
   static constexpr bool kGradUsesLogit = false;   // `grad` uses z - m
   static constexpr bool kProportional = false;    // `grad` is p * coef.p
+  static constexpr bool kNumbers = false;         // losses/number_token.h adds a term to some rows
   static constexpr bool kNormCountsRows = false;  // "mean" counts rows, whatever their class weights
 };
 

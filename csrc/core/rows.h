@@ -55,7 +55,14 @@ struct RowArgs {
   bool skip_unit_upstream;      // backward: do nothing if upstream[0] is 1
   bool past_cache;              // CPU: dx is too large for the caches, write around them
   double logit_scale, softcap;  // softcap 0: none
-  double options[kMaxOptions];  // the loss's own, in the order of its struct
+  // a loss with kNumbers:
+  const int64_t* number_ids;  // [numbers] classes, ascending
+  int64_t numbers;
+  const void* number_table;        // [numbers, numbers] in the accumulation type
+  const void* number_worst;        // one number of it
+  const int64_t* number_position;  // [rows]: the label's among number_ids
+  const void* number_weight;       // [rows] in the accumulation type, 0 for no number
+  double options[kMaxOptions];     // the loss's own, in the order of its struct
 };
 
 }  // namespace fastloss

@@ -9,6 +9,7 @@
 #include "../core/row_loss.h"
 #include "../core/rows.h"
 #include "../core/simd.h"
+#include "../losses/number_token.h"
 #include "scratch.h"
 
 namespace fastloss::inline FL_ISA {
@@ -33,13 +34,17 @@ class RowWalker {
         inverse_cap_(R(1 / args.softcap)) {
     const int64_t blocks = (n_ + kBlock - 1) / kBlock, padded = (n_ + 2 * W) / W * W;
     const int64_t exps = args.pass == RowPass::forward_gradient ? padded * sizeof(R) : 0;
-    const int64_t staged = padded * sizeof(T);
-    char* p = static_cast<char*>(cpu::thread_scratch(exps + blocks * sizeof(R) + 3 * staged + 64));
+    const int64_t staged = padded * sizeof(T), numbers = (args.numbers + W - 1) / W * W * sizeof(R);
+    char* p =
+        static_cast<char*>(cpu::thread_scratch(exps + blocks * sizeof(R) + 3 * staged + 3 * numbers + 64));
     exps_ = reinterpret_cast<R*>(p);
     staged_x_ = reinterpret_cast<T*>(p + exps);
     staged_q_ = reinterpret_cast<T*>(p + exps + staged);
     staged_dx_ = reinterpret_cast<T*>(p + exps + 2 * staged);
     bases_ = reinterpret_cast<R*>(p + exps + 3 * staged);
+    number_logits_ = bases_ + blocks;
+    number_shared_ = number_logits_ + numbers / sizeof(R);
+    number_own_ = number_shared_ + numbers / sizeof(R);
   }
 
   FL_FN void run(int64_t begin, int64_t end) {
@@ -58,6 +63,7 @@ class RowWalker {
     int64_t t;
     RowState<R> state;
     Target<R> target;
+    NumberTerm<R> number;
   };
 
   FL_NOINLINE void row(int64_t r) {
@@ -90,13 +96,16 @@ class RowWalker {
       for (int i = 0; i < Loss::kSaved; ++i) row.state.saved[i] = state[kStateHead + i];
       row.target.d = zt - row.state.m;
       if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a_.upstream)[r * a_.upstream_stride];
+      if constexpr (Loss::kNumbers) number_term(row, r);
     } else {
       if constexpr (Loss::kPlanes) {
         accumulate(row, zt);
         loss_.write(row.state, results(r));
         write_asked(row, r);
       } else {
-        static_cast<R*>(a_.loss)[r] = k * accumulate(row, zt);
+        R value = accumulate(row, zt);
+        if constexpr (Loss::kNumbers) value += number_term(row, r);
+        static_cast<R*>(a_.loss)[r] = k * value;
       }
       if (a_.norm) k /= *static_cast<const R*>(a_.norm);
       state[0] = row.state.m;
@@ -138,6 +147,55 @@ class RowWalker {
       const R z = asked_logit(row, j), d = z - row.state.m;
       const R dz = loss_.asked_for(exp(d - row.state.log_sum), d, g * scale_, coef);
       store_one(dx + j, dz * (slope(fill<F>(widen(row.x[j])))[0] / scale_));
+    }
+  }
+
+  // ---- the term of a loss with numbers
+  FL_FN const R* number_far(int64_t r) const {
+    return static_cast<const R*>(a_.number_table) + a_.number_position[r] * a_.numbers;
+  }
+  FL_FN F far_part(const R* far, int64_t k) const {
+    return k + W <= a_.numbers ? load(far + k) : load_part(far + k, a_.numbers - k, R(0));
+  }
+  FL_NOINLINE R number_term(Row& row, int64_t r) const {
+    const R weight = static_cast<const R*>(a_.number_weight)[r];
+    if (weight == 0) return 0;
+    const int64_t count = a_.numbers;
+    const R* far = number_far(r);
+    R top = -INFINITY;
+    for (int64_t k = 0; k < count; ++k) {
+      number_logits_[k] = logit(fill<F>(widen(row.x[a_.number_ids[k]])))[0];
+      top = max(number_logits_[k], top);
+    }
+    for (int64_t k = count; k % W; ++k) number_logits_[k] = -INFINITY;
+    const R base = finite(top);
+    F total{}, away{};
+    for (int64_t k = 0; k < count; k += W) {
+      const F e = exp(load(number_logits_ + k) - base);
+      total += e;
+      away += e * far_part(far, k);
+    }
+    const R sum = horizontal_sum(total);
+    row.number = loss_.numbers.term(weight, *static_cast<const R*>(a_.number_worst),
+                                    horizontal_sum(away) / sum, base, sum, row.state.m, row.state.log_sum);
+    return row.number.value;
+  }
+  // Over the gradient of the number tokens' classes, which `coef` knows without their own share.
+  template <class Coef>
+  FL_NOINLINE void number_gradient(const Row& row, int64_t r, T* dx, const Coef& coef, R g,
+                                   R at_target) const {
+    const int64_t count = a_.numbers, *ids = a_.number_ids;
+    const R* far = number_far(r);
+    for (int64_t k = 0; k < count; k += W) {
+      const F z = load(number_logits_ + k), p = exp((z - row.state.m) - row.state.log_sum);
+      store(number_shared_ + k, loss_.grad(p, F{}, F{}, F{}, coef));
+      store(number_own_ + k, loss_.numbers.own(row.number, exp(z - row.number.top), p, far_part(far, k)) * g);
+    }
+    for (int64_t k = 0; k < count;) {
+      const int64_t j = ids[k];
+      R dz = j == row.t ? at_target : number_shared_[k];
+      for (; k < count && ids[k] == j; ++k) dz += number_own_[k];  // a class may stand there more than once
+      store_one(dx + j, dz);
     }
   }
 
@@ -302,7 +360,7 @@ class RowWalker {
   FL_NOINLINE void gradient(const Row& row, int64_t r, T* dx, R g) {
     const bool kept = a_.pass == RowPass::forward_gradient;
     const bool capped = Loss::kSoftcap && cap_ > 0;
-    const auto coef = [&] {
+    auto coef = [&] {
       const R to_x = capped ? 1 : scale_;
       if constexpr (Loss::kPlanes) {
         return loss_.coef(row.state, upstream(r), a_.asked_each, to_x);
@@ -310,6 +368,7 @@ class RowWalker {
         return loss_.coef(row.state, row.target, g * to_x);
       }
     }();
+    if constexpr (Loss::kNumbers) loss_.add(coef, g * scale_ * row.number.beside);
     const bool past_cache = a_.past_cache && dx != staged_dx_;
     const R p_target = exp(row.target.d - row.state.log_sum);  // both before dx, which may be x, is written
     const R target_slope = capped && a_.target ? slope(fill<F>(widen(row.x[row.t])))[0] : 1;
@@ -368,7 +427,9 @@ class RowWalker {
     }
     if (a_.target) {
       const R dz = loss_.target(p_target, row.target.d, row.target.weight, coef);
-      store_one(dx + row.t, dz * target_slope);
+      if constexpr (Loss::kNumbers)
+        if (row.number.total != 0) number_gradient(row, r, dx, coef, g * scale_, dz);
+      if (!Loss::kNumbers || row.number.total == 0) store_one(dx + row.t, dz * target_slope);
     }
   }
   FL_FN void write_zeros(T* dx) const {
@@ -384,6 +445,7 @@ class RowWalker {
   const Loss loss_;
   const int64_t n_;
   const R scale_, cap_, inverse_cap_;
+  R *number_logits_, *number_shared_, *number_own_;  // of the number tokens: logits, gradients
   R *exps_, *bases_;  // this row's exponentials, and the maximum each block's are relative to
   T *staged_x_, *staged_q_, *staged_dx_;
 };

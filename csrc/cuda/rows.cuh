@@ -8,6 +8,7 @@
 #pragma once
 #include "../core/row_loss.h"
 #include "../core/rows.h"
+#include "../losses/number_token.h"
 #include "attributes.h"
 #include "vector.cuh"
 
@@ -223,6 +224,7 @@ struct RowTeam {
       if (a.class_weight) target.weight = static_cast<const R*>(a.class_weight)[t];
     }
     RowState<R> row;
+    NumberTerm<R> number{};
     R g = 1;
     if (backward) {
       row.m = state[0];
@@ -230,6 +232,7 @@ struct RowTeam {
 #pragma unroll
       for (int i = 0; i < Loss::kSaved; ++i) row.saved[i] = state[3 + i];
       target.d = zt - row.m;
+      if constexpr (Loss::kNumbers) number_term(row, number);
       if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
     } else {
       const Online<Loss, R> o = team_merge<kTeam>(sweep());
@@ -237,7 +240,9 @@ struct RowTeam {
       target.d = zt - row.m;
       const R e = a.target ? exp(target.d) : R(0);
       row.log_sum = log(o.s + e);
-      const R value = k * loss.finish(row, o.extra, o.s, e, target);
+      R value = loss.finish(row, o.extra, o.s, e, target);
+      if constexpr (Loss::kNumbers) value += number_term(row, number);
+      value *= k;
       if (a.norm) k /= *static_cast<const R*>(a.norm);
       if constexpr (Loss::kPlanes) write_asked(row);
       if (leader) {
@@ -260,7 +265,56 @@ struct RowTeam {
       write(s, dx);
       asked_gradient(s, dx);
     } else {
-      write(Slope{loss.coef(row, target, g * k * scale), row.m, row.log_sum}, dx);
+      Slope s{loss.coef(row, target, g * k * scale), row.m, row.log_sum};
+      if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.beside);
+      write(s, dx);
+      if constexpr (Loss::kNumbers)
+        if (number.total != 0) number_gradient(s, number, g * k * scale, dx);
+    }
+  }
+
+  // ---- the term of a loss with numbers; every warp of a team computes it
+  __device__ __forceinline__ const R* number_far() const {
+    return static_cast<const R*>(a.number_table) + a.number_position[r] * a.numbers;
+  }
+  __device__ __forceinline__ R number_term(const RowState<R>& row, NumberTerm<R>& number) const {
+    const R weight = static_cast<const R*>(a.number_weight)[r];
+    if (weight == 0) return 0;  // the same for the whole team
+    constexpr int kStep = kTeam >= 32 ? 32 : 1;
+    const R* far = number_far();
+    R top = -INFINITY, total = 0, away = 0;
+    for (int64_t k = lane % kStep; k < a.numbers; k += kStep) top = max(asked_logit(a.number_ids[k]), top);
+#pragma unroll
+    for (int offset = kStep / 2; offset; offset /= 2) top = max(__shfl_xor_sync(kFullMask, top, offset), top);
+    if (top == -INFINITY) top = 0;
+    for (int64_t k = lane % kStep; k < a.numbers; k += kStep) {
+      const R e = exp(asked_logit(a.number_ids[k]) - top);
+      total += e;
+      away += e * far[k];
+    }
+#pragma unroll
+    for (int offset = kStep / 2; offset; offset /= 2) {
+      total += __shfl_xor_sync(kFullMask, total, offset);
+      away += __shfl_xor_sync(kFullMask, away, offset);
+    }
+    number = loss.numbers.term(weight, *static_cast<const R*>(a.number_worst), away / total, top, total,
+                               row.m, row.log_sum);
+    return number.value;
+  }
+  __device__ __forceinline__ void number_gradient(const Slope& s, const NumberTerm<R>& number, R g,
+                                                  T* dx) const {
+    if constexpr (kTeam == 32) __syncwarp();
+    if constexpr (kTeam > 32) __syncthreads();  // after the writes of `write`
+    const R* far = number_far();
+    for (int64_t k = lane; k < a.numbers; k += kTeam) {
+      const int64_t j = a.number_ids[k];
+      if (j < 0 || j >= a.n || (k && a.number_ids[k - 1] == j)) continue;
+      const R z = asked_logit(j), d = z - s.m, p = exp(d - s.log_sum), e = exp(z - number.top);
+      R dz = j == t ? loss.target(p, d, R(1), s.coef) : loss.grad(p, d, R(1), R(0), s.coef);
+      for (int64_t same = k; same < a.numbers && a.number_ids[same] == j;
+           ++same)  // it may stand there more than once
+        dz += loss.numbers.own(number, e, p, far[same]) * g;
+      dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
     }
   }
 

@@ -5,6 +5,7 @@
 
 #include "../core/row_loss.h"
 #include "../core/rows.h"
+#include "number_token.h"
 #include "token_stats.h"
 
 namespace fastloss::inline FL_ISA {
@@ -101,6 +102,23 @@ struct CrossEntropy : RowLossDefaults {
   }
 };
 
+// Cross-entropy of a class, and a term for labels that are numbers.
+template <class R, int>
+struct CrossEntropyNumbers : CrossEntropy<R, kHard> {
+  using Base = CrossEntropy<R, kHard>;
+  static constexpr int kVariants = 1;
+  static constexpr bool kNumbers = true;
+  NumberTokens<R> numbers;
+
+  static int variant(const RowArgs&) { return 0; }
+  FL_FN CrossEntropyNumbers(const double* options, int64_t n) : Base(options, n), numbers(options) {}
+
+  static FL_FN void add(typename Base::Coef& c, R beside) {
+    c.beside += beside;
+    c.p += beside;
+  }
+};
+
 // w_y (1 - p)^gamma nll with p = softmax(z)_y. Its derivative is A p_j for the other classes and -A (1 - p)
 // for the target, A = (1 - p)^gamma (1 + gamma p nll / (1 - p)): the quotient tends to 1 as p does, so that
 // nothing is singular for gamma < 1 either.
@@ -151,4 +169,5 @@ struct Focal : RowLossDefaults {
   X(cross_entropy, CrossEntropy) \
   X(softmax_focal_loss, Focal)
 // What else the row driver runs, with operators of its own.
-#define FASTLOSS_ROW_KERNELS(X) FASTLOSS_TOKEN_LOSSES(X) X(token_stats, TokenStats)
+#define FASTLOSS_ROW_KERNELS(X) \
+  FASTLOSS_TOKEN_LOSSES(X) X(token_stats, TokenStats) X(cross_entropy_numbers, CrossEntropyNumbers)

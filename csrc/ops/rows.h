@@ -208,6 +208,63 @@ void reduce(const RowArgs& a, R* out) {
   *out = static_cast<R>(a.norm ? sum / static_cast<double>(*static_cast<const R*>(a.norm)) : sum);
 }
 
+// ---- a call of a loss with one result a row
+
+template <class R>
+Tensor reduced_as(const TokenLoss& loss, Call& call, int64_t reduction) {
+  R norm;
+  if (reduction == kMean) {
+    norm = static_cast<R>(norm_of<R>(call.args));
+    call.args.norm = &norm;
+  }
+  Tensor result = empty(call.x, {}, call.accumulation);
+  run(loss, call);
+  reduce(call.args, static_cast<R*>(result.mutable_data_ptr()));
+  return result;
+}
+inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, [[maybe_unused]] int64_t reduction) {
+#if defined(FASTLOSS_HAS_CUDA)
+  RowArgs& a = call.args;
+  const int64_t two[] = {2};  // the result, the norm: where the kernels can read them
+  Tensor numbers = empty(call.x, two, call.accumulation);
+  char* result = static_cast<char*>(numbers.mutable_data_ptr());
+  void* norm = result + (a.dtype == DType::f64 ? sizeof(double) : sizeof(float));
+  if (reduction == kMean) a.norm = norm;
+  const DeviceScope scope(call.x);
+  void* stream = current_stream(call.x);
+  if (a.norm) cuda::row_norm(a, norm, stream);
+  if (a.rows) loss.cuda_kernel(a, stream);
+  cuda::row_reduce(a, result, stream);
+  return torch::stable::select(numbers, 0, 0);
+#else
+  run_cuda(loss, call);
+#endif
+}
+// Runs the loss and adds its rows up.
+inline Tensor reduced(const TokenLoss& loss, Call& call, int64_t reduction) {
+  if (on_cuda(call.x)) return reduced_on_cuda(loss, call, reduction);
+  if (call.args.dtype == DType::f64) return reduced_as<double>(loss, call, reduction);
+  return reduced_as<float>(loss, call, reduction);
+}
+
+inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upstream, const Tensor& state,
+                           const Tensor& dx, bool skip_unit) {
+  RowArgs& a = call.args;
+  const Tensor g = as_type(upstream, call.accumulation);
+  STD_TORCH_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
+  a.upstream = g.const_data_ptr();
+  a.upstream_stride = g.dim() == 0 || a.rows == 1 ? 0 : 1;
+  a.skip_unit_upstream = skip_unit;
+  call.set_state(state);
+  call.set_gradient(dx);
+  if (skip_unit && !on_cuda(call.x) && a.upstream_stride == 0) {
+    const bool unit = a.dtype == DType::f64 ? *static_cast<const double*>(a.upstream) == 1
+                                            : *static_cast<const float*>(a.upstream) == 1;
+    if (unit) return;
+  }
+  run(loss, call);
+}
+
 // ---- what there is to run: `<name>_loss`
 
 #if defined(FASTLOSS_HAS_CUDA)

@@ -39,64 +39,10 @@ struct Ops {
     if (reduction == kNone) {
       run(kLoss, call);
     } else {
-      loss = on_cuda(call.x) ? reduced_on_cuda(call, reduction) : reduced(call, reduction);
+      loss = reduced(kLoss, call, reduction);
     }
     if (!wide) loss = call.as_dtype(loss);
     return {loss, state, dx};
-  }
-
-  // Runs the loss and adds its rows up.
-  static Tensor reduced(Call& call, int64_t reduction) {
-    if (call.args.dtype == DType::f64) return reduced_as<double>(call, reduction);
-    return reduced_as<float>(call, reduction);
-  }
-  template <class R>
-  static Tensor reduced_as(Call& call, int64_t reduction) {
-    R norm;
-    if (reduction == kMean) {
-      norm = static_cast<R>(norm_of<R>(call.args));
-      call.args.norm = &norm;
-    }
-    Tensor result = empty(call.x, {}, call.accumulation);
-    run(kLoss, call);
-    reduce(call.args, static_cast<R*>(result.mutable_data_ptr()));
-    return result;
-  }
-  static Tensor reduced_on_cuda(Call& call, int64_t reduction) {
-#if defined(FASTLOSS_HAS_CUDA)
-    RowArgs& a = call.args;
-    const int64_t two[] = {2};  // the result, the norm: where the kernels can read them
-    Tensor numbers = empty(call.x, two, call.accumulation);
-    char* result = static_cast<char*>(numbers.mutable_data_ptr());
-    void* norm = result + (a.dtype == DType::f64 ? sizeof(double) : sizeof(float));
-    if (reduction == kMean) a.norm = norm;
-    const DeviceScope scope(call.x);
-    void* stream = current_stream(call.x);
-    if (a.norm) cuda::row_norm(a, norm, stream);
-    if (a.rows) kLoss.cuda_kernel(a, stream);
-    cuda::row_reduce(a, result, stream);
-    return torch::stable::select(numbers, 0, 0);
-#else
-    run_cuda(kLoss, call);
-#endif
-  }
-
-  static void write_gradient(Call& call, const Tensor& upstream, const Tensor& state, const Tensor& dx,
-                             bool skip_unit) {
-    RowArgs& a = call.args;
-    const Tensor g = as_type(upstream, call.accumulation);
-    STD_TORCH_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
-    a.upstream = g.const_data_ptr();
-    a.upstream_stride = g.dim() == 0 || a.rows == 1 ? 0 : 1;
-    a.skip_unit_upstream = skip_unit;
-    call.set_state(state);
-    call.set_gradient(dx);
-    if (skip_unit && !on_cuda(call.x) && a.upstream_stride == 0) {
-      const bool unit = a.dtype == DType::f64 ? *static_cast<const double*>(a.upstream) == 1
-                                              : *static_cast<const float*>(a.upstream) == 1;
-      if (unit) return;
-    }
-    run(kLoss, call);
   }
 
   // Row weights are in the state already; they stand in the schema because backward takes all of forward's
@@ -106,7 +52,7 @@ struct Ops {
                          Options options) {
     Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, options);
     const Tensor dx = empty_like_pooled(call.x);
-    write_gradient(call, grad, state, dx, false);
+    write_gradient(kLoss, call, grad, state, dx, false);
     return dx;
   }
 
@@ -119,7 +65,7 @@ struct Ops {
     STD_TORCH_CHECK(
         row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
         "dx: expected a tensor like input with rows of one stride");
-    write_gradient(call, grad, state, dx, skip_unit);
+    write_gradient(kLoss, call, grad, state, dx, skip_unit);
   }
 };
 

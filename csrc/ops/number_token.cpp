@@ -1,0 +1,110 @@
+// Cross-entropy with a term for labels that are numbers, see losses/number_token.h: the operator of the token
+// losses (ops/token.cpp) with the number tokens `ids` (ascending), their table of distances, the largest one,
+// and for every row its label's place among them and the weight of its term, 0 where it is no number.
+#include <tuple>
+
+#include "rows.h"
+
+namespace fastloss {
+namespace {
+
+struct Numbers {
+  Tensor ids, table, worst, position, weight;
+
+  Numbers(Call& call, const Tensor& ids_, const Tensor& table_, const Tensor& worst_, const Tensor& position_,
+          const Tensor& weight_)
+      : ids(as_type(ids_, ScalarType::Long)),
+        table(as_type(table_, call.accumulation)),
+        worst(as_type(worst_, call.accumulation)),
+        position(as_type(position_, ScalarType::Long)),
+        weight(as_type(weight_, call.accumulation)) {
+    RowArgs& a = call.args;
+    a.numbers = ids.numel();
+    STD_TORCH_CHECK(table.numel() == a.numbers * a.numbers && worst.numel() == 1,
+                    "token_values: expected one for each token");
+    STD_TORCH_CHECK(position.numel() == a.rows && weight.numel() == a.rows, "labels: expected ", a.rows);
+    a.number_ids = static_cast<const int64_t*>(ids.const_data_ptr());
+    a.number_table = table.const_data_ptr();
+    a.number_worst = worst.const_data_ptr();
+    a.number_position = static_cast<const int64_t*>(position.const_data_ptr());
+    a.number_weight = weight.const_data_ptr();
+    if (on_cuda(call.x)) return;
+    for (int64_t k = 0; k < a.numbers; ++k)
+      STD_TORCH_CHECK(a.number_ids[k] >= 0 && a.number_ids[k] < a.n, "token_ids ", a.number_ids[k],
+                      " is out of bounds: expected a class in [0, ", a.n, ")");
+  }
+};
+
+constexpr const TokenLoss& kLoss = cross_entropy_numbers_loss;
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, Tensor target, Tensor ids, Tensor table,
+                                           Tensor worst, Tensor position, Tensor number_weight,
+                                           int64_t ignore_index, int64_t reduction, Options options,
+                                           bool wide, bool with_gradient) {
+  Call call(kLoss, with_gradient ? RowPass::forward_gradient : RowPass::forward, input, target, std::nullopt,
+            1, 0, options);
+  const Numbers numbers(call, ids, table, worst, position, number_weight);
+  RowArgs& a = call.args;
+  a.ignore_index = ignore_index;
+  if (!on_cuda(call.x)) check_targets(a);
+  const int64_t state_shape[] = {a.rows, kStateHead + kLoss.saved}, nothing[] = {0};
+  const Tensor state = empty(call.x, state_shape, call.accumulation);
+  Tensor loss = empty(call.x, call.row_shape, call.accumulation);
+  const Tensor dx = with_gradient ? empty_like_pooled(call.x) : empty(call.x, nothing, call.x.scalar_type());
+  call.set_state(state);
+  a.loss = loss.mutable_data_ptr();
+  if (with_gradient) call.set_gradient(dx);
+  if (reduction == kNone) {
+    run(kLoss, call);
+  } else {
+    loss = reduced(kLoss, call, reduction);
+  }
+  if (!wide) loss = call.as_dtype(loss);
+  return {loss, state, dx};
+}
+
+void backward_into(Tensor grad, Tensor dx, Tensor input, Tensor target, Tensor ids, Tensor table,
+                   Tensor worst, Tensor position, Tensor number_weight, Tensor state, Options options,
+                   bool skip_unit) {
+  Call call(kLoss, RowPass::backward, input, target, std::nullopt, 1, 0, options);
+  const Numbers numbers(call, ids, table, worst, position, number_weight);
+  STD_TORCH_CHECK(row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
+                  "dx: expected a tensor like input with rows of one stride");
+  write_gradient(kLoss, call, grad, state, dx, skip_unit);
+}
+Tensor backward(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor table, Tensor worst,
+                Tensor position, Tensor number_weight, Tensor state, Options options) {
+  const Tensor dx = empty_like_pooled(as_rows(input));
+  backward_into(grad, dx, input, target, ids, table, worst, position, number_weight, state, options, false);
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  m.def(
+      "cross_entropy_numbers_fwd(Tensor input, Tensor target, Tensor ids, Tensor table, Tensor worst, "
+      "Tensor position, Tensor number_weight, int ignore_index, int reduction, float[] options, bool wide, "
+      "bool with_gradient) -> (Tensor loss, Tensor state, Tensor dx)");
+  m.def(
+      "cross_entropy_numbers_bwd(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor table, "
+      "Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] options) -> Tensor");
+  m.def(
+      "cross_entropy_numbers_bwd_into(Tensor grad, Tensor(a!) dx, Tensor input, Tensor target, Tensor ids, "
+      "Tensor table, Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] options, "
+      "bool skip_unit) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+  m.impl("cross_entropy_numbers_fwd", TORCH_BOX(&forward));
+  m.impl("cross_entropy_numbers_bwd", TORCH_BOX(&backward));
+  m.impl("cross_entropy_numbers_bwd_into", TORCH_BOX(&backward_into));
+}
+#if !defined(FL_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
+  m.impl("cross_entropy_numbers_fwd", TORCH_BOX(&forward));
+  m.impl("cross_entropy_numbers_bwd", TORCH_BOX(&backward));
+  m.impl("cross_entropy_numbers_bwd_into", TORCH_BOX(&backward_into));
+}
+#endif
+
+}  // namespace fastloss
