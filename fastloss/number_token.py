@@ -120,6 +120,21 @@ def _number_rows(
     return loss
 
 
+def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool) -> Tensor:
+    """For labels that are distributions over the number tokens, [..., D]: the area between distribution functions."""
+    apart = logp.softmax(-1) - p
+    ascending, order = values.sort()
+    most = ascending[-1] - ascending[0]
+    if kind == "wasserstein":
+        loss = (apart[..., order].cumsum(-1)[..., :-1].abs() * ascending.diff()).sum(-1)
+    else:
+        loss, most = (apart * values).sum(-1).square(), most.square()
+    if reweigh:
+        mass = logp.exp().sum(-1)
+        loss = loss * mass + 1.01 * most * (1 - mass)
+    return loss
+
+
 def _check_options(kind: str, reduction: str, squash_factor: float | None) -> None:
     check_reduction(reduction)
     if kind not in KINDS:
@@ -150,12 +165,18 @@ def number_token_loss(
     .. math:: \mathrm{wasserstein:}\ \sum_k q_k |v_k - v_y|, \qquad
               \mathrm{mse:}\ \left(\sum_k q_k v_k - v_y\right)^2 .
 
-    The first is the Wasserstein-1 distance to a one-hot label for any spacing of the values. Rows with other labels
+    The first is the Wasserstein-1 distance to a one-hot label for any spacing of the values. With labels that are
+    distributions :math:`p` over the number tokens it is that distance in general, over the values in ascending order
+
+    .. math:: \sum_k \left|\sum_{i \le k} (q_i - p_i)\right| (v_{k+1} - v_k) ,
+
+    and the squared error is :math:`(\sum_k q_k v_k - \sum_k p_k v_k)^2`. Rows whose label is no number, or all zeros,
     are not read and have no gradient.
 
     Args:
         logits: `[..., V]`, such as `[N, V]` or `[B, T, V]`; float32, float64, bfloat16 or float16.
-        labels: `[...]`, int64, aligned with the logits.
+        labels: `[...]`, int64, aligned with the logits; or `[..., D]`, floating point: the probability of each
+            of the number tokens.
         token_ids: `(D)`, int64, the number tokens, each once.
         token_values: `(D)`, their values.
         kind: `"wasserstein"` or `"mse"`. Default: `"wasserstein"`.
@@ -164,7 +185,8 @@ def number_token_loss(
             none. Default: `"mean"`.
         reweigh: multiply by the mass `m` that the full softmax gives to number tokens and add
             1.01 max_dist (1 - m), where max_dist is the largest possible loss. Default: False, as in the paper.
-        squash_factor: > 1, maps the distances of different values linearly to [1, `squash_factor`]. Default: none.
+        squash_factor: > 1, maps the distances of different values linearly to [1, `squash_factor`]; not with labels
+            that are distributions. Default: none.
 
     Returns:
         A scalar, or for `"none"` a tensor of shape `[...]`, of the logits' type (float32 for half types under
@@ -176,13 +198,31 @@ def number_token_loss(
     Source: Zausinger et al., Regress, Don't Guess, https://arxiv.org/abs/2411.02083; `reweigh` and `squash_factor`
     of ntloss 0.3.2.
     """
-    _check_classes("logits", logits, "labels", labels, getattr(logits, "shape", ())[:-1])
+    soft = isinstance(labels, Tensor) and labels.is_floating_point()
+    shape = getattr(logits, "shape", torch.Size())[:-1]
+    if not soft:
+        _check_classes("logits", logits, "labels", labels, shape)
     values = _check_tokens(logits, token_ids, token_values)
     _check_options(kind, reduction, squash_factor)
-    is_number, y = _numbers(labels, token_ids, values)
-    counts = is_number & (labels != ignore_index)
-    logp = log_probs_of(logits, token_ids.expand(*labels.shape, -1), counts, index_name="token_ids")
-    rows = _number_rows(logp, y, values, kind, reweigh, squash_factor)
+    if soft:
+        check_floating("logits", logits)
+        check_tensors(logits, labels=labels)
+        if labels.shape != (*shape, len(values)):
+            raise RuntimeError(
+                f"labels: expected classes of shape {tuple(shape)}, or probabilities of shape "
+                f"{(*shape, len(values))}, got {tuple(labels.shape)}"
+            )
+        if squash_factor is not None:
+            raise ValueError("squash_factor: expected labels that are classes")
+        counts = (labels != 0).any(-1)
+    else:
+        is_number, y = _numbers(labels, token_ids, values)
+        counts = is_number & (labels != ignore_index)
+    logp = log_probs_of(logits, token_ids.expand(*shape, -1), counts, index_name="token_ids")
+    if soft:
+        rows = _soft_rows(logp, labels.to(values.dtype), values, kind, reweigh)
+    else:
+        rows = _number_rows(logp, y, values, kind, reweigh, squash_factor)
     return _typed(_reduced(torch.where(counts, rows, 0.0), counts, reduction, 1), logits)
 
 
@@ -352,9 +392,15 @@ _CASES = {
     "squash": {"reweigh": True, "squash_factor": 3.0},
     "mse": {"kind": "mse", "reweigh": True},
 }
-for _function, _reference in (
-    (number_token_loss, reference.number_token_loss),
-    (cross_entropy_with_number_token_loss, reference.cross_entropy_with_number_token_loss),
+_SOFT = {
+    "soft": {
+        "labels": lambda d, s: d.simplex(*s[:-1], len(_tokens(d, s)["token_ids"]), dim=-1),
+        "reweigh": True,
+    }
+}
+for _function, _reference, _more in (
+    (number_token_loss, reference.number_token_loss, _SOFT),
+    (cross_entropy_with_number_token_loss, reference.cross_entropy_with_number_token_loss, {}),
 ):
     register(
         Loss(
@@ -365,7 +411,7 @@ for _function, _reference in (
             inputs=_inputs,
             wrt=("logits",),
             forward_arguments=("logits", "labels"),
-            cases=_CASES,
+            cases=_CASES | _more,
             shapes=((7, 33), (3, 1030)),
             bench_shape=(4096, 32000),
             traffic=_traffic,

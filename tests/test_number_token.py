@@ -83,6 +83,30 @@ def test_wasserstein_is_the_area_between_the_distribution_functions(device):
     torch.testing.assert_close(got.cpu(), expected)
 
 
+def test_labels_that_are_distributions(device):
+    logits, labels = draw(7, device=device)
+    ids, values = IDS.to(device), VALUES.to(device)
+    one_hot = (labels[:, None] == ids).to(logits.dtype)  # all zeros where the label is no number
+    for options in ({}, {"reweigh": True}, {"kind": "mse"}, {"kind": "mse", "reweigh": True}):
+        got = number_token_loss(logits, one_hot, ids, values, reduction="none", **options)
+        torch.testing.assert_close(
+            got, number_token_loss(logits, labels, ids, values, reduction="none", **options)
+        )
+    half = torch.tensor([0.5, 0.0, 0.5, 0.0], dtype=torch.float64, device=device)  # of 0 and 4
+    sure = torch.full((1, 13), -torch.inf, dtype=torch.float64, device=device)
+    sure[0, 5] = 0  # 2.5
+    far = number_token_loss(sure, half[None], ids, values)
+    torch.testing.assert_close(far, torch.tensor(2.0, dtype=torch.float64, device=device))
+    logits.requires_grad_()
+    q = logits[:, ids].softmax(-1).detach()
+    loss = number_token_loss(logits, q, ids, values)  # the distribution itself
+    assert loss.abs() < 1e-14
+    with pytest.raises(RuntimeError, match="labels"):
+        number_token_loss(logits, q[:, 1:], ids, values)
+    with pytest.raises(ValueError, match="squash_factor"):
+        number_token_loss(logits, q, ids, values, squash_factor=2.0)
+
+
 @pytest.mark.parametrize("kind", ["wasserstein", "mse"])
 def test_no_numbers_is_zero_with_a_graph(kind, device):
     logits, labels = draw(5, device=device)

@@ -56,6 +56,21 @@ def _number_rows(
     return loss
 
 
+def _soft_rows(z: Tensor, p: Tensor, ids: Tensor, values: Tensor, kind: str, reweigh: bool) -> Tensor:
+    logp = z.log_softmax(-1)[..., ids]
+    q, most = logp.softmax(-1), values.max() - values.min()
+    if kind == "wasserstein":
+        points = values.sort().values
+        below = (values.unsqueeze(-1) <= points[:-1]).to(z.dtype)  # [D, D - 1]
+        loss = ((q @ below - p @ below).abs() * points.diff()).sum(-1)
+    else:
+        loss, most = ((q * values).sum(-1) - (p * values).sum(-1)).square(), most.square()
+    if reweigh:
+        mass = logp.exp().sum(-1)
+        loss = loss * mass + 1.01 * most * (1 - mass)
+    return loss
+
+
 def number_token_loss(
     logits: Tensor,
     labels: Tensor,
@@ -70,6 +85,11 @@ def number_token_loss(
 ) -> Tensor:
     """As `fastloss.functional.number_token_loss`."""
     z, values = _wide(logits), token_values.to(_wide(logits).dtype)
+    if labels.is_floating_point():
+        counts = (labels != 0).any(-1)
+        z = torch.where(counts.unsqueeze(-1), z, 0.0)
+        rows = _soft_rows(z, labels.to(z.dtype), token_ids, values, kind, reweigh)
+        return _reduced(torch.where(counts, rows, 0.0), counts, reduction, 1).to(logits.dtype)
     counts = _numbers(labels, token_ids, values)[0] & (labels != ignore_index)
     z = torch.where(counts.unsqueeze(-1), z, 0.0)
     rows = _number_rows(z, labels, token_ids, values, kind, reweigh, squash_factor)
