@@ -157,6 +157,13 @@ FL_NOINLINE void multiply(Panels<R> left, Panels<R> right, int64_t m, int64_t n,
       const int columns = static_cast<int>(n - j < G::kRight ? n - j : G::kRight);
       for (int64_t i = 0, p = 0; i < m; i += G::kLeft, ++p) {
         const int rows = static_cast<int>(m - i < G::kLeft ? m - i : G::kLeft);
+        if (i + G::kLeft < m) {  // what is added to next comes into the cache meanwhile
+          const R* next = c + (i + G::kLeft) * ldc + j;
+          for (int r = 0; r < G::kLeft; ++r, next += ldc) {
+            __builtin_prefetch(next, 1);
+            __builtin_prefetch(next + G::kRight / 2, 1);
+          }
+        }
         multiply_panels(left.data + p * left.panel + k * left.step, left.step, b, right.step, steps,
                         c + i * ldc + j, ldc, rows, columns, add || k > 0);
       }
