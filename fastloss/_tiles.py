@@ -467,3 +467,26 @@ class SigmoidOp(TileOp):
             reduction, grad = REDUCTIONS["sum"], torch.ones_like(grad.sum())
         _, *ready = self.forward(operators, on_cpu, *tensors, reduction, normalize, wide, wanted, True)
         return tuple(self._scaled(operators, ready, grad, tensors))
+
+
+class HardestOp(TileOp):
+    """Of each row x_i the farthest row with its id and the nearest with another: their indices, [2, m], or -1."""
+
+    forward_schema = "(Tensor x, Tensor ids, int wanted) -> Tensor"
+
+    def __init__(self, name: str):
+        super().__init__(name, None, tensors=2, wrt=(), outputs=1)
+
+    def shapes(self, x, ids, _):
+        return x.new_empty([2, x.shape[0]], dtype=torch.int64)
+
+    def __call__(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.operators().fwd(x, ids, 0)  # nothing to differentiate
+
+    def forward(self, operators, on_cpu, x, ids, _):
+        scale = x.new_full((), -2, dtype=accumulation_type(x.dtype))
+        mark = torch.arange(x.shape[0], device=x.device)
+        s = Matrix(operators, on_cpu, x, None, scale, None, mark, ids, None, (True, False), False)
+        found = torch.full((2, s.m), -1, dtype=torch.int64, device=x.device)
+        s.walk(HARDEST, col_max=s.x.wide.square().sum(1), hardest=found)  # |x_j|^2 - 2 <x_i, x_j>
+        return found

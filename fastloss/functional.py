@@ -7,6 +7,7 @@ from fastloss import (
     linear,
     linear_statistics,
     margin,
+    metric,
     number_token,
     pointwise,
     policy,
@@ -25,6 +26,7 @@ from fastloss.focal import *  # noqa: F403
 from fastloss.linear import *  # noqa: F403
 from fastloss.linear_statistics import *  # noqa: F403
 from fastloss.margin import *  # noqa: F403
+from fastloss.metric import *  # noqa: F403
 from fastloss.number_token import *  # noqa: F403
 from fastloss.pointwise import *  # noqa: F403
 from fastloss.policy import *  # noqa: F403
@@ -57,6 +59,7 @@ __all__ = [
         contrastive,
         linear_statistics,
         margin,
+        metric,
     )
     for name in family.__all__
 ]

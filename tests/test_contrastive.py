@@ -17,7 +17,15 @@ import fastloss.functional as F
 from fastloss import reference
 from fastloss._registry import losses
 
-NAMES = ("clip_loss", "siglip_loss", "info_nce", "nt_xent_loss", "sup_con_loss", "pair_nt_xent_loss")
+NAMES = (
+    "clip_loss",
+    "siglip_loss",
+    "info_nce",
+    "nt_xent_loss",
+    "sup_con_loss",
+    "pair_nt_xent_loss",
+    "multiple_negatives_ranking_loss",
+)
 every = pytest.mark.parametrize("loss", losses(*NAMES), ids=lambda loss: loss.name)
 
 
@@ -34,8 +42,13 @@ def with_options(loss, temperature, rows, columns=16):
         kwargs["labels"] = torch.arange(rows) % max(rows // 4, 2)
     else:
         kwargs[rest[0]] = features(rows, columns, 1)
-    if "logit_scale" in rest:
-        return kwargs | {"logit_scale": torch.tensor(1 / temperature)}
+    scale = {
+        "clip_loss": "logit_scale",
+        "siglip_loss": "logit_scale",
+        "multiple_negatives_ranking_loss": "scale",
+    }
+    if loss.name in scale:
+        return kwargs | {scale[loss.name]: torch.tensor(1 / temperature)}
     return kwargs | {"temperature": torch.tensor(temperature)}
 
 
@@ -59,7 +72,9 @@ def test_rows_far_apart(loss, device):
     """Rows a hundred orders of magnitude below their neighbours in a tile keep their digits."""
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, shape=(50, 8))
     first = next(iter(kwargs))
-    if loss.name not in ("clip_loss", "siglip_loss"):
+    if loss.name == "multiple_negatives_ranking_loss":
+        kwargs["scale"] = torch.tensor(250.0, requires_grad=True)
+    elif loss.name not in ("clip_loss", "siglip_loss"):
         kwargs["temperature"] = torch.tensor(0.004, requires_grad=True)
     else:
         x = kwargs[first].detach()

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "divergence.h"
+#include "feature_pairs.h"
 #include "linear.h"
 #include "tiles.h"
 
@@ -72,6 +73,12 @@ const LinearKernels& linear_kernels() {
   return chosen == &kernels_avx2 ? linear_avx2 : linear_sse2;
 }
 const char* linear_capability() { return &linear_kernels() == &linear_amx ? "amx" : capability(); }
+FeatureKernel feature_kernel() {
+  const Kernels* chosen = choice().kernels;
+  return chosen == &kernels_avx512 ? features_avx512
+         : chosen == &kernels_avx2 ? features_avx2
+                                   : features_sse2;
+}
 const TileKernels& tile_kernels() {
   const Kernels* chosen = choice().kernels;
   return chosen == &kernels_avx512 ? tiles_avx512 : chosen == &kernels_avx2 ? tiles_avx2 : tiles_sse2;

@@ -1,6 +1,7 @@
 // The kernels' launchers, as the operators see them: raw pointers and a stream, no torch.
 #pragma once
 #include "../core/elements.h"
+#include "../core/feature_pairs.h"
 #include "../core/ranking.h"
 #include "../core/rows.h"
 #include "../core/scan.h"
@@ -35,6 +36,7 @@ int64_t element_partials(DType dtype, int64_t n);
 FASTLOSS_ELEMENT_LOSSES(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
+void feature_pairs(const FeatureArgs& args, void* stream);
 // One pass over a chunk of similarities; chunks come in the order of their rows.
 void tile_chunk(const TileChunk& args, void* stream);
 

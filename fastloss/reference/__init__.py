@@ -6,6 +6,7 @@ from fastloss.reference import (
     focal,
     linear,
     margin,
+    metric,
     number_token,
     pointwise,
     policy,
@@ -22,6 +23,7 @@ from fastloss.reference.divergence import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
 from fastloss.reference.linear import *  # noqa: F403
 from fastloss.reference.margin import *  # noqa: F403
+from fastloss.reference.metric import *  # noqa: F403
 from fastloss.reference.number_token import *  # noqa: F403
 from fastloss.reference.pointwise import *  # noqa: F403
 from fastloss.reference.policy import *  # noqa: F403
@@ -51,6 +53,7 @@ __all__ = [
         linear,
         contrastive,
         margin,
+        metric,
     )
     for name in family.__all__
 ]

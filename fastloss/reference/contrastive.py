@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["clip_loss", "info_nce", "nt_xent_loss", "pair_nt_xent_loss", "siglip_loss", "sup_con_loss"]
+__all__ = [
+    "clip_loss",
+    "info_nce",
+    "multiple_negatives_ranking_loss",
+    "nt_xent_loss",
+    "pair_nt_xent_loss",
+    "siglip_loss",
+    "sup_con_loss",
+]
 
 
 # ---- what the operators compute
@@ -239,3 +247,46 @@ def nt_xent_loss(
     itself = torch.eye(s.shape[0], dtype=torch.bool, device=s.device)
     target = torch.arange(s.shape[0], device=s.device).roll(z1.shape[0])
     return F.cross_entropy(s.masked_fill(itself, -torch.inf), target, reduction=reduction)
+
+
+def multiple_negatives_ranking_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None = None,
+    scale: float | Tensor = 20.0,
+    *,
+    directions: tuple[str, ...] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.multiple_negatives_ranking_loss`."""
+    queries, docs = anchor, positive
+    if negatives is not None:
+        docs = torch.cat([positive, negatives.reshape(-1, negatives.shape[-1])])
+    if normalize:
+        queries, docs = F.normalize(queries), F.normalize(docs)
+    rows = queries.shape[0]
+    own = torch.arange(rows, device=anchor.device)
+    ids = own if ids is None else ids
+    itself = torch.eye(rows, dtype=torch.bool, device=anchor.device)
+    equal = ids.unsqueeze(1) == ids
+    hard = torch.zeros(rows, docs.shape[0] - rows, dtype=torch.bool, device=anchor.device)
+    of_one_query = own.repeat(docs.shape[0] // rows) == own.unsqueeze(1) if rows else hard
+    matrices = {
+        "query_to_doc": (queries @ docs.t(), torch.cat([equal & ~itself, hard], 1)),
+        "doc_to_query": (docs[:rows] @ queries.t(), equal & ~itself),
+        "query_to_query": (queries @ queries.t(), equal),
+        "doc_to_doc": (docs[:rows] @ docs.t(), of_one_query | torch.cat([equal, hard], 1)),
+    }
+    logits = [
+        (scale * s).masked_fill(left_out, -torch.inf) for s, left_out in (matrices[d] for d in directions)
+    ]
+    first = logits[0].diagonal()
+    if partition_mode == "joint":
+        lse = torch.cat(logits, 1).logsumexp(1)
+    else:
+        lse = sum(s.logsumexp(1) for s in logits) / len(logits)
+    return reduced(lse - first, sample_weight, reduction)

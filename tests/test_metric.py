@@ -1,0 +1,84 @@
+"""What the losses of pairs and triplets promise beside the general contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+import fastloss.functional as F
+
+
+def rows(n, columns=8, seed=0):
+    return torch.randn(n, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def test_equal_rows_have_a_gradient(device):
+    """The derivative of a distance of 0 is 0, not NaN."""
+    x = rows(3).requires_grad_()
+    y = x.detach().clone()
+    labels = torch.tensor([0, 0, 1])
+    for loss in (
+        F.contrastive_loss(x, y, torch.ones(3)),
+        F.triplet_margin_loss(x, y, y, eps=0.0),
+        F.batch_hard_triplet_loss(x * 0, labels),
+        F.cosine_embedding_loss(x * 0, y * 0, torch.ones(3)),
+    ):
+        (grad,) = torch.autograd.grad(loss, x)
+        assert loss.isfinite()
+        assert grad.isfinite().all()
+
+
+def test_as_torch_takes_them(device):
+    """One row without a batch, integer targets, the deprecated arguments."""
+    x, y, z = rows(4), rows(4, seed=1), rows(4, seed=2)
+    target = torch.tensor([1, -1, 1, -1])
+    close = torch.testing.assert_close
+    close(F.cosine_embedding_loss(x[0], y[0], target[1]), TF.cosine_embedding_loss(x[0], y[0], target[1]))
+    close(F.cosine_embedding_loss(x, y, target, 0.1), TF.cosine_embedding_loss(x, y, target, 0.1))
+    close(F.triplet_margin_loss(x[0], y[0], z[0]), TF.triplet_margin_loss(x[0], y[0], z[0]))
+    for legacy in ({"size_average": False}, {"reduce": False}):
+        with pytest.warns(UserWarning, match="deprecated"):
+            want = TF.triplet_margin_loss(x, y, z, **legacy)
+            close(F.triplet_margin_loss(x, y, z, **legacy), want)
+
+
+def test_hardest_rows_are_found(device):
+    """More rows than a tile has, ties, classes of one, far from the origin."""
+    x = rows(450, 4) + 20
+    x[7] = x[3]
+    labels = torch.arange(450) % 90
+    labels[11] = 1000
+    distance = torch.cdist(x.double(), x.double())
+    same = labels.unsqueeze(0) == labels.unsqueeze(1)
+    near = distance.masked_fill(~same, -1).amax(1)
+    far = distance.masked_fill(same, torch.inf).amin(1)
+    want = torch.relu(near - far + 1).masked_fill(torch.arange(450) == 11, 0).float()
+    got = F.batch_hard_triplet_loss(x, labels, 1.0, reduction="none")
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert got[11] == 0
+
+
+def test_nothing_to_compare(device):
+    for labels in (torch.zeros(4, dtype=torch.long), torch.arange(4)):
+        x = rows(4).requires_grad_()
+        loss = F.batch_hard_triplet_loss(x, labels)
+        loss.backward()
+        assert loss == 0
+        assert x.grad.count_nonzero() == 0
+
+
+def test_bad_arguments():
+    x, y = rows(4), rows(5)
+    with pytest.raises(RuntimeError, match="input2"):
+        F.cosine_embedding_loss(x, y, torch.ones(4))
+    with pytest.raises(RuntimeError, match="target"):
+        F.cosine_embedding_loss(x, x, torch.ones(5))
+    with pytest.raises(ValueError, match="margin"):
+        F.triplet_margin_loss(x, x, x, margin=0.0)
+    with pytest.raises(ValueError, match="variant"):
+        F.kelp_ranking_loss(x, x, x, variant="code")
+    with pytest.raises(ValueError, match="distance"):
+        F.batch_hard_triplet_loss(x, torch.arange(4), distance="manhattan")
+    with pytest.raises(ValueError, match="label"):
+        F.contrastive_loss(x, x, torch.ones(5))
