@@ -231,8 +231,10 @@ class ScanWalker {
   FL_FN void spread(Number number, F* m) const {
     R* to = reinterpret_cast<R*>(m);
     if (lanes_ == W && a_.n == 1) return spread_steps<1>(number, to);
-    if (lanes_ == W && a_.n == 2) return spread_steps<2>(number, to);
-    if (lanes_ == W && a_.n == 4) return spread_steps<4>(number, to);
+    if constexpr (W > 2)
+      if (lanes_ == W && a_.n == 2) return spread_steps<2>(number, to);
+    if constexpr (W > 4)
+      if (lanes_ == W && a_.n == 4) return spread_steps<4>(number, to);
     for (int64_t l = 0; l < W; ++l)
       for (int64_t k = 0; k < a_.n; ++k) to[k * W + l] = l < lanes_ ? number(l * a_.n + k) : R(0);
   }
