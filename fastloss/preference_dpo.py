@@ -342,7 +342,9 @@ def _length(draw: Draw, shape: tuple[int, ...]) -> Tensor:
 
 def _labels(draw: Draw, shape: tuple[int, ...]) -> Tensor:
     labels = draw.index(shape[-1], *shape[:-1])
-    return torch.where(draw.index(3, *shape[:-1]) == 0, -100, labels)
+    ignored = draw.index(3, *shape[:-1]) == 0
+    ignored[0], ignored[-1, -1] = False, True  # answers of different length
+    return torch.where(ignored, -100, labels)
 
 
 def _answers(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:

@@ -42,6 +42,8 @@ def calls(draw):
 @given(calls())
 def test_any_call(device, call):
     loss, case, shape, dtype, seed, more, layouts, scale = call
+    # in one dimension every cosine is 1 or -1, where an angle has no derivative
+    assume(loss.family != "margin" or shape[1] > 1)
     kwargs = make(loss, case, dtype, device, shape, seed, **more)
     first = kwargs[loss.wrt[0]]
     if is_float(first):

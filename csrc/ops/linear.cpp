@@ -83,7 +83,8 @@ Tensor row_norm(Tensor loss, Tensor target, OptionalTensor weight, OptionalTenso
   return norm;
 }
 
-Tensor row_reduce(Tensor loss, OptionalTensor norm) {
+Tensor row_reduce(Tensor given, OptionalTensor norm) {
+  const Tensor loss = as_type(given, given.scalar_type());
   RowArgs a{};
   a.dtype = dtype_of(loss, "loss");
   a.rows = loss.numel();
