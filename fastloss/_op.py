@@ -602,7 +602,8 @@ def _traced_function(op: Op) -> type[Function]:
         @staticmethod
         def setup_context(ctx, inputs, output):
             results = (output,) if isinstance(output, Tensor) else output
-            ctx.mark_non_differentiable(*results[outputs:])
+            if len(results) > outputs:  # the compiler knows no empty call of it
+                ctx.mark_non_differentiable(*results[outputs:])
             ctx.save_for_backward(*inputs[:tensors], *results[outputs:][:saved_only])
             ctx.options = inputs[tensors:]
 

@@ -645,7 +645,7 @@ _register(
     replaces="info_nce.info_nce",
     inputs=lambda d, s: _two("query", "positive_key", d, s),
     wrt=("query", "positive_key", "negative_keys", "temperature"),
-    forward_arguments=("query", "positive_key", "negative_keys", "temperature", "sample_weight"),
+    forward_arguments=("query", "positive_key", "negative_keys", "sample_weight"),
     cases={
         "plain": {"temperature": 0.2},
         "features as they are": {"temperature": _drawn_temperature, "normalize": False, "reduction": "none"},
@@ -670,7 +670,7 @@ _register(
     "nt_xent_loss",
     inputs=lambda d, s: _two("z1", "z2", d, s),
     wrt=("z1", "z2", "temperature"),
-    forward_arguments=("z1", "z2", "temperature"),
+    forward_arguments=("z1", "z2"),
     cases={"plain": {}, "everything": {"temperature": _drawn_temperature, "reduction": "none"}},
     bench_shape=(2048, 128),
 )
@@ -679,7 +679,7 @@ _register(
     replaces="pytorch_metric_learning.losses.SupConLoss",
     inputs=lambda d, s: _labelled("features", d, s),
     wrt=("features", "temperature"),
-    forward_arguments=("features", "labels", "temperature"),
+    forward_arguments=("features", "labels"),
     cases={
         "plain": {"temperature": 0.2},
         "everything": {"temperature": _drawn_temperature, "reduction": "none"},
@@ -691,7 +691,7 @@ _register(
     replaces="pytorch_metric_learning.losses.NTXentLoss",
     inputs=lambda d, s: _labelled("embeddings", d, s),
     wrt=("embeddings", "temperature"),
-    forward_arguments=("embeddings", "labels", "temperature"),
+    forward_arguments=("embeddings", "labels"),
     cases={
         "plain": {"temperature": 0.2},
         "everything": {"temperature": _drawn_temperature, "reduction": "none"},
@@ -703,7 +703,7 @@ _register(
     replaces="sentence_transformers.losses.MultipleNegativesRankingLoss",
     inputs=lambda d, s: _two("anchor", "positive", d, s),
     wrt=("anchor", "positive", "negatives", "scale"),
-    forward_arguments=("anchor", "positive", "negatives", "scale", "sample_weight"),
+    forward_arguments=("anchor", "positive", "negatives", "sample_weight"),
     cases={
         "plain": {"scale": 5.0},
         "hard negatives": {

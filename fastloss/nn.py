@@ -1,7 +1,8 @@
 """The losses as modules, made from the registry: `CrossEntropyLoss` for `cross_entropy`, and so on.
 
 A module takes the options of its function in the constructor (tensors among them become buffers) and the rest,
-such as `input` and `target`, when it is called.
+such as `input` and `target`, when it is called. An option given by name in a call, such as a temperature that is
+learned, counts for that call.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class LossModule(torch.nn.Module):
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         options = {name: getattr(self, name) for name in type(self).__signature__.parameters}
-        return self.loss.function(**dict(zip(self.loss.forward_arguments, args)), **kwargs, **options)
+        return self.loss.function(**dict(zip(self.loss.forward_arguments, args)), **(options | kwargs))
 
     def extra_repr(self) -> str:
         options = {name: getattr(self, name) for name in type(self).__signature__.parameters}

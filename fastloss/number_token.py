@@ -198,6 +198,8 @@ def number_token_loss(
     Source: Zausinger et al., Regress, Don't Guess, https://arxiv.org/abs/2411.02083; `reweigh` and `squash_factor`
     of ntloss 0.3.2.
     """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
     soft = isinstance(labels, Tensor) and labels.is_floating_point()
     shape = getattr(logits, "shape", torch.Size())[:-1]
     if not soft:
@@ -373,7 +375,7 @@ def _labels(draw: Draw, shape: tuple[int, ...]) -> Tensor:
 
 def _tokens(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
     some = torch.tensor([1, 2, 4, 5, 6, 7, 8], device=draw.device)
-    some = some[some < shape[-1]]
+    some = some[some < shape[-1]] if shape[-1] > 1 else some[:1] - 1
     values = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 0.5, 3.0])[: len(some)]
     return {"token_ids": some, "token_values": values.to(draw.device, draw.dtype)}
 
@@ -412,7 +414,7 @@ for _function, _reference, _more in (
             wrt=("logits",),
             forward_arguments=("logits", "labels"),
             cases=_CASES | _more,
-            shapes=((7, 33), (3, 1030)),
+            shapes=((9, 33), (3, 1030)),
             bench_shape=(4096, 32000),
             traffic=_traffic,
         )
@@ -440,7 +442,7 @@ register(
                 "token_values": lambda d, s: _tokens(d, s[:2])["token_values"],
             },
         },
-        shapes=((7, 33), (3, 1030), (2, 17, 3)),
+        shapes=((9, 33), (3, 1030), (2, 17, 3)),
         bench_shape=(4096, 32000),
         traffic=_traffic,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,31 +44,37 @@ def _cases(keep: Callable[[Loss], bool], few: bool = False) -> pytest.MarkDecora
     return pytest.mark.parametrize(("loss", "case"), params)
 
 
-# Of these losses the whole contract is asked; of the others so far accuracy on every device, in every case and
-# type, and what the tests of their own family ask. A loss joins when it passes: FASTLOSS_WHOLE_CONTRACT=all tries.
-WHOLE_CONTRACT = os.environ.get("FASTLOSS_WHOLE_CONTRACT", "cross_entropy")
-
-
-def under_contract(loss: Loss) -> bool:
-    return WHOLE_CONTRACT == "all" or loss.name in WHOLE_CONTRACT.split(",")
+# What a loss does not keep of the contract yet, by the test's name, and why. These are expected to fail, and must.
+_TWICE = "the gradients of both inputs are made, also where one is wanted"
+_SOFT = "labels that are distributions go through torch's operations, whose sums depend on the batch"
+_LOST = "a row at a distance of NaN is nobody's hardest"
+EXCEPTIONS = {
+    "test_buffer_is_used_again[cosine_embedding_loss]": _TWICE,
+    "test_memory_from_outside[cosine_embedding_loss]": _TWICE,
+    "test_other_rows_of_the_batch[*-number_token_loss-soft-float32]": _SOFT,
+    "test_nan_inputs_are_not_hidden[*-batch_hard_triplet_loss-*]": _LOST,
+    "test_upstream_gradient_in_any_layout[*-triplet_margin_loss-plain-bfloat16]": (
+        "the anchor's gradient is a sum of two, each rounded"
+    ),
+    "test_one_graph_serves_every_size[*-gaussian_cross_entropy-plain]": (
+        "the window's size is computed from sigma, which the compiler cannot follow"
+    ),
+}
 
 
 every_loss = pytest.mark.parametrize("loss", losses(), ids=lambda loss: loss.name)
-every_contract_loss = pytest.mark.parametrize(
-    "loss", list(filter(under_contract, losses())), ids=lambda loss: loss.name
-)
-every_single_pass_loss = pytest.mark.parametrize(
+# of every family the first: for what lies below the losses, in memory and processes
+one_of_each_family = pytest.mark.parametrize(
     "loss",
-    [loss for loss in losses() if under_contract(loss) and not loss.multiplies],
+    list({loss.family: loss for loss in reversed(losses()) if not loss.multiplies}.values()),
     ids=lambda loss: loss.name,
 )
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 some_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
 every_case = _cases(lambda loss: True)
 # the plainest and the fullest case: for what the machinery around a loss promises, not its formula
-some_cases = _cases(under_contract, few=True)
-every_contract_case = _cases(under_contract)
-every_in_place_case = _cases(lambda loss: under_contract(loss) and has_argument(loss, "inplace_backward"))
+some_cases = _cases(lambda loss: True, few=True)
+every_in_place_case = _cases(lambda loss: has_argument(loss, "inplace_backward"))
 
 
 # ---- calls ----------------------------------------------------------------------------------------------
@@ -223,7 +228,12 @@ LUCK = 2.0
 
 
 def assert_accurate(
-    got: Answer, plain: Answer, true: Answer, multiplies: bool = False, luck: float = LUCK
+    got: Answer,
+    plain: Answer,
+    true: Answer,
+    multiplies: bool = False,
+    luck: float = LUCK,
+    smallest: float = 0.0,
 ) -> None:
     """`got` is no further from the truth than plain PyTorch is, or than rounding alone explains.
 
@@ -234,19 +244,23 @@ def assert_accurate(
         t = torch.where(t.to(x.dtype).isinf(), t.to(x.dtype).double(), t)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         theirs = worst(p, t)
-        factor, least = (2 * luck, 4 * FLOOR[wide] * torch.finfo(wide).eps) if multiplies else (luck, 0.0)
+        factor, least = (
+            (2 * luck, 4 * FLOOR[wide] * torch.finfo(wide).eps) if multiplies else (luck, smallest)
+        )
         rounding = tolerance(t, x.dtype) * (1.2 if multiplies else 1.0)
         allowed = max(factor * theirs if math.isfinite(theirs) else 0.0, rounding, least)
         error = worst(x, t)
         assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, allowed {allowed:.3g}"
 
 
-def assert_right(loss: Loss, kwargs: Kwargs, upstream: Tensor | None = None, luck: float = LUCK) -> Answer:
+def assert_right(
+    loss: Loss, kwargs: Kwargs, upstream: Tensor | None = None, luck: float = LUCK, smallest: float = 0.0
+) -> Answer:
     """Value and gradients of one call against the float64 reference; gives the answer for further checks."""
     names = differentiable(loss, kwargs)
     if upstream is None and names:
         upstream = upstream_like(eager(loss, kwargs, []).value)
     true, plain = exact(loss, kwargs, names, upstream), eager(loss, kwargs, names, upstream)
     got = fused(loss, kwargs, names, upstream)
-    assert_accurate(got, plain, true, loss.multiplies, luck)
+    assert_accurate(got, plain, true, loss.multiplies, luck, smallest)
     return got

@@ -9,7 +9,7 @@ import torch
 from support import (
     assert_same_bits,
     differentiable,
-    every_contract_loss,
+    every_loss,
     fused,
     is_float,
     make,
@@ -59,7 +59,7 @@ def test_compiles_as_one_graph(loss, case, real_device):
         torch.testing.assert_close(got, wanted)
 
 
-@every_contract_loss
+@every_loss
 def test_compiles_with_inductor_inside_a_model(loss, real_device):
     """What surrounds the loss is fused by the compiler; the loss is one operator of the graph."""
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, real_device)

@@ -12,7 +12,7 @@ import re
 import pytest
 import torch
 from support import (
-    every_contract_loss,
+    every_loss,
     has_reductions,
     is_float,
     make,
@@ -167,7 +167,7 @@ def test_other_floating_point_type(loss, case, device):
             assert_as_torch(loss, kwargs | {name: value.double()}, name)
 
 
-@every_contract_loss
+@every_loss
 def test_missing_and_unknown_arguments(loss, device):
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, device)
     with pytest.raises(TypeError):
@@ -177,7 +177,7 @@ def test_missing_and_unknown_arguments(loss, device):
             loss.function(**{k: v for k, v in kwargs.items() if k != name})
 
 
-@every_contract_loss
+@every_loss
 def test_unknown_reduction(loss, device):
     if not has_reductions(loss):
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import differentiable, every_single_pass_loss, make, requiring, same_bits
+from support import differentiable, make, one_of_each_family, requiring, same_bits
 
 import fastloss
 from fastloss import memory
@@ -55,7 +55,7 @@ def test_statistics(pool):
     assert 0 < pool["limit_bytes"] < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_buffer_is_used_again(loss, pool):
     first = gradient(loss)
     used = memory.stats()
@@ -74,7 +74,7 @@ def test_buffer_is_used_again(loss, pool):
     assert again["peak_in_use_bytes"] >= again["in_use_bytes"]
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_living_tensors_share_nothing(loss):
     """Gradients, and views of dead gradients, keep their numbers while others come and go."""
     kept = [gradient(loss, seed) for seed in range(3)]
@@ -89,7 +89,7 @@ def test_living_tensors_share_nothing(loss):
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_empty_cache(loss):
     alive, dead = gradient(loss), gradient(loss, 1)
     copy = alive.clone()
@@ -100,7 +100,7 @@ def test_empty_cache(loss):
     assert same_bits(alive, copy)
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_limit(loss):
     """What is cached stays within the limit whatever sizes come, and 0 caches nothing."""
     for limit in (0, 8 * MiB, 20 * MiB):
@@ -118,7 +118,7 @@ def test_limit(loss):
         memory.set_limit("1 GiB")
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_nothing_is_taken_without_gradient(loss, pool):
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, shape=large_shape(loss))
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_nothing_is_taken_without_gradient(loss, pool):
     assert (after["hits"], after["misses"]) == (pool["hits"], pool["misses"])
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_graph_that_is_dropped_gives_its_memory_back(loss, pool):
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, shape=large_shape(loss))
     value = loss.function(**kwargs)
@@ -135,7 +135,7 @@ def test_graph_that_is_dropped_gives_its_memory_back(loss, pool):
     assert memory.stats()["in_use_bytes"] == pool["in_use_bytes"]
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_threads(loss, pool):
     """Calls from several threads at once, gradients freed by a thread that did not make them."""
     expected = {seed: gradient(loss, seed, (1 + seed % 3) * MiB).clone() for seed in range(6)}
@@ -187,7 +187,7 @@ def run_child(loss, body):
     assert not child.stderr, child.stderr
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_fork(loss):
     """A child starts without the parent's cache, may free and make gradients, and does not disturb it."""
     run_child(
@@ -220,7 +220,7 @@ for _ in range(3):
     )
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_fork_while_other_threads_allocate(loss):
     """The pool's lock is never left taken in a child."""
     run_child(
@@ -249,7 +249,7 @@ assert codes == [0] * 20, codes
     )
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_interpreter_shutdown(loss):
     """Gradients that are alive when Python ends, in globals, modules and cycles, do no harm."""
     run_child(
@@ -266,7 +266,7 @@ gradient(3)
     )
 
 
-@every_single_pass_loss
+@one_of_each_family
 def test_memory_from_outside(loss):
     """As the system sees it: the cache goes back to it, and a call needs one tensor of its inputs' size.
 

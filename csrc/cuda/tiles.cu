@@ -88,7 +88,7 @@ __device__ __forceinline__ S joined(S mine) {
       part[threadIdx.x] = whole;
     }
   }
-  return part[0];
+  return part[threadIdx.x];
 }
 
 template <class R>

@@ -109,6 +109,9 @@ void Fiber::leave(Leave how) {
 
 void Stacks::reserve(size_t count) {
   if (count <= count_) return;
+#if defined(SIMT_ASAN)
+  if (memory_) ASAN_UNPOISON_MEMORY_REGION(memory_, count_ * kStride);  // whoever maps these pages next
+#endif
   if (memory_) munmap(memory_, count_ * kStride);
   void* memory = mmap(nullptr, count * kStride, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

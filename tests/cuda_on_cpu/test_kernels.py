@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,6 @@ from support import (
     assert_same_bits,
     differentiable,
     dtype_id,
-    every_contract_case,
     exact,
     fused,
     make,
@@ -54,20 +55,37 @@ def schedule(monkeypatch):
 
 
 def shapes(loss: Loss, case: str) -> list[tuple[int, ...]]:
-    first = case == next(iter(loss.cases))
-    return [shape for shape in loss.shapes if first or math.prod(shape) <= MOST_ELEMENTS]
+    first = case == "plain" and loss.name == "cross_entropy"
+    small = [shape for shape in loss.shapes if first or math.prod(shape) <= MOST_ELEMENTS]
+    return small or [min(loss.shapes, key=math.prod)]
 
 
-def assert_close(got: Answer, true: Answer, what: str) -> None:
+def assert_close(got: Answer, true: Answer, what: str, rounded: torch.dtype | None = None) -> None:
+    """`rounded`: the type in which products are kept on the way, where that is not the result's."""
     for (name, x), (_, t) in zip(got.parts(), true.parts(), strict=True):
         scale = torch.cat([t.flatten(), t.new_tensor([TYPICAL])])
-        error, allowed = worst(x, t), SLACK * tolerance(scale, x.dtype)
+        error, allowed = worst(x, t), SLACK * tolerance(scale, rounded or x.dtype)
         assert error <= allowed, f"{what}: {name} is off by {error:.3g}, allowed {allowed:.3g}"
 
 
-@pytest.mark.parametrize("layout", [contiguous, unaligned])
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-@every_contract_case
+def calls() -> Iterator[Any]:
+    """Of the first loss, which goes through every branch of the row driver, all; of the others the plainest and
+    the fullest case, in two types, on tensors that no 16-byte access fits."""
+    for loss in losses():
+        # The gradient of a chunk of logits takes the place of these. Where rows are no multiple of 16 bytes, a thread
+        # reads words of which a neighbour writes bytes: it drops those, but the checker sees words.
+        if MODE == "race" and loss.family in ("linear", "margin"):
+            continue
+        whole = loss.name == "cross_entropy"
+        cases = list(loss.cases)
+        for case in cases if whole or len(cases) < 3 else (cases[0], cases[-1]):
+            for dtype in DTYPES if whole else (torch.float32, torch.bfloat16):
+                for layout in (contiguous, unaligned) if whole else (unaligned,):
+                    name = f"{loss.name}-{case}-{dtype_id(dtype)}-{layout.__name__}"
+                    yield pytest.param(loss, case, dtype, layout, id=name)
+
+
+@pytest.mark.parametrize(("loss", "case", "dtype", "layout"), list(calls()))
 def test_right_under_every_schedule(loss, case, dtype, layout, schedule):
     for shape in shapes(loss, case):
 
@@ -79,7 +97,8 @@ def test_right_under_every_schedule(loss, case, dtype, layout, schedule):
         names = differentiable(loss, kwargs)
         schedule(0)
         answer = fused(loss, kwargs, names)
-        assert_close(answer, exact(loss, arguments(), names, upstream_like(answer.value)), str(shape))
+        true = exact(loss, arguments(), names, upstream_like(answer.value))
+        assert_close(answer, true, str(shape), dtype if loss.multiplies else None)
         for seed in SCHEDULES:
             schedule(seed)
             again = fused(loss, arguments(), names)
