@@ -44,7 +44,7 @@ demo: $(VENV)/.built $(VENV)/.extra-demo ## train a small language model with to
 	$(BIN)/python benchmarks/train_lm.py $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.extra-test ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)  # one thread for each of two workers
 
 gpu: ## on a machine with a GPU: suite, sanitizer, CUDA graphs, benchmark table; PYTHON is one whose torch has CUDA
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
