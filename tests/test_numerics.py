@@ -65,12 +65,13 @@ def test_every_reduction(loss, case, device):
         assert_right(loss, make(loss, case, torch.float32, device, reduction=reduction))
 
 
+@some_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @some_cases
-def test_any_layout(loss, case, layout, device):
+def test_any_layout(loss, case, layout, dtype, device):
     """Strides and alignment of all tensor arguments, and of each in turn, change nothing."""
     for shape in {small_shape(loss), *(s for s in loss.shapes if len(s) > 2)}:
-        kwargs = make(loss, case, torch.float32, device, shape)
+        kwargs = make(loss, case, dtype, device, shape)
         laid = {name: lay(value, layout) for name, value in tensors(kwargs).items()}
         for name, value in laid.items() if len(shape) < 3 else ():
             assert_right(loss, requiring(kwargs | {name: value}, differentiable(loss, kwargs)))
