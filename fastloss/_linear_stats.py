@@ -178,8 +178,4 @@ class LinearStatsOp(_op.Op):
         return 2 * rows * features * classes * (1 + again + sum(needed[:2]))
 
     def __call__(self, tensors, options) -> Tensor:
-        transformed = not torch.compiler.is_compiling() and _op._functorch_active()
-        wanted = sum(
-            1 << i for i in self.wrt if tensors[i] is not None and (transformed or tensors[i].requires_grad)
-        )
-        return super().__call__(tensors, (*options, wanted))
+        return super().__call__(tensors, (*options, _op.wanted_bits(self, tensors)))

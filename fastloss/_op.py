@@ -73,11 +73,11 @@ def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
-def _wanted(op: Op, tensors: Sequence[Tensor]) -> int:
+def wanted_bits(op: Op, tensors: Sequence[Tensor | None]) -> int:
     """The inputs that are to be differentiated, a bit for each."""
     transformed = not torch.compiler.is_compiling() and _functorch_active()
     return sum(
-        1 << i for i in op.wrt if tensors[i].is_floating_point() and (transformed or tensors[i].requires_grad)
+        1 << i for i in op.wrt if _differentiable(tensors[i]) and (transformed or tensors[i].requires_grad)
     )
 
 
@@ -363,7 +363,7 @@ class ElementOp(FusedOp):
         return grads[0] if len(grads) == 1 else tuple(grads)
 
     def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, _wanted(self, tensors)))
+        return super().__call__(tensors, (*options, wanted_bits(self, tensors)))
 
 
 class DivergenceOp(FusedOp):
@@ -395,7 +395,7 @@ class DivergenceOp(FusedOp):
         return tuple(self._empty_gradients(args[1], args[-1]))
 
     def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, _wanted(self, tensors)))
+        return super().__call__(tensors, (*options, wanted_bits(self, tensors)))
 
 
 class LinearOp(Op):
@@ -460,12 +460,9 @@ class LinearOp(Op):
         (rows, features), (classes, _) = shapes[:2]
         return 2 * rows * features * classes * (1 + sum(needed[:2]))
 
-    def _wanted(self, tensors: Sequence[Tensor | None]) -> int:
-        return sum(1 << i for i in self.wrt if tensors[i] is not None and tensors[i].requires_grad)
-
     def plan(self, operators, tensors, options):
         ahead = options[self.REDUCTION] != REDUCTIONS["none"] and not _functorch_active()
-        wanted = self._wanted(tensors) if ahead else 0
+        wanted = wanted_bits(self, tensors) if ahead else 0
         plan = Plan(operators)
         plan.wanted = wanted
         return plan
@@ -506,7 +503,7 @@ class LinearOp(Op):
     def _compiled(self, tensors, options):
         if _requires_grad(tensors[3:]):
             return self.reference(*tensors, *options)
-        wanted = self._wanted(tensors) if torch.is_grad_enabled() else 0
+        wanted = wanted_bits(self, tensors) if torch.is_grad_enabled() else 0
         if not wanted:
             return self._plain(*tensors, *options, 0)[0]
         return self._traced.apply(*tensors, *options, wanted)[0]

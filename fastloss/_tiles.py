@@ -177,13 +177,7 @@ class TileOp(Op):
 
     def __call__(self, tensors, options):
         transformed = not torch.compiler.is_compiling() and _functorch_active()
-        wanted = 0
-        if transformed or torch.is_grad_enabled():
-            wanted = sum(
-                1 << i
-                for i in self.wrt
-                if tensors[i] is not None and (transformed or tensors[i].requires_grad)
-            )
+        wanted = _op.wanted_bits(self, tensors) if transformed or torch.is_grad_enabled() else 0
         return super().__call__(tensors, (*options, wanted))
 
     def shapes(self, *args):

@@ -16,8 +16,7 @@ struct Pairs {
   Tensor a, b;
 
   Pairs(const Tensor& a_, const Tensor& b_, double eps)
-      : a(a_.is_contiguous() ? a_ : torch::stable::contiguous(a_)),
-        b(b_.is_contiguous() ? b_ : torch::stable::contiguous(b_)) {
+      : a(contiguous_as(a_, a_.scalar_type())), b(contiguous_as(b_, b_.scalar_type())) {
     STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(0) == b.size(0) && a.size(1) == b.size(1) &&
                         a.scalar_type() == b.scalar_type(),
                     "b: expected the shape and type of a, two dimensions");

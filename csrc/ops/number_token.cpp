@@ -1,8 +1,6 @@
 // Cross-entropy with a term for labels that are numbers, see losses/number_token.h: the operator of the token
 // losses (ops/token.cpp) with the number tokens `ids` (ascending), their table of distances, the largest one,
 // and for every row its label's place among them and the weight of its term, 0 where it is no number.
-#include <tuple>
-
 #include "rows.h"
 
 namespace fastloss {
@@ -44,23 +42,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, Tensor target, Tensor i
   Call call(kLoss, with_gradient ? RowPass::forward_gradient : RowPass::forward, input, target, std::nullopt,
             1, 0, options);
   const Numbers numbers(call, ids, table, worst, position, number_weight);
-  RowArgs& a = call.args;
-  a.ignore_index = ignore_index;
-  if (!on_cuda(call.x)) check_targets(a);
-  const int64_t state_shape[] = {a.rows, kStateHead + kLoss.saved}, nothing[] = {0};
-  const Tensor state = empty(call.x, state_shape, call.accumulation);
-  Tensor loss = empty(call.x, call.row_shape, call.accumulation);
-  const Tensor dx = with_gradient ? empty_like_pooled(call.x) : empty(call.x, nothing, call.x.scalar_type());
-  call.set_state(state);
-  a.loss = loss.mutable_data_ptr();
-  if (with_gradient) call.set_gradient(dx);
-  if (reduction == kNone) {
-    run(kLoss, call);
-  } else {
-    loss = reduced(kLoss, call, reduction);
-  }
-  if (!wide) loss = call.as_dtype(loss);
-  return {loss, state, dx};
+  call.args.ignore_index = ignore_index;
+  return forward_results(kLoss, call, reduction, wide);
 }
 
 void backward_into(Tensor grad, Tensor dx, Tensor input, Tensor target, Tensor ids, Tensor table,

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "../cpu/dispatch.h"
@@ -245,6 +246,29 @@ inline Tensor reduced(const TokenLoss& loss, Call& call, int64_t reduction) {
   if (on_cuda(call.x)) return reduced_on_cuda(loss, call, reduction);
   if (call.args.dtype == DType::f64) return reduced_as<double>(loss, call, reduction);
   return reduced_as<float>(loss, call, reduction);
+}
+
+// What the forward operators give: the loss, the state of the rows, their gradient or nothing. `call` is
+// ready but for where these lie.
+inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind, Call& call,
+                                                          int64_t reduction, bool wide) {
+  RowArgs& a = call.args;
+  if (!on_cuda(call.x)) check_targets(a);
+  const bool with_gradient = a.pass == RowPass::forward_gradient;
+  const int64_t state_shape[] = {a.rows, kStateHead + kind.saved}, nothing[] = {0};
+  const Tensor state = empty(call.x, state_shape, call.accumulation);
+  Tensor loss = empty(call.x, call.row_shape, call.accumulation);
+  const Tensor dx = with_gradient ? empty_like_pooled(call.x) : empty(call.x, nothing, call.x.scalar_type());
+  call.set_state(state);
+  a.loss = loss.mutable_data_ptr();
+  if (with_gradient) call.set_gradient(dx);
+  if (reduction == kNone) {
+    run(kind, call);
+  } else {
+    loss = reduced(kind, call, reduction);
+  }
+  if (!wide) loss = call.as_dtype(loss);
+  return {loss, state, dx};
 }
 
 inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upstream, const Tensor& state,

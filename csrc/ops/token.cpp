@@ -1,7 +1,5 @@
 // The operators of the token losses. All share one schema, one set of checks and one way from tensors to
 // RowArgs; a loss adds only its line in FASTLOSS_TOKEN_LOSSES.
-#include <tuple>
-
 #include "rows.h"
 
 namespace fastloss {
@@ -25,24 +23,7 @@ struct Ops {
       row_weight = as_type(*row_weight, call.accumulation);
       a.row_weight = row_weight->const_data_ptr();
     }
-    if (!on_cuda(call.x)) check_targets(a);
-    const int64_t width = kStateHead + kLoss.saved;
-    const int64_t state_shape[] = {a.rows, width};
-    const Tensor state = empty(call.x, state_shape, call.accumulation);
-    Tensor loss = empty(call.x, call.row_shape, call.accumulation);
-    const int64_t nothing[] = {0};
-    const Tensor dx =
-        with_gradient ? empty_like_pooled(call.x) : empty(call.x, nothing, call.x.scalar_type());
-    call.set_state(state);
-    a.loss = loss.mutable_data_ptr();
-    if (with_gradient) call.set_gradient(dx);
-    if (reduction == kNone) {
-      run(kLoss, call);
-    } else {
-      loss = reduced(kLoss, call, reduction);
-    }
-    if (!wide) loss = call.as_dtype(loss);
-    return {loss, state, dx};
+    return forward_results(kLoss, call, reduction, wide);
   }
 
   // Row weights are in the state already; they stand in the schema because backward takes all of forward's
