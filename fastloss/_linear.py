@@ -104,6 +104,9 @@ class RowByRow:
                 to.add_(part) if add else to.copy_(part)
 
 
+PRODUCTS = {"cpu": PackedProducts, "simt": RowByRow, "cuda": BlasProducts}
+
+
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, asked: int) -> int:
     """As many as the budget allows, in whole panels where it allows one."""
     # on the CPU a row also lies there itself, packed, and as its gradient

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -117,18 +116,21 @@ def backward(
     return tuple(d if d.dtype == input.dtype else d.to(input.dtype) for d in (dx, dw, db))
 
 
-class LinearStatsOp(_op.Op):
+class LinearStatsOp(_op.PythonOp):
     """Tensors `(input, linear_weight, linear_bias, index, mask)`, of which the first three are differentiated.
 
     `options` are `scale, cap, everything`; the result are the planes of `token_stats`.
     """
 
-    TENSORS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? index, Tensor? mask, "
-    OPTIONS = "float scale, float cap, bool everything, int wanted"
+    _TENSORS = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor? index, Tensor? mask, "
+    _OPTIONS = "float scale, float cap, bool everything, int wanted"
+    schemas: ClassVar = {
+        "fwd": f"({_TENSORS}{_OPTIONS}) -> (Tensor planes, Tensor state)",
+        "bwd": f"(Tensor grad, {_TENSORS}Tensor state, {_OPTIONS}) "
+        "-> (Tensor dinput, Tensor dweight, Tensor dbias)",
+    }
 
     def __init__(self, name: str, reference: Callable[..., Tensor]):
-        self._libraries: list[torch.library.Library] = []
-
         def fake(input, linear_weight, linear_bias, index, mask, *options):
             high = _linear.accumulation_type(input.dtype)
             planes = 4 + (2 * index.shape[-1] if index is not None else 0)
@@ -148,29 +150,9 @@ class LinearStatsOp(_op.Op):
             for i, x in enumerate(like)
         )
 
-    def operators(self) -> SimpleNamespace:
-        found = self._operators.get(_op._namespace)
-        if found is None:
-            operators = getattr(torch.ops, _op._namespace)
-            library = torch.library.Library(_op._namespace, "FRAGMENT")
-            library.define(f"{self.name}_fwd({self.TENSORS}{self.OPTIONS}) -> (Tensor planes, Tensor state)")
-            library.define(
-                f"{self.name}_bwd(Tensor grad, {self.TENSORS}Tensor state, {self.OPTIONS}) "
-                "-> (Tensor dinput, Tensor dweight, Tensor dbias)"
-            )
-            simulated = _op._namespace != "fastloss"  # a build in which the CPU runs the CUDA kernels
-            here = _linear.RowByRow if simulated else _linear.PackedProducts
-            for key, products in (("CPU", here), ("CUDA", _linear.BlasProducts)):
-                library.impl(f"{self.name}_fwd", functools.partial(forward, operators, products), key)
-                library.impl(f"{self.name}_bwd", functools.partial(backward, operators, products), key)
-            self._libraries.append(library)  # its registrations live as long as it does
-            found = SimpleNamespace(
-                fwd=getattr(operators, f"{self.name}_fwd").default,
-                bwd=getattr(operators, f"{self.name}_bwd").default,
-                into=None,
-            )
-            self._operators[_op._namespace] = found
-        return found
+    def implement(self, kind, operators, where):
+        run = {"fwd": forward, "bwd": backward}[kind]
+        return functools.partial(run, operators, _linear.PRODUCTS[where])
 
     def flops(self, shapes, needed):
         (rows, features), (classes, _) = shapes[:2]

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -398,7 +398,32 @@ class DivergenceOp(FusedOp):
         return super().__call__(tensors, (*options, wanted_bits(self, tensors)))
 
 
-class LinearOp(Op):
+class PythonOp(Op):
+    """An operator of which Python calls the kernels, chunk by chunk: `schemas` by kind, "fwd" and perhaps "bwd"."""
+
+    schemas: ClassVar[dict[str, str]]
+
+    def implement(self, kind: str, operators: Any, where: str) -> Callable[..., Any]:
+        """What runs; `where` is "cpu", "cuda", or "simt", a build in which the CPU runs the CUDA kernels."""
+        raise NotImplementedError
+
+    def operators(self) -> SimpleNamespace:
+        found = self._operators.get(_namespace)
+        if found is None:
+            operators, library = getattr(torch.ops, _namespace), torch.library.Library(_namespace, "FRAGMENT")
+            found = SimpleNamespace(fwd=None, bwd=None, into=None, all=operators)
+            for kind, schema in self.schemas.items():
+                name = f"{self.name}_{kind}"
+                library.define(name + schema)
+                for key, where in (("CPU", "cpu" if _namespace == "fastloss" else "simt"), ("CUDA", "cuda")):
+                    library.impl(name, self.implement(kind, operators, where), key)
+                setattr(found, kind, getattr(operators, name).default)
+            found.library = library  # its registrations live as long as it does
+            self._operators[_namespace] = found
+        return found
+
+
+class LinearOp(PythonOp):
     """A row loss of `linear(input, linear_weight, linear_bias)`, from the chunks of `_linear`.
 
     Tensors `(input, linear_weight, linear_bias, target, weight, row_weight)`, of which the first three are
@@ -408,18 +433,17 @@ class LinearOp(Op):
     backward multiplies them by its upstream gradient. Any other backward runs the chunks again.
     """
 
-    SCHEMA = (
-        "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+    schemas: ClassVar = {
+        "fwd": "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
         "Tensor? row_weight, int ignore_index, int reduction, float logit_scale, float softcap, float[] numbers, "
         "bool wide, int chunk, int wanted) -> (Tensor loss, Tensor norm, Tensor dinput, Tensor dweight, Tensor dbias)"
-    )
+    }
     REDUCTION = 1  # its place among the options
 
     def __init__(
         self, name: str, reference: Callable[..., Tensor], rows: str, shape: type[Shape] | None = None
     ):
         self._rows, self._shape = rows, shape
-        self._libraries: list[torch.library.Library] = []
 
         def fake(input, linear_weight, linear_bias, *rest):
             high = _linear.accumulation_type(input.dtype)
@@ -439,22 +463,8 @@ class LinearOp(Op):
         super().__init__(name, reference, fake, tensors=6, wrt=(0, 1, 2))
         self._traced = self._trace()
 
-    def operators(self) -> SimpleNamespace:
-        found = self._operators.get(_namespace)
-        if found is None:
-            operators = getattr(torch.ops, _namespace)
-            library = torch.library.Library(_namespace, "FRAGMENT")
-            library.define(f"{self.name}_fwd{self.SCHEMA}")
-            simulated = _namespace != "fastloss"  # a build in which the CPU runs the CUDA kernels
-            here = _linear.RowByRow if simulated else _linear.PackedProducts
-            for key, products in (("CPU", here), ("CUDA", _linear.BlasProducts)):
-                forward = functools.partial(_linear.forward, self._rows, self._shape, operators, products)
-                library.impl(f"{self.name}_fwd", forward, key)
-            self._libraries.append(library)  # its registrations live as long as it does
-            fwd = getattr(operators, f"{self.name}_fwd").default
-            found = SimpleNamespace(fwd=fwd, bwd=None, into=None, all=operators)
-            self._operators[_namespace] = found
-        return found
+    def implement(self, kind, operators, where):
+        return functools.partial(_linear.forward, self._rows, self._shape, operators, _linear.PRODUCTS[where])
 
     def flops(self, shapes, needed):
         (rows, features), (classes, _) = shapes[:2]

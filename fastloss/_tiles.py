@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastloss import _op
 from fastloss._linear import accumulation_type, scaled
-from fastloss._op import REDUCTIONS, Op, Plan, _functorch_active, _requires_grad
+from fastloss._op import REDUCTIONS, Plan, _functorch_active, _requires_grad
 
 BUDGET = 64 << 20
 STATISTICS, SOFTMAX_GRADIENT, PAIRS, PAIRS_GRADIENT, SIGMOID, HARDEST = range(6)
@@ -135,7 +134,7 @@ class Matrix:
             dy.mul_(top)
 
 
-class TileOp(Op):
+class TileOp(_op.PythonOp):
     """An operator over a matrix of similarities, written in Python over the walks.
 
     The first tensors are `(x, y or None, scale)`: without y it is x with itself, and without `col_ids` columns
@@ -143,37 +142,15 @@ class TileOp(Op):
     as bits, the tensors whose gradients are.
     """
 
-    forward_schema: str
-    backward_schema: str | None = None
-
     def __init__(self, name: str, reference, *, tensors: int, wrt: Sequence[int], outputs: int):
-        self._libraries: list[torch.library.Library] = []
-
         def without_wanted(*args):
             return reference(*args[:-1])
 
         super().__init__(name, without_wanted, self.shapes, tensors=tensors, wrt=wrt, outputs=outputs)
 
-    def operators(self) -> SimpleNamespace:
-        found = self._operators.get(_op._namespace)
-        if found is None:
-            operators = getattr(torch.ops, _op._namespace)
-            library = torch.library.Library(_op._namespace, "FRAGMENT")
-            simulated = _op._namespace != "fastloss"  # a build in which the CPU runs the CUDA kernels
-            names = {"fwd": (self.forward_schema, self.forward)}
-            if self.backward_schema:
-                names["bwd"] = self.backward_schema, self.backward
-            found = SimpleNamespace(fwd=None, bwd=None, into=None, all=operators)
-            for kind, (schema, function) in names.items():
-                library.define(f"{self.name}_{kind}{schema}")
-                for key in ("CPU", "CUDA"):
-                    on_cpu = key == "CPU" and not simulated
-                    inner = functools.partial(torch.no_grad()(function), operators, on_cpu)
-                    library.impl(f"{self.name}_{kind}", inner, key)
-                setattr(found, kind, getattr(operators, f"{self.name}_{kind}").default)
-            self._libraries.append(library)  # its registrations live as long as it does
-            self._operators[_op._namespace] = found
-        return found
+    def implement(self, kind, operators, where):
+        run = self.forward if kind == "fwd" else self.backward
+        return functools.partial(torch.no_grad()(run), operators, where == "cpu")
 
     def __call__(self, tensors, options):
         transformed = not torch.compiler.is_compiling() and _functorch_active()
@@ -217,11 +194,11 @@ class SoftmaxOp(TileOp):
         "int wanted"
     )
     _STATE = "Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum"
-    forward_schema = f"({_TENSORS}{_OPTIONS}) -> (Tensor row, Tensor col, Tensor positive, {_STATE})"
-    backward_schema = (
-        f"(Tensor? row_grad, Tensor? col_grad, Tensor? positive_grad, {_TENSORS}{_STATE}, {_OPTIONS}) "
-        "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbase)"
-    )
+    schemas: ClassVar = {
+        "fwd": f"({_TENSORS}{_OPTIONS}) -> (Tensor row, Tensor col, Tensor positive, {_STATE})",
+        "bwd": f"(Tensor? row_grad, Tensor? col_grad, Tensor? positive_grad, {_TENSORS}{_STATE}, {_OPTIONS}) "
+        "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbase)",
+    }
 
     def __init__(self, name: str, reference):
         super().__init__(name, reference, tensors=8, wrt=(0, 1, 2, 3), outputs=3)
@@ -311,11 +288,11 @@ class PairsOp(TileOp):
 
     _TENSORS = "Tensor x, Tensor? y, Tensor scale, Tensor? mark, Tensor row_ids, Tensor? col_ids, "
     _STATE = "Tensor row_max, Tensor row_log_sum, Tensor slope"
-    forward_schema = f"({_TENSORS}bool normalize, bool inverse, int wanted) -> (Tensor value, {_STATE})"
-    backward_schema = (
-        f"(Tensor grad, {_TENSORS}{_STATE}, bool normalize, bool inverse, int wanted) "
-        "-> (Tensor dx, Tensor dy, Tensor dscale)"
-    )
+    schemas: ClassVar = {
+        "fwd": f"({_TENSORS}bool normalize, bool inverse, int wanted) -> (Tensor value, {_STATE})",
+        "bwd": f"(Tensor grad, {_TENSORS}{_STATE}, bool normalize, bool inverse, int wanted) "
+        "-> (Tensor dx, Tensor dy, Tensor dscale)",
+    }
 
     def __init__(self, name: str, reference):
         super().__init__(name, reference, tensors=6, wrt=(0, 1, 2), outputs=1)
@@ -371,14 +348,12 @@ class SigmoidOp(TileOp):
         "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? mark, Tensor? row_ids, Tensor? col_ids, "
         "Tensor? weight, "
     )
-    forward_schema = (
-        f"({_TENSORS}int reduction, bool normalize, bool wide, int wanted, bool with_gradient) "
-        "-> (Tensor loss, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
-    )
-    backward_schema = (
-        f"(Tensor grad, {_TENSORS}int reduction, bool normalize, bool wide, int wanted) "
-        "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
-    )
+    schemas: ClassVar = {
+        "fwd": f"({_TENSORS}int reduction, bool normalize, bool wide, int wanted, bool with_gradient) "
+        "-> (Tensor loss, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)",
+        "bwd": f"(Tensor grad, {_TENSORS}int reduction, bool normalize, bool wide, int wanted) "
+        "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)",
+    }
     traced_extra = (False,)
     saved = 0
 
@@ -466,7 +441,7 @@ class SigmoidOp(TileOp):
 class HardestOp(TileOp):
     """Of each row x_i the farthest row with its id and the nearest with another: their indices, [2, m], or -1."""
 
-    forward_schema = "(Tensor x, Tensor ids, int wanted) -> Tensor"
+    schemas: ClassVar = {"fwd": "(Tensor x, Tensor ids, int wanted) -> Tensor"}
 
     def __init__(self, name: str):
         super().__init__(name, None, tensors=2, wrt=(), outputs=1)
