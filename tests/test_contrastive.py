@@ -240,3 +240,13 @@ for call in calls:
     }
     child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("function", [F.clip_loss, F.siglip_loss], ids=lambda f: f.__name__)
+def test_weights_that_lie_apart(function, device):
+    """The mean is divided by the sum of the weights, and not of what lies between them."""
+    weight = torch.tensor([0.5, -7.0, 1.5, 9.0, 1.0, 4.0], device=device)[::2]
+    x, y = (features(3, seed=seed).to(device) for seed in (1, 2))
+    assert same_bits(
+        function(x, y, 3.0, sample_weight=weight), function(x, y, 3.0, sample_weight=weight.clone())
+    )

@@ -43,8 +43,9 @@ def calls(draw):
 @given(calls())
 def test_any_call(device, call):
     loss, case, shape, dtype, seed, more, layouts, scale = call
-    # in one dimension every cosine is 1 or -1, where an angle has no derivative
+    # in one dimension every cosine is 1 or -1, where an angle has no derivative; at the origin no cosine has one
     assume(loss.family != "margin" or shape[1] > 1)
+    assume(loss.family not in ("margin", "contrastive", "metric") or scale > 0)
     kwargs = make(loss, case, dtype, device, shape, seed, **more)
     first = kwargs[loss.wrt[0]]
     if is_float(first):
@@ -56,4 +57,4 @@ def test_any_call(device, call):
     true = exact(loss, kwargs, differentiable(loss, kwargs))
     assume(not any(grad.isnan().any() for grad in true.grads.values()))
     # of two elements one may well be lucky, and float64 is not exact where everything cancels
-    assert_right(loss, kwargs, luck=4.0, smallest=1e-15)
+    assert_right(loss, kwargs, luck=3.0, smallest=1e-15)
