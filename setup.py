@@ -107,12 +107,16 @@ class NinjaBuild(build_ext):
         )
         n.rule("link", f"{cxx} -shared -o $out $in $flags -Wl,--exclude-libs,ALL", description="link $out")
 
+        def near(path: str | Path) -> str:
+            """Relative to the build folder: a copied or moved checkout stays built."""
+            return os.path.relpath(path, build)
+
         def compile_(source: str, flags: str, name: str | None = None) -> str:
             out = f"{name or source.replace('/', '_')}.o"
-            n.build(out, "cxx", str(CSRC / source), variables={"flags": flags})
+            n.build(out, "cxx", near(CSRC / source), variables={"flags": flags})
             return out
 
-        stable = " ".join([STABLE_ABI, *(f"-isystem {p}" for p in include_paths())])
+        stable = " ".join([STABLE_ABI, *(f"-isystem {near(p)}" for p in include_paths())])
         cuda = "-DFASTLOSS_CUDA" if nvcc else ""
         objects = [
             compile_(f"ops/{p.name}", f"{stable} {cuda}") for p in sorted((CSRC / "ops").glob("*.cpp"))
@@ -144,7 +148,7 @@ class NinjaBuild(build_ext):
                 description="nvcc $out",
             )
             for source in sorted((CSRC / "cuda").glob("*.cu")):
-                n.build(f"cuda_{source.stem}.o", "nvcc", str(source))
+                n.build(f"cuda_{source.stem}.o", "nvcc", near(source))
                 objects.append(f"cuda_{source.stem}.o")
             libraries = next(d for d in (cuda_root(nvcc) / "lib64", cuda_root(nvcc) / "lib") if d.is_dir())
             link = f"-L{libraries} -lcudart_static -ldl -lrt -lpthread"
@@ -154,9 +158,9 @@ class NinjaBuild(build_ext):
             "_ops.so",
             "link",
             objects,
-            variables={"flags": f"{link} -L{torch_lib} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"},
+            variables={"flags": f"{link} -L{near(torch_lib)} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"},
         )
-        python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+        python = f"-isystem {sysconfig.get_path('include')} -isystem {near(pybind11.get_include())}"
         module = compile_("module.cpp", " ".join([python, cuda, *facts]))
         n.build("_C.so", "link", [module, "_ops.so"], variables={"flags": "-Wl,-rpath,'$$ORIGIN'"})
         (build / "build.ninja").write_text(text.getvalue())

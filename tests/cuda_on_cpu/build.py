@@ -81,6 +81,11 @@ def cuda_includes() -> tuple[Path, ...]:
     )
 
 
+def _near(path: Path | str) -> str:
+    """Relative to where ninja runs: a copied or moved checkout stays built."""
+    return os.path.relpath(path, OUT)
+
+
 def _write_ninja() -> None:
     import torch
     from ninja.ninja_syntax import Writer
@@ -89,7 +94,9 @@ def _write_ninja() -> None:
     text = io.StringIO()
     n = Writer(text, width=110)
     cxx = find_compiler()
-    includes = " ".join([f"-I{CSRC} -I{CSRC / 'cuda'} -I{HERE}", *(f"-isystem {p}" for p in cuda_includes())])
+    includes = " ".join(
+        [*(f"-I{_near(p)}" for p in (CSRC, CSRC / "cuda", HERE)), *(f"-isystem {p}" for p in cuda_includes())]
+    )
     n.rule(
         "cxx",
         f"{cxx} -MMD -MF $out.d {COMMON} {WARNINGS} {includes} $flags -x c++ -c $in -o $out",
@@ -103,16 +110,18 @@ def _write_ninja() -> None:
         made = []
         for source in sources:
             made.append(f"{folder}/{source.name}.o")
-            n.build(made[-1], "cxx", str(source), variables={"flags": flags})
+            n.build(made[-1], "cxx", _near(source), variables={"flags": flags})
         return made
 
-    torch_flags = " ".join([STABLE_ABI, *(f"-isystem {p}" for p in include_paths())])
+    torch_flags = " ".join([STABLE_ABI, *(f"-isystem {_near(p)}" for p in include_paths())])
     operators = objects(
         "operators",
         [*sorted((CSRC / "ops").glob("*.cpp")), CSRC / "cpu" / "pool.cpp", HERE / "no_cpu_kernels.cpp"],
         f"-O1 -DFASTLOSS_NAMESPACE={NAMESPACE} {torch_flags}",
     )
-    torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"
+    torch_libraries = (
+        f"-L{_near(Path(torch.__file__).parent / 'lib')} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"
+    )
     for mode in MODES:
         shim_flags, kernel_flags, link_flags = FLAGS[mode]
         runtime = [p for p in sorted(HERE.glob("simt*.cpp")) if mode == "race" or p.stem != "simt_race"]
