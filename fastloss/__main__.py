@@ -37,19 +37,19 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time a loss beside eager PyTorch and torch.compile")
     bench.add_argument("loss", nargs="?", help="name of the loss")
     bench.add_argument("--shape", type=shape, metavar="4096x32000", help="default: the loss's own")
-    bench.add_argument("--dtype", default="float32", choices=DTYPES)
+    bench.add_argument("--dtype", choices=DTYPES, help="default: float32; of --all float32 and bfloat16")
     bench.add_argument("--case", help="one of the loss's cases; default: the first")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     bench.add_argument("--forward-only", action="store_true", help="no gradient")
     bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
     bench.add_argument("--rounds", type=int, metavar="N", help="default: as many as the budget allows")
     bench.add_argument(
-        "--budget", type=float, default=20.0, metavar="SECONDS", help="timing per loss and dtype"
+        "--budget", type=float, metavar="SECONDS", help="timing per loss and dtype; default: 20, of --all 5"
     )
     bench.add_argument("--peers", type=Path, metavar="FILE", help="Python file with more candidates")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the times (.png, .svg, .pdf)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    bench.add_argument("--all", action="store_true", help="every loss in float32 and bfloat16; needs --out")
+    bench.add_argument("--all", action="store_true", help="every loss; needs --out")
     bench.add_argument(
         "--table", type=Path, metavar="FILE", help="what the JSON file lists, like benchmarks/cpu.json"
     )

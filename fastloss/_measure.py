@@ -1,8 +1,9 @@
-"""One measurement in a process of its own, which `bench` starts as `python -m fastloss._measure SPEC`.
+"""The process that measures: `bench` starts it once and writes to it what is to be measured, a line each.
 
-A process of its own, because the allocator's regime is chosen by the environment and because the
-memory of one candidate must not be served from what another one left behind. Lines of JSON go to
-standard output: progress, then one with the result. What anything else prints goes to standard error.
+Every measurement runs in a fork of it, and in a fork of that each allocator's regime and the memory of each candidate:
+what one leaves behind must not serve the next, and nothing is imported or drawn twice. Until then one thread
+runs and no GPU is touched, so that forks may use all threads and the GPU. Lines of JSON go to standard output:
+progress, then one with the result. What anything else prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import runpy
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +33,8 @@ from fastloss.check import compare, differentiable, eager_of
 
 CHECKED_ELEMENTS = 2**20
 MIN_ROUNDS, MAX_ROUNDS = 5, 300
+REGIMES = ("malloc", "recycled")
+"""The default allocator, which returns large blocks to the system, and one that keeps all it ever had."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,8 @@ class Spec:
     threads: int | None
     rounds: int | None
     budget: float
-    """Seconds of timing in this process."""
+    """Seconds of timing, over all regimes."""
     peers: str | None
-    peak_of: str | None = None
-    """Measure the memory of this candidate, and no times."""
 
 
 def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
@@ -105,61 +107,89 @@ def disagreement(got: Mapping[str, Tensor], eager: Mapping[str, Tensor], dtype: 
     return ""
 
 
-def time_all(loss: Loss, spec: Spec, emit: Callable[..., None]) -> dict[str, Any]:
-    """Check every candidate, then time those that are right, one after the other in every round."""
-    dtype = getattr(torch, spec.dtype)
-    kwargs = loss.call(spec.case, Draw(dtype, spec.device), spec.shape)
-    wrt = differentiable(kwargs, loss.wrt) if spec.backward else []
-    traffic = loss.traffic(spec.shape, dtype.itemsize, spec.backward)
-    steps: dict[str, Step | Copy] = {}
-    refused: dict[str, str] = {}
-    expected: dict[str, Tensor] = {}
-    everyone = candidates(loss, spec)
-    for i, (name, function) in enumerate(everyone.items()):
-        emit(done=i, total=4 * len(everyone), what=f"checking {name}")
-        if name == "torch.compile" and "eager" in refused:
-            refused[name] = "eager is refused"
-            continue
-        try:
-            reason = wrong(name, function, loss, spec, dtype)
-            step = Step(function, kwargs, wrt, overwrites(name))
-            if not reason:
-                results = step.results()
-                expected = expected or results
-                reason = disagreement(results, expected, dtype)
-                step.release()
-        except Exception as error:  # a peer may raise anything; the others are still of interest
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        if reason:
-            refused[name] = reason
-        else:
-            steps[name] = step
-    del expected
-    results = step = None  # the last ones would keep a gradient alive
-    steps["copy"] = Copy(traffic, spec.device)
+def keep_pages() -> None:
+    """From now on no memory goes back to the system: glibc's allocator, where it is the one in use."""
+    with contextlib.suppress(AttributeError, OSError):
+        mmap_max, trim_threshold = -4, -1
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        ctypes.CDLL(None).mallopt(trim_threshold, -1)
 
-    clock = Clock(spec.device)
-    peaks = {k: cuda_peak(s) for k, s in steps.items() if k != "copy"} if spec.device == "cuda" else {}
-    gc.collect()
-    gc.disable()
-    for step in steps.values():
-        clock.time(step)
-    seconds = sum(clock.time(step) for step in steps.values()) / 1e3
-    rounds = spec.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(spec.budget / seconds)))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for r in range(rounds):
-        emit(done=rounds + 3 * r, total=4 * rounds, what=f"round {r + 1} of {rounds}")
-        order = list(steps)
-        for name in order[r % len(order) :] + order[: r % len(order)]:
-            times[name].append(clock.time(steps[name]))
-    return {
-        "times": times,
-        "refused": refused,
-        "peaks": peaks,
-        "traffic": traffic,
-        "threads": torch.get_num_threads(),
-        "input_bytes": next(v.nbytes for v in kwargs.values() if isinstance(v, Tensor)),
-    }
+
+class Contest:
+    """The candidates of one spec and the arguments that they are called with."""
+
+    def __init__(self, loss: Loss, spec: Spec):
+        self.loss, self.spec, self.dtype = loss, spec, getattr(torch, spec.dtype)
+        self.kwargs = loss.call(spec.case, Draw(self.dtype, spec.device), spec.shape)
+        self.wrt = differentiable(self.kwargs, loss.wrt) if spec.backward else []
+        self.traffic = loss.traffic(spec.shape, self.dtype.itemsize, spec.backward)
+        self.candidates = candidates(loss, spec)
+
+    def step(self, name: str) -> Step:
+        return Step(self.candidates[name], self.kwargs, self.wrt, overwrites(name))
+
+    def refusals(self, emit: Callable[..., None]) -> dict[str, str]:
+        """Those that are not to be timed, and why."""
+        refused: dict[str, str] = {}
+        expected: dict[str, Tensor] = {}
+        for i, (name, function) in enumerate(self.candidates.items()):
+            emit(done=i, total=len(self.candidates), what=f"checking {name}")
+            if name == "torch.compile" and "eager" in refused:
+                refused[name] = "eager is refused"
+                continue
+            try:
+                reason = wrong(name, function, self.loss, self.spec, self.dtype)
+                if not reason:
+                    results = self.step(name).results()
+                    expected = expected or results
+                    reason = disagreement(results, expected, self.dtype)
+            except Exception as error:  # a peer may raise anything; the others are still of interest
+                reason = summarized(error)
+            if reason:
+                refused[name] = reason
+        return refused
+
+    def times(self, skip: Mapping[str, str], budget: float, emit: Callable[..., None]) -> dict[str, Any]:
+        """Milliseconds of everyone but those to skip and of a copy, one after the other in every round."""
+        steps: dict[str, Step | Copy] = {
+            name: self.step(name) for name in self.candidates if name not in skip
+        }
+        steps["copy"] = Copy(self.traffic, self.spec.device)
+        clock = Clock(self.spec.device)
+        on_gpu = {k: s for k, s in steps.items() if k != "copy" and self.spec.device == "cuda"}
+        peaks = {k: cuda_peak(s) for k, s in on_gpu.items()}
+        gc.collect()
+        gc.disable()
+        for step in steps.values():
+            clock.time(step)
+        seconds = sum(clock.time(step) for step in steps.values()) / 1e3
+        rounds = self.spec.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / seconds)))
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for r in range(rounds):
+            emit(done=r, total=rounds, what=f"round {r + 1} of {rounds}")
+            order = list(steps)
+            for name in order[r % len(order) :] + order[: r % len(order)]:
+                times[name].append(clock.time(steps[name]))
+        return {"times": times, "traffic": self.traffic, "peaks": peaks}
+
+    def peak(self, name: str) -> int | None:
+        """Bytes beyond the inputs at the highest point of one candidate's step, on the CPU."""
+        step = self.step(name)
+        step.results()
+        step.release()
+        with contextlib.suppress(ImportError):
+            from fastloss import memory
+
+            memory.empty_cache()
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+        return rss_peak(step)
+
+
+def summarized(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def summary(measured: Mapping[str, Any], candidate: str) -> dict[str, float]:
@@ -174,37 +204,97 @@ def summary(measured: Mapping[str, Any], candidate: str) -> dict[str, float]:
     return found
 
 
-def peak(loss: Loss, spec: Spec) -> dict[str, Any]:
-    """Bytes beyond the inputs at the highest point of one candidate's step, on the CPU."""
-    assert spec.peak_of is not None
-    kwargs = loss.call(spec.case, Draw(getattr(torch, spec.dtype)), spec.shape)
-    wrt = differentiable(kwargs, loss.wrt) if spec.backward else []
-    step = Step(candidates(loss, spec)[spec.peak_of], kwargs, wrt, overwrites(spec.peak_of))
-    step.results()
-    step.release()
-    with contextlib.suppress(ImportError):
-        from fastloss import memory
+def in_fork(work: Callable[[], Any]) -> Any:
+    """What `work` gives in a copy of this process, which then ends."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            answer = {"result": work()}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": summarized(error)}
+        with os.fdopen(write, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    answer = json.loads(text) if text else {"error": f"the measuring process ended with {status}"}
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["result"]
 
-        memory.empty_cache()
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-    return {"peak": rss_peak(step)}
+
+def measure(loss: Loss, spec: Spec, threads: int, emit: Callable[..., None]) -> dict[str, Any]:
+    """Times by regime, memory by candidate, who was refused and why."""
+
+    def part(start: float, share: float, what: str) -> Callable[..., None]:
+        return lambda done, total, **more: emit(
+            done=start + share * done / max(total, 1), what=f"{what}: {more['what']}"
+        )
+
+    def job(work: Callable[[], Any]) -> Any:
+        if spec.device != "cpu":  # CUDA cannot be used on both sides of a fork
+            return work()
+
+        def run() -> Any:
+            torch.set_num_threads(threads)
+            return work()
+
+        return in_fork(run)
+
+    contest = Contest(loss, spec)
+    regimes = REGIMES if spec.device == "cpu" else ("cuda",)
+    refused = job(lambda: contest.refusals(part(0.0, 0.2, "check")))
+    measured = {}
+    for i, regime in enumerate(regimes):
+
+        def timed(regime: str = regime, i: int = i) -> dict[str, Any]:
+            if regime == "recycled":
+                keep_pages()
+            share = 0.6 / len(regimes)
+            return contest.times(refused, spec.budget / len(regimes), part(0.2 + i * share, share, regime))
+
+        measured[regime] = job(timed)
+    peaks = measured[regimes[0]]["peaks"]
+    if spec.device == "cpu":
+        for i, name in enumerate(contest.candidates):
+            emit(done=0.8 + 0.2 * i / len(contest.candidates), what=f"memory of {name}")
+            if name not in refused:
+                peaks[name] = job(partial(contest.peak, name))
+    return {
+        "regimes": measured,
+        "refused": refused,
+        "peaks": peaks,
+        "threads": threads,
+        "input_bytes": next(v.nbytes for v in contest.kwargs.values() if isinstance(v, Tensor)),
+    }
 
 
 def main() -> None:
-    spec = Spec(**json.loads(sys.argv[1]))
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
     def emit(**line: Any) -> None:
         print(json.dumps(line), file=out, flush=True)
 
-    if spec.threads:
-        torch.set_num_threads(spec.threads)
-    (loss,) = entries(spec.loss)
-    spec = Spec(**{**vars(spec), "shape": tuple(spec.shape)})
-    emit(result=peak(loss, spec) if spec.peak_of else time_all(loss, spec, emit))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        from torch._inductor import compile_fx, config  # noqa: F401  the import takes seconds: once, here
+
+        config.compile_threads = 1  # its workers would be started anew in every fork
+    for line in sys.stdin:
+        given = json.loads(line)
+        spec = Spec(**{**given, "shape": tuple(given["shape"])})
+        (loss,) = entries(spec.loss)
+        try:
+            emit(result=in_fork(partial(measure, loss, spec, spec.threads or threads, emit)))
+        except RuntimeError as error:
+            emit(error=str(error))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,9 +114,18 @@ def test_bench_refuses_what_is_wrong(monkeypatch):
     monkeypatch.setattr(
         _measure, "candidates", lambda *_: {"eager": LOSS.reference, "fastloss": planted.function}
     )
-    measured = _measure.time_all(planted, SPEC, lambda **_: None)
-    assert set(measured["times"]) == {"eager", "copy"}
+    measured = _measure.measure(planted, SPEC, 1, lambda **_: None)
+    assert set(measured["regimes"]) == set(_measure.REGIMES)
+    assert all(set(m["times"]) == {"eager", "copy"} for m in measured["regimes"].values())
     assert "wrong" in measured["refused"]["fastloss"]
+    assert set(measured["peaks"]) == {"eager"}
+
+
+def test_a_measuring_process_that_dies_is_named():
+    with pytest.raises(RuntimeError, match="ended with -9"):
+        _measure.in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="KeyError: 'planted'"):
+        _measure.in_fork(lambda: {}["planted"])
 
 
 def test_bench_sees_one_wrong_element_of_the_full_shape():
