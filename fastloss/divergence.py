@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_tensors
-from fastloss._op import HALF_TYPES, REDUCTIONS, DivergenceOp
+from fastloss._drivers import DivergenceOp
+from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
 
 __all__ = ["js_div_logits", "kl_div_logits"]

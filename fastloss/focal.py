@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
-from fastloss._op import HALF_TYPES, REDUCTIONS, RowOp
+from fastloss._drivers import RowOp
+from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Loss, register
 from fastloss.token import call_rows, classes_of, is_wide, some_ignored
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastloss import reference, token
 from fastloss._checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
-from fastloss._op import HALF_TYPES, REDUCTIONS, LinearOp
+from fastloss._linear_op import LinearOp
+from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
 
 __all__ = ["linear_cross_entropy"]

@@ -17,8 +17,9 @@ from fastloss._checks import (
     check_tensors,
     check_weight_type,
 )
+from fastloss._linear_op import LinearOp
 from fastloss._linear_shapes import LEAST_SIN2, AngularMargin, Harmonic
-from fastloss._op import HALF_TYPES, REDUCTIONS, LinearOp
+from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
 from fastloss.linear import as_autocast
 from fastloss.reference.margin import nearest, with_margin

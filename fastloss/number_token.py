@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
-from fastloss._op import HALF_TYPES, REDUCTIONS, NumberOp
+from fastloss._drivers import NumberOp
+from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
 from fastloss.statistics import log_probs_of
 from fastloss.token import is_wide

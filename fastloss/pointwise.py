@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
-from fastloss._op import HALF_TYPES, REDUCTIONS, ElementOp
+from fastloss._drivers import ElementOp
+from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
 
 __all__ = ["sigmoid_focal_loss"]

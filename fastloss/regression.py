@@ -11,7 +11,8 @@ from torch.nn import _reduction
 
 from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
-from fastloss._op import REDUCTIONS, ElementOp
+from fastloss._drivers import ElementOp
+from fastloss._op import REDUCTIONS
 from fastloss._registry import Loss, register
 from fastloss.pointwise import element_op, expanded, is_wide, promoted
 

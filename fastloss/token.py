@@ -11,7 +11,8 @@ from torch.nn import _reduction
 
 from fastloss import reference
 from fastloss._checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
-from fastloss._op import HALF_TYPES, REDUCTIONS, RowOp
+from fastloss._drivers import RowOp
+from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
 
 

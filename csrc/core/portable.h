@@ -28,6 +28,8 @@ FL_FN float exp(float x) {
 #endif
 }
 FL_FN double exp(double x) { return ::exp(x); }
+FL_FN float exp_down(float x) { return ::expf(x); }  // for x <= 0; the vectors' is cheaper than exp
+FL_FN double exp_down(double x) { return ::exp(x); }
 FL_FN float log(float x) { return ::logf(x); }
 FL_FN double log(double x) { return ::log(x); }
 FL_FN float log1p(float x) { return ::log1pf(x); }

@@ -146,38 +146,71 @@ FL_FN F polynomial(F x, scalar_t<F> highest, C... rest) {
   return p;
 }
 
+// Bounds that NaN passes.
+FL_FN f32v at_most(float bound, f32v x) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(fill<f32v>(bound), x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(fill<f32v>(bound), x);
+#else
+  return _mm_min_ps(fill<f32v>(bound), x);
+#endif
+}
+FL_FN f32v at_least(float bound, f32v x) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(fill<f32v>(bound), x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(fill<f32v>(bound), x);
+#else
+  return _mm_max_ps(fill<f32v>(bound), x);
+#endif
+}
+
+FL_FN f32v exp_reduced(f32v r) {  // of |r| <= log(2) / 2
+  const f32v p = polynomial(r, 1.38145394e-3f, 8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f,
+                            4.99999940e-1f);  // minimax, 3e-9
+  return fma(p, r * r, r) + 1.f;
+}
+inline constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+// Added to a float of moderate size, it leaves the nearest integer in the last bits.
+inline constexpr float kToInteger = 12582912.f;
+
 // exp(x): Cody-Waite reduction, r + r^2 P(r). Error < 1 ulp in float for x in [-87.3, 88.7], zero below,
 // infinity above, NaN kept.
 FL_FN f32v exp(f32v x) {
-  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+  const f32v bounded = at_least(-104.f, at_most(89.f, x));
 #if defined(__AVX512F__)
-  const f32v bounded = _mm512_max_ps(fill<f32v>(-104.f), _mm512_min_ps(fill<f32v>(89.f), x));  // NaN stays
   const f32v n = _mm512_roundscale_ps(bounded * kLog2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const f32v bounded = x < -104.f ? fill<f32v>(-104.f) : (x > 89.f ? fill<f32v>(89.f) : x);
-  const f32v n = (bounded * kLog2e + 12582912.f) - 12582912.f;
+  const f32v n = fma(bounded, fill<f32v>(kLog2e), fill<f32v>(kToInteger)) - kToInteger;
 #endif
-  const f32v r = fma(n, fill<f32v>(-kLn2Low), fma(n, fill<f32v>(-kLn2High), bounded));
-  f32v p = polynomial(r, 1.38145394e-3f, 8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f,
-                      4.99999940e-1f);  // minimax, 3e-9
-  p = fma(p, r * r, r) + 1.f;
+  const f32v p = exp_reduced(fma(n, fill<f32v>(-kLn2Low), fma(n, fill<f32v>(-kLn2High), bounded)));
 #if defined(__AVX512F__)
   return _mm512_scalef_ps(p, n);
 #else
   const i32v power = __builtin_convertvector(n, i32v);
   const i32v half = power >> 1;  // two factors: 2^n alone leaves the range of normal floats at both ends
-  p = p * (f32v)((half + 127) << 23) * (f32v)((power - half + 127) << 23);
-  p = x < -104.f ? f32v{} : p;
-  p = x > 89.f ? fill<f32v>(INFINITY) : p;
-  return x != x ? x : p;
+  return p * (f32v)((half + 127) << 23) * (f32v)((power - half + 127) << 23);
+#endif
+}
+// The same bits for x <= 0: 2^n is multiplied by 2^64 until the end, so that one factor is enough.
+FL_FN f32v exp_down(f32v x) {
+#if defined(__AVX512F__)
+  return exp(x);
+#else
+  constexpr float kShift = kToInteger + 127 + 64;
+  const f32v bounded = at_least(-104.f, x);
+  const f32v shifted = fma(bounded, fill<f32v>(kLog2e), fill<f32v>(kShift)), n = shifted - kShift;
+  const f32v p = exp_reduced(fma(n, fill<f32v>(-kLn2Low), fma(n, fill<f32v>(-kLn2High), bounded)));
+  return p * (f32v)((i32v)shifted << 23) * 0x1p-64f;
 #endif
 }
 
 FL_FN f64v exp(f64v x) {
-  constexpr double kLog2e = 1.4426950408889634, kLn2High = 6.93145751953125e-1,
-                   kLn2Low = 1.4286068203094172e-6;
+  constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.4286068203094172e-6;
+  constexpr double kToInteger = 6755399441055744.;
   const f64v bounded = x < -746. ? fill<f64v>(-746.) : (x > 710. ? fill<f64v>(710.) : x);
-  const f64v n = (bounded * kLog2e + 6755399441055744.) - 6755399441055744.;
+  const f64v n = (bounded * 1.4426950408889634 + kToInteger) - kToInteger;
   const f64v r = fma(n, fill<f64v>(-kLn2Low), fma(n, fill<f64v>(-kLn2High), bounded));
   f64v p = fill<f64v>(1. / 6227020800.);  // Taylor to r^13: |r| <= 0.347, remainder 4e-18
   constexpr double kInverseFactorial[] = {
@@ -185,18 +218,11 @@ FL_FN f64v exp(f64v x) {
       1. / 720.,       1. / 120.,      1. / 24.,      1. / 6.,      0.5};
   for (double c : kInverseFactorial) p = fma(p, r, fill<f64v>(c));
   p = fma(p, r * r, r) + 1.;
-#if defined(__AVX512DQ__)
-  const i64v power = (i64v)_mm512_cvtpd_epi64(n);
-#else
-  i64v power;
-  for (int k = 0; k < kLanes<f64v>; ++k) power[k] = static_cast<int64_t>(n[k]);
-#endif
-  const i64v half = power >> 1;
-  p = p * (f64v)((half + 1023) << 52) * (f64v)((power - half + 1023) << 52);
-  p = x < -746. ? f64v{} : p;
-  p = x > 710. ? fill<f64v>(INFINITY) : p;
-  return x != x ? x : p;
+  const f64v half = (0.5 * n + kToInteger) - kToInteger;
+  return p * (f64v)((i64v)(half + (kToInteger + 1023)) << 52) *
+         (f64v)((i64v)((n - half) + (kToInteger + 1023)) << 52);
 }
+FL_FN f64v exp_down(f64v x) { return exp(x); }
 
 // exp(x) for x <= 0, of which half precision is wanted in the end: 2^floor(t) p(t - floor(t)), t = x log2(e),
 // from half as many instructions where the machine splits t in one. Relative error 1.5e-7 + 1e-7 |x|; exp(0)
@@ -209,7 +235,7 @@ FL_FN f32v exp_for_half(f32v x) {
       polynomial(f, 1.86711829e-3f, 9.01705492e-3f, 5.57998940e-2f, 2.40164459e-1f, 6.93151295e-1f, 1.f);
   return _mm512_scalef_ps(p, t);
 #else
-  return exp(x);
+  return exp_down(x);
 #endif
 }
 

@@ -108,7 +108,7 @@ class DivergenceWalker {
     const R m = horizontal_max(max(max(top[0], top[1]), max(top[2], top[3])));
     s.m = m == -INFINITY ? 0 : m;
     const auto add = [&](int64_t at, F z, F& to) __attribute__((always_inline)) {
-      const F e = exp(z - s.m);
+      const F e = exp_down(z - s.m);
       to += e;
       store(s.e + at, e);
     };
@@ -139,8 +139,8 @@ class DivergenceWalker {
   FL_FN void gradient(const Side& student, const Side& teacher, T* out, Slope slope) const {
     const bool kept = a_.pass == RowPass::forward_gradient;
     const auto at = [&](int64_t j) __attribute__((always_inline)) {
-      const F e_p = kept ? load(teacher.e + j) : exp(logits(teacher.x, j) - teacher.m);
-      const F e_q = kept ? load(student.e + j) : exp(logits(student.x, j) - student.m);
+      const F e_p = kept ? load(teacher.e + j) : exp_down(logits(teacher.x, j) - teacher.m);
+      const F e_q = kept ? load(student.e + j) : exp_down(logits(student.x, j) - student.m);
       const F p = e_p * teacher.share, q = e_q * student.share;
       if (kKind == kMixture && kept) return slope(p, q, load(u_ + j), load(v_ + j));
       const auto s = shares(student, teacher, j);

@@ -55,7 +55,7 @@ class RowWalker {
  private:
   struct Accumulator {
     F s{};
-    Sums extra{};
+    [[no_unique_address]] Sums extra{};
   };
   struct Row {  // what the passes over one row share
     const T* x;
@@ -248,7 +248,7 @@ class RowWalker {
     if constexpr (sizeof(T) == 2 && !Loss::kPlanes) {
       return exp_for_half(d);
     } else {
-      return exp(d);
+      return exp_down(d);
     }
   }
   FL_NOINLINE R block_max(const T* x, int64_t begin, int64_t end) const {

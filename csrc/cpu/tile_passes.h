@@ -134,12 +134,12 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
         store(col_base_ + i, Base::nothing_is_zero(load(col_top + i)));
       }
       add_up(
-          s, columns, [&](F v, int64_t r, int64_t) { return exp(v - base_[r]); },
-          [&](F v, F, int64_t j) { return exp(v - load(col_base_ + j)); });
+          s, columns, [&](F v, int64_t r, int64_t) { return exp_down(v - base_[r]); },
+          [&](F v, F, int64_t j) { return exp_down(v - load(col_base_ + j)); });
     } else {
       for (int64_t i = 0; i < kTile; ++i) base_[i] = col_base_[i] = high;
       add_up(
-          s, columns, [&](F v, int64_t, int64_t) { return exp(v - high); },
+          s, columns, [&](F v, int64_t, int64_t) { return exp_down(v - high); },
           [](F, F e, int64_t) { return e; });
     }
     for (int64_t i = 0; i < kTile; i += W) {
@@ -227,7 +227,7 @@ class SoftmaxGradient : public TileRows<R> {
         for (int64_t j = 0; j < columns; j += W) {
           R* const at = s + r * kTile + j;
           const F v = load(at);
-          store(at, rest(v, exp(v - base) * (load(array_[1] + j) + array_[0][r]), r, j));
+          store(at, rest(v, exp_down(v - base) * (load(array_[1] + j) + array_[0][r]), r, j));
         }
       return;
     }
@@ -247,7 +247,7 @@ class SoftmaxGradient : public TileRows<R> {
         const F v = load(at);
         F g{};
         if (a_.row_grad) g = row_grad[r] * softmax_share(v, row_max[r], row_sum[r]);
-        if (a_.col_grad) g += load(array_[1] + j) * exp((v - load(array_[2] + j)) - load(array_[3] + j));
+        if (a_.col_grad) g += load(array_[1] + j) * exp_down((v - load(array_[2] + j)) - load(array_[3] + j));
         store(at, rest(v, g, r, j));
       }
   }

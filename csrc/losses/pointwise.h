@@ -11,7 +11,7 @@ struct Logistic {
 };
 template <class F>
 FL_FN Logistic<F> logistic(F x) {
-  const F e = exp(-abs(x)), big = 1 / (1 + e), small = e * big;
+  const F e = exp_down(-abs(x)), big = 1 / (1 + e), small = e * big;
   const auto positive = x >= 0;
   return {select(positive, big, small), select(positive, small, big), log1p_unit(e)};
 }
@@ -156,7 +156,7 @@ struct BinaryCrossEntropyWithLogits : Regression {
   template <class F>
   FL_FN F operator()(const F* v, F* d, F& u) const {
     const F x = v[0], y = v[1], no = 1 - y;
-    u = exp(-abs(x));
+    u = exp_down(-abs(x));
     const F big = 1 / (1 + u), small = u * big;
     d[0] = no * select(x >= 0, big, small) - y * select(x >= 0, small, big);
     d[1] = -x;

@@ -257,7 +257,7 @@ struct OddsRatio {
     const F c = v[0], r = v[1], not_c = -expm1(c), not_r = -expm1(r);
     const F x = (c - log(not_c)) - (r - log(not_r));
     const Logistic<F> s = logistic(x);
-    const F gap = exp(-abs(r - c));
+    const F gap = exp_down(-abs(r - c));
     const auto above = r > c;  // in units of the larger of e^c and e^r
     const F of_c = select(above, gap, F{} + 1), of_r = select(above, F{} + 1, gap);
     const F sum = of_c * not_r + of_r * not_c;
