@@ -1,0 +1,355 @@
+"""Contrastive losses over two and three processes: values and gradients of one process."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import be_a_rank, run_ranks
+from support import same_bits
+from torch import nn
+
+from fastloss import distributed, functional
+
+ROWS = 13
+FEATURES = 6
+CUTS = {2: (0, 8, ROWS), 3: (0, 5, 5, ROWS)}  # unequal, and a rank without rows
+SHARE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
+EXCHANGES = ("gather", "ring")
+
+
+def drawn(*shape, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def two(first, second):
+    return {first: drawn(ROWS, FEATURES, seed=1), second: drawn(ROWS, FEATURES, seed=2)}
+
+
+NUMBERS = ("logit_scale", "logit_bias", "temperature", "scale")
+WEIGHT = drawn(ROWS, seed=3).abs()
+IMAGES, QUERIES, ANCHORS = (
+    two(*names)
+    for names in (("image_features", "text_features"), ("query", "positive_key"), ("anchor", "positive"))
+)
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 9, 0, 1, 0, 8, 7])  # 3, 9, 8 and 7 are alone
+IDS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 10, 11, 3])
+A, TAU = torch.tensor(2.0, dtype=torch.float64), torch.tensor([0.4], dtype=torch.float64)
+HARD = drawn(2, ROWS, FEATURES, seed=4)
+CASES = {
+    "clip": ("clip_loss", IMAGES | {"logit_scale": A}),
+    "clip, everything": (
+        "clip_loss",
+        IMAGES | {"logit_scale": A, "logit_bias": TAU, "sample_weight": WEIGHT, "normalize": True},
+    ),
+    "siglip": ("siglip_loss", IMAGES | {"logit_scale": A}),
+    "siglip, everything": (
+        "siglip_loss",
+        IMAGES | {"logit_scale": A, "logit_bias": -TAU, "sample_weight": WEIGHT, "normalize": True},
+    ),
+    "siglip, no pairs": ("siglip_loss", IMAGES | {"logit_scale": A, "label_offset": None}),
+    "info_nce": ("info_nce", QUERIES | {"temperature": TAU, "sample_weight": WEIGHT}),
+    "info_nce, unpaired": (
+        "info_nce",
+        QUERIES | {"temperature": TAU, "negative_keys": drawn(ROWS, FEATURES, seed=5), "normalize": False},
+    ),
+    "info_nce, paired": (
+        "info_nce",
+        QUERIES
+        | {"temperature": TAU, "negative_keys": drawn(ROWS, 3, FEATURES), "negative_mode": "paired"},
+    ),
+    "sup_con": ("sup_con_loss", {"features": drawn(ROWS, FEATURES), "labels": LABELS, "temperature": TAU}),
+    "nt_xent": ("nt_xent_loss", two("z1", "z2") | {"temperature": TAU}),
+    "ranking": ("multiple_negatives_ranking_loss", ANCHORS | {"scale": A, "ids": IDS}),
+    "ranking, hard negatives": (
+        "multiple_negatives_ranking_loss",
+        ANCHORS | {"scale": A, "negatives": HARD, "ids": IDS, "directions": ("query_to_doc", "doc_to_query")}
+        | {"partition_mode": "per_direction", "sample_weight": WEIGHT},
+    ),
+    "ranking, four directions": (
+        "multiple_negatives_ranking_loss",
+        ANCHORS | {"scale": A, "negatives": HARD[0]}
+        | {"directions": ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")},
+    ),
+}  # fmt: skip
+
+
+def arguments(case, dtype):
+    """Of one process: its own tensors, which take gradients."""
+    name, given = CASES[case]
+    return name, {
+        k: v.to(dtype).requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in ((k, v.clone() if isinstance(v, torch.Tensor) else v) for k, v in given.items())
+    }
+
+
+def part(name, value, rows):
+    """This rank's rows of an argument, or the whole where all ranks hold it."""
+    if not isinstance(value, torch.Tensor) or name in NUMBERS:
+        return value
+    return value[:, rows] if name == "negatives" and value.dim() == 3 else value[rows]
+
+
+def of_this_rank(whole, rows):
+    mine = {}
+    for name, value in whole.items():
+        mine[name] = part(name, value, rows)
+        if isinstance(value, torch.Tensor):
+            mine[name] = mine[name].detach().clone().requires_grad_(value.requires_grad)
+    return mine
+
+
+def of_rows(loss, rows):
+    """The places of this rank's rows among the losses of one process, where there may be two of each."""
+    own = torch.arange(ROWS)[rows]
+    return torch.cat([own + at for at in range(0, loss.numel(), ROWS)])
+
+
+def close(got, expected, dtype, what):
+    assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    if got.numel():
+        error = (got.double() - expected.double()).abs().max()
+        assert error <= SHARE[dtype] * max(expected.double().abs().max(), 1), f"{what}: {error}"
+
+
+def everywhere(x):
+    found = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, x.detach())
+    return found
+
+
+def check_case(rank, size, case, dtype, reduction, **options):
+    rows = slice(*CUTS[size][rank : rank + 2])
+    name, whole = arguments(case, dtype)
+    mine = of_this_rank(whole, rows)
+    theirs = getattr(functional, name)(**whole, reduction=reduction)
+    ours = getattr(distributed, name)(**mine, reduction=reduction, **options)
+    upstream = torch.linspace(0.5, 1.5, theirs.numel(), dtype=dtype).view(theirs.shape)
+    theirs.backward(upstream)
+    what = f"{case} {dtype} {reduction} {options} on rank {rank} of {size}:"
+    if reduction == "none":
+        places = of_rows(theirs, rows)
+        close(ours, theirs[places], dtype, f"{what} value")
+        ours.backward(upstream[places])
+    else:
+        close(ours, theirs, dtype, f"{what} value")
+        ours.backward(upstream)
+        assert all(same_bits(t, ours) for t in everywhere(ours)), f"{what} differs between ranks"
+    for key, value in whole.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            # the gradient of what changes nothing may be none
+            expected = torch.zeros_like(value) if value.grad is None else value.grad
+            close(mine[key].grad, part(key, expected, rows), dtype, f"{what} gradient of {key}")
+
+
+def check_one_rank(case, dtype, reduction, alone, exchange):
+    """To the bit."""
+    name, whole = arguments(case, dtype)
+    if "sample_weight" in whole:  # siglip_loss's gradient of it in one process is that of the reference
+        whole["sample_weight"] = whole["sample_weight"].detach()
+    mine = of_this_rank(whole, slice(None))
+    theirs = getattr(functional, name)(**whole, reduction=reduction)
+    ours = getattr(distributed, name)(**mine, reduction=reduction, group=alone, exchange=exchange)
+    assert same_bits(ours, theirs), f"{case} {dtype} {reduction}"
+    for loss in (ours, theirs):
+        loss.backward(torch.linspace(0.5, 1.5, loss.numel(), dtype=dtype).view(loss.shape))
+    for key, value in mine.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            assert same_bits(value.grad, whole[key].grad), f"{case} {dtype}: gradient of {key}"
+
+
+def check_bound(rank, size):
+    """A pair's loss in float32 differs from that of one process by what the docstring says."""
+    x, y = (nn.functional.normalize(drawn(ROWS, FEATURES, seed=s)).float() for s in (1, 2))
+    rows = slice(*CUTS[size][rank : rank + 2])
+    bound = 2**-24 * (2 * ROWS + 8 * 20 + 16)
+    for name, exchange in itertools.product(("clip_loss", "siglip_loss"), EXCHANGES):
+        theirs = getattr(functional, name)(x, y, 20.0, reduction="none")[rows]
+        ours = getattr(distributed, name)(x[rows], y[rows], 20.0, reduction="none", exchange=exchange)
+        assert ((ours - theirs).abs() <= bound * theirs).all(), name
+
+
+def check_cold(rank, size):
+    """At temperature 0.005 exponents span 400: finite, and as of one process."""
+    rows = slice(*CUTS[size][rank : rank + 2])
+    x, y = (nn.functional.normalize(drawn(ROWS, FEATURES, seed=s)).float() for s in (1, 2))
+    calls = {
+        "clip_loss": (200.0,), "siglip_loss": (200.0,), "info_nce": (None, 0.005), "nt_xent_loss": (0.005,),
+        "multiple_negatives_ranking_loss": (None, 200.0),
+    }  # fmt: skip
+    for (name, rest), exchange in itertools.product(calls.items(), EXCHANGES):
+        whole = [t.clone().requires_grad_() for t in (x, y)]
+        mine = [t[rows].clone().requires_grad_() for t in (x, y)]
+        theirs = getattr(functional, name)(*whole, *rest)
+        ours = getattr(distributed, name)(*mine, *rest, exchange=exchange)
+        theirs.backward()
+        ours.backward()
+        assert ours.isfinite()
+        torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=0, msg=name)
+        for t, full in zip(mine, whole, strict=True):
+            torch.testing.assert_close(t.grad, full.grad[rows], rtol=3e-4, atol=1e-4, msg=name)
+
+
+def check_classes(rank, size):
+    """Classes that are together on several ranks alone; and none that has two rows."""
+    for labels in (torch.arange(2 * size) % size, torch.arange(2 * size)):
+        x = drawn(2 * size, 4).requires_grad_()
+        mine = x[2 * rank : 2 * rank + 2].detach().clone().requires_grad_()
+        theirs = functional.sup_con_loss(x, labels)
+        theirs.backward()
+        for exchange in EXCHANGES:
+            mine.grad = None
+            own = labels[2 * rank : 2 * rank + 2]
+            ours = distributed.sup_con_loss(mine, own, exchange=exchange)
+            ours.backward()
+            close(ours, theirs, torch.float64, "value")
+            close(mine.grad, x.grad[2 * rank : 2 * rank + 2], torch.float64, "gradient")
+    assert ours == 0 and not mine.grad.any()
+
+
+def check_keys_of_no_query(rank, size):
+    """More keys than queries, which begin somewhere else on every rank; and fewer rows of negatives here than there."""
+    q, k, n = drawn(2 * size, 4), drawn(5 * size, 4, seed=1), drawn(size * (size + 1) // 2, 4, seed=2)
+    mine, keys = q[2 * rank : 2 * rank + 2], k[5 * rank : 5 * rank + 5]
+    own = torch.tensor([5 * r + 1 + i for r in range(size) for i in range(2)])
+    first = torch.cat(
+        [k[own], k[[j for j in range(5 * size) if j not in own]]]
+    )  # the same keys, the positives first
+    begin = rank * (rank + 1) // 2
+    for exchange in EXCHANGES:
+        ours = distributed.info_nce(mine, keys, label_offset=1, exchange=exchange)
+        close(ours, functional.info_nce(q, first), torch.float64, "info_nce")
+        ours = distributed.siglip_loss(mine, keys, 2.0, label_offset=1, exchange=exchange)
+        close(ours, functional.siglip_loss(q, first, 2.0), torch.float64, "siglip_loss")
+        negatives = n[begin : begin + rank + 1]
+        ours = distributed.info_nce(mine, keys[1:3], negatives, exchange=exchange)
+        close(ours, functional.info_nce(q, k[own], n), torch.float64, "negative keys")
+
+
+def check_autocast(rank, size):
+    rows = slice(*CUTS[size][rank : rank + 2])
+    for case in ("clip", "siglip", "info_nce", "sup_con", "nt_xent", "ranking, hard negatives"):
+        name, whole = arguments(case, torch.float32)
+        mine = of_this_rank(whole, rows)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            theirs = getattr(functional, name)(**whole)
+            ours = getattr(distributed, name)(**mine)
+        assert ours.dtype == torch.float32
+        close(ours, theirs, torch.float32, case)
+        theirs.backward()
+        ours.backward()
+        first = next(iter(mine))
+        close(mine[first].grad, whole[first].grad[rows], torch.bfloat16, case)
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = nn.Linear(5, 4), nn.Linear(7, 4)
+        self.scale, self.bias = nn.Parameter(torch.tensor(3.0)), nn.Parameter(torch.tensor([-1.0]))
+
+    def forward(self, image, text):
+        return self.image(image), self.text(text), self.scale, self.bias
+
+
+def check_ddp(rank, size):
+    """Training of DistributedDataParallel on parts of the batch is that of one process on all of it."""
+    image, text = drawn(ROWS, 5), drawn(ROWS, 7)
+    rows = slice(*CUTS[2][rank : rank + 2])
+    for name, exchange in itertools.product(("clip_loss", "siglip_loss"), EXCHANGES):
+        torch.manual_seed(0)
+        alone = Towers().double()
+        torch.manual_seed(0)
+        together = nn.parallel.DistributedDataParallel(Towers().double())
+        for model, theirs in ((alone, True), (together, False)):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                if theirs:
+                    loss = getattr(functional, name)(*model(image, text), normalize=True)
+                else:
+                    features = model(image[rows], text[rows])
+                    loss = getattr(distributed, name)(
+                        *features, normalize=True, for_ddp=True, exchange=exchange
+                    )
+                loss.backward()
+                optimizer.step()
+        parameters = zip(alone.named_parameters(), together.module.parameters(), strict=True)
+        for (what, expected), got in parameters:
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13, msg=f"{name} {what}")
+            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-11, atol=1e-13, msg=f"{name} {what}")
+
+
+def check_errors(rank, size):
+    x, y = drawn(4, 6 + rank), drawn(4, 6 + rank)
+    with pytest.raises(ValueError, match=r"image_features\.shape\[1\].*\[6, 7\]"):
+        distributed.clip_loss(x, y, 1.0)
+    x, y = drawn(4, 6).requires_grad_(), drawn(4, 6)
+    with pytest.raises(ValueError, match="reduction"):
+        distributed.siglip_loss(x, y, 1.0, reduction=("mean", "sum")[rank])
+    with pytest.raises(ValueError, match="exchange"):
+        distributed.info_nce(x, y, exchange=EXCHANGES[rank])
+    with pytest.raises(ValueError, match="sample_weight"):
+        distributed.info_nce(x, y, sample_weight=torch.ones(4, dtype=torch.float64) if rank else None)
+    with pytest.raises(ValueError, match="requires_grad"):
+        distributed.info_nce(x.detach().requires_grad_(rank == 0), y)
+    with pytest.raises(RuntimeError, match="another loss"):
+        (distributed.info_nce, distributed.nt_xent_loss)[rank](x, y)
+    with pytest.raises(ValueError, match="exchange: expected 'gather' or 'ring'"):
+        distributed.nt_xent_loss(x, y, exchange="broadcast")
+    for wrong in ([4], [5, 5]):
+        with pytest.raises(ValueError, match="rows_per_rank"):
+            distributed.clip_loss(x, y, 1.0, rows_per_rank=wrong)
+    with pytest.raises(ValueError, match="rows_per_rank"):
+        distributed.clip_loss(x, y, 1.0, rows_per_rank=[4, 5] if rank == 0 else [5, 4])
+    with pytest.raises(ValueError, match="text_features"):
+        distributed.clip_loss(x, y[:3], 1.0)
+    for loss in (distributed.clip_loss(x, y, 1.0), distributed.siglip_loss(x, y, 1.0)):
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(loss, x, create_graph=True)
+    a, b = torch.autograd.grad(loss, x, retain_graph=True), torch.autograd.grad(loss, x)
+    assert same_bits(a[0], b[0])
+    assert distributed.clip_loss(x, y, 1.0, rows_per_rank=[4, 4]) == distributed.clip_loss(x, y, 1.0)
+
+
+def check_empty(rank, size):
+    x = torch.zeros(0, 6, requires_grad=True)
+    loss = distributed.clip_loss(x, x, 1.0, reduction="sum")
+    loss.backward()
+    assert loss == 0 and x.grad.shape == (0, 6)
+
+
+def work(rank: int, size: int) -> None:
+    checks = check_bound, check_cold, check_classes, check_keys_of_no_query, check_empty
+    for case, exchange in itertools.product(CASES, EXCHANGES):
+        if size == 3:
+            check_case(rank, size, case, torch.float64, "mean", exchange=exchange)
+            continue
+        for dtype, reduction in itertools.product(SHARE, ("none", "mean", "sum")):
+            check_case(rank, size, case, dtype, reduction, exchange=exchange)
+    if size == 2:
+        alone = [dist.new_group([r]) for r in range(size)][rank]
+        for case, dtype, reduction in itertools.product(CASES, SHARE, ("none", "mean")):
+            for exchange in EXCHANGES:
+                check_one_rank(case, dtype, reduction, alone, exchange)
+        checks = *checks, check_autocast, check_ddp, check_errors
+    for check in checks:
+        check(rank, size)
+
+
+@pytest.mark.parametrize("size", CUTS)
+def test_processes(size, tmp_path):
+    run_ranks(__file__, size, tmp_path)
+
+
+def test_without_a_process_group():
+    x = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        distributed.clip_loss(x, x, 1.0)
+
+
+if __name__ == "__main__":
+    be_a_rank(work)
