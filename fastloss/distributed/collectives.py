@@ -208,18 +208,22 @@ everyone, completed, multiplied = _Everyone.apply, _Completed.apply, _Multiplied
 _ROOM = 32
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
 def agreed(call: str, group: Any, counts: Sequence[int], same: dict[str, Any]) -> list[list[int]]:
     """Each rank's `counts`, once all are found to make the same call with equal values in `same`. On the CPU."""
-    codes = [v if type(v) is int else zlib.crc32(repr(v).encode()) for v in same.values()]
+    codes = [v if _is_size(v) else zlib.crc32(repr(v).encode()) for v in same.values()]
     mine = [zlib.crc32(call.encode()), *counts, *codes]
     mine += [0] * (_ROOM - len(mine))
     world = Ranks(group, [1] * dist.get_world_size(group))
-    found = world.gathered(torch.tensor([mine])).tolist()
+    found = world.gathered(torch.tensor([mine], device="cpu")).tolist()
     if any(row[0] != mine[0] for row in found):
         raise RuntimeError(f"{call}: other ranks compute another loss")
     for at, (name, value) in enumerate(same.items(), start=1 + len(counts)):
         of_ranks = [row[at] for row in found]
         if len(set(of_ranks)) > 1:
-            what = f"got {of_ranks}" if type(value) is int else f"this one has {value}"
+            what = f"got {of_ranks}" if _is_size(value) else f"rank {world.rank} has {value}"
             raise ValueError(f"{name}: expected the same on every rank, {what}")
     return [row[1 : 1 + len(counts)] for row in found]

@@ -206,7 +206,8 @@ def multiple_negatives_ranking_loss(
     r"""Ranks each query's document above all others of all ranks' batches, hard negatives among them.
 
     `fastloss.functional.multiple_negatives_ranking_loss` of all ranks' queries and documents: with
-    :math:`s = a \cos` query :math:`i` has :math:`\log \sum e^{s} - s(q_i, d_i)`, over any of the four directions. The sums and their rounding are those of `clip_loss` here.
+    :math:`s = a \cos` query :math:`i` has :math:`\log \sum e^{s} - s(q_i, d_i)`, over any of the four directions.
+    The sums and their rounding are those of `clip_loss` here.
 
     Args:
         anchor: queries of this rank, shape `(b, D)`, any length of rows; float32, float64, bfloat16 or float16.

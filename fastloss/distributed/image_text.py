@@ -52,7 +52,8 @@ def clip_loss(
     same bits. One rank gives the bits of `fastloss.functional`. The number of ranks changes the order of sums, and so
     the rounding alone: with unit :math:`u` (2^-24, in float64 2^-53), before the result is rounded to the features'
     type, a pair's loss by at most :math:`u (2 B + 8 \max |s| + 16)` of itself, and a gradient by that share of
-    the sum of the magnitudes that make it up.
+    the sum of the magnitudes that make it up; on CUDA, where products of other sizes may add up in another order,
+    by their rounding too.
 
     Args:
         image_features: :math:`x` of this rank, shape `(b, D)`; float32, float64, bfloat16 or float16. The number of
@@ -135,7 +136,8 @@ def siglip_loss(
     :math:`-1` elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`, over the texts of all ranks.
 
     One walk, three products of this rank's rows and all columns. The sums and their rounding are those of
-    `clip_loss` here, with a share of :math:`u (2 B + 8 \max |s| + 16)` for B texts.
+    `clip_loss` here, for B texts. On the CPU with `exchange="gather"` the loss has the same bits for any number of
+    ranks.
 
     Args:
         image_features: :math:`x` of this rank, shape `(b, D)`; float32, float64, bfloat16 or float16.
@@ -175,12 +177,11 @@ def siglip_loss(
     mark = None if mark is None else mark + call.columns.begin
     tensors = x, y, call.number(scale), None if bias is None else call.number(bias), mark
     high = accumulation_type(x.dtype)
-    wide = None if weight is None else weight.detach().to(high)
-    if mode == 0 or (weight is not None and weight.requires_grad):
-        loss = sigmoid(
-            (*tensors, None, None), (0, bool(normalize), high), call.rows, call.columns, call.exchange
-        )
+    if mode == 0:
+        options = mode, bool(normalize), high
+        loss = sigmoid((*tensors, None, None), options, call.rows, call.columns, call.exchange)
         return call.reduced(loss, weight, dtype, call.rows)
-    weights = None if wide is None else call.rows.gathered(wide)
+    weight = None if weight is None else weight.to(high)
+    weights = None if weight is None else call.rows.gathered(weight.detach())
     options = mode, bool(normalize), dtype
-    return sigmoid((*tensors, wide, weights), options, call.rows, call.columns, call.exchange)
+    return sigmoid((*tensors, weight, weights), options, call.rows, call.columns, call.exchange)

@@ -140,12 +140,16 @@ class _Sigmoid(Function):
             row_grad = x.new_ones(x.shape[0], dtype=high) if weight is None else weight
             row_grad = row_grad if norm is None else row_grad / norm
         value, grads = _Sigmoid.walk(ctx, tensors, row_grad)
-        ctx.save_for_backward(*tensors, *(grads if ctx.ready else ()))
-        if not reduction:
-            return value.to(dtype)
-        loss = rows.gathered(value)
-        loss = loss if weights is None else loss * weights
-        return _operators().row_reduce(loss, norm).to(dtype)
+        loss = value
+        if reduction:
+            loss = rows.gathered(value)
+            loss = loss if weights is None else loss * weights
+            loss = _operators().row_reduce(loss, norm)
+        if ctx.ready:
+            dweight = None if weight is None else value if norm is None else (value - loss) / norm
+            grads = *grads, dweight
+        ctx.save_for_backward(*tensors, *(grads or ()))
+        return loss.to(dtype)
 
     @staticmethod
     def walk(ctx, tensors, row_grad):
@@ -182,9 +186,9 @@ class _Sigmoid(Function):
         grad = grad.to(accumulation_type(x.dtype))
         if not ctx.ready:
             _, ready = _Sigmoid.walk(ctx, tensors, grad.contiguous())
-            grad = torch.ones_like(grad.sum())
-        dx, dy, *numbers = (None if d is None else d * grad for d in ready)
-        return dx.to(x.dtype), dy.to(kept.dtype), *numbers, *[None] * 8
+            ready, grad = (*ready, None), torch.ones_like(grad.sum())
+        dx, dy, dscale, dbias, dweight = (None if d is None else d * grad for d in ready)
+        return dx.to(x.dtype), dy.to(kept.dtype), dscale, dbias, None, dweight, *[None] * 6
 
 
 def softmax(tensors, options, ranks: Ranks, exchange: type[Gathered | Ring]) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,8 +199,8 @@ def softmax(tensors, options, ranks: Ranks, exchange: type[Gathered | Ring]) -> 
 def sigmoid(tensors, options, rows: Ranks, ranks: Ranks, exchange: type[Gathered | Ring]) -> Tensor:
     """The loss of the rows, or of all ranks' rows.
 
-    Tensors `(x, y, scale, bias, mark, weight, weights)`, the weights of this rank's rows and of all; options
-    `reduction, normalize, dtype`. The weights get no gradient.
+    Tensors `(x, y, scale, bias, mark, weight, weights)`, the weights of this rank's rows and of all, for a loss that
+    is one number: in the accumulation type, the latter not differentiated. Options `reduction, normalize, dtype`.
     """
-    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4])
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _Sigmoid.apply(*tensors, options, rows, ranks, exchange, gradient)
