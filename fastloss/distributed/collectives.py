@@ -151,10 +151,10 @@ class Ranks:
             ]
         )
 
-        def wait():
+        def wait():  # until then `ends` are held, which the device may still read
             for work in works:
                 work.wait()
-            return found
+            return ends[1][1]
 
         return wait
 
