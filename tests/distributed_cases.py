@@ -84,3 +84,12 @@ def part(name, value, rows):
     if not isinstance(value, torch.Tensor) or name in NUMBERS:
         return value
     return value[:, rows] if name == "negatives" and value.dim() == 3 else value[rows]
+
+
+def of_this_rank(whole, rows):
+    mine = {}
+    for name, value in whole.items():
+        mine[name] = part(name, value, rows)
+        if isinstance(value, torch.Tensor):
+            mine[name] = mine[name].detach().clone().requires_grad_(value.requires_grad)
+    return mine

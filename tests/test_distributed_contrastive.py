@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import CASES, FEATURES, IMAGES, ROWS, WEIGHT, arguments, drawn, part
+from distributed_cases import CASES, FEATURES, IMAGES, ROWS, WEIGHT, arguments, drawn, of_this_rank, part
 from ranks import be_a_rank, run_ranks
 from support import same_bits
 from torch import nn
@@ -18,15 +18,6 @@ from fastloss.distributed.call import Call
 CUTS = {2: (0, 8, ROWS), 3: (0, 5, 5, ROWS)}  # unequal, and a rank without rows
 SHARE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 EXCHANGES = ("gather", "ring")
-
-
-def of_this_rank(whole, rows):
-    mine = {}
-    for name, value in whole.items():
-        mine[name] = part(name, value, rows)
-        if isinstance(value, torch.Tensor):
-            mine[name] = mine[name].detach().clone().requires_grad_(value.requires_grad)
-    return mine
 
 
 def of_rows(loss, rows):
