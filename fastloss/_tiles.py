@@ -51,7 +51,7 @@ class Matrix:
         self, operators, on_cpu, x, y, scale, bias, mark, row_ids, col_ids, flags, normalize, inverse=False
     ):  # fmt: skip
         self.operators, self.on_cpu = operators, on_cpu
-        self.x = Rows(x, normalize)
+        self.x = x if isinstance(x, Rows) else Rows(x, normalize)
         self.y = self.x if y is None else Rows(y, normalize)
         self.itself = y is None
         self.given_scale, self.inverse, self.low = scale, inverse, x.dtype
@@ -68,6 +68,20 @@ class Matrix:
 
     def walk(self, kind: int, gradients: bool = False, **arrays: Tensor | None) -> Sequence[Tensor]:
         """One pass. With `gradients` it gives those of x, y and the scale."""
+        found = self.walk_wide(kind, gradients, **arrays)
+        if not gradients:
+            return ()
+        dx, dy, dscale = found
+        if self.itself:
+            dx, dy = dx.add_(dy), None
+        return (
+            self.x.gradient(dx),
+            dx.new_empty(0, dtype=self.low) if dy is None else self.y.gradient(dy),
+            dscale,
+        )
+
+    def walk_wide(self, kind: int, gradients: bool = False, **arrays: Tensor | None) -> Sequence[Tensor]:
+        """One pass. With `gradients` it gives those of the rows `x.wide` and `y.wide`, and of the scale."""
         x, y = self.x.wide, self.y.wide
         given = [arrays.get(name) for name in ARRAYS]
         dx = dy = dots = None
@@ -87,13 +101,25 @@ class Matrix:
         if not self.on_cpu:
             torch.sum(x * dx, 1, out=dots)
             dx, dy = dx.mul_(self.scale), dy.mul_(self.scale)
-        if self.itself:
-            dx, dy = dx.add_(dy), None
-        return (
-            self.x.gradient(dx),
-            x.new_empty(0, dtype=self.low) if dy is None else self.y.gradient(dy),
-            self._scale_gradient(self.operators.row_reduce(dots, None)),
-        )
+        return dx, dy, self._scale_gradient(self.operators.row_reduce(dots, None))
+
+    def statistics(
+        self, rows: bool, columns: bool
+    ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor]:
+        """Of rows and of columns the maximum and the log of the sum; of rows the positive or the positives' sum."""
+        empty = self.x.wide.new_empty
+        of_rows = [empty(self.m) if rows else None for _ in range(2)]
+        of_cols = [empty(self.n) if columns else None for _ in range(2)]
+        if self.m == 0 or self.n == 0:
+            for array in (*of_rows, *of_cols):
+                if array is not None:
+                    array.fill_(-torch.inf if array is of_rows[1] or array is of_cols[1] else 0)
+        positive = torch.zeros_like(empty(self.m))
+        self.walk(
+            STATISTICS, row_max=of_rows[0], row_log_sum=of_rows[1], col_max=of_cols[0], col_log_sum=of_cols[1],
+            positive=positive,
+        )  # fmt: skip
+        return of_rows, of_cols, positive
 
     def _scale_gradient(self, d: Tensor) -> Tensor:
         d = -d * self.scale.square() if self.inverse else d
@@ -235,18 +261,8 @@ class SoftmaxOp(TileOp):
         s = Matrix(
             operators, on_cpu, x, y, scale, None, mark, row_ids, col_ids, (same, both), normalize, inverse
         )
+        of_rows, of_cols, positive = s.statistics(rows, columns)
         empty = s.x.wide.new_empty
-        of_rows = [empty(s.m) if rows else None for _ in range(2)]
-        of_cols = [empty(s.n) if columns else None for _ in range(2)]
-        if s.m == 0 or s.n == 0:
-            for array in (*of_rows, *of_cols):
-                if array is not None:
-                    array.fill_(-torch.inf if array is of_rows[1] or array is of_cols[1] else 0)
-        positive = torch.zeros_like(empty(s.m))
-        s.walk(
-            STATISTICS, row_max=of_rows[0], row_log_sum=of_rows[1], col_max=of_cols[0], col_log_sum=of_cols[1],
-            positive=positive,
-        )  # fmt: skip
         row, col = empty(0), empty(0)
         if rows:
             row = of_rows[0] - (positive if share is None else positive * share)

@@ -255,6 +255,18 @@ def info_nce(
     Source: https://arxiv.org/abs/1807.03748; `info_nce` of info-nce-pytorch.
     """
     check_reduction(reduction)
+    rows = _info_nce_rows(
+        query, positive_key, negative_keys, temperature, negative_mode, sample_weight, normalize, label_offset
+    )
+    return _reduced(*rows[:2], reduction, rows[2])
+
+
+def _info_nce_rows(
+    query, positive_key, negative_keys, temperature, negative_mode, sample_weight, normalize, label_offset,
+    softmax=_softmax, first_key=0,
+):  # fmt: skip
+    """The queries' losses, their weights, and the type of the result; of the keys that `softmax` sees these begin
+    with number `first_key`."""
     if negative_mode not in ("unpaired", "paired"):
         raise ValueError(f"negative_mode: expected 'unpaired' or 'paired', got {negative_mode!r}")
     paired = negative_keys is not None and negative_mode == "paired"
@@ -265,11 +277,11 @@ def info_nce(
     weight = _weight(sample_weight, q)
     if negative_keys is None:
         mark = _marks(q.shape[0], k.shape[0], label_offset, q, "positive_key")
-        row, *_ = _softmax(
-            (q, k, _temperature(temperature, q), None, mark, None, None, None),
+        row, *_ = softmax(
+            (q, k, _temperature(temperature, q), None, mark + first_key, None, None, None),
             (False, False, bool(normalize), True, True, False),
         )
-        return _reduced(F.softplus(row), weight, reduction, dtype)
+        return F.softplus(row), weight, dtype
     if k.shape != q.shape:
         raise ValueError(f"positive_key: expected shape {tuple(q.shape)}, got {tuple(k.shape)}")
     if label_offset != 0:
@@ -287,11 +299,11 @@ def info_nce(
         negative = rest[0].to(high)
         if normalize:
             negative = F.normalize(negative)
-        row, *_ = _softmax(
+        row, *_ = softmax(
             (q, negative, temperature, positive, None, None, None, None),
             (False, False, False, True, True, False),
         )
-    return _reduced(F.softplus(row), weight, reduction, dtype)
+    return F.softplus(row), weight, dtype
 
 
 def _paired(q: Tensor, negative: Tensor, scale: Tensor, normalize: bool) -> Tensor:
@@ -501,6 +513,18 @@ def multiple_negatives_ranking_loss(
     `MultipleNegativesRankingLoss` of sentence-transformers, without its hardness weights.
     """
     check_reduction(reduction)
+    rows = _ranking_rows(
+        anchor, positive, negatives, scale, directions, partition_mode, ids, normalize, sample_weight
+    )
+    return _reduced(*rows[:2], reduction, rows[2])
+
+
+def _ranking_rows(
+    anchor, positive, negatives, scale, directions, partition_mode, ids, normalize, sample_weight,
+    softmax=_softmax, first_query=0, first_doc=0,
+):  # fmt: skip
+    """The queries' losses, their weights, and the type of the result; of the queries and documents that `softmax`
+    sees these begin with the numbers `first_query` and `first_doc`."""
     (q, d), dtype = _features("anchor", anchor=anchor, positive=positive)
     if d.shape != q.shape:
         raise ValueError(f"positive: expected shape {tuple(q.shape)}, got {tuple(d.shape)}")
@@ -519,7 +543,7 @@ def multiple_negatives_ranking_loss(
         )
     weight = _weight(sample_weight, q)
     rows = q.shape[0]
-    own = torch.arange(rows, device=q.device)
+    own = torch.arange(first_query, first_query + rows, device=q.device)
     same = own if ids is None else _labels(ids, q, "ids")
     docs, of_query, doc_ids = d, own, same
     if negatives is not None:
@@ -541,21 +565,22 @@ def multiple_negatives_ranking_loss(
     options = (False, False, bool(normalize), False, True)
     known = (None, None) if ids is None else (same, doc_ids)
     both = "doc_to_query" in directions
-    row, col, first = _softmax((q, docs, scale, None, own, *known, None), (*options, both))
+    mark = own + (first_doc - first_query)
+    row, col, first = softmax((q, docs, scale, None, mark, *known, None), (*options, both))
     if partition_mode == "per_direction":
         loss = F.softplus(row) if not both else 0.5 * (F.softplus(row) + F.softplus(col))
-        return _reduced(loss, weight, reduction, dtype)
+        return loss, weight, dtype
     terms = [row, col] if both else [row]
     if "query_to_query" in directions:
-        terms.append(_softmax((q, None, scale, first, None, same, None, None), (*options, False))[0])
+        terms.append(softmax((q, None, scale, first, None, same, None, None), (*options, False))[0])
     if "doc_to_doc" in directions:
         if ids is not None:  # of one query or of one id, which are not both expressed by one number for a row
             raise ValueError("ids: not with the direction doc_to_doc")
-        terms.append(_softmax((d, docs, scale, first, None, own, of_query, None), (*options, False))[0])
+        terms.append(softmax((d, docs, scale, first, None, own, of_query, None), (*options, False))[0])
     others = torch.stack(terms).logsumexp(0) if len(terms) > 1 else row
     # with both directions the positive stands in the sum twice
     loss = F.softplus(others - math.log(2)) + math.log(2) if both else F.softplus(others)
-    return _reduced(loss, weight, reduction, dtype)
+    return loss, weight, dtype
 
 
 # ---- registry

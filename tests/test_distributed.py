@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import be_a_rank, run_ranks
 from support import same_bits
 
-import fastloss
 from fastloss import distributed, functional
 
 CLASSES = 45
@@ -127,9 +121,7 @@ def check_all_gather(rank):
     assert torch.equal(x.grad, expected[2 * rank : 2 * rank + 2])
 
 
-def work(rank: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def work(rank: int, _: int) -> None:
     for dtype in SHARE:
         for reduction in ("none", "mean", "sum"):
             check_cross_entropy(rank, dtype, reduction, 3.0)
@@ -138,23 +130,10 @@ def work(rank: int, path: str) -> None:
     check_extremes(rank)
     check_errors(rank)
     check_all_gather(rank)
-    dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    here = Path(__file__)
-    paths = [str(Path(fastloss.__file__).parents[1]), str(here.parent), *sys.path]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(here), str(tmp_path / "meeting")]
-    ranks = [
-        subprocess.Popen([*command, str(r)], env=env, stderr=subprocess.PIPE, text=True) for r in range(2)
-    ]
-    try:
-        errors = [p.communicate(timeout=120)[1] for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
-    assert [p.returncode for p in ranks] == [0, 0], "\n".join(errors)
+    run_ranks(__file__, 2, tmp_path)
 
 
 def test_without_a_process_group():
@@ -163,4 +142,4 @@ def test_without_a_process_group():
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[2]), sys.argv[1])
+    be_a_rank(work)

@@ -1,4 +1,4 @@
-"""Losses over several processes (`torch.distributed`): a vocabulary of which each rank holds a slice.
+"""A vocabulary of which each rank holds a slice.
 
 Ranks exchange a few numbers of each row, never logits. Every rank gets the same loss, and the gradients of its own
 logits or slice of the weight; the gradient of hidden states, which all ranks hold alike, is added up over them.
@@ -13,74 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
-from fastloss._op import HALF_TYPES
+from fastloss.distributed.collectives import check_group, check_once, sum_of_gradients
 from fastloss.linear_statistics import linear_token_stats
 from fastloss.statistics import token_stats
 
-__all__ = ["all_gather", "cross_entropy", "linear_cross_entropy", "sum_of_gradients"]
-
-
-def _check_group(group: Any) -> None:
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("group: torch.distributed is not initialised; call init_process_group first")
-    if dist.get_rank(group) < 0:
-        raise RuntimeError("group: this process is not one of its ranks")
-
-
-def _added_up(x: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks, of half types in float32."""
-    total = x.to(torch.float32 if x.dtype in HALF_TYPES else x.dtype, copy=True).contiguous()
-    dist.all_reduce(total, group=group)
-    return total.to(x.dtype)
-
-
-class _AllGather(Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group, ctx.rows = group, x.shape[0]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        begin = dist.get_rank(ctx.group) * ctx.rows
-        return _added_up(grad, ctx.group)[begin : begin + ctx.rows].clone(), None
-
-
-class _SumOfGradients(Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _added_up(grad, ctx.group), None
-
-
-def all_gather(x: Tensor, group: Any = None) -> Tensor:
-    """The tensors of all ranks one after another along their first dimension, differentiable.
-
-    Backward adds the gradients up over the ranks and gives each its own part: that of the sum of all ranks' losses.
-
-    Args:
-        x: of the same shape and dtype on every rank.
-        group: a process group. Default: all processes.
-    """
-    _check_group(group)
-    return _AllGather.apply(x.contiguous(), group)
-
-
-def sum_of_gradients(x: Tensor, group: Any = None) -> Tensor:
-    """`x`, which all ranks hold alike and of which each computes a part: backward adds its gradient up over them."""
-    _check_group(group)
-    return _SumOfGradients.apply(x, group)
+__all__ = ["cross_entropy", "linear_cross_entropy"]
 
 
 class _NegativeLogProbability(Function):
@@ -108,10 +47,7 @@ class _NegativeLogProbability(Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        if torch.is_grad_enabled():  # what is saved depends on every rank's logits
-            raise RuntimeError(
-                "the loss over several processes can be differentiated once: not with create_graph"
-            )
+        check_once()  # what is saved depends on every rank's logits
         of_lse, own = ctx.saved_tensors
         return grad * of_lse, torch.where(own, -grad, 0.0), None, None
 
@@ -197,7 +133,7 @@ def cross_entropy(
     Source: Megatron-LM's vocabulary-parallel cross-entropy, https://arxiv.org/abs/1909.08053.
     """
     mode = check_reduction(reduction)
-    _check_group(group)
+    check_group(group)
     check_tensors(input, target=target)
     check_floating("input", input)
     if input.dim() != 2:
@@ -250,7 +186,7 @@ def linear_cross_entropy(
     Source: Megatron-LM, https://arxiv.org/abs/1909.08053; chunks as in `fastloss.functional.linear_cross_entropy`.
     """
     mode = check_reduction(reduction)
-    _check_group(group)
+    check_group(group)
     check_tensors(input, linear_weight=linear_weight, target=target)
     if input.dim() != 2:
         raise RuntimeError(f"input: expected (N, in_features), got shape {tuple(input.shape)}")

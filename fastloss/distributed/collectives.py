@@ -1,0 +1,229 @@
+"""What ranks say to each other: rows gathered, parts added up in the order of ranks, and who holds how much."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastloss._op import HALF_TYPES
+
+__all__ = ["all_gather", "sum_of_gradients"]
+
+_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+def check_group(group: Any) -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("group: torch.distributed is not initialised; call init_process_group first")
+    if dist.get_rank(group) < 0:
+        raise RuntimeError("group: this process is not one of its ranks")
+
+
+def check_once() -> None:
+    """In a backward that has no derivative: what it saved depends on every rank's input."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the loss over several processes can be differentiated once: not with create_graph"
+        )
+
+
+def _added_up(x: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks, of half types in float32."""
+    total = x.to(torch.float32 if x.dtype in HALF_TYPES else x.dtype, copy=True).contiguous()
+    dist.all_reduce(total, group=group)
+    return total.to(x.dtype)
+
+
+class _AllGather(Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.rows = group, x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        begin = dist.get_rank(ctx.group) * ctx.rows
+        return _added_up(grad, ctx.group)[begin : begin + ctx.rows].clone(), None
+
+
+class _SumOfGradients(Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _added_up(grad, ctx.group), None
+
+
+def all_gather(x: Tensor, group: Any = None) -> Tensor:
+    """The tensors of all ranks one after another along their first dimension, differentiable.
+
+    Backward adds the gradients up over the ranks and gives each its own part: that of the sum of all ranks' losses.
+
+    Args:
+        x: of the same shape and dtype on every rank.
+        group: a process group. Default: all processes.
+    """
+    check_group(group)
+    return _AllGather.apply(x.contiguous(), group)
+
+
+def sum_of_gradients(x: Tensor, group: Any = None) -> Tensor:
+    """`x`, which all ranks hold alike and of which each computes a part: backward adds its gradient up over them."""
+    check_group(group)
+    return _SumOfGradients.apply(x, group)
+
+
+# ---- rows of which each rank holds some
+
+
+def in_order(parts: Sequence[Tensor] | Tensor) -> Tensor:
+    """Their sum from the first to the last, written over the first."""
+    total = parts[0]
+    for part in parts[1:]:
+        total.add_(part)
+    return total
+
+
+class Ranks:
+    """The ranks of a group and the number of rows that each holds; those of all stand in the order of ranks."""
+
+    def __init__(self, group: Any, counts: Sequence[int]):
+        self.group, self.counts = group, tuple(counts)
+        self.rank, self.size = dist.get_rank(group), len(self.counts)
+        self.starts = (0, *itertools.accumulate(self.counts))
+        self.begin, self.total = self.starts[self.rank], self.starts[-1]
+        self.own = self.of(self.rank)
+
+    def of(self, rank: int) -> slice:
+        return slice(self.starts[rank], self.starts[rank + 1])
+
+    def times(self, factor: int) -> Ranks:
+        return Ranks(self.group, [factor * n for n in self.counts])
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """All rows."""
+        most = max(self.counts)
+        if self.size == 1 or most == 0:
+            return x
+        short = most - x.shape[0]
+        mine = torch.cat([x, x.new_zeros(short, *x.shape[1:])]) if short else x.contiguous()
+        found = x.new_empty(self.size * most, *x.shape[1:])
+        _gather(found, mine, group=self.group)
+        if self.total == found.shape[0]:
+            return found
+        return torch.cat([part[:n] for part, n in zip(found.split(most), self.counts, strict=True)])
+
+    def parts(self, x: Tensor) -> Tensor:
+        """[size, own rows, ...]: what each rank's `x`, which has all rows, says of those of this rank."""
+        own = self.counts[self.rank]
+        if self.size == 1:
+            return x.unsqueeze(0)
+        found = x.new_empty(self.size * own, *x.shape[1:])
+        dist.all_to_all_single(found, x.contiguous(), [own] * self.size, list(self.counts), group=self.group)
+        return found.view(self.size, own, *x.shape[1:])
+
+    def passed_on(self, x: Tensor, rows: int, tag: int) -> Callable[[], Tensor]:
+        """Sends `x` to the next rank; what comes from the previous one, of `rows` rows, the result waits for."""
+        if self.size == 1:
+            return lambda: x
+        found = x.new_empty(rows, *x.shape[1:])
+        ends = (dist.isend, x.contiguous(), 1), (dist.irecv, found, -1)
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(way, t, group=self.group, tag=tag, group_peer=(self.rank + step) % self.size)
+                for way, t, step in ends
+                if t.numel()
+            ]
+        )
+
+        def wait():  # until then `ends` are held, which the device may still read
+            for work in works:
+                work.wait()
+            return ends[1][1]
+
+        return wait
+
+
+class _Everyone(Function):
+    """All rows, of which every rank makes the same number: each gets that number's gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        found = ranks.gathered(x)
+        return found.view_as(found) if found is x else found
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.ranks.own], None
+
+
+class _Completed(Function):
+    """One number that all ranks hold alike: its gradient is added up over them, in their order."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        check_once()
+        single = Ranks(ctx.ranks.group, [1] * ctx.ranks.size)
+        return in_order(single.gathered(grad.reshape(1, 1).clone())).reshape(grad.shape), None
+
+
+class _Multiplied(Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+everyone, completed, multiplied = _Everyone.apply, _Completed.apply, _Multiplied.apply
+
+
+# ---- what has to be the same everywhere
+
+
+_ROOM = 32
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def agreed(call: str, group: Any, counts: Sequence[int], same: dict[str, Any]) -> list[list[int]]:
+    """Each rank's `counts`, once all are found to make the same call with equal values in `same`. On the CPU."""
+    codes = [v if _is_size(v) else zlib.crc32(repr(v).encode()) for v in same.values()]
+    mine = [zlib.crc32(call.encode()), *counts, *codes]
+    mine += [0] * (_ROOM - len(mine))
+    world = Ranks(group, [1] * dist.get_world_size(group))
+    found = world.gathered(torch.tensor([mine], device="cpu")).tolist()
+    if any(row[0] != mine[0] for row in found):
+        raise RuntimeError(f"{call}: other ranks compute another loss")
+    for at, (name, value) in enumerate(same.items(), start=1 + len(counts)):
+        of_ranks = [row[at] for row in found]
+        if len(set(of_ranks)) > 1:
+            what = f"got {of_ranks}" if _is_size(value) else f"rank {world.rank} has {value}"
+            raise ValueError(f"{name}: expected the same on every rank, {what}")
+    return [row[1 : 1 + len(counts)] for row in found]

@@ -1,0 +1,254 @@
+"""Contrastive losses of a batch of which each rank holds some rows, in the way of `image_text`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss import contrastive as one
+from fastloss._checks import check_reduction
+from fastloss._linear import accumulation_type
+from fastloss.distributed.call import Call
+from fastloss.distributed.collectives import everyone
+
+__all__ = ["info_nce", "multiple_negatives_ranking_loss", "nt_xent_loss", "sup_con_loss"]
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    negative_mode: str = "unpaired",
+    *,
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    label_offset: int = 0,
+    group: Any = None,
+    exchange: str = "gather",
+    for_ddp: bool = False,
+    rows_per_rank: Sequence[int] | None = None,
+) -> Tensor:
+    r"""InfoNCE of the queries and keys of all ranks: `fastloss.functional.info_nce` of them.
+
+    With :math:`s = \cos / \tau` query :math:`i` has
+    :math:`-\log (e^{s(q_i, k_i)} / (e^{s(q_i, k_i)} + \sum_j e^{s(q_i, n_j)}))`, where the negatives :math:`n` are the
+    other keys of all ranks, or the negatives of all ranks. The sums and their rounding are those of `clip_loss` here.
+
+    Args:
+        query: of this rank, shape `(b, D)`; float32, float64, bfloat16 or float16.
+        positive_key: of this rank, `(b, D)`, of the same type; without `negative_keys` it may have more rows.
+        negative_keys: of this rank, `(M, D)`, which are negatives of all ranks' queries; or with
+            `negative_mode="paired"` `(b, M, D)`, some for each query. Default: the other rows of `positive_key`.
+        temperature: :math:`\tau > 0`, the same on every rank: a number or a tensor of one.
+        reduction: `"none"`, `"mean"` or `"sum"`: over all ranks' queries.
+        negative_mode: `"unpaired"` or `"paired"`.
+        sample_weight: `(b)`, a weight for each query of this rank. Default: 1.
+        normalize: divide each row by its length first; False: :math:`s = \langle q, k \rangle / \tau`.
+        label_offset: the key of this rank's query i is this rank's row i + offset. Default: 0.
+        group, exchange, for_ddp, rows_per_rank: as of `clip_loss` here; on CUDA the number of further keys, or of
+            negatives, less b, is the same on every rank.
+
+    Returns:
+        As of `clip_loss` here.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as of `clip_loss` here.
+
+    Source: https://arxiv.org/abs/1807.03748; `info_nce` of info-nce-pytorch.
+    """
+    check_reduction(reduction)
+    (x, k), _ = one._features("query", query=query, positive_key=positive_key)
+    number = one._temperature(temperature, x)
+    keys = negative_keys if isinstance(negative_keys, Tensor) and negative_mode == "unpaired" else k
+    call = Call(
+        "info_nce", x, group, exchange, for_ddp, rows_per_rank, reduction, keys.shape[0], query=query,
+        positive_key=positive_key, negative_keys=negative_keys, temperature=temperature, sample_weight=sample_weight,
+        normalize=bool(normalize), negative_mode=negative_mode,
+    )  # fmt: skip
+    loss, weight, dtype = one._info_nce_rows(
+        *call.features(query, positive_key, negative_keys), call.number(number), negative_mode, sample_weight,
+        normalize, label_offset, lambda *args: call.softmax(*args, call.columns), call.columns.begin,
+    )  # fmt: skip
+    return call.reduced(loss, weight, dtype, call.rows)
+
+
+def sup_con_loss(
+    features: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.1,
+    *,
+    reduction: str = "mean",
+    group: Any = None,
+    exchange: str = "gather",
+    for_ddp: bool = False,
+    rows_per_rank: Sequence[int] | None = None,
+) -> Tensor:
+    r"""Supervised contrastive loss of the rows of all ranks: `fastloss.functional.sup_con_loss` of them.
+
+    With :math:`s = \cos / \tau` and the other rows :math:`P_i` of its class, whichever rank has them, row :math:`i` has
+    :math:`\log \sum_{a \ne i} e^{s_{ia}} - \sum_{p \in P_i} s_{ip} / |P_i|`. A row that is alone in its class on all
+    ranks has 0 and does not count in the mean. The sums and their rounding are those of `clip_loss` here.
+
+    Args:
+        features: of this rank, shape `(b, D)`, any length of rows; float32, float64, bfloat16 or float16.
+        labels: `(b)` integers, with one meaning on all ranks.
+        temperature: :math:`\tau > 0`, the same on every rank: a number or a tensor of one.
+        reduction: `"none"`, `"mean"` or `"sum"`: over all ranks' rows.
+        group, exchange, for_ddp, rows_per_rank: as of `clip_loss` here.
+
+    Returns:
+        As of `clip_loss` here.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as of `clip_loss` here.
+
+    Source: https://arxiv.org/abs/2004.11362; `SupConLoss` of pytorch-metric-learning.
+    """
+    check_reduction(reduction)
+    (x,), dtype = one._features("features", features=features)
+    labels = one._labels(labels, x)
+    number = one._temperature(temperature, x)
+    call = Call(
+        "sup_con_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, features=features,
+        temperature=temperature,
+    )  # fmt: skip
+    rows = call.rows
+    (x,) = call.features(x)
+    others = one._class_sizes(rows.gathered(labels)) - 1
+    share = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_type(x.dtype)), 0.0)[rows.own]
+    mark = torch.arange(rows.own.start, rows.own.stop, device=x.device)
+    row, *_ = call.softmax(
+        (x, None, call.number(number), None, mark, labels, None, share),
+        (True, True, True, True, True, False),
+        rows,
+    )
+    loss = row.masked_fill(others[rows.own] == 0, 0.0)
+    if reduction != "none":
+        loss = everyone(loss, rows)
+    return one._formulas._mean_over(loss, others > 0, reduction).to(dtype)
+
+
+def nt_xent_loss(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    reduction: str = "mean",
+    group: Any = None,
+    exchange: str = "gather",
+    for_ddp: bool = False,
+    rows_per_rank: Sequence[int] | None = None,
+) -> Tensor:
+    r"""SimCLR's NT-Xent of the samples of all ranks: `fastloss.functional.nt_xent_loss` of them.
+
+    With the two views :math:`z` of all ranks' samples, :math:`s = \cos / \tau` and the other view :math:`p_i`, row
+    :math:`i` has :math:`\log \sum_{a \ne i} e^{s_{ia}} - s_{i p_i}`. The sums and their rounding are those of
+    `clip_loss` here.
+
+    Args:
+        z1, z2: the views, of this rank, of one shape `(b, D)`, any length of rows; float32, float64, bfloat16 or
+            float16.
+        temperature: :math:`\tau > 0`, the same on every rank: a number or a tensor of one.
+        reduction: `"none"`, `"mean"` or `"sum"`: over all ranks' rows.
+        group, exchange, for_ddp, rows_per_rank: as of `clip_loss` here.
+
+    Returns:
+        A scalar, the same bits on every rank, or for `"none"` the losses of this rank's rows of `z1` and then of `z2`,
+        `(2 b)`; else as of `clip_loss` here.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as of `clip_loss` here.
+
+    Source: https://arxiv.org/abs/2002.05709.
+    """
+    check_reduction(reduction)
+    (x, y), dtype = one._features("z1", z1=z1, z2=z2)
+    if x.shape != y.shape:
+        raise ValueError(f"z2: expected shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    number = one._temperature(temperature, x)
+    call = Call(
+        "nt_xent_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, z1=z1, z2=z2, temperature=temperature
+    )  # fmt: skip
+    both = call.rows.times(2)
+    own = torch.arange(both.own.start, both.own.stop, device=x.device)
+    x, y = call.features(x, y)
+    row, *_ = call.softmax(
+        (torch.cat([x, y]), None, call.number(number), None, own.roll(x.shape[0]), own, None, None),
+        (False, False, True, True, True, False),
+        both,
+    )
+    return call.reduced(F.softplus(row), None, dtype, both)
+
+
+def multiple_negatives_ranking_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negatives: Tensor | None = None,
+    scale: float | Tensor = 20.0,
+    *,
+    directions: tuple[str, ...] = ("query_to_doc",),
+    partition_mode: str = "joint",
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    group: Any = None,
+    exchange: str = "gather",
+    for_ddp: bool = False,
+    rows_per_rank: Sequence[int] | None = None,
+) -> Tensor:
+    r"""Ranks each query's document above all others of all ranks' batches, hard negatives among them.
+
+    `fastloss.functional.multiple_negatives_ranking_loss` of all ranks' queries and documents: with
+    :math:`s = a \cos` query :math:`i` has :math:`\log \sum e^{s} - s(q_i, d_i)`, over any of the four directions.
+    The sums and their rounding are those of `clip_loss` here.
+
+    Args:
+        anchor: queries of this rank, shape `(b, D)`, any length of rows; float32, float64, bfloat16 or float16.
+        positive: the queries' documents, of the same shape and type.
+        negatives: hard negatives `(K, b, D)`, K for each query, or `(b, D)`; K is the same on every rank. Default:
+            none.
+        scale: :math:`a`, the same on every rank: a number or a tensor of one. Default: 20.
+        directions, partition_mode, normalize: as of `fastloss.functional`.
+        ids: `(b)` integers, with one meaning on all ranks; pairs with the same id are no negatives of each other.
+            Default: all differ.
+        reduction: `"none"`, `"mean"` or `"sum"`: over all ranks' queries.
+        sample_weight: `(b)`, a weight for each query of this rank. Default: 1.
+        group, exchange, for_ddp, rows_per_rank: as of `clip_loss` here.
+
+    Returns:
+        As of `clip_loss` here.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as of `clip_loss` here.
+
+    Source: https://arxiv.org/abs/1705.00652, GTE https://arxiv.org/abs/2308.03281;
+    `MultipleNegativesRankingLoss` of sentence-transformers with `gather_across_devices`.
+    """
+    check_reduction(reduction)
+    (x, _), _ = one._features("anchor", anchor=anchor, positive=positive)
+    number = one._number("scale", scale, x)
+    each = 0
+    if isinstance(negatives, Tensor):
+        each = negatives.shape[0] if negatives.dim() == 3 else 1
+    call = Call(
+        "multiple_negatives_ranking_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, anchor=anchor,
+        positive=positive, negatives=negatives, scale=scale, ids=ids, sample_weight=sample_weight,
+        normalize=bool(normalize), directions=tuple(directions), partition_mode=partition_mode, K=each,
+    )  # fmt: skip
+    docs = call.rows.times(1 + each)
+
+    def walk(tensors, options):
+        return call.softmax(tensors, options, call.rows if tensors[1] is None else docs)
+
+    loss, weight, dtype = one._ranking_rows(
+        *call.features(anchor, positive, negatives), call.number(number), directions, partition_mode, ids, normalize,
+        sample_weight, walk, call.rows.begin, docs.begin,
+    )  # fmt: skip
+    return call.reduced(loss, weight, dtype, call.rows)

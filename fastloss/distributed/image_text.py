@@ -1,0 +1,187 @@
+"""Contrastive losses of images and texts, of which each rank holds some pairs.
+
+A rank computes the similarities of its own rows to the columns of all ranks: its share of the work, and of memory no
+more than its rows and the columns' features. What the ranks exchange, beside features and their gradients, are a few
+numbers of each row. Every rank gets the same loss, and for an upstream gradient that is the same on every rank the
+gradient of its own features, and all of that of scale and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss import contrastive as one
+from fastloss._checks import check_reduction
+from fastloss._linear import accumulation_type
+from fastloss.distributed.call import Call
+from fastloss.distributed.similarities import sigmoid
+
+__all__ = ["clip_loss", "siglip_loss"]
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    normalize: bool = False,
+    group: Any = None,
+    exchange: str = "gather",
+    for_ddp: bool = False,
+    rows_per_rank: Sequence[int] | None = None,
+) -> Tensor:
+    r"""CLIP's loss of the pairs of all ranks: `fastloss.functional.clip_loss` of them one after another.
+
+    With :math:`s_{ij} = a \langle x_i, y_j \rangle`, over the images and texts of all ranks, pair :math:`i` has
+
+    .. math:: \tfrac12 \Big(\log \sum_j e^{s_{ij}} - s_{ii}\Big) + \tfrac12 \Big(\log \sum_j e^{s_{ji}} - s_{ii}\Big)
+
+    A rank with b of all B pairs does four products of b x D and D x B in all. It walks over its rows once for
+    statistics of rows and for its part of those of columns, which the columns' owners merge, and once for the
+    gradients, of which those of texts go to their owners. Nothing of size B x B or b x B is stored.
+
+    What ranks add up they add up in their order, or along the ring, whatever arrives first: the same call gives the
+    same bits. One rank gives the bits of `fastloss.functional`. The number of ranks changes the order of sums, and so
+    the rounding alone: with unit :math:`u` (2^-24, in float64 2^-53), before the result is rounded to the features'
+    type, a pair's loss by at most :math:`u (2 B + 8 \max |s| + 16)` of itself, and a gradient by that share of
+    the sum of the magnitudes that make it up; on CUDA, where products of other sizes may add up in another order,
+    by their rounding too.
+
+    Args:
+        image_features: :math:`x` of this rank, shape `(b, D)`; float32, float64, bfloat16 or float16. The number of
+            rows may differ between ranks (but see `rows_per_rank`), D and the type may not.
+        text_features: :math:`y` of this rank, of the same shape and type.
+        logit_scale: :math:`a`, the same on every rank: a number or a tensor of one.
+        logit_bias: changes nothing, and its gradient is 0. Default: none.
+        reduction: `"none"`, `"mean"` or `"sum"`: over all ranks. The mean is divided by the sum of all ranks'
+            `sample_weight`.
+        sample_weight: `(b)`, a weight for each pair of this rank. Default: 1.
+        normalize: divide each row by its length first. Default: False.
+        group: a process group. Default: all processes.
+        exchange: `"gather"`: each rank holds the texts of all ranks, memory O(B D). `"ring"`: ranks pass them
+            around, while each works on those that it has: memory O(b D), and more, smaller messages. Default:
+            `"gather"`.
+        for_ddp: multiply the features' gradients by the number of ranks. DistributedDataParallel divides the sum of
+            the ranks' parameter gradients by their number; but a rank's gradient comes from its own features alone,
+            so that their sum is the gradient, not their mean. The gradient of scale and bias, which each rank has
+            all of, stays as it is: its mean is itself. Default: False, the gradients of the loss.
+        rows_per_rank: how many rows each rank has. Default: on the CPU ranks tell each other; on CUDA, where the
+            host would have to wait for that, each has as many as this one.
+
+    Returns:
+        A scalar, the same bits on every rank, or for `"none"` one number for each pair of this rank, of the
+        features' type (float32 under autocast). It can be differentiated once, by all ranks together.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these; and on the CPU for those
+            that differ between ranks, where they must not.
+
+    Source: https://arxiv.org/abs/2103.00020; `ClipLoss` of open_clip; for the ring Inf-CL,
+    https://arxiv.org/abs/2410.17243.
+    """
+    check_reduction(reduction)
+    (x, y), dtype = one._features(
+        "image_features", image_features=image_features, text_features=text_features
+    )
+    if x.shape != y.shape:
+        raise ValueError(f"text_features: expected shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    weight = one._weight(sample_weight, x)
+    scale = one._number("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else one._number("logit_bias", logit_bias, x)
+    call = Call(
+        "clip_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, image_features=image_features,
+        text_features=text_features, logit_scale=logit_scale, logit_bias=logit_bias, sample_weight=sample_weight,
+        normalize=bool(normalize),
+    )  # fmt: skip
+    rows = call.rows
+    x, y = call.features(x, y)
+    mark = torch.arange(rows.own.start, rows.own.stop, device=x.device)
+    row, col, _ = call.softmax(
+        (x, y, call.number(scale), None, mark, None, None, None),
+        (False, False, bool(normalize), False, True, True),
+        rows,
+    )
+    loss = 0.5 * (F.softplus(row) + F.softplus(col))
+    if bias is not None:
+        loss = loss + 0 * call.number(bias).reshape(()).to(loss.dtype)
+    return call.reduced(loss, weight, dtype, rows)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    normalize: bool = False,
+    label_offset: int | None = 0,
+    group: Any = None,
+    exchange: str = "gather",
+    for_ddp: bool = False,
+    rows_per_rank: Sequence[int] | None = None,
+) -> Tensor:
+    r"""SigLIP's loss of the images and texts of all ranks: `fastloss.functional.siglip_loss` of them.
+
+    With :math:`s_{ij} = a \langle x_i, y_j \rangle + b`, and :math:`z_{ij} = 1` where the two belong together and
+    :math:`-1` elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`, over the texts of all ranks.
+
+    One walk, three products of this rank's rows and all columns. The sums and their rounding are those of
+    `clip_loss` here, for B texts. On the CPU with `exchange="gather"` the loss has the same bits for any number of
+    ranks.
+
+    Args:
+        image_features: :math:`x` of this rank, shape `(b, D)`; float32, float64, bfloat16 or float16.
+        text_features: :math:`y` of this rank, `(n, D)`, of the same type.
+        logit_scale, logit_bias: :math:`a, b`, the same on every rank: numbers or tensors of one.
+        reduction: `"none"`, `"mean"` or `"sum"`: over all ranks' images.
+        sample_weight: `(b)`, a weight for each image of this rank. Default: 1.
+        normalize: divide each row by its length first. Default: False.
+        label_offset: the text of this rank's image i is this rank's row i + offset; None: no text belongs to any
+            image. Default: 0.
+        group, exchange, for_ddp, rows_per_rank: as of `clip_loss` here; on CUDA n - b is the same on every rank.
+
+    Returns:
+        As of `clip_loss` here.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: as of `clip_loss` here.
+
+    Source: https://arxiv.org/abs/2303.15343; `SigLipLoss` of open_clip.
+    """
+    mode = check_reduction(reduction)
+    (x, y), dtype = one._features(
+        "image_features", image_features=image_features, text_features=text_features
+    )
+    weight = one._weight(sample_weight, x)
+    scale = one._number("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else one._number("logit_bias", logit_bias, x)
+    mark = label_offset
+    if mark is not None:
+        mark = one._marks(x.shape[0], y.shape[0], label_offset, x, "text_features")
+    call = Call(
+        "siglip_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, y.shape[0],
+        image_features=image_features, text_features=text_features, logit_scale=logit_scale, logit_bias=logit_bias,
+        sample_weight=sample_weight, normalize=bool(normalize), label_offset=label_offset is None,
+    )  # fmt: skip
+    x, y = call.features(x, y)
+    mark = None if mark is None else mark + call.columns.begin
+    tensors = x, y, call.number(scale), None if bias is None else call.number(bias), mark
+    high = accumulation_type(x.dtype)
+    if mode == 0:
+        options = mode, bool(normalize), high
+        loss = sigmoid((*tensors, None, None), options, call.rows, call.columns, call.exchange)
+        return call.reduced(loss, weight, dtype, call.rows)
+    weight = None if weight is None else weight.to(high)
+    weights = None if weight is None else call.rows.gathered(weight.detach())
+    options = mode, bool(normalize), dtype
+    return sigmoid((*tensors, weight, weights), options, call.rows, call.columns, call.exchange)
