@@ -138,6 +138,7 @@ def main() -> int:
     logs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * args.minutes
     good = [run([python("info", "-m", "fastloss", "info")], 60.0, logs)]
+    print((logs / "info.log").read_text(), flush=True)
 
     checks = [] if "tests" in args.skip else [tests()]
     if "sanitizer" not in args.skip:

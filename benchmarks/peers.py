@@ -5,9 +5,9 @@ and runs with its project's own settings. An option that a peer lacks raises, an
 was not timed, as it does for one whose result is another: nothing is compared on unequal terms. None of them
 is a dependency of fastloss.
 
-What is not here, because no terms are equal: Liger's losses of preferences (they multiply the reference model
-too, or start from hidden states where fastloss starts from log-probabilities); pytorch-metric-learning's
-`NTXentLoss` for `nt_xent_loss` (its matrix has a column for every negative pair).
+What is not here: Liger's losses of preferences, which multiply the reference model too, or start from hidden
+states where fastloss starts from log-probabilities; pytorch-metric-learning's `NTXentLoss` for `nt_xent_loss`,
+which makes a matrix of all positive by all negative pairs, 274 GB at that loss's own shape.
 """
 
 from __future__ import annotations
@@ -241,6 +241,10 @@ def torchvision_sigmoid_focal() -> Function:
     return sigmoid_focal_loss
 
 
+# kornia and MONAI have another formula for targets between 0 and 1: the same loss of hard targets, but another
+# gradient of the targets, where that is asked for.
+
+
 def kornia_sigmoid_focal() -> Function:
     from kornia.losses import binary_focal_loss_with_logits
 
@@ -302,6 +306,7 @@ def memeff_clip() -> Function:
     def call(image_features: Tensor, text_features: Tensor, logit_scale: float | Tensor) -> Tensor:
         if isinstance(logit_scale, Tensor):
             raise TypeError("logit_scale: only a number, which gets no gradient")
+        # "stable" gradients are another multiple
         loss = MemoryEfficientCLIPLoss(1 / logit_scale, normalized_inputs=True, stable=False)
         return loss(image_features, text_features)
 
