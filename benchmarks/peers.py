@@ -16,7 +16,9 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -287,16 +289,21 @@ def apex_sigmoid_focal() -> Function:
 # ---- similarities
 
 
-def open_clip_clip() -> Function:
-    from open_clip.loss import ClipLoss
+def open_clip_losses() -> ModuleType:
+    """The file of its losses needs torch alone; the package also wants a torchvision made for this torch."""
+    path = Path(find_spec("open_clip").origin).with_name("loss.py")
+    spec = spec_from_file_location("open_clip_losses", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    return ClipLoss()
+
+def open_clip_clip() -> Function:
+    return open_clip_losses().ClipLoss()
 
 
 def open_clip_siglip() -> Function:
-    from open_clip.loss import SigLipLoss
-
-    loss = SigLipLoss()
+    loss = open_clip_losses().SigLipLoss()
     return lambda logit_bias=None, **arguments: loss(logit_bias=logit_bias, **arguments)
 
 
