@@ -183,6 +183,7 @@ def test_tables_name_what_there_is(file):
     for row in json.loads(file.read_text()):
         (loss,) = losses(row["loss"])
         assert len(row["shape"]) in {len(shape) for shape in loss.shapes}
+        assert "case" not in row or row["case"] in loss.cases
         assert hasattr(torch, row["dtype"])
 
 

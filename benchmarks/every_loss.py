@@ -1,0 +1,45 @@
+"""Every loss on small inputs, forward and backward, and nothing else: what compute-sanitizer is to watch.
+
+The first case in every registered shape, so that each way in which a kernel divides a row among threads is taken, and
+the other cases in the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+
+import torch
+
+from fastloss._registry import Draw, Loss, entries
+from fastloss.check import evaluate
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def calls(loss: Loss) -> Iterator[tuple[str, tuple[int, ...]]]:
+    first, *others = loss.cases
+    yield from ((first, shape) for shape in loss.shapes)
+    yield from ((case, max(loss.shapes, key=math.prod)) for case in others)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    device = parser.parse_args().device
+    done = 0
+    for loss in entries():
+        for case, shape in calls(loss):
+            for dtype in DTYPES:
+                evaluate(loss.function, loss.call(case, Draw(dtype, device), shape), loss.wrt)
+                done += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{done} calls of {len(entries())} functions")
+
+
+if __name__ == "__main__":
+    main()
