@@ -42,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     bench.add_argument("--forward-only", action="store_true", help="no gradient")
     bench.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: PyTorch's")
+    bench.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a candidate to leave out; may be repeated",
+    )
     bench.add_argument("--rounds", type=int, metavar="N", help="default: as many as the budget allows")
     bench.add_argument(
         "--budget", type=float, metavar="SECONDS", help="timing per loss and dtype; default: 20, of --all 5"

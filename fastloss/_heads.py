@@ -81,9 +81,9 @@ def of_logps(*names: str):
     return lambda draw, shape: {name: logps(draw, shape) for name in names}
 
 
-def traffic_of(inputs: int):
-    """Read once; with gradients, which are written in the same pass."""
-    return lambda shape, itemsize, backward: (2 if backward else 1) * inputs * math.prod(shape) * itemsize
+def traffic_of(inputs: int, trained: int):
+    """All inputs read once; the gradients of those that are trained written in the same pass."""
+    return lambda shape, itemsize, backward: (inputs + backward * trained) * math.prod(shape) * itemsize
 
 
 SHAPES = ((7, 1), (3, 33), (2, 1025), (2, 5, 3))

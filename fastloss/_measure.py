@@ -52,6 +52,8 @@ class Spec:
     budget: float
     """Seconds of timing, over all regimes."""
     peers: str | None
+    skip: tuple[str, ...] = ()
+    """Candidates that do not compete."""
 
 
 def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
@@ -65,7 +67,7 @@ def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
         found["fastloss in place"] = partial(loss.function, inplace_backward=True)
     if spec.peers:
         found.update(runpy.run_path(spec.peers)["peers"](loss.name, spec.device))
-    return found
+    return {name: function for name, function in found.items() if name not in spec.skip}
 
 
 def overwrites(candidate: str) -> bool:
@@ -74,7 +76,9 @@ def overwrites(candidate: str) -> bool:
 
 
 def small(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with its first size cut, so that a float64 reference stays cheap."""
+    """The shape with its first size cut, and its last if need be, so that a float64 reference stays cheap."""
+    if len(shape) > 2:
+        shape = (*shape[:-1], min(shape[-1], max(1, 4 * CHECKED_ELEMENTS // math.prod(shape[1:-1]))))
     return (max(1, min(shape[0], CHECKED_ELEMENTS // max(1, math.prod(shape[1:])))), *shape[1:])
 
 
@@ -120,8 +124,8 @@ class Contest:
 
     def __init__(self, loss: Loss, spec: Spec):
         self.loss, self.spec, self.dtype = loss, spec, getattr(torch, spec.dtype)
-        self.kwargs = loss.call(spec.case, Draw(self.dtype, spec.device), spec.shape)
-        self.wrt = differentiable(self.kwargs, loss.wrt) if spec.backward else []
+        self.kwargs = loss.call(spec.case, Draw(self.dtype, spec.device, fast=True), spec.shape)
+        self.wrt = differentiable(self.kwargs, loss.trained or loss.wrt) if spec.backward else []
         self.traffic = loss.traffic(spec.shape, self.dtype.itemsize, spec.backward)
         self.candidates = candidates(loss, spec)
 
@@ -289,7 +293,7 @@ def main() -> None:
         config.compile_threads = 1  # its workers would be started anew in every fork
     for line in sys.stdin:
         given = json.loads(line)
-        spec = Spec(**{**given, "shape": tuple(given["shape"])})
+        spec = Spec(**{**given, "shape": tuple(given["shape"]), "skip": tuple(given["skip"])})
         (loss,) = entries(spec.loss)
         try:
             emit(result=in_fork(partial(measure, loss, spec, spec.threads or threads, emit)))

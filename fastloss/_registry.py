@@ -15,33 +15,36 @@ class Draw:
     """Reproducible random inputs of one dtype on one device.
 
     Values are drawn on the CPU in float64 and then converted, so every dtype and device sees the
-    same numbers up to rounding.
+    same numbers up to rounding; `fast` draws them on the device in the dtype itself.
     """
 
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     seed: int = 0
+    fast: bool = False
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator(self.device if self.fast else "cpu").manual_seed(self.seed)
+        dtype, device = (self.dtype, self.device) if self.fast else (torch.float64, "cpu")
+        self._how = {"generator": self.generator, "dtype": dtype, "device": device}
 
     def _to(self, x: Tensor) -> Tensor:
         return x.to(device=self.device, dtype=self.dtype)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return self._to(torch.randn(shape, generator=self.generator, dtype=torch.float64) * scale)
+        return self._to(torch.randn(shape, **self._how) * scale)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        u = torch.rand(shape, generator=self.generator, dtype=torch.float64)
+        u = torch.rand(shape, **self._how)
         return self._to(low + (high - low) * u)
 
     def simplex(self, *shape: int, dim: int = 1) -> Tensor:
-        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        x = torch.randn(shape, **self._how)
         return self._to(x.softmax(dim))
 
     def index(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
+        return torch.randint(high, shape, **self._how | {"dtype": torch.int64}).to(self.device)
 
 
 Case = Mapping[str, Any]
@@ -69,6 +72,8 @@ class Loss:
     forward_arguments: tuple[str, ...]
     """Arguments of the module's `forward`; all others belong to its constructor."""
     replaces: str = ""
+    trained: tuple[str, ...] = ()
+    """Of `wrt` what a training step differentiates, and `bench` therefore; all of it if empty."""
     multiplies: bool = False
     """Whether it multiplies matrices: works in buffers of its own, and in the autocast type under autocast."""
     eager: Callable[..., Tensor] | None = None

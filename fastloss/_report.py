@@ -139,5 +139,6 @@ def write_folder(folder: Path, report: dict[str, Any], specs: Sequence[Spec]) ->
         ]
         text += [f"## {title(rows[0])}", markdown(rows)]
         text += [f"{r['candidate']} was not timed: {r['refused']}" for r in rows if "refused" in r]
-        text.append(f"![times]({slug(spec)}.png)")
+        if any("times" in r for r in rows):
+            text.append(f"![times]({slug(spec)}.png)")
     (folder / "report.md").write_text("\n\n".join(text) + "\n")

@@ -37,7 +37,18 @@ class Meter:
     """The process that measures; it ends with this object's `with` block."""
 
     def __enter__(self) -> Meter:
-        self.errors = tempfile.TemporaryFile("w+")
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def start(self) -> None:
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in stop
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fastloss._measure"],
@@ -47,9 +58,8 @@ class Meter:
             stderr=self.errors,
             text=True,
         )
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         assert self.process.stdin and self.process.stdout
         self.process.terminate()
         self.process.stdin.close()
@@ -77,19 +87,23 @@ class Meter:
         raise ValueError(f"measuring {spec.loss} in {spec.dtype} failed: {failed}")
 
 
+def row_of(spec: Spec, candidate: str, threads: int | None) -> dict[str, Any]:
+    what = {k: v for k, v in asdict(spec).items() if k in ("loss", "case", "dtype", "device", "backward")}
+    return {**what, "shape": list(spec.shape), "candidate": candidate, "threads": threads}
+
+
+def failed(spec: Spec, why: str) -> list[dict[str, Any]]:
+    """The rows of what could not be measured."""
+    return [row_of(spec, "fastloss", spec.threads) | {"refused": why}]
+
+
 def rows_of(spec: Spec, found: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per candidate: times in every regime, and memory."""
     regimes, refused = found["regimes"], found["refused"]
     timed = [name for name in next(iter(regimes.values()))["times"] if name != "copy"]
-    what = {k: v for k, v in asdict(spec).items() if k in ("loss", "case", "dtype", "device", "backward")}
     rows = []
     for name in [*timed, *refused, "copy"]:
-        row: dict[str, Any] = {
-            **what,
-            "shape": list(spec.shape),
-            "candidate": name,
-            "threads": found["threads"],
-        }
+        row = row_of(spec, name, found["threads"])
         if name in refused:
             row["refused"] = refused[name]
         else:
@@ -130,6 +144,7 @@ def plan(args: argparse.Namespace) -> list[Spec]:
             rounds=args.rounds,
             budget=budget,
             peers=str(args.peers) if args.peers else None,
+            skip=tuple(one.skip),
         )
 
     if args.table:
@@ -164,7 +179,13 @@ def main(args: argparse.Namespace) -> int:
             label = f"{i + 1} of {len(specs)}: {spec.loss} {'x'.join(map(str, spec.shape))} {spec.dtype}"
             with Progress(*columns, console=console, transient=True) as progress:
                 task = progress.add_task(label, total=1.0)
-                rows = rows_of(spec, meter(spec, partial(show, progress, task, label)))
+                try:
+                    rows = rows_of(spec, meter(spec, partial(show, progress, task, label)))
+                except ValueError as error:  # out of memory, for example: the others are still of interest
+                    if len(specs) == 1:
+                        raise
+                    rows = failed(spec, str(error))
+                    meter.restart()
             report["rows"] += rows
             console.print(_report.table(rows))
             for row in rows:
@@ -174,7 +195,8 @@ def main(args: argparse.Namespace) -> int:
                     )
             if args.out:  # after every loss, so that an interrupted run leaves what it has
                 _report.write_folder(args.out, report, specs[: i + 1])
-                _plot.draw(rows, args.out / f"{_report.slug(spec)}.png")
+                if any("times" in row for row in rows):
+                    _plot.draw(rows, args.out / f"{_report.slug(spec)}.png")
     if args.json:
         _report.write_json(args.json, report)
     if args.plot:

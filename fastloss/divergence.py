@@ -209,7 +209,7 @@ def _some_labels(draw: Draw, shape: tuple[int, ...]) -> Tensor:
 
 
 def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
-    return (4 if backward else 2) * math.prod(shape) * itemsize  # both gradients
+    return (3 if backward else 2) * math.prod(shape) * itemsize
 
 
 _ROWS = {
@@ -240,6 +240,7 @@ for _name, _eager, _cases in (
             eager=_eager,
             inputs=_inputs,
             wrt=("student_logits", "teacher_logits"),
+            trained=("student_logits",),
             forward_arguments=("student_logits", "teacher_logits", "labels", "mask", "sample_weight"),
             cases=_cases,
             shapes=((3, 33), (2, 4099), (2, 5, 7), (3, 1)),

@@ -1,6 +1,6 @@
-"""Losses that know the values of number tokens. Those without a cross-entropy ask `token_stats` for the
-log-probabilities of the number tokens, which costs one read of the vocabulary; what follows is arithmetic on
-[rows, number tokens]."""
+"""Losses that know the values of number tokens. Those without a cross-entropy take the number tokens' logits, or where
+their share of the whole vocabulary counts ask `token_stats` for their log-probabilities, which costs one read of it;
+what follows is arithmetic on [rows, number tokens]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
 from fastloss._drivers import NumberOp
-from fastloss._op import HALF_TYPES, REDUCTIONS
+from fastloss._op import HALF_TYPES, REDUCTIONS, _functorch_active
 from fastloss._registry import Draw, Loss, register
 from fastloss.statistics import log_probs_of
 from fastloss.token import is_wide
@@ -136,6 +136,15 @@ def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool
     return loss
 
 
+def _picked(logits: Tensor, ids: Tensor) -> Tensor:
+    """The logits of these classes, [..., D]; where it would cost a wait to look, NaN for a class that is none."""
+    inside = (ids >= 0) & (ids < logits.shape[-1])
+    if ids.is_cpu and not torch.compiler.is_compiling() and not _functorch_active() and not inside.all():
+        raise IndexError(f"token_ids: class {ids[~inside][0].item()} is out of bounds")
+    picked = logits.index_select(-1, torch.where(inside, ids, 0))
+    return picked if ids.is_cpu else torch.where(inside, picked, torch.nan)
+
+
 def _check_options(kind: str, reduction: str, squash_factor: float | None) -> None:
     check_reduction(reduction)
     if kind not in KINDS:
@@ -221,7 +230,10 @@ def number_token_loss(
     else:
         is_number, y = _numbers(labels, token_ids, values)
         counts = is_number & (labels != ignore_index)
-    logp = log_probs_of(logits, token_ids.expand(*shape, -1), counts, index_name="token_ids")
+    if reweigh:
+        logp = log_probs_of(logits, token_ids.expand(*shape, -1), counts, index_name="token_ids")
+    else:  # the softmax over the number tokens is that of their logits: no other class is read
+        logp = torch.where(counts.unsqueeze(-1), _picked(logits, token_ids).to(values.dtype), 0.0)
     if soft:
         rows = _soft_rows(logp, labels.to(values.dtype), values, kind, reweigh)
     else:

@@ -193,7 +193,7 @@ def _binary(draw: Draw, shape: tuple[int, ...]) -> Tensor:
 
 
 def _elements(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
-    return (4 if backward else 2) * math.prod(shape) * itemsize
+    return (3 if backward else 2) * math.prod(shape) * itemsize
 
 
 POINTWISE_SHAPES = ((7, 1), (3, 33), (5, 1000), (2, 4099), (2, 5, 3), (2, 17, 3, 5))
@@ -210,6 +210,7 @@ register(
             "targets": _binary(draw, shape),
         },
         wrt=("inputs", "targets"),
+        trained=("inputs",),
         forward_arguments=("inputs", "targets", "weight", "num_positives"),
         cases={
             "mean": {"reduction": "mean"},

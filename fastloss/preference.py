@@ -323,6 +323,7 @@ register(
             "labels": d.index(2, *s).bool(),
         },
         wrt=("policy_logps", "reference_logps"),
+        trained=("policy_logps",),
         forward_arguments=("policy_logps", "reference_logps", "labels", "kl"),
         cases={
             "plain": {},
@@ -335,7 +336,7 @@ register(
         },
         shapes=SHAPES,
         bench_shape=BENCH,
-        traffic=traffic_of(3),
+        traffic=traffic_of(3, 1),
     )
 )
 for _function, _cases in (
@@ -367,7 +368,7 @@ for _function, _cases in (
             cases=_cases,
             shapes=SHAPES,
             bench_shape=BENCH,
-            traffic=traffic_of(2),
+            traffic=traffic_of(2, 2),
         )
     )
 register(
@@ -391,6 +392,6 @@ register(
         },
         shapes=SHAPES,
         bench_shape=BENCH,
-        traffic=traffic_of(2),
+        traffic=traffic_of(2, 2),
     )
 )

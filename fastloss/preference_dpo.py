@@ -377,6 +377,7 @@ register(
         replaces="trl.DPOTrainer.dpo_loss",
         inputs=of_logps(*_INPUTS),
         wrt=_INPUTS,
+        trained=_INPUTS[:2],
         forward_arguments=(*_INPUTS, "chosen_lengths", "rejected_lengths", "weight"),
         cases={
             "sigmoid": {},
@@ -390,7 +391,7 @@ register(
         },
         shapes=SHAPES,
         bench_shape=BENCH,
-        traffic=traffic_of(4),
+        traffic=traffic_of(4, 2),
     )
 )
 register(

@@ -350,7 +350,7 @@ def kl_div(
 
 
 def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
-    return (4 if backward else 2) * math.prod(shape) * itemsize
+    return (3 if backward else 2) * math.prod(shape) * itemsize
 
 
 def _normal(draw, shape):
@@ -378,6 +378,7 @@ def _register(function, inputs, cases, forward=("input", "target")):
             replaces=f"torch.nn.functional.{name}" if eager else "",
             inputs=inputs,
             wrt=("input", "target"),
+            trained=("input",),
             forward_arguments=forward,
             cases=cases,
             shapes=((7, 1), (3, 33), (2, 4099), (2, 5, 3)),
