@@ -19,7 +19,7 @@ FL_FN double number_of_key(uint64_t key, Widen widen) {
   constexpr uint64_t kSign = uint64_t{1} << (kBits - 1);
   const uint64_t bits = key & kSign ? key ^ kSign : ~key;
   T x;
-  std::memcpy(&x, &bits, sizeof x);  // the low bytes
+  std::memcpy(static_cast<void*>(&x), &bits, sizeof x);  // the low bytes
   return widen(x);
 }
 

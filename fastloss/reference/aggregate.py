@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastloss.reference.regression import safe_sqrt
+
 __all__ = ["chi2_dro_loss", "cvar_loss", "flooding_loss", "soft_ad_loss", "tilted_loss"]
 
 KINDS = ("mean", "cvar", "cvar_at", "chi2", "chi2_at", "soft_ad", "tilted")
@@ -14,11 +16,6 @@ KINDS = ("mean", "cvar", "cvar_at", "chi2", "chi2_at", "soft_ad", "tilted")
 
 def _mean(x: Tensor, w: Tensor | None) -> Tensor:
     return x.mean() if w is None else (w * x).sum() / w.sum()
-
-
-def _root(x: Tensor) -> Tensor:
-    """Its derivative at 0 is taken to be 0."""
-    return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt())
 
 
 def _tail(x: Tensor, w: Tensor | None, q: float) -> Tensor:
@@ -48,7 +45,7 @@ def _ball(x: Tensor, w: Tensor | None, rho: float) -> Tensor:
     share = inside.sum() / w.sum()
     mean = (inside * x).sum() / inside.sum()
     variance = (inside * (x - mean).square()).sum() / inside.sum()
-    return mean + _root(variance * (2 * rho * share + (share - 1)).clamp(min=0))
+    return mean + safe_sqrt(variance * (2 * rho * share + (share - 1)).clamp(min=0))
 
 
 def _tilted(x: Tensor, w: Tensor | None, t: float) -> Tensor:
@@ -90,7 +87,7 @@ def aggregated(
     elif name == "chi2":
         value = _ball(x, weight, number)
     elif name == "chi2_at":
-        value = theta + math.sqrt(1 + 2 * number) * _root(_mean(torch.relu(x - theta).square(), weight))
+        value = theta + math.sqrt(1 + 2 * number) * safe_sqrt(_mean(torch.relu(x - theta).square(), weight))
     elif name == "soft_ad":
         u = (x - theta) / number
         value = eta * theta + number**2 * _mean(u * (u / (1 + (1 + u * u).sqrt())), weight)
