@@ -126,7 +126,7 @@ def test_chi2_from_the_mean_to_the_largest(device):
     # of a small ball the mean and a deviation: no digits are lost to a theta far below
     for rho in (1e-6, 1e-10):
         wanted = x.double().mean() + math.sqrt(2 * rho) * x.double().std(correction=0)
-        torch.testing.assert_close(FL.chi2_dro_loss(x, rho).double(), wanted, rtol=0, atol=2e-8)
+        torch.testing.assert_close(FL.chi2_dro_loss(x, rho).double(), wanted, rtol=0, atol=1e-7)
     for rho in (49.5, 1e6):
         largest, dx = value_and_gradient(lambda y, rho=rho: FL.chi2_dro_loss(y, rho), x)
         assert largest == x.max()
@@ -142,16 +142,16 @@ def test_chi2_keeps_a_small_spread(device):
     torch.testing.assert_close(FL.chi2_dro_loss(x, 1e-9).double(), wanted, rtol=1e-7, atol=0)
 
 
-def test_chi2_is_blind_to_scale(device):
-    for dtype, sizes in ((torch.float32, (1e-30, 1e30)), (torch.float64, (1e-280, 1e280))):
-        x = Draw(dtype, device).normal(64).square()
-        one = FL.chi2_dro_loss(x, 0.5)
-        for size in sizes:
-            got, rtol = FL.chi2_dro_loss(x * size, 0.5), 1e-5 if dtype == torch.float32 else 1e-12
-            assert got.isfinite() or size > 1
-            if dtype == torch.float64 and size > 1:
-                continue  # squares of the spread overflow
-            torch.testing.assert_close(got / size, one, rtol=rtol, atol=0) if got.isfinite() else None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+def test_chi2_is_blind_to_scale(dtype, device):
+    """Squares of the losses may overflow or vanish."""
+    x = Draw(dtype, device).normal(64).square()
+    one = value_and_gradient(lambda y: FL.chi2_dro_loss(y, 0.5), x)
+    far = {torch.float32: 100, torch.float64: 900}[dtype]
+    for size in (2.0**-far, 2.0**far):
+        value, dx = value_and_gradient(lambda y: FL.chi2_dro_loss(y, 0.5), x * size)
+        torch.testing.assert_close(value / size, one[0])
+        torch.testing.assert_close(dx, one[1])
 
 
 # ---- theta
