@@ -298,7 +298,8 @@ class InitialBalance(torch.nn.Module):
     r"""Two losses that weigh the same at the first call: :math:`L_a + \alpha L_b`.
 
     :math:`\alpha = L_a / L_b` of the first call, or of the first at which it is finite, is a constant from then on; it
-    has no gradient, and is part of the state that is saved. Nothing waits for the device.
+    has no gradient, and is part of the state that is saved. Nothing waits for the device if the module is on that of
+    the losses.
     """
 
     alpha: Tensor
