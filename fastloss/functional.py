@@ -1,6 +1,7 @@
 """The losses as functions, under the names that the field knows them by. Each family's file holds its own."""
 
 from fastloss import (
+    aggregate,
     contrastive,
     divergence,
     focal,
@@ -20,6 +21,7 @@ from fastloss import (
     statistics,
     token,
 )
+from fastloss.aggregate import *  # noqa: F403
 from fastloss.contrastive import *  # noqa: F403
 from fastloss.divergence import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
@@ -60,6 +62,7 @@ __all__ = [
         linear_statistics,
         margin,
         metric,
+        aggregate,
     )
     for name in family.__all__
 ]

@@ -161,7 +161,7 @@ def sigmoid_focal_loss(
     if num_positives is not None:
         mode = REDUCTIONS["sum"] if mode == REDUCTIONS["mean"] else mode
         norm = num_positives
-    norm = _one_number("num_positives", norm, inputs)
+    norm = one_number("num_positives", norm, inputs)
     after = None
     if mode == REDUCTIONS["none"]:
         norm, after = None, norm
@@ -175,7 +175,7 @@ def sigmoid_focal_loss(
         raise
 
 
-def _one_number(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | None:
+def one_number(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | None:
     if value is None:
         return None
     high = torch.float64 if like.dtype == torch.float64 else torch.float32

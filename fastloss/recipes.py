@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,12 +14,17 @@ from fastloss.regression import huber_loss, mse_loss
 from fastloss.statistics import sequence_log_probs
 
 __all__ = [
+    "InitialBalance",
     "cringe_hinge_loss",
     "cringe_loss",
     "deep_rag_calibration_loss",
     "deep_rag_imitation_loss",
+    "l1_regularization",
+    "l2_regularization",
+    "multi_task_loss",
     "ppo_total_loss",
     "q_learning_loss",
+    "reward_regression_loss",
     "rog_loss",
 ]
 
@@ -245,3 +252,89 @@ def q_learning_loss(
     if huber_delta is not None:
         return huber_loss(value, target, reduction=reduction, delta=huber_delta)
     return 0.5 * mse_loss(value, target, reduction=reduction)
+
+
+def reward_regression_loss(
+    rewards: Tensor, scores: Tensor, center: float = 0.0, scale: float = 1.0, reduction: str = "mean"
+) -> Tensor:
+    r"""A reward model fitted to scores on a scale, :math:`(r - (s - c) / d)^2`.
+
+    The simplest way from scores to rewards. Scores of different annotators seldom share a scale, which losses of pairs,
+    such as `bradley_terry_loss`, do not need.
+
+    Args:
+        rewards: of any shape.
+        scores: same shape, without gradient.
+        center, scale: :math:`c` and :math:`d`, such as mean and deviation of the scores in the data. Default: 0 and 1.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+    """
+    if scores.shape != rewards.shape:
+        raise RuntimeError(f"scores: expected shape {tuple(rewards.shape)}, got {tuple(scores.shape)}")
+    normal = (scores.detach() - check_number("center", center)) / check_number("scale", scale)
+    return mse_loss(rewards, normal.to(rewards.dtype), reduction=reduction)
+
+
+def multi_task_loss(
+    losses: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float] | None = None
+) -> Tensor:
+    r"""The sum of the losses of several tasks, :math:`\sum_k w_k L_k`.
+
+    Args:
+        losses: `[K]`, or K scalars.
+        weights: `[K]`, or K numbers. Default: 1.
+    """
+    total = losses if isinstance(losses, Tensor) else torch.stack(list(losses))
+    if weights is None:
+        return total.sum()
+    w = torch.as_tensor(weights, dtype=total.dtype, device=total.device)
+    if w.shape != total.shape or w.dim() != 1:
+        raise RuntimeError(
+            f"weights: expected one for each of {tuple(total.shape)} losses, got {tuple(w.shape)}"
+        )
+    return (w * total).sum()
+
+
+class InitialBalance(torch.nn.Module):
+    r"""Two losses that weigh the same at the first call: :math:`L_a + \alpha L_b`.
+
+    :math:`\alpha = L_a / L_b` of the first call, or of the first at which it is finite, is a constant from then on; it
+    has no gradient, and is part of the state that is saved. Nothing waits for the device if the module is on that of
+    the losses.
+    """
+
+    alpha: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("alpha", torch.tensor(torch.nan))
+
+    def forward(self, main: Tensor, auxiliary: Tensor) -> Tensor:
+        with torch.no_grad():
+            ratio = (main / auxiliary).to(self.alpha)
+            ratio = torch.where(ratio.isfinite(), ratio, torch.nan)
+            self.alpha.copy_(torch.where(self.alpha.isnan(), ratio, self.alpha))
+            alpha = self.alpha.nan_to_num(1.0).to(auxiliary.dtype)
+        return main + alpha * auxiliary
+
+
+def l1_regularization(parameters: Iterable[Tensor], strength: float) -> Tensor:
+    r""":math:`\lambda \sum |w|` over all numbers of all parameters, by one call for all of them.
+
+    Args:
+        parameters: such as `model.parameters()`; one at least.
+        strength: :math:`\lambda`.
+    """
+    return check_number("strength", strength) * torch.stack(torch._foreach_norm(list(parameters), 1)).sum()
+
+
+def l2_regularization(parameters: Iterable[Tensor], strength: float) -> Tensor:
+    r""":math:`\lambda \sum w^2` over all numbers of all parameters, by one call for all of them.
+
+    For plain SGD the same as a weight decay of :math:`2 \lambda`, which costs less; for Adam it is not.
+
+    Args:
+        parameters: such as `model.parameters()`; one at least.
+        strength: :math:`\lambda`.
+    """
+    norms = torch.stack(torch._foreach_norm(list(parameters), 2))
+    return check_number("strength", strength) * norms.square().sum()

@@ -47,6 +47,7 @@ def _together(
     weight: Tensor | None = None,
     by_weight: bool = False,
     pos_weight: Tensor | None = None,
+    wide: bool = False,
 ) -> Tensor:
     """Checks, broadcasts and calls; with `by_weight` a mean divides by the sum of the weights."""
     mode = check_reduction(reduction)
@@ -65,7 +66,7 @@ def _together(
     inputs = [x.to(dtype), y.to(dtype)]
     if pos_weight is not None:
         inputs.append(expanded("pos_weight", pos_weight.to(dtype), x))
-    return op((*inputs, weight, norm), (mode, list(numbers), -1, -1, is_wide(inputs[0])))
+    return op((*inputs, weight, norm), (mode, list(numbers), -1, -1, wide or is_wide(inputs[0])))
 
 
 def _check_weight(weight: Tensor | None, input: Tensor, target: Tensor) -> None:
@@ -111,6 +112,33 @@ def mse_loss(
     """
     _check_weight(weight, input, target)
     return _together(_mse_loss, input, target, _legacy(size_average, reduce, reduction), (), weight, True)
+
+
+def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
+    r"""Root of the mean squared error, with a gradient of 0 at a perfect fit.
+
+    .. math:: \sqrt{\frac1n \sum_i (x_i - y_i)^2 + \epsilon}
+
+    Args:
+        input: predictions :math:`x` of any shape and floating point type, any strides.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        eps: :math:`\epsilon \ge 0`, which also bounds the gradient near a perfect fit. Default: 0.
+        weight: a factor for each element, of the shape of `input`; the mean divides by their sum. Default: 1.
+
+    Returns:
+        A scalar of the promoted type (float32 for half types under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+
+    Source: the root of `torch.nn.functional.mse_loss`, which has no finite gradient at 0.
+    """
+    eps = check_number("eps", eps, 0.0)
+    _check_weight(weight, input, target)
+    mean = _together(_mse_loss, input, target, "mean", weight=weight, by_weight=True, wide=True)
+    root = _formulas.safe_sqrt(mean + eps)
+    dtype = promoted(input, target=target, weight=weight)
+    return root if is_wide(root.new_empty(0, dtype=dtype)) else root.to(dtype)
 
 
 def l1_loss(
@@ -391,6 +419,7 @@ def _register(function, inputs, cases, forward=("input", "target")):
 _weighted = {"plain": {}, "weight": {"weight": _positive}}
 _with_weight = ("input", "target", "weight")
 _register(mse_loss, _normal, _weighted, _with_weight)
+_register(rmse_loss, _normal, {"plain": {}, "eps": {"eps": 0.3, "weight": _positive}}, _with_weight)
 _register(l1_loss, _normal, _weighted, _with_weight)
 _register(smooth_l1_loss, _normal, {"plain": {}, "beta": {"beta": 0.3, "reduction": "sum"}})
 _register(huber_loss, _normal, {"plain": {}, "delta": {"delta": 0.7, "weight": _positive}}, _with_weight)

@@ -146,3 +146,19 @@ def test_broadcast_inputs_are_read_where_they_lie(device):
         expected = fastloss.functional.huber_loss(x, y.expand(7, 130).contiguous())
         assert same_bits(got, expected)
         assert same_bits(grad, torch.autograd.grad(expected, x)[0])
+
+
+@every_dtype
+def test_rmse_at_and_near_a_perfect_fit(dtype, device):
+    """The gradient of the root is 0 where nothing is wrong, and a unit vector's elsewhere."""
+    x = torch.tensor([1.0, 2.0, -3.0, 0.5], dtype=dtype, device=device, requires_grad=True)
+    for eps, value in ((0.0, 0.0), (0.25, 0.5)):
+        loss = fastloss.functional.rmse_loss(x, x.detach(), eps)
+        assert loss.dtype == dtype
+        assert loss.item() == value
+        assert not torch.autograd.grad(loss, x)[0].any()
+    loss = fastloss.functional.rmse_loss(x, x.detach() + 2**-6)
+    assert loss.item() == 2**-6
+    assert torch.autograd.grad(loss, x)[0].tolist() == [-0.25] * 4
+    with pytest.raises(ValueError, match="eps"):
+        fastloss.functional.rmse_loss(x, x, -1.0)

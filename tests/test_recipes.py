@@ -117,3 +117,47 @@ def test_q_learning(double, delta):
         recipes.q_learning_loss(q, actions.float(), r, target)
     with pytest.raises(RuntimeError, match="rewards"):
         recipes.q_learning_loss(q, actions, r[:1], target)
+
+
+def test_reward_regression():
+    rewards, scores = draw(5).requires_grad_(), 3 * draw(5).flip(0) + 7
+    loss = recipes.reward_regression_loss(rewards, scores, center=7.0, scale=3.0)
+    torch.testing.assert_close(loss, F.mse_loss(rewards, (scores - 7) / 3))
+    with pytest.raises(RuntimeError, match="scores"):
+        recipes.reward_regression_loss(rewards, scores[:1])
+
+
+def test_multi_task():
+    losses = draw(3).requires_grad_()
+    torch.testing.assert_close(recipes.multi_task_loss(losses), losses.sum())
+    weighted = recipes.multi_task_loss(losses.unbind(), [1.0, 0.5, 2.0])
+    torch.testing.assert_close(weighted, losses[0] + 0.5 * losses[1] + 2 * losses[2])
+    assert torch.autograd.grad(weighted, losses)[0].tolist() == [1.0, 0.5, 2.0]
+    with pytest.raises(RuntimeError, match="weights"):
+        recipes.multi_task_loss(losses, [1.0])
+
+
+def test_initial_balance_is_fixed_by_the_first_call():
+    balance = recipes.InitialBalance()
+    main, auxiliary = (torch.tensor(x, requires_grad=True) for x in (6.0, 2.0))
+    assert balance(torch.tensor(1.0), torch.tensor(0.0)) == 1.0  # no ratio yet
+    total = balance(main, auxiliary)
+    assert total.item() == 12.0
+    assert torch.autograd.grad(total, (main, auxiliary)) == (1.0, 3.0)
+    assert balance(torch.tensor(1.0), torch.tensor(5.0)).item() == 16.0
+    restored = recipes.InitialBalance()
+    restored.load_state_dict(balance.state_dict())
+    assert restored(torch.tensor(1.0), torch.tensor(5.0)).item() == 16.0
+
+
+def test_regularization():
+    parameters = [draw(3, 4).requires_grad_(), torch.zeros(2, dtype=torch.float64, requires_grad=True)]
+    for function, slope in (
+        (recipes.l1_regularization, torch.sign),
+        (recipes.l2_regularization, lambda w: 2 * w),
+    ):
+        loss = function(iter(parameters), 0.25)
+        power = 1 if function is recipes.l1_regularization else 2
+        torch.testing.assert_close(loss, 0.25 * sum(w.abs().pow(power).sum() for w in parameters))
+        for g, w in zip(torch.autograd.grad(loss, parameters), parameters, strict=True):
+            torch.testing.assert_close(g, 0.25 * slope(w.detach()))

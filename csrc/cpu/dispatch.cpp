@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "aggregate.h"
 #include "divergence.h"
 #include "feature_pairs.h"
 #include "linear.h"
@@ -73,6 +74,11 @@ const LinearKernels& linear_kernels() {
   return chosen == &kernels_avx2 ? linear_avx2 : linear_sse2;
 }
 const char* linear_capability() { return &linear_kernels() == &linear_amx ? "amx" : capability(); }
+const AggregateKernels& aggregate_kernels() {
+  const Kernels* chosen = choice().kernels;
+  if (chosen == &kernels_avx512) return aggregates_avx512;
+  return chosen == &kernels_avx2 ? aggregates_avx2 : aggregates_sse2;
+}
 FeatureKernel feature_kernel() {
   const Kernels* chosen = choice().kernels;
   return chosen == &kernels_avx512 ? features_avx512

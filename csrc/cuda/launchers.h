@@ -1,5 +1,6 @@
 // The kernels' launchers, as the operators see them: raw pointers and a stream, no torch.
 #pragma once
+#include "../core/aggregate.h"
 #include "../core/elements.h"
 #include "../core/feature_pairs.h"
 #include "../core/ranking.h"
@@ -29,6 +30,11 @@ FASTLOSS_SCANS(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
 void ranking(const RankingArgs& args, void* stream);
+
+// How many parts of n samples are summed on their own.
+int64_t aggregate_partials(int64_t n);
+void aggregate(const AggregateArgs& args, void* stream);
+void aggregate_gradient(const AggregateArgs& args, void* stream);
 
 // How many sums of blocks a call of n elements of this type leaves in ElementArgs::partial.
 int64_t element_partials(DType dtype, int64_t n);

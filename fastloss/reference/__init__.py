@@ -1,6 +1,7 @@
 """Every loss in plain PyTorch, written from its formula: slow, readable, differentiable any number of times."""
 
 from fastloss.reference import (
+    aggregate,
     contrastive,
     divergence,
     focal,
@@ -18,6 +19,7 @@ from fastloss.reference import (
     statistics,
     token,
 )
+from fastloss.reference.aggregate import *  # noqa: F403
 from fastloss.reference.contrastive import *  # noqa: F403
 from fastloss.reference.divergence import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
@@ -54,6 +56,7 @@ __all__ = [
         contrastive,
         margin,
         metric,
+        aggregate,
     )
     for name in family.__all__
 ]

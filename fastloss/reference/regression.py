@@ -15,6 +15,7 @@ __all__ = [
     "kl_div",
     "l1_loss",
     "mse_loss",
+    "rmse_loss",
     "smooth_l1_loss",
 ]
 
@@ -94,6 +95,16 @@ def mse_loss(
     """As `fastloss.functional.mse_loss`."""
     _floats(input=input, target=target, weight=weight)
     return _reduced(squared_error(input, target), _mode(size_average, reduce, reduction), weight, True)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Its derivative at 0 is taken to be 0."""
+    return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt())
+
+
+def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
+    """As `fastloss.functional.rmse_loss`."""
+    return safe_sqrt(mse_loss(input, target, weight=weight) + eps)
 
 
 def l1_loss(
