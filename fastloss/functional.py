@@ -2,6 +2,8 @@
 
 from fastloss import (
     contrastive,
+    contrastive_labels,
+    contrastive_ranking,
     divergence,
     focal,
     linear,
@@ -21,6 +23,8 @@ from fastloss import (
     token,
 )
 from fastloss.contrastive import *  # noqa: F403
+from fastloss.contrastive_labels import *  # noqa: F403
+from fastloss.contrastive_ranking import *  # noqa: F403
 from fastloss.divergence import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
 from fastloss.linear import *  # noqa: F403
@@ -57,6 +61,8 @@ __all__ = [
         sequence,
         linear,
         contrastive,
+        contrastive_labels,
+        contrastive_ranking,
         linear_statistics,
         margin,
         metric,

@@ -12,7 +12,7 @@ from fastloss._checks import check_floating, check_number, check_reduction, chec
 from fastloss._linear import accumulation_type
 from fastloss._op import Op
 from fastloss._registry import Draw, Loss, register
-from fastloss._tiles import HardestOp
+from fastloss._tile_ops import HardestOp
 
 __all__ = reference.metric.__all__
 
