@@ -73,6 +73,8 @@ def weight_of_rows(weight: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def labels_of_rows(labels: Tensor, x: Tensor, name: str = "labels") -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(labels).__name__}")
     check_tensors(x, **{name: labels})
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise RuntimeError(f"{name}: expected integers, got {labels.dtype}")

@@ -21,6 +21,7 @@ from fastloss import (
     sequence,
     statistics,
     token,
+    triplet_mining,
 )
 from fastloss.contrastive import *  # noqa: F403
 from fastloss.contrastive_labels import *  # noqa: F403
@@ -42,6 +43,7 @@ from fastloss.rewards import *  # noqa: F403
 from fastloss.sequence import *  # noqa: F403
 from fastloss.statistics import *  # noqa: F403
 from fastloss.token import *  # noqa: F403
+from fastloss.triplet_mining import *  # noqa: F403
 
 __all__ = [
     name
@@ -66,6 +68,7 @@ __all__ = [
         linear_statistics,
         margin,
         metric,
+        triplet_mining,
     )
     for name in family.__all__
 ]

@@ -451,7 +451,7 @@ class TileEpilogue<R, TilePass::sigmoid> : public TileRows<R> {
   }
 };
 
-// ---- the extremes of a row among its positives and among its negatives
+// ---- the extremes of a row among its positives and among its negatives; NaN is the most extreme
 template <class R>
 class TileEpilogue<R, TilePass::hardest> : public TileRows<R> {
   using Base = TileRows<R>;
@@ -477,8 +477,8 @@ class TileEpilogue<R, TilePass::hardest> : public TileRows<R> {
       for (int64_t j = 0; j < columns; ++j) {
         const R key = s[j] + add[j];
         if (ids[j] == mine) {
-          if (j != at && (key > most || *positive < 0)) most = key, *positive = column + j;
-        } else if (key < least || *negative < 0) {
+          if (j != at && (key > most || key != key || *positive < 0)) most = key, *positive = column + j;
+        } else if (key < least || key != key || *negative < 0) {
           least = key, *negative = column + j;
         }
       }

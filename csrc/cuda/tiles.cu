@@ -67,10 +67,12 @@ struct Extremes {
   R most = -INFINITY, least = INFINITY;
   int64_t positive = -1, negative = -1;
   __device__ __forceinline__ void take_positive(R key, int64_t j) {
-    if (j >= 0 && (positive < 0 || key > most || (key == most && j < positive))) most = key, positive = j;
+    const bool more = positive < 0 || key > most || key != key || (key == most && j < positive);
+    if (j >= 0 && more) most = key, positive = j;
   }
   __device__ __forceinline__ void take_negative(R key, int64_t j) {
-    if (j >= 0 && (negative < 0 || key < least || (key == least && j < negative))) least = key, negative = j;
+    const bool less = negative < 0 || key < least || key != key || (key == least && j < negative);
+    if (j >= 0 && less) least = key, negative = j;
   }
   __device__ __forceinline__ void merge(const Extremes& o) {
     take_positive(o.most, o.positive);
