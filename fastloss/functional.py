@@ -3,6 +3,8 @@
 from fastloss import (
     aggregate,
     contrastive,
+    contrastive_labels,
+    contrastive_ranking,
     divergence,
     focal,
     linear,
@@ -20,9 +22,12 @@ from fastloss import (
     sequence,
     statistics,
     token,
+    triplet_mining,
 )
 from fastloss.aggregate import *  # noqa: F403
 from fastloss.contrastive import *  # noqa: F403
+from fastloss.contrastive_labels import *  # noqa: F403
+from fastloss.contrastive_ranking import *  # noqa: F403
 from fastloss.divergence import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
 from fastloss.linear import *  # noqa: F403
@@ -40,6 +45,7 @@ from fastloss.rewards import *  # noqa: F403
 from fastloss.sequence import *  # noqa: F403
 from fastloss.statistics import *  # noqa: F403
 from fastloss.token import *  # noqa: F403
+from fastloss.triplet_mining import *  # noqa: F403
 
 __all__ = [
     name
@@ -59,9 +65,12 @@ __all__ = [
         sequence,
         linear,
         contrastive,
+        contrastive_labels,
+        contrastive_ranking,
         linear_statistics,
         margin,
         metric,
+        triplet_mining,
         aggregate,
     )
     for name in family.__all__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,22 +14,20 @@ from fastloss._checks import check_floating, check_number, check_reduction, chec
 from fastloss._linear import accumulation_type
 from fastloss._op import Op
 from fastloss._registry import Draw, Loss, register
-from fastloss._tiles import HardestOp
 
-__all__ = reference.metric.__all__
+__all__ = ["contrastive_loss", "cosine_embedding_loss", "kelp_ranking_loss", "triplet_margin_loss"]
 
 _formulas = reference.metric
-_pair_sums = Op(
+pair_sums = Op(
     "feature_pairs",
     _formulas.pair_sums,
     lambda a, b, eps: a.new_empty([4, a.shape[0]], dtype=accumulation_type(a.dtype)),
     tensors=2,
     wrt=(0, 1),
 )
-_hardest = HardestOp("contrastive_hardest")
 
 
-def _rows(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
+def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
     """Checks that all are rows of one shape and type; gives them two dimensions, and the type of the result."""
     (first, x), *_ = tensors.items()
     if not isinstance(x, Tensor):
@@ -49,7 +49,7 @@ def _rows(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
     return [t.unsqueeze(0) if single else t for t in tensors.values()], dtype, single
 
 
-def _reduced(loss: Tensor, reduction: str, dtype: torch.dtype, single: bool = False) -> Tensor:
+def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, single: bool = False) -> Tensor:
     loss = loss.squeeze(0) if single else loss
     return _formulas.reduced(loss, reduction).to(dtype)
 
@@ -62,7 +62,7 @@ def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> s
 
 
 def _cosine(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
-    dot, aa, bb, _ = _pair_sums((a, b), (0.0,)).unbind(0)
+    dot, aa, bb, _ = pair_sums((a, b), (0.0,)).unbind(0)
     return dot / ((aa + eps) * (bb + eps)).clamp_min(floor).sqrt()
 
 
@@ -97,7 +97,7 @@ def cosine_embedding_loss(
     Source: `torch.nn.functional.cosine_embedding_loss`.
     """
     reduction = _legacy(size_average, reduce, reduction)
-    (a, b), dtype, single = _rows(input1=input1, input2=input2)
+    (a, b), dtype, single = rows_alike(input1=input1, input2=input2)
     check_tensors(a, target=target)
     if target.shape != input1.shape[:-1]:
         raise RuntimeError(
@@ -107,7 +107,7 @@ def cosine_embedding_loss(
     cos = _cosine(a, b, 1e-12, 0.0)
     target = target.reshape(-1)
     loss = (1 - cos).masked_fill(target != 1, 0.0) + torch.relu(cos - margin).masked_fill(target != -1, 0.0)
-    return _reduced(loss, reduction, dtype, single)
+    return reduced(loss, reduction, dtype, single)
 
 
 def triplet_margin_loss(
@@ -148,14 +148,14 @@ def triplet_margin_loss(
     Source: `torch.nn.functional.triplet_margin_loss`; FaceNet https://arxiv.org/abs/1503.03832.
     """
     reduction = _legacy(size_average, reduce, reduction)
-    (a, b, c), dtype, single = _rows(anchor=anchor, positive=positive, negative=negative)
+    (a, b, c), dtype, single = rows_alike(anchor=anchor, positive=positive, negative=negative)
     margin, eps = check_number("margin", margin), check_number("eps", eps)
     if margin <= 0:
         raise ValueError(f"margin: expected a number greater than 0, got {margin}")
     if p == 2:
 
         def distance(x: Tensor, y: Tensor) -> Tensor:
-            square = _pair_sums((x, y), (eps,))[3]
+            square = pair_sums((x, y), (eps,))[3]
             return square if squared else _formulas.length(square)
     else:
 
@@ -168,7 +168,7 @@ def triplet_margin_loss(
     near, far = distance(a, b), distance(a, c)
     if swap:
         far = torch.minimum(far, distance(b, c))
-    return _reduced(torch.relu(near - far + margin), reduction, dtype, single)
+    return reduced(torch.relu(near - far + margin), reduction, dtype, single)
 
 
 def contrastive_loss(
@@ -198,7 +198,7 @@ def contrastive_loss(
     Source: Hadsell, Chopra, LeCun 2006, https://doi.org/10.1109/CVPR.2006.100.
     """
     check_reduction(reduction)
-    (a, b), dtype, single = _rows(input1=input1, input2=input2)
+    (a, b), dtype, single = rows_alike(input1=input1, input2=input2)
     if single:
         raise ValueError(f"input1: expected shape (N, D), got {tuple(input1.shape)}")
     check_tensors(a, label=label)
@@ -206,10 +206,10 @@ def contrastive_loss(
         raise ValueError(
             f"label: expected one number for each of {a.shape[0]} rows, got {tuple(label.shape)}"
         )
-    square = _pair_sums((a, b), (0.0,))[3]
+    square = pair_sums((a, b), (0.0,))[3]
     apart = torch.relu(check_number("margin", margin) - _formulas.length(square)).square()
     y = label.to(square.dtype)
-    return _reduced(0.5 * ((1 - y) * square + y * apart), reduction, dtype)
+    return reduced(0.5 * ((1 - y) * square + y * apart), reduction, dtype)
 
 
 def kelp_ranking_loss(
@@ -245,75 +245,13 @@ def kelp_ranking_loss(
     check_reduction(reduction)
     if variant not in ("ranking", "mean_cosine"):
         raise ValueError(f"variant: expected 'ranking' or 'mean_cosine', got {variant!r}")
-    (q, near, far), dtype, single = _rows(query=query, positive=positive, negative=negative)
+    (q, near, far), dtype, single = rows_alike(query=query, positive=positive, negative=negative)
     if single:
         raise ValueError(f"query: expected shape (N, D), got {tuple(query.shape)}")
     near, far = _cosine(q, near, 0.0, 1e-32), _cosine(q, far, 0.0, 1e-32)
     if variant == "mean_cosine":
         return (torch.relu(1 - near.mean()) + torch.relu(1 + far.mean())).to(dtype)
-    return _reduced(torch.relu(far - near + check_number("margin", margin)), reduction, dtype)
-
-
-def batch_hard_triplet_loss(
-    embeddings: Tensor,
-    labels: Tensor,
-    margin: float | None = 5.0,
-    *,
-    distance: str = "euclidean",
-    reduction: str = "mean",
-) -> Tensor:
-    r"""Triplet loss of each row with the farthest row of its class and the nearest of another.
-
-    With these two distances :math:`d_p` and :math:`d_n` a row has :math:`\max(0, d_p - d_n + m)`, or without a
-    margin :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the matrix of similarities, which
-    is not stored; their distances are then computed from differences. A row without a positive or without a
-    negative has 0 and does not count in the mean.
-
-    Args:
-        embeddings: shape `(B, D)`; float32, float64, bfloat16 or float16.
-        labels: `(B)` integers.
-        margin: :math:`m`, or None. Default: 5.
-        distance: `"euclidean"`, `"squared"` (its square) or `"cosine"` (:math:`1 - \cos`).
-        reduction: `"none"`, `"mean"` or `"sum"`.
-
-    Returns:
-        A scalar, or for `"none"` one number for each row, of the embeddings' type (float32 for half types under
-        autocast).
-
-    Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
-
-    Source: https://arxiv.org/abs/1703.07737; `BatchHardTripletLoss` of sentence-transformers.
-    """
-    check_reduction(reduction)
-    if distance not in ("euclidean", "squared", "cosine"):
-        raise ValueError(f"distance: expected 'euclidean', 'squared' or 'cosine', got {distance!r}")
-    (x,), dtype, single = _rows(embeddings=embeddings)
-    if single:
-        raise ValueError(f"embeddings: expected shape (B, D), got {tuple(embeddings.shape)}")
-    check_tensors(x, labels=labels)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise RuntimeError(f"labels: expected integers, got {labels.dtype}")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(
-            f"labels: expected one for each of {x.shape[0]} rows, got shape {tuple(labels.shape)}"
-        )
-    if distance == "cosine":
-        x = F.normalize(x.to(accumulation_type(x.dtype)))
-    positive, negative = _hardest(x.detach(), labels.long()).unbind(0)
-    counts = (positive >= 0) & (negative >= 0)
-
-    def to(other: Tensor) -> Tensor:
-        square = _pair_sums((x, x[other.clamp_min(0)]), (0.0,))[3]
-        if distance == "cosine":
-            return square / 2
-        return square if distance == "squared" else _formulas.length(square)
-
-    gap = (to(positive) - to(negative)).masked_fill(~counts, -torch.inf)
-    loss = F.softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
-    if reduction == "none":
-        return loss.to(dtype)
-    return (loss.sum() / (counts.sum().clamp_min(1) if reduction == "mean" else 1)).to(dtype)
+    return reduced(torch.relu(far - near + check_number("margin", margin)), reduction, dtype)
 
 
 # ---- registry
@@ -331,13 +269,13 @@ def _pair(name: str, low: int, step: int):
     return inputs
 
 
-def _register(name: str, case: dict, **entry) -> None:
+def register_metric(function: Callable[..., Tensor], case: dict, **entry) -> None:
     register(
         Loss(
-            name=name,
+            name=function.__name__,
             family="metric",
-            function=globals()[name],
-            reference=getattr(reference, name),
+            function=function,
+            reference=getattr(reference, function.__name__),
             cases={"plain": {}, **case},
             shapes=((5, 7), (1, 9), (23, 16), (4, 33), (70, 200)),
             traffic=lambda shape, itemsize, backward: (
@@ -348,8 +286,8 @@ def _register(name: str, case: dict, **entry) -> None:
     )
 
 
-_register(
-    "cosine_embedding_loss",
+register_metric(
+    cosine_embedding_loss,
     {"everything": {"margin": -0.5, "reduction": "none"}},
     replaces="torch.nn.functional.cosine_embedding_loss",
     inputs=_pair("target", -1, 2),
@@ -357,8 +295,8 @@ _register(
     forward_arguments=("input1", "input2", "target"),
     bench_shape=(65536, 256),
 )
-_register(
-    "triplet_margin_loss",
+register_metric(
+    triplet_margin_loss,
     {
         "swap": {"swap": True, "margin": 0.5},
         "p=1": {"p": 1.0, "reduction": "sum"},
@@ -370,33 +308,19 @@ _register(
     forward_arguments=("anchor", "positive", "negative"),
     bench_shape=(65536, 256),
 )
-_register(
-    "contrastive_loss",
+register_metric(
+    contrastive_loss,
     {"everything": {"margin": 6.0, "reduction": "none"}},
     inputs=_pair("label", 0, 1),
     wrt=("input1", "input2"),
     forward_arguments=("input1", "input2", "label"),
     bench_shape=(65536, 256),
 )
-_register(
-    "kelp_ranking_loss",
+register_metric(
+    kelp_ranking_loss,
     {"mean": {"variant": "mean_cosine"}, "everything": {"margin": 0.3, "reduction": "none"}},
     inputs=_drawn("query", "positive", "negative"),
     wrt=("query", "positive", "negative"),
     forward_arguments=("query", "positive", "negative"),
     bench_shape=(65536, 256),
-)
-_register(
-    "batch_hard_triplet_loss",
-    {
-        "soft": {"margin": None, "reduction": "sum"},
-        "cosine": {"distance": "cosine", "margin": 0.2},
-        "everything": {"distance": "squared", "margin": 3.0, "reduction": "none"},
-    },
-    replaces="sentence_transformers.losses.BatchHardTripletLoss",
-    inputs=lambda d, s: {"embeddings": d.normal(*s), "labels": d.index(max(s[0] // 3, 2), s[0])},
-    wrt=("embeddings",),
-    forward_arguments=("embeddings", "labels"),
-    multiplies=True,
-    bench_shape=(2048, 128),
 )

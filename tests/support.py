@@ -47,12 +47,10 @@ def _cases(keep: Callable[[Loss], bool], few: bool = False) -> pytest.MarkDecora
 # What a loss does not keep of the contract yet, by the test's name, and why. These are expected to fail, and must.
 _TWICE = "the gradients of both inputs are made, also where one is wanted"
 _SOFT = "labels that are distributions go through torch's operations, whose sums depend on the batch"
-_LOST = "a row at a distance of NaN is nobody's hardest"
 EXCEPTIONS = {
     "test_buffer_is_used_again[cosine_embedding_loss]": _TWICE,
     "test_memory_from_outside[cosine_embedding_loss]": _TWICE,
     "test_other_rows_of_the_batch[*-number_token_loss-soft-float32]": _SOFT,
-    "test_nan_inputs_are_not_hidden[*-batch_hard_triplet_loss-*]": _LOST,
     "test_upstream_gradient_in_any_layout[*-triplet_margin_loss-plain-bfloat16]": (
         "the anchor's gradient is a sum of two, each rounded"
     ),

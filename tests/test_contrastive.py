@@ -144,6 +144,37 @@ def test_threads_and_tiles(loss, threads):
             assert same_bits(a, b), what
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_that_share_only_keys(dtype):
+    """On the CPU a row's bits do not depend on the rows beside it."""
+    q, k = features(50, dtype=dtype), features(400, seed=1, dtype=dtype)
+    labels, key_labels = torch.arange(50) % 5, torch.arange(400) % 8
+    calls = (
+        lambda x, pick: F.info_nce(x, q[pick], k, temperature=0.01, reduction="none"),
+        lambda x, pick: F.sup_con_loss(
+            x, labels[pick], reduction="none", keys=k, key_labels=key_labels, label_offset=None
+        ),
+    )
+    for call in calls:
+        answers = []
+        for pick in (slice(None), slice(20, 23)):
+            x = q[pick].clone().requires_grad_()
+            loss = call(x, pick)
+            answers.append((loss, *torch.autograd.grad(loss.sum(), x)))
+        for whole, few in zip(*answers, strict=True):
+            assert same_bits(whole[20:23], few)
+
+
+@pytest.mark.parametrize("function", [F.sup_con_loss, F.pair_nt_xent_loss], ids=lambda f: f.__name__)
+def test_keys_of_several_processes(function, device):
+    """The batch as keys of its own rows, and rows taken from it, are the batch with itself."""
+    x, labels = features(12), torch.arange(12) % 4
+    whole = function(x, labels, reduction="none")
+    torch.testing.assert_close(function(x, labels, keys=x, key_labels=labels, reduction="none"), whole)
+    part = function(x[3:8], labels[3:8], keys=x, key_labels=labels, label_offset=3, reduction="none")
+    torch.testing.assert_close(part, whole[3:8])
+
+
 @pytest.mark.parametrize("name", ["clip_loss", "siglip_loss"])
 def test_scale_and_bias_as_open_clip_holds_them(name, device):
     """Numbers, tensors without dimensions, and of one element and another type; each gets its gradient."""
@@ -214,6 +245,16 @@ def test_bad_arguments():
         F.sup_con_loss(x, torch.arange(3))
     with pytest.raises(RuntimeError, match="labels"):
         F.sup_con_loss(x, torch.rand(4))
+    with pytest.raises(TypeError, match="key_labels"):
+        F.sup_con_loss(x, torch.arange(4), keys=y)
+    with pytest.raises(ValueError, match="key_labels"):
+        F.pair_nt_xent_loss(x, torch.arange(4), key_labels=torch.arange(4))
+    with pytest.raises(ValueError, match="label_offset"):
+        F.sup_con_loss(x, torch.arange(4), keys=y, key_labels=torch.arange(5), label_offset=2)
+    with pytest.raises(ValueError, match="positive"):
+        F.multiple_negatives_ranking_loss(y, x)
+    with pytest.raises(ValueError, match="sample_weight"):
+        F.nt_xent_loss(x, x, sample_weight=torch.ones(8))
     with pytest.raises(RuntimeError, match="text_features"):
         F.clip_loss(x, x.double(), 1.0)
 

@@ -22,6 +22,7 @@ def test_equal_rows_have_a_gradient(device):
         F.contrastive_loss(x, y, torch.ones(3)),
         F.triplet_margin_loss(x, y, y, eps=0.0),
         F.batch_hard_triplet_loss(x * 0, labels),
+        F.batch_all_triplet_loss(x * 0, labels),
         F.cosine_embedding_loss(x * 0, y * 0, torch.ones(3)),
     ):
         (grad,) = torch.autograd.grad(loss, x)
@@ -59,13 +60,51 @@ def test_hardest_rows_are_found(device):
     assert got[11] == 0
 
 
+def all_triplets(x, labels, margin):
+    """One anchor after the other: sum over its triplets, how many count, and the mean's gradient."""
+    x = x.double().requires_grad_()
+    sums, number = [], 0
+    for i in range(len(labels)):
+        d = (x - x[i]).square().sum(1).clamp_min(1e-300).sqrt()
+        near = d[(labels == labels[i]) & (torch.arange(len(labels)) != i)]
+        terms = torch.relu(near.unsqueeze(1) - d[labels != labels[i]] + margin)
+        sums.append(terms.sum())
+        number += (terms > 0).sum()
+    (grad,) = torch.autograd.grad(torch.stack(sums).sum() / number, x)
+    return torch.stack(sums).detach(), number, grad
+
+
+@pytest.mark.parametrize("classes", [2, 3, 40, 150])
+def test_all_triplets(classes, threads, device):
+    """Few positives and few negatives, ties, rows far from the origin, in any number of threads."""
+    x = rows(301, 5) + 10
+    x[7], x[8] = x[3], x[3]
+    labels = torch.arange(301) % classes
+    labels[11] = 1000
+    sums, number, grad = all_triplets(x, labels, 0.3)
+    answers = []
+    for n in (1, 3):
+        threads(n)
+        y = x.clone().requires_grad_()
+        loss = F.batch_all_triplet_loss(y, labels, 0.3)
+        each = F.batch_all_triplet_loss(x, labels, 0.3, reduction="none")
+        answers.append((loss, each, *torch.autograd.grad(loss, y)))
+    loss, each, got = answers[0]
+    torch.testing.assert_close(each.double(), sums, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss.double(), sums.sum() / number, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(got.double(), grad, rtol=1e-3, atol=1e-6)
+    for a, b in zip(*answers, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_nothing_to_compare(device):
     for labels in (torch.zeros(4, dtype=torch.long), torch.arange(4)):
         x = rows(4).requires_grad_()
-        loss = F.batch_hard_triplet_loss(x, labels)
-        loss.backward()
-        assert loss == 0
-        assert x.grad.count_nonzero() == 0
+        for function in (F.batch_hard_triplet_loss, F.batch_all_triplet_loss):
+            loss = function(x, labels)
+            loss.backward()
+            assert loss == 0
+            assert x.grad.count_nonzero() == 0
 
 
 def test_bad_arguments():
@@ -80,5 +119,9 @@ def test_bad_arguments():
         F.kelp_ranking_loss(x, x, x, variant="code")
     with pytest.raises(ValueError, match="distance"):
         F.batch_hard_triplet_loss(x, torch.arange(4), distance="manhattan")
+    with pytest.raises(TypeError, match="margin"):
+        F.batch_all_triplet_loss(x, torch.arange(4), margin=None)
+    with pytest.raises(ValueError, match="labels"):
+        F.batch_all_triplet_loss(x, torch.arange(5))
     with pytest.raises(ValueError, match="label"):
         F.contrastive_loss(x, x, torch.ones(5))

@@ -17,7 +17,7 @@ enum class TilePass : int {
   statistics,  // max and log sum exp of rows and columns; the positive's s, or the sum of the positives'
   softmax_gradient,  // s becomes row_grad_i p_ij + col_grad_j q_ij, and positive_grad_i at positives
   pairs,             // of rows: sum over positives of softplus(lse_i - s), and of its derivative
-  pairs_gradient,    // s becomes row_grad_i p_ij at negatives, -positive_grad_i sigma(lse_i - s) at positives
+  pairs_gradient,    // the same at negatives, -positive_grad_i sigma(lse_i - s) at positives
   sigmoid,           // of rows: sum of softplus(-+s); s becomes row_grad_i times the derivative
   hardest            // of rows: the positive with the largest s + col_max_j, the negative with the smallest
 };
@@ -33,7 +33,8 @@ struct TileArgs {
   void *row_max, *row_log_sum, *row_grad;  // [m]
   void *col_max, *col_log_sum, *col_grad;  // [n]
   void *positive, *positive_grad;          // [m]
-  int64_t* hardest;                        // [2, m]: columns, -1 where there is none
+  const void* col_positive_grad;  // [n]: added to positive_grad; a pair's has the column's statistics
+  int64_t* hardest;               // [2, m]: columns, -1 where there is none
 };
 
 // CUDA: rows [row, row + rows) of the matrix, which lie in memory.

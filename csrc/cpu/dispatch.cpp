@@ -12,6 +12,7 @@
 #include "feature_pairs.h"
 #include "linear.h"
 #include "tiles.h"
+#include "triplets.h"
 
 namespace fastloss::cpu {
 namespace {
@@ -88,6 +89,12 @@ FeatureKernel feature_kernel() {
 const TileKernels& tile_kernels() {
   const Kernels* chosen = choice().kernels;
   return chosen == &kernels_avx512 ? tiles_avx512 : chosen == &kernels_avx2 ? tiles_avx2 : tiles_sse2;
+}
+const TripletKernels& triplet_kernels() {
+  const Kernels* chosen = choice().kernels;
+  return chosen == &kernels_avx512 ? triplets_avx512
+         : chosen == &kernels_avx2 ? triplets_avx2
+                                   : triplets_sse2;
 }
 DivergenceKernel divergence_kernel() {
   const Kernels* chosen = choice().kernels;

@@ -51,6 +51,11 @@ class TileRows {
     return load(static_cast<const R*>(a_.col_ids) + column) ==
            fill<F>(static_cast<const R*>(a_.row_ids)[row_ + r]);
   }
+  // The part of an array of columns that is beside this tile, zeros where there is none.
+  FL_FN static void of_columns(const void* array, int64_t column, int64_t columns, R* to) {
+    for (int64_t j = 0; j < kTile; ++j)
+      to[j] = array && j < columns ? static_cast<const R*>(array)[column + j] : R(0);
+  }
   static void pad(R* s, int64_t rows, int64_t columns, R value) {
     for (int64_t j = columns; j % W; ++j)
       for (int64_t r = 0; r < rows; ++r) s[r * kTile + j] = value;
@@ -110,38 +115,8 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
 
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
     this->sort_out(s, column, columns, a_.positive ? this->of_rows(a_.positive) : nullptr);
-    R *const top = array_[2], *const sum = array_[3], *const col_top = array_[4], *const col_sum = array_[5];
-    for (int64_t i = 0; i < kTile; ++i) top[i] = kNone, sum[i] = 0, col_top[i] = kNone, col_sum[i] = 0;
-    for (int64_t r = 0; r < rows_; ++r) {
-      F m = fill<F>(kNone);
-      for (int64_t j = 0; j < columns; j += W) {
-        const F v = load(s + r * kTile + j);
-        m = max(v, m);
-        store(col_top + j, max(v, load(col_top + j)));
-      }
-      top[r] = horizontal_max(m);
-    }
-    R high = kNone, low = INFINITY;
-    for (int64_t i = 0; i < 2 * kTile; ++i) {
-      const R t = i < kTile ? top[i] : col_top[i - kTile];
-      high = max(high, t);
-      if (t != kNone) low = min(low, t);
-    }
-    apart_ = high == kNone || !(high - low <= kSpread);
-    if (apart_) {
-      for (int64_t i = 0; i < kTile; i += W) {
-        store(base_ + i, Base::nothing_is_zero(load(top + i)));
-        store(col_base_ + i, Base::nothing_is_zero(load(col_top + i)));
-      }
-      add_up(
-          s, columns, [&](F v, int64_t r, int64_t) { return exp_down(v - base_[r]); },
-          [&](F v, F, int64_t j) { return exp_down(v - load(col_base_ + j)); });
-    } else {
-      for (int64_t i = 0; i < kTile; ++i) base_[i] = col_base_[i] = high;
-      add_up(
-          s, columns, [&](F v, int64_t, int64_t) { return exp_down(v - high); },
-          [](F, F e, int64_t) { return e; });
-    }
+    a_.col_max ? rows_and_columns(s, columns) : rows_alone(s, columns);
+    const R *const top = array_[2], *const sum = array_[3];
     for (int64_t i = 0; i < kTile; i += W) {
       const F m = max(load(top + i), load(m_ + i)), b = Base::nothing_is_zero(m);
       store(sum_ + i, merged_sum(load(sum_ + i), load(m_ + i), load(sum + i), load(base_ + i), b));
@@ -178,6 +153,53 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
     return count >= W ? load(p) : load_part(p, count, rest);
   }
   FL_FN static void put(R* p, F v, int64_t count) { count >= W ? store(p, v) : store_part(p, v, count); }
+  FL_NOINLINE void rows_alone(const R* s, int64_t columns) {
+    R *const top = array_[2], *const sum = array_[3];
+    for (int64_t r = 0; r < kTile; ++r) top[r] = kNone, sum[r] = base_[r] = 0;
+    for (int64_t r = 0; r < rows_; ++r, s += kTile) {
+      F m = fill<F>(kNone), total{};
+      for (int64_t j = 0; j < columns; j += W) m = max(load(s + j), m);
+      top[r] = horizontal_max(m);
+      base_[r] = top[r] == kNone ? R(0) : top[r];
+      for (int64_t j = 0; j < columns; j += W) total += exp_down(load(s + j) - base_[r]);
+      sum[r] = horizontal_sum(total);
+    }
+  }
+  FL_NOINLINE void rows_and_columns(const R* s, int64_t columns) {
+    R *const top = array_[2], *const sum = array_[3], *const col_top = array_[4], *const col_sum = array_[5];
+    for (int64_t i = 0; i < kTile; ++i) top[i] = kNone, sum[i] = 0, col_top[i] = kNone, col_sum[i] = 0;
+    for (int64_t r = 0; r < rows_; ++r) {
+      F m = fill<F>(kNone);
+      for (int64_t j = 0; j < columns; j += W) {
+        const F v = load(s + r * kTile + j);
+        m = max(v, m);
+        store(col_top + j, max(v, load(col_top + j)));
+      }
+      top[r] = horizontal_max(m);
+    }
+    R high = kNone, low = INFINITY;
+    for (int64_t i = 0; i < 2 * kTile; ++i) {
+      const R t = i < kTile ? top[i] : col_top[i - kTile];
+      high = max(high, t);
+      if (t != kNone) low = min(low, t);
+    }
+    apart_ = high == kNone || !(high - low <= kSpread);
+    if (apart_) {
+      for (int64_t i = 0; i < kTile; i += W) {
+        store(base_ + i, Base::nothing_is_zero(load(top + i)));
+        store(col_base_ + i, Base::nothing_is_zero(load(col_top + i)));
+      }
+      add_up(
+          s, columns, [&](F v, int64_t r, int64_t) { return exp_down(v - base_[r]); },
+          [&](F v, F, int64_t j) { return exp_down(v - load(col_base_ + j)); });
+    } else {
+      for (int64_t i = 0; i < kTile; ++i) base_[i] = col_base_[i] = high;
+      add_up(
+          s, columns, [&](F v, int64_t, int64_t) { return exp_down(v - high); },
+          [](F, F e, int64_t) { return e; });
+    }
+  }
+
   template <class Row, class Column>
   FL_FN void add_up(const R* s, int64_t columns, Row of_row, Column of_column) {
     R *const sum = array_[3], *const col_sum = array_[5];
@@ -221,6 +243,19 @@ class SoftmaxGradient : public TileRows<R> {
   // s becomes the softmax's gradient; `rest` may change a vector of it
   template <class Rest>
   FL_FN void gradient(R* s, int64_t column, int64_t columns, Rest rest) const {
+    const R *row_max = static_cast<const R*>(a_.row_max) + row_,
+            *row_sum = static_cast<const R*>(a_.row_log_sum) + row_,
+            *row_grad = static_cast<const R*>(a_.row_grad) + row_;
+    if (!a_.col_grad) {  // nothing of other rows
+      for (int64_t r = 0; r < rows_; ++r)
+        for (int64_t j = 0; j < columns; j += W) {
+          R* const at = s + r * kTile + j;
+          const F v = load(at);
+          const F g = a_.row_grad ? row_grad[r] * softmax_share(v, row_max[r], row_sum[r]) : F{};
+          store(at, rest(v, g, r, j));
+        }
+      return;
+    }
     R base;
     if (one_base(column, columns, base)) {
       for (int64_t r = 0; r < rows_; ++r)
@@ -231,23 +266,17 @@ class SoftmaxGradient : public TileRows<R> {
         }
       return;
     }
-    const R *row_max = static_cast<const R*>(a_.row_max) + row_,
-            *row_sum = static_cast<const R*>(a_.row_log_sum) + row_,
-            *row_grad = static_cast<const R*>(a_.row_grad) + row_;
-    for (int64_t i = 0; i < kTile; ++i) {
-      const bool there = a_.col_grad && i < columns;
-      array_[1][i] = there ? static_cast<const R*>(a_.col_grad)[column + i] : 0;
-      array_[2][i] = there ? static_cast<const R*>(a_.col_max)[column + i] : 0;
-      array_[3][i] = there ? static_cast<const R*>(a_.col_log_sum)[column + i] : 0;
-      if (array_[3][i] == kNone) array_[1][i] = 0, array_[3][i] = 0;
-    }
+    this->of_columns(a_.col_grad, column, columns, array_[1]);
+    this->of_columns(a_.col_max, column, columns, array_[2]);
+    this->of_columns(a_.col_log_sum, column, columns, array_[3]);
+    for (int64_t i = 0; i < kTile; ++i)
+      if (array_[3][i] == kNone) array_[2][i] = INFINITY, array_[3][i] = 0;
     for (int64_t r = 0; r < rows_; ++r)
       for (int64_t j = 0; j < columns; j += W) {
         R* const at = s + r * kTile + j;
         const F v = load(at);
-        F g{};
-        if (a_.row_grad) g = row_grad[r] * softmax_share(v, row_max[r], row_sum[r]);
-        if (a_.col_grad) g += load(array_[1] + j) * exp_down((v - load(array_[2] + j)) - load(array_[3] + j));
+        F g = load(array_[1] + j) * exp_down((v - load(array_[2] + j)) - load(array_[3] + j));
+        if (a_.row_grad) g += row_grad[r] * softmax_share(v, row_max[r], row_sum[r]);
         store(at, rest(v, g, r, j));
       }
   }
@@ -280,24 +309,26 @@ class SoftmaxGradient : public TileRows<R> {
 template <class R>
 class TileEpilogue<R, TilePass::softmax_gradient> : public SoftmaxGradient<R> {
   using Base = SoftmaxGradient<R>;
-  using Base::a_, Base::rows_, Base::kTile, Base::W;
+  using Base::a_, Base::array_, Base::rows_, Base::kTile, Base::W;
   using typename Base::F;
 
  public:
   using Base::Base;
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
+    R* const col_up = array_[4];
+    this->of_columns(a_.col_positive_grad, column, columns, col_up);
     this->sort_out(s, column, columns, nullptr);
     const R* const up = a_.positive_grad ? this->of_rows(a_.positive_grad) : nullptr;
     if (up && a_.same_is_positive) {
       this->gradient(s, column, columns, [&](F, F g, int64_t r, int64_t j) {
-        return g + select(this->same(r, column + j), fill<F>(up[r]), F{});
+        return g + select(this->same(r, column + j), load(col_up + j) + up[r], F{});
       });
     } else {
       this->gradient(s, column, columns, [](F, F g, int64_t, int64_t) { return g; });
     }
     for (int64_t r = 0; a_.mark && r < rows_; ++r) {
       const int64_t at = this->marked(r, column, columns);
-      if (at >= 0) s[r * kTile + at] = up && !a_.same_is_positive ? up[r] : R(0);
+      if (at >= 0) s[r * kTile + at] = up && !a_.same_is_positive ? up[r] + col_up[at] : R(0);
     }
     Base::pad(s, rows_, columns, 0);
   }
@@ -339,12 +370,16 @@ class TileEpilogue<R, TilePass::pairs> : public TileRows<R> {
 template <class R>
 class TileEpilogue<R, TilePass::pairs_gradient> : public SoftmaxGradient<R> {
   using Base = SoftmaxGradient<R>;
-  using Base::a_, Base::rows_, Base::kTile, Base::W;
+  using Base::a_, Base::array_, Base::rows_, Base::kTile, Base::W;
   using typename Base::F;
 
  public:
   using Base::Base;
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
+    R *const col_up = array_[4], *const col_m = array_[5], *const col_log_sum = array_[6];
+    this->of_columns(a_.col_positive_grad, column, columns, col_up);
+    this->of_columns(a_.col_max, column, columns, col_m);
+    this->of_columns(a_.col_log_sum, column, columns, col_log_sum);
     Base::pad(s, rows_, columns, -INFINITY);
     const R *const m = this->of_rows(a_.row_max), *const log_sum = this->of_rows(a_.row_log_sum),
                    *const up = this->of_rows(a_.positive_grad);
@@ -353,7 +388,12 @@ class TileEpilogue<R, TilePass::pairs_gradient> : public SoftmaxGradient<R> {
       if (!any(mine)) return g;
       F slope;
       softplus((m[r] - v) + log_sum[r], slope);
-      return select(mine, -up[r] * slope, g);
+      F drawn = up[r] * slope;
+      if (a_.col_positive_grad) {
+        softplus((load(col_m + j) - v) + load(col_log_sum + j), slope);
+        drawn += load(col_up + j) * slope;
+      }
+      return select(mine, -drawn, g);
     });
     for (int64_t r = 0; a_.mark && r < rows_; ++r) {
       const int64_t at = this->marked(r, column, columns);
@@ -411,7 +451,7 @@ class TileEpilogue<R, TilePass::sigmoid> : public TileRows<R> {
   }
 };
 
-// ---- the extremes of a row among its positives and among its negatives
+// ---- the extremes of a row among its positives and among its negatives; NaN is the most extreme
 template <class R>
 class TileEpilogue<R, TilePass::hardest> : public TileRows<R> {
   using Base = TileRows<R>;
@@ -437,8 +477,8 @@ class TileEpilogue<R, TilePass::hardest> : public TileRows<R> {
       for (int64_t j = 0; j < columns; ++j) {
         const R key = s[j] + add[j];
         if (ids[j] == mine) {
-          if (j != at && (key > most || *positive < 0)) most = key, *positive = column + j;
-        } else if (key < least || *negative < 0) {
+          if (j != at && (key > most || key != key || *positive < 0)) most = key, *positive = column + j;
+        } else if (key < least || key != key || *negative < 0) {
           least = key, *negative = column + j;
         }
       }

@@ -53,7 +53,8 @@ class TileWalker {
     const int64_t row = block * a_.row_step, count = least(a_.row_step, a_.m - row);
     const bool last = row + count == a_.m;
     const R* x = static_cast<const R*>(a_.x) + row * a_.d;
-    pack<G::kLeft>(x, a_.d, 1, count, a_.d, left_, scales_);
+    const bool itself = a_.x == a_.y;
+    pack<G::kLeft>(x, a_.d, 1, count, a_.d, left_, itself ? nullptr : scales_);
     if (a_.dy) pack<G::kRight>(x, 1, a_.d, a_.d, count, right_);
     pass_.begin_rows(row, count);
     int64_t column = 0;
@@ -62,6 +63,9 @@ class TileWalker {
       multiply<R>(packed<R, G::kLeft>(left_, a_.d),
                   packed<R, G::kRight>(static_cast<const R*>(a_.panels) + column * a_.d, a_.d), count,
                   columns, a_.d, tile_, kTile, false);
+      if (itself)  // here, so that s[i, j] and s[j, i] are the same bits
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t j = 0; j < columns; ++j) tile_[r * kTile + j] *= R(a_.scale);
       pass_.tile(tile_, column, columns);
       if (a_.dx) {
         pack<G::kLeft>(tile_, kTile, 1, count, columns, packed_tile_);

@@ -7,6 +7,7 @@
 #include "../core/rows.h"
 #include "../core/scan.h"
 #include "../core/tiles.h"
+#include "../core/triplets.h"
 #include "../losses/divergence.h"
 #include "../losses/elements.h"
 #include "../losses/sequence.h"
@@ -45,5 +46,7 @@ FASTLOSS_ELEMENT_LOSSES(FASTLOSS_LAUNCHER)
 void feature_pairs(const FeatureArgs& args, void* stream);
 // One pass over a chunk of similarities; chunks come in the order of their rows.
 void tile_chunk(const TileChunk& args, void* stream);
+// The anchors of one chunk; backwards chunks are added to dx.
+void triplets(const TripletArgs& args, void* stream);
 
 }  // namespace fastloss::cuda

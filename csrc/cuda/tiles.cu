@@ -27,6 +27,9 @@ struct Chunk {
   }
   __device__ __forceinline__ R& s(int64_t r, int64_t j) const { return static_cast<R*>(a.s)[r * a.n + j]; }
   __device__ __forceinline__ static R& at(void* array, int64_t i) { return static_cast<R*>(array)[i]; }
+  __device__ __forceinline__ static R at(const void* array, int64_t i) {
+    return static_cast<const R*>(array)[i];
+  }
 };
 
 // A running maximum and the sum of exponentials relative to it.
@@ -64,10 +67,12 @@ struct Extremes {
   R most = -INFINITY, least = INFINITY;
   int64_t positive = -1, negative = -1;
   __device__ __forceinline__ void take_positive(R key, int64_t j) {
-    if (j >= 0 && (positive < 0 || key > most || (key == most && j < positive))) most = key, positive = j;
+    const bool more = positive < 0 || key > most || key != key || (key == most && j < positive);
+    if (j >= 0 && more) most = key, positive = j;
   }
   __device__ __forceinline__ void take_negative(R key, int64_t j) {
-    if (j >= 0 && (negative < 0 || key < least || (key == least && j < negative))) least = key, negative = j;
+    const bool less = negative < 0 || key < least || key != key || (key == least && j < negative);
+    if (j >= 0 && less) least = key, negative = j;
   }
   __device__ __forceinline__ void merge(const Extremes& o) {
     take_positive(o.most, o.positive);
@@ -201,11 +206,13 @@ __global__ void __launch_bounds__(kElementThreads) gradient_kernel(TileChunk a) 
     if (a.col_grad) g += c.at(a.col_grad, j) * softmax_share(v, c.at(a.col_max, j), c.at(a.col_log_sum, j));
   }
   if (e == Entry::positive && a.positive_grad) {
-    const R up = c.at(a.positive_grad, i);
-    R slope = -1;
-    if (a.pass == TilePass::pairs_gradient)
-      softplus((c.at(a.row_max, i) - v) + c.at(a.row_log_sum, i), slope);
-    g -= up * slope;
+    const auto drawn = [&](R up, const void* top, const void* log_sum, int64_t k) {
+      R slope = -1;
+      if (a.pass == TilePass::pairs_gradient) softplus((c.at(top, k) - v) + c.at(log_sum, k), slope);
+      return up * slope;
+    };
+    g -= drawn(c.at(a.positive_grad, i), a.row_max, a.row_log_sum, i);
+    if (a.col_positive_grad) g -= drawn(c.at(a.col_positive_grad, j), a.col_max, a.col_log_sum, j);
   }
   c.s(r, j) = g;
 }

@@ -1,4 +1,4 @@
-// The walks over a matrix of similarities that the losses in fastloss/contrastive.py are made of
+// The walks over a matrix of similarities that the contrastive losses are made of
 // (fastloss/_tiles.py puts them together): on the CPU the whole matrix in tiles, products included; on CUDA
 // what is made of a chunk of its rows, which a product has left in memory.
 #include <algorithm>
@@ -20,12 +20,12 @@ using OptionalTensor = std::optional<Tensor>;
 // The arrays that both kinds of walk take, in the order of the schema.
 struct Arrays {
   const OptionalTensor &row_max, &row_log_sum, &row_grad, &col_max, &col_log_sum, &col_grad, &positive,
-      &positive_grad, &hardest;
+      &positive_grad, &col_positive_grad, &hardest;
 };
 #define FASTLOSS_TILE_ARRAYS                                                                           \
   "Tensor? mark, Tensor? row_ids, Tensor? col_ids, Tensor(a!)? row_max, Tensor(b!)? row_log_sum, "     \
   "Tensor(c!)? row_grad, Tensor(d!)? col_max, Tensor(e!)? col_log_sum, Tensor? col_grad, Tensor(f!)? " \
-  "positive, Tensor? positive_grad, Tensor(g!)? hardest"
+  "positive, Tensor? positive_grad, Tensor? col_positive_grad, Tensor(g!)? hardest"
 
 void* data(const OptionalTensor& t, const char* name, ScalarType type, int64_t count) {
   if (!t) return nullptr;
@@ -53,6 +53,7 @@ void fill(Args& a, int64_t pass, bool same_is_positive, bool with_positives, int
   a.col_grad = data(t.col_grad, "col_grad", type, n);
   a.positive = data(t.positive, "positive", type, m);
   a.positive_grad = data(t.positive_grad, "positive_grad", type, m);
+  a.col_positive_grad = data(t.col_positive_grad, "col_positive_grad", type, n);
   a.hardest = static_cast<int64_t*>(data(t.hardest, "hardest", ScalarType::Long, 2 * m));
 }
 
@@ -62,14 +63,15 @@ void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor
                 OptionalTensor mark, OptionalTensor row_ids, OptionalTensor col_ids, OptionalTensor row_max,
                 OptionalTensor row_log_sum, OptionalTensor row_grad, OptionalTensor col_max,
                 OptionalTensor col_log_sum, OptionalTensor col_grad, OptionalTensor positive,
-                OptionalTensor positive_grad, OptionalTensor hardest) {
+                OptionalTensor positive_grad, OptionalTensor col_positive_grad, OptionalTensor hardest) {
   const ScalarType type = s.scalar_type();
   STD_TORCH_CHECK(
       s.dim() == 2 && s.is_contiguous() && (type == ScalarType::Float || type == ScalarType::Double),
       "s: expected rows without gaps, of the accumulation type");
   TileChunk a{};
   fill(a, pass, same_is_positive, with_positives, m, s.size(1), type, mark,
-       {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad, hardest});
+       {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad,
+        col_positive_grad, hardest});
   a.wide = type == ScalarType::Double;
   a.s = s.mutable_data_ptr();
   a.row = row;
@@ -152,8 +154,8 @@ void tile_walk(int64_t pass, bool same_is_positive, bool with_positives, Tensor 
                double bias, OptionalTensor mark, OptionalTensor row_ids, OptionalTensor col_ids,
                OptionalTensor row_max, OptionalTensor row_log_sum, OptionalTensor row_grad,
                OptionalTensor col_max, OptionalTensor col_log_sum, OptionalTensor col_grad,
-               OptionalTensor positive, OptionalTensor positive_grad, OptionalTensor hardest,
-               OptionalTensor dx, OptionalTensor dy, OptionalTensor dots) {
+               OptionalTensor positive, OptionalTensor positive_grad, OptionalTensor col_positive_grad,
+               OptionalTensor hardest, OptionalTensor dx, OptionalTensor dy, OptionalTensor dots) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
                   "x: expected the accumulation type");
@@ -164,7 +166,8 @@ void tile_walk(int64_t pass, bool same_is_positive, bool with_positives, Tensor 
   a.wide = type == ScalarType::Double;
   a.d = x.size(1);
   fill(a, pass, same_is_positive, with_positives, x.size(0), y.size(0), type, mark,
-       {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad, hardest});
+       {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad,
+        col_positive_grad, hardest});
   if (a.m == 0 || a.n == 0) return;
   a.x = x.const_data_ptr();
   a.y = y.const_data_ptr();

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastloss import contrastive as one
+from fastloss._features import reduced
 from fastloss._linear import accumulation_type
 from fastloss.distributed.collectives import Ranks, agreed, check_group, completed, everyone, multiplied
 from fastloss.distributed.exchange import EXCHANGES
@@ -56,4 +56,4 @@ class Call:
         if self.reduction != "none":
             loss = everyone(loss, ranks)
             weight = None if weight is None else everyone(weight, ranks)
-        return one._reduced(loss, weight, self.reduction, dtype)
+        return reduced(loss, weight, self.reduction, dtype)

@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss import contrastive as one
+from fastloss import reference
 from fastloss._checks import check_reduction
+from fastloss._features import labels_of_rows, positive_temperature, rows_of_features
+from fastloss._features import number as number_of
 from fastloss._linear import accumulation_type
+from fastloss.contrastive import info_nce_rows
+from fastloss.contrastive_labels import class_sizes
+from fastloss.contrastive_ranking import ranking_rows
 from fastloss.distributed.call import Call
 from fastloss.distributed.collectives import everyone
 
@@ -63,15 +68,15 @@ def info_nce(
     Source: https://arxiv.org/abs/1807.03748; `info_nce` of info-nce-pytorch.
     """
     check_reduction(reduction)
-    (x, k), _ = one._features("query", query=query, positive_key=positive_key)
-    number = one._temperature(temperature, x)
+    (x, k), _ = rows_of_features("query", query=query, positive_key=positive_key)
+    number = positive_temperature(temperature, x)
     keys = negative_keys if isinstance(negative_keys, Tensor) and negative_mode == "unpaired" else k
     call = Call(
         "info_nce", x, group, exchange, for_ddp, rows_per_rank, reduction, keys.shape[0], query=query,
         positive_key=positive_key, negative_keys=negative_keys, temperature=temperature, sample_weight=sample_weight,
         normalize=bool(normalize), negative_mode=negative_mode,
     )  # fmt: skip
-    loss, weight, dtype = one._info_nce_rows(
+    loss, weight, dtype = info_nce_rows(
         *call.features(query, positive_key, negative_keys), call.number(number), negative_mode, sample_weight,
         normalize, label_offset, lambda *args: call.softmax(*args, call.columns), call.columns.begin,
     )  # fmt: skip
@@ -111,16 +116,17 @@ def sup_con_loss(
     Source: https://arxiv.org/abs/2004.11362; `SupConLoss` of pytorch-metric-learning.
     """
     check_reduction(reduction)
-    (x,), dtype = one._features("features", features=features)
-    labels = one._labels(labels, x)
-    number = one._temperature(temperature, x)
+    (x,), dtype = rows_of_features("features", features=features)
+    labels = labels_of_rows(labels, x)
+    number = positive_temperature(temperature, x)
     call = Call(
         "sup_con_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, features=features,
         temperature=temperature,
     )  # fmt: skip
     rows = call.rows
     (x,) = call.features(x)
-    others = one._class_sizes(rows.gathered(labels)) - 1
+    everywhere = rows.gathered(labels)
+    others = class_sizes(everywhere, everywhere) - 1
     share = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_type(x.dtype)), 0.0)[rows.own]
     mark = torch.arange(rows.own.start, rows.own.stop, device=x.device)
     row, *_ = call.softmax(
@@ -131,7 +137,7 @@ def sup_con_loss(
     loss = row.masked_fill(others[rows.own] == 0, 0.0)
     if reduction != "none":
         loss = everyone(loss, rows)
-    return one._formulas._mean_over(loss, others > 0, reduction).to(dtype)
+    return reference.contrastive.mean_over(loss, others > 0, None, reduction).to(dtype)
 
 
 def nt_xent_loss(
@@ -168,10 +174,10 @@ def nt_xent_loss(
     Source: https://arxiv.org/abs/2002.05709.
     """
     check_reduction(reduction)
-    (x, y), dtype = one._features("z1", z1=z1, z2=z2)
+    (x, y), dtype = rows_of_features("z1", z1=z1, z2=z2)
     if x.shape != y.shape:
         raise ValueError(f"z2: expected shape {tuple(x.shape)}, got {tuple(y.shape)}")
-    number = one._temperature(temperature, x)
+    number = positive_temperature(temperature, x)
     call = Call(
         "nt_xent_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, z1=z1, z2=z2, temperature=temperature
     )  # fmt: skip
@@ -232,8 +238,10 @@ def multiple_negatives_ranking_loss(
     `MultipleNegativesRankingLoss` of sentence-transformers with `gather_across_devices`.
     """
     check_reduction(reduction)
-    (x, _), _ = one._features("anchor", anchor=anchor, positive=positive)
-    number = one._number("scale", scale, x)
+    (x, d), _ = rows_of_features("anchor", anchor=anchor, positive=positive)
+    if d.shape != x.shape:
+        raise ValueError(f"positive: expected shape {tuple(x.shape)}, got {tuple(d.shape)}")
+    number = number_of("scale", scale, x)
     each = 0
     if isinstance(negatives, Tensor):
         each = negatives.shape[0] if negatives.dim() == 3 else 1
@@ -247,8 +255,8 @@ def multiple_negatives_ranking_loss(
     def walk(tensors, options):
         return call.softmax(tensors, options, call.rows if tensors[1] is None else docs)
 
-    loss, weight, dtype = one._ranking_rows(
+    loss, weight, dtype = ranking_rows(
         *call.features(anchor, positive, negatives), call.number(number), directions, partition_mode, ids, normalize,
-        sample_weight, walk, call.rows.begin, docs.begin,
+        sample_weight, 0, walk, call.rows.begin, docs.begin,
     )  # fmt: skip
     return call.reduced(loss, weight, dtype, call.rows)

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss import contrastive as one
 from fastloss._checks import check_reduction
+from fastloss._features import marks, rows_of_features, weight_of_rows
+from fastloss._features import number as number_of
 from fastloss._linear import accumulation_type
 from fastloss.distributed.call import Call
 from fastloss.distributed.similarities import sigmoid
@@ -88,14 +89,14 @@ def clip_loss(
     https://arxiv.org/abs/2410.17243.
     """
     check_reduction(reduction)
-    (x, y), dtype = one._features(
+    (x, y), dtype = rows_of_features(
         "image_features", image_features=image_features, text_features=text_features
     )
     if x.shape != y.shape:
         raise ValueError(f"text_features: expected shape {tuple(x.shape)}, got {tuple(y.shape)}")
-    weight = one._weight(sample_weight, x)
-    scale = one._number("logit_scale", logit_scale, x)
-    bias = None if logit_bias is None else one._number("logit_bias", logit_bias, x)
+    weight = weight_of_rows(sample_weight, x)
+    scale = number_of("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else number_of("logit_bias", logit_bias, x)
     call = Call(
         "clip_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, image_features=image_features,
         text_features=text_features, logit_scale=logit_scale, logit_bias=logit_bias, sample_weight=sample_weight,
@@ -159,15 +160,15 @@ def siglip_loss(
     Source: https://arxiv.org/abs/2303.15343; `SigLipLoss` of open_clip.
     """
     mode = check_reduction(reduction)
-    (x, y), dtype = one._features(
+    (x, y), dtype = rows_of_features(
         "image_features", image_features=image_features, text_features=text_features
     )
-    weight = one._weight(sample_weight, x)
-    scale = one._number("logit_scale", logit_scale, x)
-    bias = None if logit_bias is None else one._number("logit_bias", logit_bias, x)
+    weight = weight_of_rows(sample_weight, x)
+    scale = number_of("logit_scale", logit_scale, x)
+    bias = None if logit_bias is None else number_of("logit_bias", logit_bias, x)
     mark = label_offset
     if mark is not None:
-        mark = one._marks(x.shape[0], y.shape[0], label_offset, x, "text_features")
+        mark = marks(x.shape[0], y.shape[0], label_offset, x, "text_features")
     call = Call(
         "siglip_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, y.shape[0],
         image_features=image_features, text_features=text_features, logit_scale=logit_scale, logit_bias=logit_bias,

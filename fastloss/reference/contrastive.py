@@ -189,13 +189,24 @@ def info_nce(
 
 
 def _of_pairs(
-    embeddings: Tensor, labels: Tensor, temperature: float | Tensor
+    x: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    keys: Tensor | None,
+    key_labels: Tensor | None,
+    offset: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, and which of them are of positive pairs and of negative ones."""
-    x = F.normalize(embeddings)
-    positive = labels.unsqueeze(0) == labels.unsqueeze(1)
-    itself = torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
-    return x @ x.t() / temperature, positive & ~itself, ~positive
+    if keys is None:
+        keys, key_labels = x, labels
+    if normalize:
+        x, keys = F.normalize(x), F.normalize(keys)
+    equal = labels.unsqueeze(1) == key_labels
+    itself = torch.zeros_like(equal)
+    if offset is not None:
+        itself.diagonal(offset).fill_(True)
+    return x @ keys.t() / temperature, equal & ~itself, ~equal & ~itself
 
 
 def sup_con_loss(
@@ -204,13 +215,20 @@ def sup_con_loss(
     temperature: float | Tensor = 0.1,
     *,
     reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    label_offset: int | None = 0,
 ) -> Tensor:
     """As `fastloss.functional.sup_con_loss`."""
-    s, positive, negative = _of_pairs(features, labels, temperature)
+    s, positive, negative = _of_pairs(
+        features, labels, temperature, normalize, keys, key_labels, label_offset
+    )
     share = positive.to(s.dtype) / positive.sum(1, keepdim=True).clamp_min(1)
     loss = log_sum_exp(s, positive | negative, 1) - (share * s).sum(1)
     counts = positive.any(1)
-    return _mean_over(loss.masked_fill(~counts, 0.0), counts, reduction)
+    return mean_over(loss.masked_fill(~counts, 0.0), counts, sample_weight, reduction)
 
 
 def pair_nt_xent_loss(
@@ -219,19 +237,30 @@ def pair_nt_xent_loss(
     temperature: float | Tensor = 0.07,
     *,
     reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
+    keys: Tensor | None = None,
+    key_labels: Tensor | None = None,
+    label_offset: int | None = 0,
 ) -> Tensor:
     """As `fastloss.functional.pair_nt_xent_loss`."""
-    s, positive, negative = _of_pairs(embeddings, labels, temperature)
+    s, positive, negative = _of_pairs(
+        embeddings, labels, temperature, normalize, keys, key_labels, label_offset
+    )
     lse = log_sum_exp(s, negative, 1).unsqueeze(1)
     each = torch.logaddexp(lse - s, s.new_zeros(())).masked_fill(~positive, 0.0).sum(1)
-    return _mean_over(each, positive.sum(1), reduction)
+    return mean_over(each, positive.sum(1), sample_weight, reduction)
 
 
-def _mean_over(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """0 if nothing counts."""
+def mean_over(loss: Tensor, counts: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """A mean is divided by the sum of what counts, times the weights; 0 if nothing does."""
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+        counts = counts * weight.to(loss.dtype)
     if reduction == "none":
         return loss
-    return loss.sum() / (counts.sum().clamp_min(1).to(loss.dtype) if reduction == "mean" else 1)
+    total = counts.sum()
+    return loss.sum() / (torch.where(total == 0, 1, total).to(loss.dtype) if reduction == "mean" else 1)
 
 
 def nt_xent_loss(
@@ -240,13 +269,17 @@ def nt_xent_loss(
     temperature: float | Tensor = 0.5,
     *,
     reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
 ) -> Tensor:
     """As `fastloss.functional.nt_xent_loss`."""
-    x = F.normalize(torch.cat([z1, z2]))
+    x = torch.cat([z1, z2])
+    x = F.normalize(x) if normalize else x
     s = x @ x.t() / temperature
     itself = torch.eye(s.shape[0], dtype=torch.bool, device=s.device)
     target = torch.arange(s.shape[0], device=s.device).roll(z1.shape[0])
-    return F.cross_entropy(s.masked_fill(itself, -torch.inf), target, reduction=reduction)
+    loss = F.cross_entropy(s.masked_fill(itself, -torch.inf), target, reduction="none")
+    return reduced(loss, None if sample_weight is None else sample_weight.repeat(2), reduction)
 
 
 def multiple_negatives_ranking_loss(
@@ -261,6 +294,7 @@ def multiple_negatives_ranking_loss(
     normalize: bool = True,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
+    label_offset: int = 0,
 ) -> Tensor:
     """As `fastloss.functional.multiple_negatives_ranking_loss`."""
     queries, docs = anchor, positive
@@ -268,23 +302,24 @@ def multiple_negatives_ranking_loss(
         docs = torch.cat([positive, negatives.reshape(-1, negatives.shape[-1])])
     if normalize:
         queries, docs = F.normalize(queries), F.normalize(docs)
-    rows = queries.shape[0]
-    own = torch.arange(rows, device=anchor.device)
-    ids = own if ids is None else ids
-    itself = torch.eye(rows, dtype=torch.bool, device=anchor.device)
+    rows, known = queries.shape[0], positive.shape[0]
+    own = slice(label_offset, label_offset + rows)
+    pairs = torch.arange(known, device=anchor.device)
+    ids = pairs if ids is None else ids
+    itself = torch.eye(known, dtype=torch.bool, device=anchor.device)
     equal = ids.unsqueeze(1) == ids
-    hard = torch.zeros(rows, docs.shape[0] - rows, dtype=torch.bool, device=anchor.device)
-    of_one_query = own.repeat(docs.shape[0] // rows) == own.unsqueeze(1) if rows else hard
+    hard = torch.zeros(rows, docs.shape[0] - known, dtype=torch.bool, device=anchor.device)
+    of_one_query = pairs.repeat(docs.shape[0] // max(known, 1)) == pairs[own].unsqueeze(1)
     matrices = {
-        "query_to_doc": (queries @ docs.t(), torch.cat([equal & ~itself, hard], 1)),
-        "doc_to_query": (docs[:rows] @ queries.t(), equal & ~itself),
-        "query_to_query": (queries @ queries.t(), equal),
-        "doc_to_doc": (docs[:rows] @ docs.t(), of_one_query | torch.cat([equal, hard], 1)),
+        "query_to_doc": (queries @ docs.t(), torch.cat([(equal & ~itself)[own], hard], 1)),
+        "doc_to_query": (docs[own] @ queries.t(), (equal & ~itself)[own, own]),
+        "query_to_query": (queries @ queries.t(), equal[own, own]),
+        "doc_to_doc": (docs[own] @ docs.t(), of_one_query | torch.cat([equal[own], hard], 1)),
     }
     logits = [
         (scale * s).masked_fill(left_out, -torch.inf) for s, left_out in (matrices[d] for d in directions)
     ]
-    first = logits[0].diagonal()
+    first = logits[0].diagonal(label_offset)
     if partition_mode == "joint":
         lse = torch.cat(logits, 1).logsumexp(1)
     else:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "batch_all_triplet_loss",
     "batch_hard_triplet_loss",
     "contrastive_loss",
     "cosine_embedding_loss",
@@ -19,6 +20,17 @@ def pair_sums(a: Tensor, b: Tensor, eps: float) -> Tensor:
     high = torch.float64 if a.dtype == torch.float64 else torch.float32
     a, b = a.to(high), b.to(high)
     return torch.stack([(a * b).sum(1), a.square().sum(1), b.square().sum(1), (a - b + eps).square().sum(1)])
+
+
+def triplets(x: Tensor, ids: Tensor, margin: float, root: bool) -> Tensor:
+    """Of each anchor the sum over its triplets, and how many of them count."""
+    square = (x.unsqueeze(1) - x.unsqueeze(0)).square().sum(-1)
+    d = length(square) if root else square
+    same = ids.unsqueeze(1) == ids
+    positive = same & ~torch.eye(ids.shape[0], dtype=torch.bool, device=ids.device)
+    terms = torch.relu(d.unsqueeze(2) - d.unsqueeze(1) + margin)
+    terms = terms.masked_fill(~(positive.unsqueeze(2) & ~same.unsqueeze(1)), 0.0)
+    return torch.stack([terms.sum((1, 2)), (terms > 0).sum((1, 2)).to(x.dtype)])
 
 
 def length(square: Tensor) -> Tensor:
@@ -120,3 +132,20 @@ def batch_hard_triplet_loss(
     if reduction == "none":
         return loss
     return loss.sum() / (counts.sum().clamp_min(1) if reduction == "mean" else 1)
+
+
+def batch_all_triplet_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    margin: float = 5.0,
+    *,
+    distance: str = "euclidean",
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.batch_all_triplet_loss`."""
+    x = F.normalize(embeddings) if distance == "cosine" else embeddings
+    unit = 0.5 if distance == "cosine" else 1.0
+    loss, number = triplets(x, labels, margin / unit, distance == "euclidean").unbind(0)
+    if reduction == "none":
+        return unit * loss
+    return unit * loss.sum() / (number.sum() + 1e-16 if reduction == "mean" else 1)

@@ -1,0 +1,123 @@
+// triplets: of each row x_i [m, d] as an anchor the sum over its triplets, and how many of them count, [2,
+// m].
+#include <algorithm>
+
+#include "../core/triplets.h"
+#include "device.h"
+#if !defined(FL_SIMT)
+#include "../cpu/triplets.h"
+#endif
+
+namespace fastloss {
+namespace {
+
+constexpr int64_t kBudget = 4 << 20, kCudaBudget = 64 << 20;  // bytes of distances
+
+struct TripletCall {
+  TripletArgs args{};
+  Tensor x, ids;
+
+  TripletCall(const Tensor& x_, const Tensor& ids_, double margin, bool root)
+      : x(contiguous_as(x_, x_.scalar_type())), ids(contiguous_as(ids_, ScalarType::Long)) {
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(x.dim() == 2 && (type == ScalarType::Float || type == ScalarType::Double),
+                    "x: expected rows of the accumulation type");
+    STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == x.size(0), "ids: expected one for each row");
+    args.wide = type == ScalarType::Double;
+    args.root = root;
+    args.m = x.size(0);
+    args.d = x.size(1);
+    args.margin = margin;
+    args.x = x.const_data_ptr();
+    args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  }
+  // Chunk after chunk of anchors, of a size that depends on the sizes alone.
+  template <class Run>
+  void chunks(int64_t budget, int64_t row_bytes, Run run) {
+    const int64_t most = std::clamp<int64_t>(budget / row_bytes, 1, args.m);
+    const int64_t size[] = {most * args.step};
+    const Tensor distance = empty_pooled(x, size, x.scalar_type());
+    args.distance = distance.mutable_data_ptr();
+    for (args.row = 0; args.row < args.m; args.row += most) {
+      args.rows = std::min(most, args.m - args.row);
+      run();
+    }
+  }
+  void run() {
+    if (args.m == 0) return;
+    const int64_t bytes = args.wide ? 8 : 4;
+#if defined(FASTLOSS_HAS_CUDA)
+    if (runs_on_cuda(x)) {
+      args.step = args.m;
+      args.room = 1;
+      while (args.room < args.m / 2) args.room *= 2;
+      const int64_t row_bytes = (args.m + args.room) * bytes + (2 * args.room + 1) * 4;
+      const int64_t most = std::clamp<int64_t>(kCudaBudget / row_bytes, 1, args.m);
+      const int64_t keys_size[] = {most * args.room}, places_size[] = {most * (2 * args.room + 1)};
+      const Tensor keys = empty(x, keys_size, x.scalar_type()),
+                   places = empty(x, places_size, ScalarType::Int);
+      args.keys = keys.mutable_data_ptr();
+      args.places = static_cast<int32_t*>(places.mutable_data_ptr());
+      return chunks(kCudaBudget, row_bytes, [&] { launch_on(x, &cuda::triplets, args); });
+    }
+#endif
+#if !defined(FL_SIMT)
+    const cpu::TripletKernels& kernels = cpu::triplet_kernels();
+    const int64_t groups = (args.m + cpu::kTripletRows - 1) / cpu::kTripletRows;
+    args.step = groups * cpu::kTripletRows;
+    const int64_t size[] = {args.step * std::max<int64_t>(args.d, 1)};
+    const Tensor panels = empty_pooled(x, size, x.scalar_type());
+    args.panels = panels.mutable_data_ptr();
+    const auto parallel = [&](int64_t n, int64_t work, void (*kernel)(const TripletArgs&, int64_t, int64_t)) {
+      const int64_t grain = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(work, 1));
+      torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+    };
+    parallel(groups, cpu::kTripletRows * args.d, kernels.pack);
+    chunks(kBudget, args.step * bytes, [&] {
+      parallel(args.rows, args.m * (args.d + 8), kernels.anchors);
+      if (args.sums) return;
+      parallel(args.rows, args.m * args.d, kernels.draw_anchors);
+      parallel(args.m, args.rows * args.d, kernels.draw_others);
+    });
+#endif
+  }
+};
+
+Tensor forward(Tensor x, Tensor ids, double margin, bool root) {
+  TripletCall call(x, ids, margin, root);
+  const int64_t shape[] = {2, call.args.m};
+  const Tensor sums = empty(call.x, shape, call.x.scalar_type());
+  call.args.sums = sums.mutable_data_ptr();
+  call.run();
+  return sums;
+}
+Tensor backward(Tensor grad, Tensor x, Tensor ids, double margin, bool root) {
+  TripletCall call(x, ids, margin, root);
+  const Tensor g = contiguous_as(grad, call.x.scalar_type());
+  STD_TORCH_CHECK(g.numel() == 2 * call.args.m, "grad: expected the shape of the sums");
+  Tensor dx = empty_like_pooled(call.x);
+  torch::stable::zero_(dx);
+  call.args.grad = g.const_data_ptr();
+  call.args.dx = dx.mutable_data_ptr();
+  call.run();
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  m.def("triplets_fwd(Tensor x, Tensor ids, float margin, bool root) -> Tensor");
+  m.def("triplets_bwd(Tensor grad, Tensor x, Tensor ids, float margin, bool root) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+  m.impl("triplets_fwd", TORCH_BOX(&forward));
+  m.impl("triplets_bwd", TORCH_BOX(&backward));
+}
+#if !defined(FL_SIMT) && defined(FASTLOSS_HAS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
+  m.impl("triplets_fwd", TORCH_BOX(&forward));
+  m.impl("triplets_bwd", TORCH_BOX(&backward));
+}
+#endif
+
+}  // namespace fastloss
