@@ -8,9 +8,10 @@ The rule, for the value and for the gradient of every differentiable argument, e
 rounded to the dtype has no error. `eager` is plain PyTorch in the dtype under test, so its worst element is
 the error that users have today: the reference or, where that is closer, the function that the loss
 replaces. For float64 itself, where the reference is `exact`, the float32 error is taken and scaled by the
-ratio of the two epsilons, and counts once more, since `exact` is then no further from the truth than that. `cancelled` is for gradients, the terms of which may cancel, down to nothing for
-a single class, and leave the rounding of the type that they are summed in: half an epsilon of float32
-(float64 for float64) times the largest upstream gradient.
+ratio of the two epsilons, and counts once more, since `exact` is then no nearer to the truth than that.
+`cancelled` is for gradients, the terms of which may cancel, down to nothing for a single class, and leave the
+rounding of the type that they are summed in: half an epsilon of float32 (float64 for float64) times the
+largest upstream gradient.
 
 Where `exact`, rounded to the dtype, is infinite or NaN, the loss must be so too. The dtype and shape must be
 the reference's. The upstream gradient is not one, so that a loss which forgets it is caught.
