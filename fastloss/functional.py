@@ -1,6 +1,7 @@
 """The losses as functions, under the names that the field knows them by. Each family's file holds its own."""
 
 from fastloss import (
+    alignment,
     contrastive,
     divergence,
     focal,
@@ -18,8 +19,10 @@ from fastloss import (
     rewards,
     sequence,
     statistics,
+    survival,
     token,
 )
+from fastloss.alignment import *  # noqa: F403
 from fastloss.contrastive import *  # noqa: F403
 from fastloss.divergence import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
@@ -37,6 +40,7 @@ from fastloss.regression import *  # noqa: F403
 from fastloss.rewards import *  # noqa: F403
 from fastloss.sequence import *  # noqa: F403
 from fastloss.statistics import *  # noqa: F403
+from fastloss.survival import *  # noqa: F403
 from fastloss.token import *  # noqa: F403
 
 __all__ = [
@@ -55,6 +59,8 @@ __all__ = [
         policy,
         rewards,
         sequence,
+        survival,
+        alignment,
         linear,
         contrastive,
         linear_statistics,

@@ -11,6 +11,11 @@
 #include "../losses/sequence.h"
 #include "../losses/token.h"
 
+namespace fastloss {
+struct SurvivalArgs;
+struct AlignmentArgs;
+}  // namespace fastloss
+
 namespace fastloss::cuda {
 
 // norm[0] = sum over rows of row weight x class weight of the target, rows to be ignored left out.
@@ -29,6 +34,8 @@ FASTLOSS_SCANS(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
 void ranking(const RankingArgs& args, void* stream);
+void survival(const SurvivalArgs& args, void* stream);
+void alignment(const AlignmentArgs& args, void* stream);
 
 // How many sums of blocks a call of n elements of this type leaves in ElementArgs::partial.
 int64_t element_partials(DType dtype, int64_t n);

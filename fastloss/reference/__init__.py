@@ -1,6 +1,7 @@
 """Every loss in plain PyTorch, written from its formula: slow, readable, differentiable any number of times."""
 
 from fastloss.reference import (
+    alignment,
     contrastive,
     divergence,
     focal,
@@ -16,8 +17,10 @@ from fastloss.reference import (
     rewards,
     sequence,
     statistics,
+    survival,
     token,
 )
+from fastloss.reference.alignment import *  # noqa: F403
 from fastloss.reference.contrastive import *  # noqa: F403
 from fastloss.reference.divergence import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
@@ -33,6 +36,7 @@ from fastloss.reference.regression import *  # noqa: F403
 from fastloss.reference.rewards import *  # noqa: F403
 from fastloss.reference.sequence import *  # noqa: F403
 from fastloss.reference.statistics import *  # noqa: F403
+from fastloss.reference.survival import *  # noqa: F403
 from fastloss.reference.token import *  # noqa: F403
 
 __all__ = [
@@ -50,6 +54,8 @@ __all__ = [
         policy,
         rewards,
         sequence,
+        survival,
+        alignment,
         linear,
         contrastive,
         margin,
