@@ -2,6 +2,7 @@
 
 from fastloss import (
     aggregate,
+    alignment,
     contrastive,
     contrastive_labels,
     contrastive_ranking,
@@ -21,10 +22,12 @@ from fastloss import (
     rewards,
     sequence,
     statistics,
+    survival,
     token,
     triplet_mining,
 )
 from fastloss.aggregate import *  # noqa: F403
+from fastloss.alignment import *  # noqa: F403
 from fastloss.contrastive import *  # noqa: F403
 from fastloss.contrastive_labels import *  # noqa: F403
 from fastloss.contrastive_ranking import *  # noqa: F403
@@ -44,6 +47,7 @@ from fastloss.regression import *  # noqa: F403
 from fastloss.rewards import *  # noqa: F403
 from fastloss.sequence import *  # noqa: F403
 from fastloss.statistics import *  # noqa: F403
+from fastloss.survival import *  # noqa: F403
 from fastloss.token import *  # noqa: F403
 from fastloss.triplet_mining import *  # noqa: F403
 
@@ -63,6 +67,8 @@ __all__ = [
         policy,
         rewards,
         sequence,
+        survival,
+        alignment,
         linear,
         contrastive,
         contrastive_labels,

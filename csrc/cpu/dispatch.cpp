@@ -8,9 +8,11 @@
 #include <cstring>
 
 #include "aggregate.h"
+#include "alignment.h"
 #include "divergence.h"
 #include "feature_pairs.h"
 #include "linear.h"
+#include "survival.h"
 #include "tiles.h"
 #include "triplets.h"
 
@@ -85,6 +87,18 @@ FeatureKernel feature_kernel() {
   return chosen == &kernels_avx512 ? features_avx512
          : chosen == &kernels_avx2 ? features_avx2
                                    : features_sse2;
+}
+AlignmentKernel alignment_kernel() {
+  const Kernels* chosen = choice().kernels;
+  return chosen == &kernels_avx512 ? alignment_avx512
+         : chosen == &kernels_avx2 ? alignment_avx2
+                                   : alignment_sse2;
+}
+SurvivalKernel survival_kernel() {
+  const Kernels* chosen = choice().kernels;
+  return chosen == &kernels_avx512 ? survival_avx512
+         : chosen == &kernels_avx2 ? survival_avx2
+                                   : survival_sse2;
 }
 const TileKernels& tile_kernels() {
   const Kernels* chosen = choice().kernels;

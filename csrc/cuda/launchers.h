@@ -13,6 +13,11 @@
 #include "../losses/sequence.h"
 #include "../losses/token.h"
 
+namespace fastloss {
+struct SurvivalArgs;
+struct AlignmentArgs;
+}  // namespace fastloss
+
 namespace fastloss::cuda {
 
 // norm[0] = sum over rows of row weight x class weight of the target, rows to be ignored left out.
@@ -31,6 +36,8 @@ FASTLOSS_SCANS(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
 void ranking(const RankingArgs& args, void* stream);
+void survival(const SurvivalArgs& args, void* stream);
+void alignment(const AlignmentArgs& args, void* stream);
 
 // How many parts of n samples are summed on their own.
 int64_t aggregate_partials(int64_t n);

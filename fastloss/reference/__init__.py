@@ -2,6 +2,7 @@
 
 from fastloss.reference import (
     aggregate,
+    alignment,
     contrastive,
     divergence,
     focal,
@@ -17,9 +18,11 @@ from fastloss.reference import (
     rewards,
     sequence,
     statistics,
+    survival,
     token,
 )
 from fastloss.reference.aggregate import *  # noqa: F403
+from fastloss.reference.alignment import *  # noqa: F403
 from fastloss.reference.contrastive import *  # noqa: F403
 from fastloss.reference.divergence import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
@@ -35,6 +38,7 @@ from fastloss.reference.regression import *  # noqa: F403
 from fastloss.reference.rewards import *  # noqa: F403
 from fastloss.reference.sequence import *  # noqa: F403
 from fastloss.reference.statistics import *  # noqa: F403
+from fastloss.reference.survival import *  # noqa: F403
 from fastloss.reference.token import *  # noqa: F403
 
 __all__ = [
@@ -52,6 +56,8 @@ __all__ = [
         policy,
         rewards,
         sequence,
+        survival,
+        alignment,
         linear,
         contrastive,
         margin,

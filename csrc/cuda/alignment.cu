@@ -1,0 +1,220 @@
+// Alignments: a block a sequence walks the steps, a thread a position of the target; then a block a row of
+// the gradient. The sums of a class go through its positions in order, whatever the block.
+#include "attributes.h"
+#include "vector.cuh"
+// after vector.cuh: port.cuh decides what __device__ means
+#include "../losses/alignment.h"
+#include "launchers.h"
+
+namespace fastloss::cuda {
+namespace {
+
+constexpr int kRowThreads = 128;
+constexpr int kMostThreads = 512;                 // of a sequence
+constexpr size_t kMostShared = size_t{96} << 10;  // longer targets go through global memory
+
+template <class T>
+struct Sequence : AlignedTarget {
+  using R = acc_t<T>;
+  const AlignmentArgs& a;
+  const int64_t n, width;
+
+  __device__ __forceinline__ Sequence(const AlignmentArgs& args, int64_t n_)
+      : AlignedTarget(args, n_), a(args), n(n_), width(2 * args.width + 1) {}
+  __device__ __forceinline__ R* alpha(int64_t t) const {
+    return static_cast<R*>(a.alpha) + (n * a.steps + t) * width;
+  }
+  __device__ __forceinline__ R* posterior(int64_t t) const {
+    return static_cast<R*>(a.posterior) + (n * a.steps + t) * width;
+  }
+  __device__ __forceinline__ R* row(int64_t t) const { return static_cast<R*>(a.rows) + t * a.batch + n; }
+  __device__ __forceinline__ R x(int64_t t, int64_t k) const {
+    if (!in_range(k)) return R(NAN);
+    return widen(static_cast<const T*>(a.input)[(t * a.batch + n) * classes + k]);
+  }
+  __device__ __forceinline__ R y(int64_t t, int64_t s) const { return x(t, label(s)) - *row(t); }
+  __device__ __forceinline__ R its_likelihood() const {
+    return likelihood(steps > 0 ? alpha(steps - 1) : static_cast<const R*>(nullptr));
+  }
+};
+
+template <class R>
+__device__ __forceinline__ R max_of_warp(R top) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) top = max(__shfl_xor_sync(0xffffffffu, top, offset), top);
+  return top > -R(INFINITY) ? top : R(0);
+}
+template <class R>
+__device__ __forceinline__ R sum_of_warp(R sum) {
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  return sum;
+}
+
+// A warp a row of the input: its maximum over the target, and of logits the log of the sum of e^input.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 4) rows_kernel(AlignmentArgs a) {
+  using R = acc_t<T>;
+  const int64_t row = (int64_t{blockIdx.x} * kRowThreads + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  if (row >= a.steps * a.batch) return;  // whole warps
+  const int64_t t = row / a.batch;
+  const Sequence<T> q(a, row % a.batch);
+  R top = max(q.x(t, q.blank), -R(INFINITY));
+  for (int64_t i = lane; i < q.length; i += 32) top = max(q.x(t, q.labels[i]), top);
+  top = max_of_warp(top);
+  if (lane == 0) *q.row(t) = top;
+  if (!a.from_logits) return;
+  R most = -R(INFINITY), sum = 0;
+  for (int64_t k = lane; k < a.classes; k += 32) most = max(q.x(t, k), most);
+  most = max_of_warp(most);
+  for (int64_t k = lane; k < a.classes; k += 32) sum += exp(q.x(t, k) - most);
+  sum = sum_of_warp(sum);
+  if (lane == 0) *q.row(a.steps + t) = most + log(sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(AlignmentArgs a, bool in_shared) {
+  using R = acc_t<T>;
+  FL_DYN_SHARED(R, rows);
+  const Sequence<T> q(a, blockIdx.x);
+  const int64_t threads = blockDim.x;
+  const R nothing = -R(INFINITY);
+  for (int64_t t = 0; t < q.steps; ++t) {
+    R* const out = q.alpha(t);
+    R* const now = in_shared ? rows + t % 2 * q.width : out;
+    const R* const before = in_shared ? rows + (t + 1) % 2 * q.width : q.alpha(t > 0 ? t - 1 : 0);
+    for (int64_t s = threadIdx.x; s < q.positions; s += threads) {
+      const R y = q.y(t, s);
+      R v = s < 2 ? y : y + nothing;
+      if (t > 0)
+        v = y + log_sum(before[s], s >= 1 ? before[s - 1] : nothing, q.skips(s) ? before[s - 2] : nothing);
+      now[s] = v;
+      if (in_shared) out[s] = v;
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x >= 32) return;
+  double rest = 0;  // by one warp, whatever the block
+  for (int64_t t = threadIdx.x; t < q.steps; t += 32)
+    rest += (a.from_logits ? *q.row(a.steps + t) : R(0)) - *q.row(t);
+  rest = sum_of_warp(rest);
+  if (threadIdx.x != 0) return;
+  R loss = R(rest - q.its_likelihood());
+  if (a.zero_infinity && loss == R(INFINITY)) loss = 0;
+  static_cast<R*>(a.loss)[q.n] = loss;
+}
+
+// Also links the positions of a class: for each label 2 (1 + the next label that equals it, or 0), and 1
+// more if it is the first such.
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 1) posterior_kernel(AlignmentArgs a, bool in_shared) {
+  using R = acc_t<T>;
+  FL_DYN_SHARED(R, rows);
+  const Sequence<T> q(a, blockIdx.x);
+  const int64_t threads = blockDim.x;
+  const R nothing = -R(INFINITY), likelihood = q.its_likelihood();
+  for (int64_t i = threadIdx.x; i < q.length; i += threads) {
+    int64_t next = i + 1, first = 1;
+    while (next < q.length && q.labels[next] != q.labels[i]) ++next;
+    for (int64_t j = 0; j < i; ++j)
+      if (q.labels[j] == q.labels[i]) first = 0;
+    a.links[q.n * a.width + i] = 2 * (next < q.length ? next + 1 : 0) + first;
+  }
+  R* const betas = in_shared ? rows : static_cast<R*>(a.betas) + q.n * 2 * q.width;
+  for (int64_t t = q.steps - 1; t >= 0; --t) {
+    const bool last = t == q.steps - 1;
+    R* const now = betas + t % 2 * q.width;
+    const R* const behind = betas + (t + 1) % 2 * q.width;
+    for (int64_t s = threadIdx.x; s < q.positions; s += threads) {
+      R ahead = s >= q.positions - 2 ? R(0) : nothing;
+      if (!last)
+        ahead = log_sum(behind[s], s + 1 < q.positions ? behind[s + 1] : nothing,
+                        q.skips(s + 2) ? behind[s + 2] : nothing);
+      q.posterior(t)[s] = posterior(q.alpha(t)[s], ahead, likelihood);
+      now[s] = beta(ahead, q.y(t, s));
+    }
+    __syncthreads();
+  }
+}
+
+// The sum over the block, in a fixed order.
+template <class R>
+__device__ __forceinline__ R sum_of_block(R x) {
+  FL_SHARED(R, part, kRowThreads);
+  part[threadIdx.x] = x;
+  __syncthreads();
+  for (unsigned width = kRowThreads / 2; width; width /= 2) {
+    if (threadIdx.x < width) part[threadIdx.x] += part[threadIdx.x + width];
+    __syncthreads();
+  }
+  return part[0];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads) gradient_kernel(AlignmentArgs a) {
+  using R = acc_t<T>;
+  const int64_t row = blockIdx.x, t = row / a.batch;
+  const Sequence<T> q(a, row % a.batch);
+  T* const out = static_cast<T*>(a.gradient) + row * a.classes;
+  const bool none = q.its_likelihood() == -R(INFINITY), counts = t < q.steps && !(none && a.zero_infinity);
+  const R g = none ? R(NAN) : static_cast<const R*>(a.upstream)[q.n];
+  const R z = a.from_logits ? *q.row(a.steps + t) : R(0);
+  const auto p = [&](int64_t k) {
+    return a.from_logits ? exp(R(widen(static_cast<const T*>(a.input)[row * a.classes + k])) - z) : R(0);
+  };
+  for (int64_t k = threadIdx.x; k < a.classes; k += kRowThreads) out[k] = narrow<T>(counts ? g * p(k) : R(0));
+  const R* const posterior = q.posterior(counts ? t : 0);
+  R blank = 0;
+  for (int64_t s = threadIdx.x; counts && s < q.positions; s += kRowThreads)
+    if (q.label(s) == q.blank) blank += posterior[s];
+  blank = sum_of_block(blank);  // all of `out` is written now
+  if (!counts) return;
+  if (threadIdx.x == 0) out[q.blank] = narrow<T>(g * (p(q.blank) - blank));
+  for (int64_t i = threadIdx.x; i < q.length; i += kRowThreads) {
+    const int64_t *const links = a.links + q.n * a.width, k = q.labels[i];
+    if (links[i] % 2 == 0 || k == q.blank || !q.in_range(k)) continue;
+    R sum = 0;
+    for (int64_t j = i; j >= 0; j = links[j] / 2 - 1) sum += posterior[2 * j + 1];
+    out[k] = narrow<T>(g * (p(k) - sum));
+  }
+}
+
+template <auto kKernel, class... More>
+void start(int64_t blocks, int threads, size_t shared, cudaStream_t stream, const More&... arguments) {
+  (void)Registered<kKernel>::done;
+  if (blocks > 0)
+    launch(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared, stream, arguments...);
+}
+
+template <class T>
+void run(const AlignmentArgs& a, cudaStream_t stream) {
+  const int64_t width = 2 * a.width + 1, rows = a.steps * a.batch;
+  const int threads = static_cast<int>(width < kMostThreads ? (width + 31) / 32 * 32 : kMostThreads);
+  const size_t rows_bytes = 2 * static_cast<size_t>(width) * sizeof(acc_t<T>);
+  const bool in_shared = rows_bytes <= kMostShared;
+  const size_t shared = in_shared ? rows_bytes : 0;
+  if (a.backward) {
+    start<&posterior_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
+    return start<&gradient_kernel<T>>(rows, kRowThreads, 0, stream, a);
+  }
+  start<&rows_kernel<T>>((rows * 32 + kRowThreads - 1) / kRowThreads, kRowThreads, 0, stream, a);
+  start<&alpha_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
+}
+
+}  // namespace
+
+void alignment(const AlignmentArgs& args, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  switch (args.dtype) {
+    case DType::f32:
+      return run<float>(args, s);
+    case DType::bf16:
+      return run<__nv_bfloat16>(args, s);
+    case DType::f16:
+      return run<__half>(args, s);
+    case DType::f64:
+      return run<double>(args, s);
+  }
+}
+
+}  // namespace fastloss::cuda

@@ -1,0 +1,113 @@
+"""Connectionist temporal classification, step by step in logarithms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["ctc_loss"]
+
+
+def _log_sum(*terms: Tensor) -> Tensor:
+    """Of -inf alone -inf, with a gradient of 0."""
+    stacked = torch.stack(terms)
+    nothing = (stacked == -math.inf).all(0)
+    return torch.where(nothing, -math.inf, torch.where(nothing, 0.0, stacked).logsumexp(0))
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """[N, S], position s holding what was at s - by, the first ones -inf."""
+    return torch.cat([torch.full_like(x[:, :by], -math.inf), x[:, : x.shape[1] - by]], 1)
+
+
+def ctc_rows(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int = 0,
+    from_logits: bool = False,
+    zero_infinity: bool = False,
+) -> Tensor:
+    """Of [T, N, C] and padded targets [N, L] the loss of each sequence."""
+    y = log_probs.to(torch.float64 if log_probs.dtype == torch.float64 else torch.float32)
+    if from_logits:
+        y = y.log_softmax(-1)
+    steps, batch, classes = y.shape
+    width = targets.shape[1]
+    inside = torch.arange(width, device=y.device) < target_lengths.unsqueeze(1)
+    if bool((inside & ((targets < 0) | (targets >= classes))).any()):
+        raise RuntimeError(f"targets: expected classes in [0, {classes})")
+    labels = torch.where(inside, targets.long(), blank)
+    positions = torch.full((batch, 2 * width + 1), blank, device=y.device)
+    positions[:, 1::2] = labels
+    skips = torch.zeros_like(positions, dtype=torch.bool)
+    skips[:, 3::2] = labels[:, 1:] != labels[:, :-1]
+    place = torch.arange(2 * width + 1, device=y.device)
+    alpha = (
+        torch.where(place == 0, 0.0, -math.inf).to(y).expand(batch, -1) + y[:0].sum()
+    )  # before the first step
+    found = alpha  # after each sequence's last
+    for t in range(steps):
+        before = (alpha, _shifted(alpha, 1))
+        if t > 0:
+            before = (*before, torch.where(skips, _shifted(alpha, 2), -math.inf))
+        alpha = _log_sum(*before) + y[t].gather(1, positions)
+        found = torch.where((input_lengths == t + 1).unsqueeze(1), alpha, found)
+    last = (2 * target_lengths).unsqueeze(1)
+    end = torch.where((place == last) | (place == last - 1), found, -math.inf)
+    loss = -_log_sum(*end.unbind(1))
+    return torch.where(loss == math.inf, 0.0, loss) if zero_infinity else loss
+
+
+def ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+    *,
+    from_logits: bool = False,
+) -> Tensor:
+    """As `fastloss.functional.ctc_loss`."""
+    if log_probs.dim() not in (2, 3):
+        raise RuntimeError(f"log_probs: expected (T, N, C) or (T, C), got {tuple(log_probs.shape)}")
+    lengths = [torch.as_tensor(x, device=log_probs.device) for x in (input_lengths, target_lengths)]
+    single = log_probs.dim() == 2
+    if single:
+        log_probs, lengths = log_probs.unsqueeze(1), [x.reshape(1) for x in lengths]
+        targets = targets.unsqueeze(0) if targets.dim() == 1 else targets
+    steps, batch, classes = log_probs.shape
+    inputs, labels = lengths
+    if inputs.shape != (batch,) or labels.shape != (batch,):
+        raise RuntimeError(f"input_lengths, target_lengths: expected {batch} numbers")
+    if not 0 <= blank < classes:
+        raise RuntimeError(f"blank: expected a class in [0, {classes})")
+    for name, x in (("targets", targets), ("input_lengths", inputs), ("target_lengths", labels)):
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise RuntimeError(f"{name}: expected integers, got {x.dtype}")
+    if targets.dim() == 1:
+        ends = labels.cumsum(0)
+        rows = [targets[end - n : end] for n, end in zip(labels.tolist(), ends.tolist(), strict=True)]
+        targets = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if targets.dim() != 2 or targets.shape[0] != batch:
+        raise RuntimeError(f"targets: expected {batch} rows")
+    if bool(((inputs < 0) | (inputs > steps)).any()):
+        raise RuntimeError(f"input_lengths: expected numbers in [0, {steps}]")
+    if bool(((labels < 0) | (labels > targets.shape[1])).any()):
+        raise RuntimeError(f"target_lengths: expected numbers in [0, {targets.shape[1]}]")
+    loss = ctc_rows(log_probs, targets, inputs, labels, blank, from_logits, zero_infinity)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if reduction == "mean":
+        loss = (loss / labels.clamp(min=1)).mean()
+    elif reduction == "sum":
+        loss = loss.sum()
+    elif single:
+        loss = loss.squeeze(0)
+    return loss.to(log_probs.dtype)

@@ -1,0 +1,94 @@
+"""Survival losses, with every individual beside every other of the cohort."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["cox_ph_loss", "dart_loss"]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def cox_terms(log_h: Tensor, durations: Tensor, events: Tensor, strata: Tensor | None, efron: bool) -> Tensor:
+    """[..., N]: log(sum of e^h at risk) - h of each event, 0 of the others. Of tied events, by efron, the l-th of d
+    sees each of them with weight 1 - l/d."""
+    h = _wide(log_h)
+    ones = durations.unsqueeze(-2).new_ones(())
+    other, mine = durations.unsqueeze(-2), durations.unsqueeze(-1)  # [..., i, j]: j, i
+    together = ones.bool() if strata is None else strata.unsqueeze(-2) == strata.unsqueeze(-1)
+    at_risk = (other >= mine) & together
+    log_weight = h.new_zeros(()).expand(at_risk.shape)
+    if efron:
+        tied = (other == mine) & together & events.unsqueeze(-2) & events.unsqueeze(-1)
+        earlier = tied.tril(-1).sum(-1, keepdim=True).to(h.dtype)
+        log_weight = torch.where(tied, torch.log1p(-earlier / tied.sum(-1, keepdim=True).clamp(min=1)), 0.0)
+    risks = torch.where(at_risk & events.unsqueeze(-1), h.unsqueeze(-2) + log_weight, -math.inf)
+    risks = torch.where(events.unsqueeze(-1), risks, 0.0)  # else of nothing the logarithm
+    return torch.where(events, risks.logsumexp(-1) - h, 0.0)
+
+
+def cox_ph_loss(
+    log_h: Tensor,
+    durations: Tensor,
+    events: Tensor,
+    *,
+    ties: str = "breslow",
+    strata: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.cox_ph_loss`."""
+    if log_h.shape == (*durations.shape, 1):
+        log_h = log_h.squeeze(-1)
+    for name, t in (("durations", durations), ("events", events), ("strata", strata)):
+        if t is not None and t.shape != log_h.shape:
+            raise RuntimeError(f"{name}: expected shape {tuple(log_h.shape)}, got {tuple(t.shape)}")
+    if ties not in ("breslow", "efron"):
+        raise ValueError(f"ties: expected 'breslow' or 'efron', got {ties!r}")
+    happened = events.detach() != 0
+    loss = cox_terms(log_h, durations.detach(), happened, strata, ties == "efron")
+    return _reduced(loss, reduction, happened.sum().clamp(min=1)).to(log_h.dtype)
+
+
+def dart_terms(
+    theta: Tensor, log_durations: Tensor, events: Tensor, alpha: float = 0.0, beta: float = 0.0
+) -> Tensor:
+    """[..., N]: event / N sum over j of max(0, e_j - e_i), plus alpha e^2 + beta theta^2."""
+    theta = theta.double()
+    e = log_durations - theta
+    gaps = (e.unsqueeze(-2) - e.unsqueeze(-1)).relu()
+    loss = torch.where(events, gaps.sum(-1), 0.0) / max(theta.shape[-1], 1)
+    if alpha:
+        loss = loss + alpha * e.square()
+    return loss + beta * theta.square() if beta else loss
+
+
+def dart_loss(
+    theta: Tensor,
+    durations: Tensor,
+    events: Tensor,
+    *,
+    alpha: float = 0.0,
+    beta: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.dart_loss`."""
+    if theta.shape == (*durations.shape, 1):
+        theta = theta.squeeze(-1)
+    for name, t in (("durations", durations), ("events", events)):
+        if t.shape != theta.shape:
+            raise RuntimeError(f"{name}: expected shape {tuple(theta.shape)}, got {tuple(t.shape)}")
+    loss = dart_terms(theta, durations.detach().double().log(), events.detach() != 0, alpha, beta)
+    return _reduced(loss, reduction, max(loss.numel(), 1)).to(theta.dtype)
+
+
+def _reduced(loss: Tensor, reduction: str, count: Tensor | int) -> Tensor:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if reduction == "none":
+        return loss
+    return loss.sum() / count if reduction == "mean" else loss.sum()
