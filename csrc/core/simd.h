@@ -322,6 +322,14 @@ FL_FN vector_t<acc_t<T>> load_part(const T* p, int64_t count, acc_t<T> rest) {
   T buffer[kLanes<F>];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16((1u << count) - 1, p));
 #else
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    return select(first_lanes<F>(count), f32v(_mm256_maskload_ps(p, (__m256i)first_lanes<F>(count))),
+                  fill<F>(rest));
+  else if constexpr (std::is_same_v<T, double>)
+    return select(first_lanes<F>(count), f64v(_mm256_maskload_pd(p, (__m256i)first_lanes<F>(count))),
+                  fill<F>(rest));
+#endif
   T buffer[kLanes<F>] = {};
   std::memcpy(buffer, p, count * sizeof(T));
 #endif
@@ -383,6 +391,10 @@ FL_FN void store_part(T* p, vector_t<acc_t<T>> v, int64_t count) {
   const uint32_t lanes = (1u << count) - 1;
   if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, lanes, v);
   if constexpr (std::is_same_v<T, double>) return _mm512_mask_storeu_pd(p, lanes, v);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) return _mm256_maskstore_ps(p, (__m256i)first_lanes<f32v>(count), v);
+  if constexpr (std::is_same_v<T, double>)
+    return _mm256_maskstore_pd(p, (__m256i)first_lanes<f64v>(count), v);
 #endif
   T buffer[kLanes<vector_t<acc_t<T>>>];
   store(buffer, v);
@@ -394,7 +406,11 @@ FL_FN void store_part(T* p, vector_t<acc_t<T>> v, int64_t count) {
 }
 template <class T>
 FL_FN void store_one(T* p, acc_t<T> x) {
-  store_part(p, fill<vector_t<acc_t<T>>>(x), 1);
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    *p = x;
+  } else {
+    store_part(p, fill<vector_t<acc_t<T>>>(x), 1);
+  }
 }
 
 // One vector past the cache; p is aligned to its size. The caller ends with _mm_sfence.
