@@ -4,6 +4,7 @@ from fastloss import (
     alignment,
     contrastive,
     divergence,
+    flow,
     focal,
     linear,
     linear_statistics,
@@ -25,6 +26,7 @@ from fastloss import (
 from fastloss.alignment import *  # noqa: F403
 from fastloss.contrastive import *  # noqa: F403
 from fastloss.divergence import *  # noqa: F403
+from fastloss.flow import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
 from fastloss.linear import *  # noqa: F403
 from fastloss.linear_statistics import *  # noqa: F403
@@ -57,6 +59,7 @@ __all__ = [
         preference,
         ranking,
         policy,
+        flow,
         rewards,
         sequence,
         survival,
