@@ -7,6 +7,7 @@ from fastloss import (
     contrastive_labels,
     contrastive_ranking,
     divergence,
+    flow,
     focal,
     linear,
     linear_statistics,
@@ -32,6 +33,7 @@ from fastloss.contrastive import *  # noqa: F403
 from fastloss.contrastive_labels import *  # noqa: F403
 from fastloss.contrastive_ranking import *  # noqa: F403
 from fastloss.divergence import *  # noqa: F403
+from fastloss.flow import *  # noqa: F403
 from fastloss.focal import *  # noqa: F403
 from fastloss.linear import *  # noqa: F403
 from fastloss.linear_statistics import *  # noqa: F403
@@ -65,6 +67,7 @@ __all__ = [
         preference,
         ranking,
         policy,
+        flow,
         rewards,
         sequence,
         survival,

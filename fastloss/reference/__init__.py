@@ -5,6 +5,7 @@ from fastloss.reference import (
     alignment,
     contrastive,
     divergence,
+    flow,
     focal,
     linear,
     margin,
@@ -25,6 +26,7 @@ from fastloss.reference.aggregate import *  # noqa: F403
 from fastloss.reference.alignment import *  # noqa: F403
 from fastloss.reference.contrastive import *  # noqa: F403
 from fastloss.reference.divergence import *  # noqa: F403
+from fastloss.reference.flow import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
 from fastloss.reference.linear import *  # noqa: F403
 from fastloss.reference.margin import *  # noqa: F403
@@ -54,6 +56,7 @@ __all__ = [
         preference,
         ranking,
         policy,
+        flow,
         rewards,
         sequence,
         survival,

@@ -1,0 +1,50 @@
+"""Balance of flows, with probabilities written out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["detailed_balance_loss"]
+
+
+def detailed_balance_loss(
+    state_flow: Tensor,
+    next_flows: Tensor,
+    logits: Tensor,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    variant: str = "all",
+    chosen: Tensor | None = None,
+    rewards: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.detailed_balance_loss`."""
+    dtype = torch.promote_types(torch.promote_types(state_flow.dtype, next_flows.dtype), logits.dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    flow, ahead, x = (t.to(wide) for t in (state_flow, next_flows, logits))
+    if state_flow.shape != logits.shape[:-1] or next_flows.shape != logits.shape:
+        raise RuntimeError("next_flows, state_flow: expected the shape of logits, without its last dimension")
+    there = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    shares = torch.where(there, (x - x.detach().amax(-1, keepdim=True)).exp(), 0.0)
+    total = shares.sum(-1, keepdim=True)
+    log_p = x - x.detach().amax(-1, keepdim=True) - torch.where(total > 0, total, 1.0).log()
+    if variant == "all":
+        u = torch.where(there, flow.unsqueeze(-1) + log_p - ahead, 0.0)
+        loss = u.square().sum(-1)
+    elif variant == "chosen":
+        place = chosen.unsqueeze(-1)
+        if bool(((place < 0) | (place >= x.shape[-1])).any()):
+            raise RuntimeError("chosen: expected places of actions")
+        log_p, ahead, kept = (t.gather(-1, place).squeeze(-1) for t in (log_p, ahead, there))
+        loss = (flow - log_p - ahead).square()
+        if rewards is not None:
+            loss = loss + (rewards > 1) * (flow - 1).square() + (rewards < 1) * (ahead - 1).square()
+        loss = torch.where(kept, loss, 0.0)
+    else:
+        raise ValueError(f"variant: expected 'all' or 'chosen', got {variant!r}")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    if reduction != "none":
+        loss = loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
+    return loss.to(dtype)
