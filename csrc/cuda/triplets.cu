@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kTripletThreads) anchors_kernel(TripletArgs a)
     for (int64_t j = threadIdx.x; j < a.m; j += kTripletThreads) d[j] = 0;
   }
   if (!a.sums) {
-    if (threadIdx.x == 0) d[i] = 0;
+    if (few > 0 && threadIdx.x == 0) d[i] = 0;
     return;
   }
   FL_SHARED(double, sums, 2 * kTripletThreads);
