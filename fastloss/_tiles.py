@@ -142,7 +142,8 @@ class Matrix:
     def _walk_chunks(
         self, kind: int, given: list[Tensor | None], dx: Tensor | None, dy: Tensor | None
     ) -> None:
-        x, y = self.x.wide, self.y.wide
+        # the library's sums depend on how operands are aligned; ours must not
+        x, y = (t.clone() if t.data_ptr() % 64 else t for t in (self.x.wide, self.y.wide))
         more: dict[str, Any] = {}
         top = None
         if self.low != x.dtype and x.is_cuda:  # products of half types, summed in float32
