@@ -26,6 +26,8 @@ class _Chunks:
         mask: Tensor | None,
     ):  # fmt: skip
         on_cpu = products is _linear.PackedProducts
+        if not on_cpu:
+            input, weight = _linear.aligned(input), _linear.aligned(weight)
         self.operators, self.input = operators, input
         self.product = products(operators, weight, bias)
         self.mask = mask

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastloss import _op
-from fastloss._linear import accumulation_type
+from fastloss._linear import accumulation_type, aligned
 from fastloss._op import _functorch_active
 
 BUDGET = 64 << 20
@@ -85,11 +85,14 @@ class Matrix:
     ) -> Sequence[Tensor | None]:
         """One pass. With `gradients` it gives those of the rows `x.wide` and `y.wide`, and of the scale.
 
-        Of x with itself the gradient of s and its transpose are made as one matrix, with a row's arrays as the
-        column's: one product fewer, and no gradient of y.
+        On the CPU, of x with itself the gradient of s and its transpose are made as one matrix, with a row's arrays
+        as the column's: one product fewer, and no gradient of y.
         """
         x, y = self.x.wide, self.y.wide
         both = self.itself and kind in (SOFTMAX_GRADIENT, PAIRS_GRADIENT) and arrays.get("col_grad") is None
+        both = (
+            both and self.on_cpu
+        )  # the library's s_ij and s_ji differ, and so would what they are relative to
         if both:
             arrays |= {name.replace("row", "col"): arrays.get(name) for name in ARRAYS[:3]}
             arrays["col_positive_grad"] = arrays.get("positive_grad")
@@ -142,8 +145,7 @@ class Matrix:
     def _walk_chunks(
         self, kind: int, given: list[Tensor | None], dx: Tensor | None, dy: Tensor | None
     ) -> None:
-        # the library's sums depend on how operands are aligned; ours must not
-        x, y = (t.clone() if t.data_ptr() % 64 else t for t in (self.x.wide, self.y.wide))
+        x, y = aligned(self.x.wide), aligned(self.y.wide)
         more: dict[str, Any] = {}
         top = None
         if self.low != x.dtype and x.is_cuda:  # products of half types, summed in float32

@@ -52,7 +52,7 @@ def _among(
 
 def class_sizes(labels: Tensor, among: Tensor) -> Tensor:
     """Of each label, how often it is there."""
-    order = among.sort().values
+    order, labels = among.sort().values, labels.contiguous()
     return torch.searchsorted(order, labels, right=True) - torch.searchsorted(order, labels)
 
 

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+import fastloss.policy  # noqa: F401  the family that it joins
 from fastloss import reference
 from fastloss._checks import check_floating, check_reduction, check_tensors
 from fastloss._heads import choice

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
 from fastloss._drivers import NumberOp
-from fastloss._op import HALF_TYPES, REDUCTIONS, _functorch_active
+from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
 from fastloss.statistics import log_probs_of
 from fastloss.token import is_wide
@@ -138,11 +138,13 @@ def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool
 
 def _picked(logits: Tensor, ids: Tensor) -> Tensor:
     """The logits of these classes, [..., D]; where it would cost a wait to look, NaN for a class that is none."""
+    if ids.is_cpu:
+        try:
+            return logits.index_select(-1, ids)
+        except (IndexError, RuntimeError) as error:
+            raise IndexError(f"token_ids: {error}") from None
     inside = (ids >= 0) & (ids < logits.shape[-1])
-    if ids.is_cpu and not torch.compiler.is_compiling() and not _functorch_active() and not inside.all():
-        raise IndexError(f"token_ids: class {ids[~inside][0].item()} is out of bounds")
-    picked = logits.index_select(-1, torch.where(inside, ids, 0))
-    return picked if ids.is_cpu else torch.where(inside, picked, torch.nan)
+    return torch.where(inside, logits.index_select(-1, torch.where(inside, ids, 0)), torch.nan)
 
 
 def _check_options(kind: str, reduction: str, squash_factor: float | None) -> None:
@@ -414,8 +416,8 @@ _SOFT = {
     }
 }
 for _function, _reference, _more in (
-    (number_token_loss, reference.number_token_loss, _SOFT),
     (cross_entropy_with_number_token_loss, reference.cross_entropy_with_number_token_loss, {}),
+    (number_token_loss, reference.number_token_loss, _SOFT),
 ):
     register(
         Loss(

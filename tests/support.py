@@ -49,14 +49,15 @@ _TWICE = "the gradients of both inputs are made, also where one is wanted"
 _SOFT = "labels that are distributions go through torch's operations, whose sums depend on the batch"
 _SORTED = "a cohort's order and its sums in float64 are several times as large as its scores"
 _ALPHAS = "the alphas, 2 L + 1 for each step, are as large as the input where there are so few classes"
-_LOST = "a row at a distance of NaN is nobody's hardest"
 EXCEPTIONS = {
+    "test_opcheck[*-number_token_loss-plain-*]": (
+        "the logits of the number tokens are few: torch's operations on them are all there is"
+    ),
     "test_buffer_is_used_again[cosine_embedding_loss]": _TWICE,
     "test_memory_from_outside[cosine_embedding_loss]": _TWICE,
     "test_other_rows_of_the_batch[*-number_token_loss-soft-float32]": _SOFT,
     "test_memory_from_outside[ctc_loss]": _ALPHAS,
     "test_memory_from_outside[cox_ph_loss]": _SORTED,
-    "test_nan_inputs_are_not_hidden[*-batch_hard_triplet_loss-*]": _LOST,
     "test_upstream_gradient_in_any_layout[*-triplet_margin_loss-plain-bfloat16]": (
         "the anchor's gradient is a sum of two, each rounded"
     ),

@@ -20,6 +20,8 @@ from support import (
     upstream_like,
 )
 
+from fastloss import _op
+
 ROWS = 6
 
 
@@ -67,8 +69,9 @@ def is_row_wise(loss, case):
     value = exact(loss, kwargs, []).value
     if value.shape[:1] != (ROWS,):
         return False
-    half = exact(loss, rows_of(kwargs, slice(0, ROWS // 2))[0], []).value
-    return torch.allclose(half, value[: ROWS // 2], rtol=1e-12)
+    some = torch.tensor([ROWS - 1, 0, 2])
+    few = exact(loss, rows_of(kwargs, some)[0], []).value
+    return torch.allclose(few, value[some], rtol=1e-12)
 
 
 def row_wise_answer(loss, kwargs, upstream, index):
@@ -88,6 +91,8 @@ def test_other_rows_of_the_batch(loss, case, dtype, device):
     """Alone, at the front, at the back, among others: a row's loss and gradient are the same bits."""
     if not is_row_wise(loss, case):
         return
+    if loss.multiplies and (device == "cuda" or _op._namespace != "fastloss"):
+        pytest.skip("the products are torch's, whose bits depend on how many rows there are")
     more = {"reduction": "none"} if has_reductions(loss) else {}
     for shape in batched_shapes(loss):
         kwargs = make(loss, case, dtype, device, shape, **more)

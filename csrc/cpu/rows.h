@@ -319,8 +319,10 @@ class RowWalker {
   }
   FL_FN static R finite(R base) { return base == -INFINITY ? 0 : base; }
 
+  FL_FN static F& field(Accumulator& a, int f) { return reinterpret_cast<F*>(&a.extra)[f]; }
+
   FL_NOINLINE R accumulate(Row& row, R zt) {
-    Accumulator acc[kUnroll];
+    Accumulator total[kUnroll];
     R base = -INFINITY;
     const bool keep = a_.pass == RowPass::forward_gradient;
     for (int64_t begin = 0, b = 0; begin < n_; begin += kBlock, ++b) {
@@ -329,24 +331,29 @@ class RowWalker {
       if (raise(base, block_max(row.x, begin, end)) && before != -INFINITY) {
         const R shift = before - base;
         const F factor = fill<F>(exp(shift));
-        for (Accumulator& a : acc) {
+        for (Accumulator& a : total) {
           a.extra.move(fill<F>(shift), factor, a.s);
           a.s *= factor;
         }
       }
       bases_[b] = base;
+      Accumulator acc[kUnroll];  // a block's own: the sum of a long row would not grow any more
       if (keep) {
         add_block<true>(row, begin, end, finite(base), acc);
       } else {
         add_block<false>(row, begin, end, finite(base), acc);
       }
+      for (int u = 0; u < kUnroll; ++u) {
+        total[u].s += acc[u].s;
+        for (int f = 0; f < kFields; ++f) field(total[u], f) += field(acc[u], f);
+      }
     }
     base = finite(base);
-    const R others = horizontal_sum((acc[0].s + acc[1].s) + (acc[2].s + acc[3].s));
+    const R others = horizontal_sum((total[0].s + total[1].s) + (total[2].s + total[3].s));
     typename Loss::template Sums<R> sums{};
     for (int f = 0; f < kFields; ++f) {
       F v[kUnroll];
-      for (int u = 0; u < kUnroll; ++u) v[u] = reinterpret_cast<const F*>(&acc[u].extra)[f];
+      for (int u = 0; u < kUnroll; ++u) v[u] = field(total[u], f);
       reinterpret_cast<R*>(&sums)[f] = horizontal_sum((v[0] + v[1]) + (v[2] + v[3]));
     }
     row.target.d = zt - base;

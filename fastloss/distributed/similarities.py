@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastloss import _op
+from fastloss._features import softmax as alone
 from fastloss._linear import accumulation_type
 from fastloss._op import REDUCTIONS
 from fastloss._tiles import SIGMOID, SOFTMAX_GRADIENT, Matrix, Rows
@@ -193,6 +194,8 @@ class _Sigmoid(Function):
 
 def softmax(tensors, options, ranks: Ranks, exchange: type[Gathered | Ring]) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, columns and positives: tensors and options as of `SoftmaxOp`, `rows` being always wanted."""
+    if ranks.size == 1:
+        return alone(tensors, options)
     return _Softmax.apply(*tensors, options, ranks, exchange)
 
 

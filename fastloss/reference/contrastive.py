@@ -226,7 +226,7 @@ def sup_con_loss(
         features, labels, temperature, normalize, keys, key_labels, label_offset
     )
     share = positive.to(s.dtype) / positive.sum(1, keepdim=True).clamp_min(1)
-    loss = log_sum_exp(s, positive | negative, 1) - (share * s).sum(1)
+    loss = log_sum_exp(s, positive | negative, 1) - (share * s.masked_fill(~positive, 0.0)).sum(1)
     counts = positive.any(1)
     return mean_over(loss.masked_fill(~counts, 0.0), counts, sample_weight, reduction)
 

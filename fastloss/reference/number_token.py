@@ -37,7 +37,7 @@ def _number_rows(
     squash_factor: float | None,
 ) -> Tensor:
     _, y = _numbers(labels, ids, values)
-    q = z.log_softmax(-1)[..., ids].softmax(-1)  # NaN anywhere in the row shows
+    q = z[..., ids].softmax(-1)
     gaps = (values.unsqueeze(0) - values.unsqueeze(1)).abs()
     if kind == "wasserstein":
         gap, most = (values - y.unsqueeze(-1)).abs(), gaps.max()
@@ -57,8 +57,7 @@ def _number_rows(
 
 
 def _soft_rows(z: Tensor, p: Tensor, ids: Tensor, values: Tensor, kind: str, reweigh: bool) -> Tensor:
-    logp = z.log_softmax(-1)[..., ids]
-    q, most = logp.softmax(-1), values.max() - values.min()
+    q, most = z[..., ids].softmax(-1), values.max() - values.min()
     if kind == "wasserstein":
         points = values.sort().values
         below = (values.unsqueeze(-1) <= points[:-1]).to(z.dtype)  # [D, D - 1]
@@ -66,7 +65,7 @@ def _soft_rows(z: Tensor, p: Tensor, ids: Tensor, values: Tensor, kind: str, rew
     else:
         loss, most = ((q * values).sum(-1) - (p * values).sum(-1)).square(), most.square()
     if reweigh:
-        mass = logp.exp().sum(-1)
+        mass = z.softmax(-1)[..., ids].sum(-1)
         loss = loss * mass + 1.01 * most * (1 - mass)
     return loss
 
