@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--peers", type=Path, metavar="FILE", help="Python file with more candidates")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the times (.png, .svg, .pdf)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    bench.add_argument("--all", action="store_true", help="every loss; needs --out")
+    bench.add_argument(
+        "--all", action="store_true", help="every loss, with fewer rows than its own; needs --out"
+    )
     bench.add_argument(
         "--table", type=Path, metavar="FILE", help="what the JSON file lists, like benchmarks/cpu.json"
     )

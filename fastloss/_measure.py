@@ -32,7 +32,7 @@ from fastloss._steps import Clock, Copy, Step, cuda_peak, rss_peak
 from fastloss.check import compare, differentiable, eager_of
 
 CHECKED_ELEMENTS = 2**20
-MIN_ROUNDS, MAX_ROUNDS = 5, 300
+MIN_ROUNDS, MAX_ROUNDS = 3, 300
 REGIMES = ("malloc", "recycled")
 """The default allocator, which returns large blocks to the system, and one that keeps all it ever had."""
 

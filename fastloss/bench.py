@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -116,6 +117,19 @@ def rows_of(spec: Spec, found: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def moderate(loss: Loss) -> tuple[int, ...]:
+    """The loss's own shape with fewer rows, so that all losses together take minutes."""
+
+    def work(shape: tuple[int, ...]) -> int:
+        pairs = shape[0] if loss.multiplies and len(shape) == 2 else 1  # a batch with itself
+        return pairs * math.prod(shape)
+
+    shape, most = loss.bench_shape, 2**33 if loss.multiplies else 2**24
+    while work(shape) > most and shape[0] > 1:
+        shape = (shape[0] // 2, *shape[1:])
+    return shape
+
+
 def plan(args: argparse.Namespace) -> list[Spec]:
     """What to measure, from the command line."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,7 +150,7 @@ def plan(args: argparse.Namespace) -> list[Spec]:
         return Spec(
             loss=loss.name,
             case=case,
-            shape=tuple(one.shape or loss.bench_shape),
+            shape=tuple(one.shape or (moderate(loss) if args.all else loss.bench_shape)),
             dtype=dtype,
             device=device,
             backward=not one.forward_only and loss.name not in estimators,  # they are called without
