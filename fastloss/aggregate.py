@@ -289,7 +289,7 @@ def _register(function, cases, inputs=(), forward=("losses", "theta", "sample_we
             forward_arguments=forward,
             cases=cases,
             shapes=((7, 1), (3, 33), (5, 1000), (2, 4099), (2, 5, 3)),
-            bench_shape=(1 << 12, 1 << 12),
+            bench_shape=(1 << 10, 1 << 10),
             traffic=lambda shape, itemsize, backward: (3 if backward else 1) * math.prod(shape) * itemsize,
         )
     )
