@@ -25,10 +25,12 @@ def _tail(x: Tensor, w: Tensor | None, q: float) -> Tensor:
     share = w.detach().gather(0, order).double().cumsum(0)
     at = (share < (1 - q) * w.detach().double().sum()).sum().clamp(max=len(x) - 1)
     edge = torch.where(x.detach().isnan().any(), math.nan, down.gather(0, at.reshape(1)))
-    tied, above, worst = w * (x == edge), w * (x > edge), (1 - q) * w.sum()
+    tied, above = w * (x == edge), w * (x > edge)
+    worst = (1 - q) * w.double().sum()  # of which the edge takes what is left: a small difference
+    left = (worst - above.double().sum()).to(x.dtype)
     at_edge = edge + (tied * torch.where((tied > 0) | edge.isnan(), x - edge, 0.0)).sum() / tied.sum()
-    total = torch.where(above > 0, above * x, 0.0).sum() + (worst - above.sum()) * at_edge
-    return (total / worst).reshape(())
+    total = torch.where(above > 0, above * x, 0.0).sum() + left * at_edge
+    return (total / worst.to(x.dtype)).reshape(())
 
 
 def _ball(x: Tensor, w: Tensor | None, rho: float) -> Tensor:
