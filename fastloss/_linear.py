@@ -127,12 +127,12 @@ def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
         raise IndexError(f"Target {target[out][0].item()} is out of bounds.")
 
 
-@torch.no_grad()
 def aligned(x: Tensor) -> Tensor:
     """For products of the library, whose sums depend on how operands are aligned: ours must not."""
     return x.clone() if x.data_ptr() % 64 else x
 
 
+@torch.no_grad()
 def forward(
     name: str, shape: type[Shape] | None, operators: Any, products: type, input: Tensor, linear_weight: Tensor,
     linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, row_weight: Tensor | None,
