@@ -115,7 +115,7 @@ class Matrix:
             return ()
         if not self.on_cpu:
             torch.sum(x * dx, 1, out=dots)
-            dx, dy = dx.mul_(self.scale), None if both else dy.mul_(self.scale)
+            dx, dy = dx.mul_(self.scale), dy.mul_(self.scale)
         if both:
             dots *= 0.5
         return dx, dy, self._scale_gradient(self.operators.row_reduce(dots, None))
