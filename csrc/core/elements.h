@@ -4,7 +4,11 @@
 //   kInputs, kWrt     how many numbers an element has, and a bit for each that can be differentiated
 //   kVariants, variant(options)    instantiations, and which one a call takes
 //   kLogSum           the loss is v + log(1 + u), u in [0, 1]: a sum then takes one logarithm of a product
-//   F operator()(const F* v, F* d [, F& u])    the loss of the inputs v; d[i] is its derivative by v[i]
+//   kSteps, F step<i>(const F* v, const F* t)    what is computed first, if anything: t[i] from the inputs v
+//   and
+//                     the steps before; a CPU takes a step for many elements before the next, since it looks
+//                     ahead over fewer instructions than a long chain has
+//   F operator()(const F* v, [const F* t,] F* d [, F& u])    the loss of v; d[i] is its derivative by v[i]
 // F is R, or a vector of R. What a call does not want of d costs nothing. The weight, the upstream gradient,
 // the reduction and what it is divided by are the driver's.
 #pragma once
@@ -56,5 +60,30 @@ struct ElementArgs {
 // A block is what is summed in one go; sums of blocks are added in an order of their own.
 inline constexpr int64_t kElementBlock = 1024;
 inline int64_t element_blocks(int64_t n) { return (n + kElementBlock - 1) / kElementBlock; }
+
+inline namespace FL_ISA {
+
+template <class Loss>
+inline constexpr int kStepsOf = [] {
+  if constexpr (requires { Loss::kSteps; }) return Loss::kSteps;
+  return 0;
+}();
+template <int kFrom = 0, class Loss, class F>
+FL_FN void take_steps(const Loss& loss, const F* v, F* t) {
+  if constexpr (kFrom < kStepsOf<Loss>) {
+    t[kFrom] = loss.template step<kFrom>(v, t);
+    take_steps<kFrom + 1>(loss, v, t);
+  }
+}
+// The loss of v with its steps t; u of a log-sum.
+template <class Loss, class F>
+FL_FN F evaluate(const Loss& loss, const F* v, const F* t, F* d, F& u) {
+  if constexpr (kStepsOf<Loss> != 0 && Loss::kLogSum) return loss(v, t, d, u);
+  if constexpr (kStepsOf<Loss> != 0 && !Loss::kLogSum) return loss(v, t, d);
+  if constexpr (kStepsOf<Loss> == 0 && Loss::kLogSum) return loss(v, d, u);
+  if constexpr (kStepsOf<Loss> == 0 && !Loss::kLogSum) return loss(v, d);
+}
+
+}  // namespace FL_ISA
 
 }  // namespace fastloss

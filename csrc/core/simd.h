@@ -138,12 +138,33 @@ FL_FN f64v fma(f64v a, f64v b, f64v c) {
   return a * b + c;
 #endif
 }
+FL_FN f32v rounded(f32v x) {  // see portable.h
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+FL_FN f64v rounded(f64v x) { return (f64v)rounded((f32v)x); }
 // The polynomial with these coefficients, highest power first.
 template <class F, class... C>
 FL_FN F polynomial(F x, scalar_t<F> highest, C... rest) {
   F p = fill<F>(highest);
   ((p = fma(p, x, fill<F>(rest))), ...);
   return p;
+}
+
+// The same of N vectors, in their place.
+template <int N, class... C>
+FL_FN void polynomial(f32v (&x)[N], float highest, C... rest) {
+  f32v p[N];
+  for (f32v& v : p) v = fill<f32v>(highest);
+  auto step = [&](float c) __attribute__((always_inline)) {
+    for (int u = 0; u < N; ++u) p[u] = fma(p[u], x[u], fill<f32v>(c));
+  };
+  (step(rest), ...);
+  for (int u = 0; u < N; ++u) x[u] = p[u];
 }
 
 // Bounds that NaN passes.
@@ -166,16 +187,19 @@ FL_FN f32v at_least(float bound, f32v x) {
 #endif
 }
 
-FL_FN f32v exp_reduced(f32v r) {  // of |r| <= log(2) / 2
-  const f32v p = polynomial(r, 1.38145394e-3f, 8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f,
-                            4.99999940e-1f);  // minimax, 3e-9
-  return fma(p, r * r, r) + 1.f;
+// exp(r), |r| <= log(2) / 2, of a vector or of several in their place; minimax, 3e-9.
+template <class V>
+FL_FN auto exp_reduced(V&& r) {
+  return polynomial(r, 1.38145394e-3f, 8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f, 4.99999940e-1f, 1.f,
+                    1.f);
 }
 inline constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
 // Added to a float of moderate size, it leaves the nearest integer in the last bits.
 inline constexpr float kToInteger = 12582912.f;
+// The same, and it leaves the bits of 2^(n + 64); and from where on exp is 0.
+inline constexpr float kShift = kToInteger + 127 + 64, kLowest = -104.f;
 
-// exp(x): Cody-Waite reduction, r + r^2 P(r). Error < 1 ulp in float for x in [-87.3, 88.7], zero below,
+// exp(x): Cody-Waite reduction and a polynomial. Error < 1 ulp in float for x in [-87.3, 88.7], zero below,
 // infinity above, NaN kept.
 FL_FN f32v exp(f32v x) {
   const f32v bounded = at_least(-104.f, at_most(89.f, x));
@@ -193,19 +217,6 @@ FL_FN f32v exp(f32v x) {
   return p * (f32v)((half + 127) << 23) * (f32v)((power - half + 127) << 23);
 #endif
 }
-// The same bits for x <= 0: 2^n is multiplied by 2^64 until the end, so that one factor is enough.
-FL_FN f32v exp_down(f32v x) {
-#if defined(__AVX512F__)
-  return exp(x);
-#else
-  constexpr float kShift = kToInteger + 127 + 64;
-  const f32v bounded = at_least(-104.f, x);
-  const f32v shifted = fma(bounded, fill<f32v>(kLog2e), fill<f32v>(kShift)), n = shifted - kShift;
-  const f32v p = exp_reduced(fma(n, fill<f32v>(-kLn2Low), fma(n, fill<f32v>(-kLn2High), bounded)));
-  return p * (f32v)((i32v)shifted << 23) * 0x1p-64f;
-#endif
-}
-
 FL_FN f64v exp(f64v x) {
   constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.4286068203094172e-6;
   constexpr double kToInteger = 6755399441055744.;
@@ -222,20 +233,54 @@ FL_FN f64v exp(f64v x) {
   return p * (f64v)((i64v)(half + (kToInteger + 1023)) << 52) *
          (f64v)((i64v)((n - half) + (kToInteger + 1023)) << 52);
 }
-FL_FN f64v exp_down(f64v x) { return exp(x); }
 
-// exp(x) for x <= 0, of which half precision is wanted in the end: 2^floor(t) p(t - floor(t)), t = x log2(e),
-// from half as many instructions where the machine splits t in one. Relative error 1.5e-7 + 1e-7 |x|; exp(0)
-// is 1; 0 below -110; NaN kept.
-FL_FN f32v exp_for_half(f32v x) {
-#if defined(__AVX512DQ__)
-  const f32v t = _mm512_max_ps(fill<f32v>(-160.f), x * 1.44269504f);
-  const f32v f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  const f32v p =
-      polynomial(f, 1.86711829e-3f, 9.01705492e-3f, 5.57998940e-2f, 2.40164459e-1f, 6.93151295e-1f, 1.f);
-  return _mm512_scalef_ps(p, t);
+// The same bits for x <= 0: 2^n is multiplied by 2^64 until the end, so that one factor is enough. Of N
+// vectors, side by side: a machine looks ahead over few instructions, and these are independent.
+template <int N>
+FL_FN void exp_down(const f64v (&x)[N], f64v (&e)[N]) {
+  for (int u = 0; u < N; ++u) e[u] = exp(x[u]);
+}
+template <int N>
+FL_FN void exp_down(const f32v (&x)[N], f32v (&e)[N]) {
+#if defined(__AVX512F__)
+  for (int u = 0; u < N; ++u) e[u] = exp(x[u]);
 #else
-  return exp_down(x);
+  f32v shifted[N], n[N], r[N];
+  for (int u = 0; u < N; ++u) r[u] = at_least(kLowest, x[u]);
+  for (int u = 0; u < N; ++u) shifted[u] = fma(r[u], fill<f32v>(kLog2e), fill<f32v>(kShift));
+  for (int u = 0; u < N; ++u) n[u] = shifted[u] - kShift;
+  for (int u = 0; u < N; ++u) r[u] = fma(n[u], fill<f32v>(-kLn2High), r[u]);
+  for (int u = 0; u < N; ++u) r[u] = fma(n[u], fill<f32v>(-kLn2Low), r[u]);
+  exp_reduced(r);
+  for (int u = 0; u < N; ++u) e[u] = r[u] * (f32v)((i32v)shifted[u] << 23) * 0x1p-64f;
+#endif
+}
+template <class F>
+FL_FN F exp_down(F x) {
+  const F xs[1] = {x};
+  F e[1];
+  exp_down(xs, e);
+  return e[0];
+}
+// The same for what ends in half precision: 2^n p(t - n), t = x log2(e), from fewer instructions. Relative
+// error 1.5e-7 + 1e-7 |x|; exp(0) is 1; NaN kept.
+template <int N>
+FL_FN void exp_for_half(const f32v (&x)[N], f32v (&e)[N]) {
+#if defined(__AVX512DQ__)
+  for (int u = 0; u < N; ++u) {
+    const f32v t = _mm512_max_ps(fill<f32v>(-160.f), x[u] * kLog2e);
+    const f32v f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const f32v p =
+        polynomial(f, 1.86711829e-3f, 9.01705492e-3f, 5.57998940e-2f, 2.40164459e-1f, 6.93151295e-1f, 1.f);
+    e[u] = _mm512_scalef_ps(p, t);
+  }
+#else
+  f32v shifted[N], f[N];
+  for (int u = 0; u < N; ++u) f[u] = at_least(kLowest, x[u]);
+  for (int u = 0; u < N; ++u) shifted[u] = fma(f[u], fill<f32v>(kLog2e), fill<f32v>(kShift));
+  for (int u = 0; u < N; ++u) f[u] = fma(f[u], fill<f32v>(kLog2e), kShift - shifted[u]);
+  polynomial(f, 1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.f);
+  for (int u = 0; u < N; ++u) e[u] = f[u] * (f32v)((i32v)shifted[u] << 23) * 0x1p-64f;
 #endif
 }
 
@@ -272,9 +317,14 @@ FL_FN f64v load(const double* p) {
   return v;
 }
 FL_FN f32v load(const BFloat16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // the compiler would widen one half after the other
+  return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                                 16);
+#else
   u16v v;
   std::memcpy(&v, p, sizeof v);
   return (f32v)(__builtin_convertvector(v, u32v) << 16);
+#endif
 }
 FL_FN float widen(Half h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
@@ -353,7 +403,13 @@ FL_FN u16v narrow_bf16(f32v v) {
 #endif
   const u32v b = (u32v)v;
   const u32v rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  return __builtin_convertvector(v != v ? u32v{} + 0x7fc0 : rounded, u16v);
+  const u32v bits = v != v ? u32v{} + 0x7fc0 : rounded;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (u16v)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)bits),
+                                _mm256_extracti128_si256((__m256i)bits, 1));
+#else
+  return __builtin_convertvector(bits, u16v);
+#endif
 }
 FL_FN void store(BFloat16* p, f32v v) {
   const u16v h = narrow_bf16(v);

@@ -7,7 +7,7 @@
 // depend on who computes it.
 #pragma once
 #include "../core/elements.h"
-#include "../core/vector_math.h"
+#include "../core/pair.h"
 #include "scratch.h"
 
 namespace fastloss::inline FL_ISA {
@@ -17,29 +17,41 @@ struct Block {
   const R* in[kMaxInputs];
   const R *weight, *upstream;  // null: 1
   R k;                         // multiplies the gradients
-  int64_t count;               // a multiple of the vector's lanes
+  int64_t count;               // a multiple of the lanes of a pair of vectors
   R *value, *u;                // value only, or value and u of a log-sum
   R* dx[kMaxInputs];
 };
 
 constexpr int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
 
+// A step of the loss for the whole block, then the next.
+template <int kStep = 0, class F, class Loss, class R>
+FL_FN void step_block(const Loss& loss, const Block<R>& b, R (*steps)[kElementBlock]) {
+  if constexpr (kStep < kStepsOf<Loss>) {
+    for (int64_t i = 0; i < b.count; i += kLanes<F>) {
+      F v[Loss::kInputs], t[kStepsOf<Loss>];
+      for (int j = 0; j < Loss::kInputs; ++j) v[j] = load_as<F>(b.in[j] + i);
+      for (int j = 0; j < kStep; ++j) t[j] = load_as<F>(steps[j] + i);
+      store(steps[kStep] + i, loss.template step<kStep>(v, t));
+    }
+    step_block<kStep + 1, F>(loss, b, steps);
+  }
+}
+
 // kGrad: the inputs to differentiate, a bit for each.
 template <class Loss, class R, bool kValue, unsigned kGrad>
 FL_NOINLINE void map_block(const double* options, const Block<R>& b) {
-  using F = vector_t<R>;
+  using F = Pair<vector_t<R>>;
   const Loss loss(options);
   const F k = fill<F>(b.k);
+  alignas(64) R steps[kStepsOf<Loss> + 1][kElementBlock];
+  step_block<0, F>(loss, b, steps);
   for (int64_t i = 0; i < b.count; i += kLanes<F>) {
-    F v[Loss::kInputs], d[Loss::kInputs], u{};
-    for (int j = 0; j < Loss::kInputs; ++j) v[j] = load(b.in[j] + i);
-    F value;
-    if constexpr (Loss::kLogSum) {
-      value = loss(v, d, u);
-    } else {
-      value = loss(v, d);
-    }
-    const F w = b.weight ? load(b.weight + i) : fill<F>(1);
+    F v[Loss::kInputs], t[kStepsOf<Loss> + 1], d[Loss::kInputs], u{};
+    for (int j = 0; j < Loss::kInputs; ++j) v[j] = load_as<F>(b.in[j] + i);
+    for (int j = 0; j < kStepsOf<Loss>; ++j) t[j] = load_as<F>(steps[j] + i);
+    F value = evaluate(loss, v, t, d, u);
+    const F w = b.weight ? load_as<F>(b.weight + i) : fill<F>(1);
     if constexpr (kValue) {
       if (Loss::kLogSum && b.u) {
         store(b.u + i, u);
@@ -50,7 +62,7 @@ FL_NOINLINE void map_block(const double* options, const Block<R>& b) {
       store(b.value + i, value);
     }
     if constexpr (kGrad != 0) {
-      const F g = (b.upstream ? k * load(b.upstream + i) : k) * w;
+      const F g = (b.upstream ? k * load_as<F>(b.upstream + i) : k) * w;
       for (int j = 0; j < Loss::kInputs; ++j)
         if ((kGrad >> j & 1) && b.dx[j]) {
           const F dx = d[j] * g;
@@ -106,7 +118,7 @@ class ElementWalker {
   using R = acc_t<T>;
   using F = vector_t<R>;
   using Map = void (*)(const double*, const Block<R>&);
-  static constexpr int W = kLanes<F>;
+  static constexpr int W = kLanes<F>, kStep = 2 * W;
   static constexpr int64_t kBlock = kElementBlock;
 
  public:
@@ -128,7 +140,7 @@ class ElementWalker {
   FL_NOINLINE void block(int64_t index, R k, bool one_upstream) {
     const int64_t begin = index * kBlock, count = begin + kBlock < a_.n ? kBlock : a_.n - begin;
     Block<R> b{};
-    b.count = (count + W - 1) / W * W;
+    b.count = (count + kStep - 1) / kStep * kStep;
     b.k = k;
     R* stage = stage_;
     const auto staged = [&] {
@@ -191,7 +203,7 @@ class ElementWalker {
       for (int64_t i = 0; i < count; ++i) to[i] = p[i] ? 1 : 0;
     } else if (flat && (x.source == Source::wide || sizeof(T) == sizeof(R))) {
       const R* p = static_cast<const R*>(x.p) + begin;
-      if (count % W == 0) return p;
+      if (count % kStep == 0) return p;
       copy(p, count, to);
     } else if (flat) {
       copy(static_cast<const T*>(x.p) + begin, count, to);
@@ -210,7 +222,7 @@ class ElementWalker {
         if (at == x.period) at = 0;
       }
     }
-    for (int64_t i = count; i % W; ++i) to[i] = to[count - 1];
+    for (int64_t i = count; i % kStep; ++i) to[i] = to[count - 1];
     return to;
   }
   void from_classes(const ElementInput& x, int64_t begin, int64_t count, R* to) const {

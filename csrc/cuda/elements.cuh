@@ -104,18 +104,17 @@ struct ElementThread {
     const bool product_of_logs = Loss::kLogSum && a.partial && !a.weight.p;
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      R in[Loss::kInputs], d[Loss::kInputs], u = 0;
+      R in[Loss::kInputs], d[Loss::kInputs], t[kStepsOf<Loss> + 1], u = 0;
 #pragma unroll
       for (int j = 0; j < Loss::kInputs; ++j) in[j] = v[j][e];
+      take_steps(loss, in, t);
+      value[e] = evaluate(loss, in, t, d, u);
       if constexpr (Loss::kLogSum) {
-        value[e] = loss(in, d, u);
         if (product_of_logs) {
           product = product * u + (product + u);
         } else {
           value[e] += log1p_unit(u);
         }
-      } else {
-        value[e] = loss(in, d);
       }
       R factor = each_upstream ? k * g[e] : k;
       bool counts = true;

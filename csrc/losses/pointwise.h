@@ -10,16 +10,30 @@ struct Logistic {
   F p, q, l;
 };
 template <class F>
-FL_FN Logistic<F> logistic(F x) {
-  const F e = exp_down(-abs(x)), big = 1 / (1 + e), small = e * big;
+FL_FN Logistic<F> logistic(F x, F e, F l) {  // with e = e^-|x| at hand
+  const F big = 1 / (1 + e), small = e * big;
   const auto positive = x >= 0;
-  return {select(positive, big, small), select(positive, small, big), log1p_unit(e)};
+  return {select(positive, big, small), select(positive, small, big), l};
 }
+template <class F>
+FL_FN Logistic<F> logistic(F x) {
+  const F e = exp_down(-abs(x));
+  return logistic(x, e, log1p_unit(e));
+}
+// The steps of a loss whose first input is a logit.
+struct OfLogit {
+  static constexpr int kSteps = 2;
+  template <int kStep, class F>
+  FL_FN F step(const F* v, const F* t) const {
+    if constexpr (kStep == 0) return exp_down(-abs(v[0]));
+    return log1p_unit(t[0]);
+  }
+};
 
 // a (1 - p_t)^gamma ce, where ce is the binary cross-entropy of logit x and target y in [0, 1], p_t = p y +
 // (1 - p)(1 - y) and a = alpha y + (1 - alpha)(1 - y), or 1 if alpha < 0.
 template <class R, int kPower>
-struct SigmoidFocal {
+struct SigmoidFocal : OfLogit {
   static constexpr int kInputs = 2, kVariants = 5;
   static constexpr unsigned kWrt = 0b11;
   static constexpr bool kLogSum = false;
@@ -37,9 +51,9 @@ struct SigmoidFocal {
         gamma(R(options[1])) {}
 
   template <class F>
-  FL_FN F operator()(const F* v, F* d) const {
+  FL_FN F operator()(const F* v, const F* t, F* d) const {
     const F x = v[0], y = v[1], no = 1 - y;
-    const Logistic<F> s = logistic(x);
+    const Logistic<F> s = logistic(x, t[0], t[1]);
     const F ce = s.l + (y * max(-x, F{}) + no * max(x, F{}));
     const F m = s.p * no + s.q * y;  // 1 - p_t
     F power, slope;                  // m^gamma, and ce times its derivative by m
@@ -150,13 +164,14 @@ struct BinaryCrossEntropy : Regression {
 
 // The same of a logit x: y max(-x, 0) + (1 - y) max(x, 0) + log(1 + e^-|x|).
 template <class R, int>
-struct BinaryCrossEntropyWithLogits : Regression {
+struct BinaryCrossEntropyWithLogits : Regression, OfLogit {
+  static constexpr int kSteps = 1;
   static constexpr bool kLogSum = true;
   FL_FN explicit BinaryCrossEntropyWithLogits(const double*) {}
   template <class F>
-  FL_FN F operator()(const F* v, F* d, F& u) const {
+  FL_FN F operator()(const F* v, const F* t, F* d, F& u) const {
     const F x = v[0], y = v[1], no = 1 - y;
-    u = exp_down(-abs(x));
+    u = t[0];
     const F big = 1 / (1 + u), small = u * big;
     d[0] = no * select(x >= 0, big, small) - y * select(x >= 0, small, big);
     d[1] = -x;
@@ -166,13 +181,13 @@ struct BinaryCrossEntropyWithLogits : Regression {
 
 // With the positive class weighted: its share y is y w, w the third input.
 template <class R, int>
-struct WeightedBinaryCrossEntropyWithLogits : Regression {
+struct WeightedBinaryCrossEntropyWithLogits : Regression, OfLogit {
   static constexpr int kInputs = 3;
   FL_FN explicit WeightedBinaryCrossEntropyWithLogits(const double*) {}
   template <class F>
-  FL_FN F operator()(const F* v, F* d) const {
+  FL_FN F operator()(const F* v, const F* t, F* d) const {
     const F x = v[0], w = v[2], yes = v[1] * w, no = 1 - v[1], up = max(x, F{}), down = max(-x, F{});
-    const Logistic<F> s = logistic(x);
+    const Logistic<F> s = logistic(x, t[0], t[1]);
     d[0] = no * s.p - yes * s.q;
     d[1] = (w * down - up) + (w - 1) * s.l;
     return (yes * down + no * up) + (yes + no) * s.l;

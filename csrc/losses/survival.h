@@ -41,8 +41,8 @@ FL_FN double decay(double distance) { return distance == 0 ? 1 : exp(distance); 
 // Cox's partial likelihood in the order of falling times: the risk set of place p is all places up to the
 // last of p's group. The l-th of d tied events has the loss
 //   log(R - l/d D) - h,   R, D = sum of e^h over the risk set and over the tied events;   l = 0 for breslow
-// Sums are kept relative to e^top, where top is the largest h so far, rounded up to a multiple of 16: nothing
-// overflows, and no rounding adds up where h creeps upwards.
+// Sums are kept relative to e^top, where top is the largest h so far, rounded to a multiple of 16: nothing
+// overflows, no rounding adds up where h creeps upwards, and of moderate h nothing is lost to top.
 template <class Score>
 struct Cox : Cohort {
   const Score h_of;
@@ -66,7 +66,7 @@ struct Cox : Cohort {
     }
   };
   FL_FN Forward forward(int64_t p) const {
-    const double x = h(p), top = ceil(x / 16) * 16;
+    const double x = h(p), top = floor(x / 16 + 0.5) * 16;
     Forward s;
     s.top = max(s.top, top);
     s.risk = exp(x - s.top);
