@@ -1,8 +1,7 @@
 // Reductions of losses of samples. A block sums a tile of them in registers, of a fixed order; one more block
 // adds up the tiles and brings the state up to date, pass by pass. Where one tile holds all samples, a single
 // block does everything in one launch. The gradient is a map.
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "../losses/aggregate.h"
 #include "launchers.h"
@@ -161,37 +160,18 @@ __global__ void __launch_bounds__(kAggregateThreads) aggregate_gradient_kernel(A
 
 template <class T>
 void run(const AggregateArgs& a, cudaStream_t stream) {
-  (void)Registered<&aggregate_kernel<T>>::done;
-  const dim3 block(kAggregateThreads);
-  if (a.partials == 1) return launch(&aggregate_kernel<T>, dim3(1), block, 0, stream, a);
+  if (a.partials == 1) return start<&aggregate_kernel<T>>(1, kAggregateThreads, 0, stream, a);
   for (int i = 0; i < a.passes; ++i)
     with_pass<acc_t<T>>(a.plan[i], [&]<class Pass> {
-      (void)Registered<&aggregate_sum_kernel<T, Pass>>::done;
-      (void)Registered<&aggregate_finish_kernel<T, Pass>>::done;
-      launch(&aggregate_sum_kernel<T, Pass>, dim3(static_cast<unsigned>(a.partials)), block, 0, stream, a);
-      launch(&aggregate_finish_kernel<T, Pass>, dim3(1), block, 0, stream, a);
+      start<&aggregate_sum_kernel<T, Pass>>(a.partials, kAggregateThreads, 0, stream, a);
+      start<&aggregate_finish_kernel<T, Pass>>(1, kAggregateThreads, 0, stream, a);
     });
 }
 template <class T>
 void run_gradient(const AggregateArgs& a, cudaStream_t stream) {
-  (void)Registered<&aggregate_gradient_kernel<T>>::done;
   constexpr int64_t kSamples = int64_t{kAggregateThreads} * Vec<T>::kSize;
   const int64_t blocks = a.n ? (a.n + kSamples - 1) / kSamples : 1;  // theta's gradient is wanted in any case
-  launch(&aggregate_gradient_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kAggregateThreads), 0,
-         stream, a);
-}
-template <class Body>
-void with_type(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::f32:
-      return body.template operator()<float>();
-    case DType::bf16:
-      return body.template operator()<__nv_bfloat16>();
-    case DType::f16:
-      return body.template operator()<__half>();
-    case DType::f64:
-      return body.template operator()<double>();
-  }
+  start<&aggregate_gradient_kernel<T>>(blocks, kAggregateThreads, 0, stream, a);
 }
 
 }  // namespace

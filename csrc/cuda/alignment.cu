@@ -1,7 +1,6 @@
 // Alignments: a block a sequence walks the steps, a thread a position of the target; then a block a row of
 // the gradient. The sums of a class go through its positions in order, whatever the block.
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "../losses/alignment.h"
 #include "launchers.h"
@@ -137,19 +136,6 @@ __global__ void __launch_bounds__(kMostThreads, 1) posterior_kernel(AlignmentArg
   }
 }
 
-// The sum over the block, in a fixed order.
-template <class R>
-__device__ __forceinline__ R sum_of_block(R x) {
-  FL_SHARED(R, part, kRowThreads);
-  part[threadIdx.x] = x;
-  __syncthreads();
-  for (unsigned width = kRowThreads / 2; width; width /= 2) {
-    if (threadIdx.x < width) part[threadIdx.x] += part[threadIdx.x + width];
-    __syncthreads();
-  }
-  return part[0];
-}
-
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) gradient_kernel(AlignmentArgs a) {
   using R = acc_t<T>;
@@ -167,7 +153,7 @@ __global__ void __launch_bounds__(kRowThreads) gradient_kernel(AlignmentArgs a) 
   R blank = 0;
   for (int64_t s = threadIdx.x; counts && s < q.positions; s += kRowThreads)
     if (q.label(s) == q.blank) blank += posterior[s];
-  blank = sum_of_block(blank);  // all of `out` is written now
+  blank = sum_of_block<kRowThreads>(blank);  // all of `out` is written now
   if (!counts) return;
   if (threadIdx.x == 0) out[q.blank] = narrow<T>(g * (p(q.blank) - blank));
   for (int64_t i = threadIdx.x; i < q.length; i += kRowThreads) {
@@ -177,13 +163,6 @@ __global__ void __launch_bounds__(kRowThreads) gradient_kernel(AlignmentArgs a) 
     for (int64_t j = i; j >= 0; j = links[j] / 2 - 1) sum += posterior[2 * j + 1];
     out[k] = narrow<T>(g * (p(k) - sum));
   }
-}
-
-template <auto kKernel, class... More>
-void start(int64_t blocks, int threads, size_t shared, cudaStream_t stream, const More&... arguments) {
-  (void)Registered<kKernel>::done;
-  if (blocks > 0)
-    launch(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared, stream, arguments...);
 }
 
 template <class T>
@@ -205,16 +184,7 @@ void run(const AlignmentArgs& a, cudaStream_t stream) {
 
 void alignment(const AlignmentArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case DType::f32:
-      return run<float>(args, s);
-    case DType::bf16:
-      return run<__nv_bfloat16>(args, s);
-    case DType::f16:
-      return run<__half>(args, s);
-    case DType::f64:
-      return run<double>(args, s);
-  }
+  with_type(args.dtype, [&]<class T> { run<T>(args, s); });
 }
 
 }  // namespace fastloss::cuda

@@ -162,9 +162,8 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
 template <class T, int kKind, int kTeam>
 void launch_team(const DivergenceArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
-  (void)Registered<&divergence_kernel<T, kKind, kTeam>>::done;
   const int64_t blocks = (a.rows.rows * kTeam + block - 1) / block;
-  launch(&divergence_kernel<T, kKind, kTeam>, dim3(static_cast<unsigned>(blocks)), dim3(block), 0, stream, a);
+  start<&divergence_kernel<T, kKind, kTeam>>(blocks, block, 0, stream, a);
 }
 template <class T, int kKind>
 void launch_type(const DivergenceArgs& a, cudaStream_t stream) {
@@ -174,16 +173,7 @@ void launch_type(const DivergenceArgs& a, cudaStream_t stream) {
 }
 template <int kKind>
 void launch_kind(const DivergenceArgs& a, cudaStream_t stream) {
-  switch (a.rows.dtype) {
-    case DType::f32:
-      return launch_type<float, kKind>(a, stream);
-    case DType::bf16:
-      return launch_type<__nv_bfloat16, kKind>(a, stream);
-    case DType::f16:
-      return launch_type<__half, kKind>(a, stream);
-    case DType::f64:
-      return launch_type<double, kKind>(a, stream);
-  }
+  with_type(a.rows.dtype, [&]<class T> { launch_type<T, kKind>(a, stream); });
 }
 
 }  // namespace

@@ -9,16 +9,7 @@ template <template <class, int> class Loss, int kVariant = 0>
 void run(const ElementArgs& a, cudaStream_t stream) {
   if constexpr (kVariant < Loss<float, 0>::kVariants) {
     if (a.variant != kVariant) return run<Loss, kVariant + 1>(a, stream);
-    switch (a.dtype) {
-      case DType::f32:
-        return launch_elements<Loss<float, kVariant>, float>(a, stream);
-      case DType::bf16:
-        return launch_elements<Loss<float, kVariant>, __nv_bfloat16>(a, stream);
-      case DType::f16:
-        return launch_elements<Loss<float, kVariant>, __half>(a, stream);
-      case DType::f64:
-        return launch_elements<Loss<double, kVariant>, double>(a, stream);
-    }
+    with_type(a.dtype, [&]<class T> { launch_elements<Loss<acc_t<T>, kVariant>, T>(a, stream); });
   }
 }
 

@@ -3,8 +3,7 @@
 // are added by one more block where there are several.
 #pragma once
 #include "../core/elements.h"
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 
 namespace fastloss::cuda {
 
@@ -12,20 +11,6 @@ constexpr int kElementThreads = 256, kTileVectors = 4, kSumThreads = 1024;
 
 template <class T>
 constexpr int64_t kTile = int64_t{kElementThreads} * kTileVectors * Vec<T>::kSize;
-
-// Every thread of the block calls it; thread 0 has the result.
-template <int kThreadsOfBlock>
-__device__ __forceinline__ double sum_of_block(double sum) {
-  FL_SHARED(double, part, kThreadsOfBlock / 32);
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0;
-  if (threadIdx.x == 0)
-    for (int w = 0; w < kThreadsOfBlock / 32; ++w) sum += part[w];
-  return sum;
-}
 
 template <class T>
 __device__ __forceinline__ void write_result(const ElementArgs& a, double sum) {
@@ -210,12 +195,9 @@ int64_t tiles(int64_t n) {
 
 template <class Loss, class T>
 void launch_elements(const ElementArgs& a, cudaStream_t stream) {
-  (void)Registered<&elements_kernel<Loss, T>>::done;
   const int64_t blocks = tiles<T>(a.n);
-  if (blocks)
-    launch(&elements_kernel<Loss, T>, dim3(static_cast<unsigned>(blocks)), dim3(kElementThreads), 0, stream,
-           a);
-  if (a.partial && blocks != 1) launch(&sum_kernel<T>, dim3(1), dim3(kSumThreads), 0, stream, a, blocks);
+  start<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
+  if (a.partial && blocks != 1) start<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
 }
 
 }  // namespace fastloss::cuda

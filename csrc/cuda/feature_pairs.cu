@@ -1,6 +1,5 @@
 // Sums over pairs of rows: a warp a row, each lane every 32nd feature, added up in a tree.
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "launchers.h"
 
@@ -49,25 +48,15 @@ __global__ void __launch_bounds__(kFeatureThreads) features_kernel(FeatureArgs a
 
 template <class T>
 void run(const FeatureArgs& args, cudaStream_t stream) {
-  (void)Registered<&features_kernel<T>>::done;
   const int64_t blocks = (args.rows * 32 + kFeatureThreads - 1) / kFeatureThreads;
-  launch(&features_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kFeatureThreads), 0, stream, args);
+  start<&features_kernel<T>>(blocks, kFeatureThreads, 0, stream, args);
 }
 
 }  // namespace
 
 void feature_pairs(const FeatureArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case DType::f32:
-      return run<float>(args, s);
-    case DType::f64:
-      return run<double>(args, s);
-    case DType::bf16:
-      return run<__nv_bfloat16>(args, s);
-    case DType::f16:
-      return run<__half>(args, s);
-  }
+  with_type(args.dtype, [&]<class T> { run<T>(args, s); });
 }
 
 }  // namespace fastloss::cuda

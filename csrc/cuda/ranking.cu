@@ -1,6 +1,5 @@
 // Losses of rankings: a warp a row, a lane an item, which it compares with all others of the row.
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "../losses/ranking.h"
 #include "launchers.h"
@@ -58,27 +57,16 @@ __global__ void __launch_bounds__(kRankingThreads, 4) ranking_kernel(RankingArgs
 
 template <class T>
 void run(const RankingArgs& a, cudaStream_t stream) {
-  (void)Registered<&ranking_kernel<T>>::done;
   constexpr int kRows = kRankingThreads / 32;
   const int64_t blocks = (a.rows + kRows - 1) / kRows;
-  if (blocks)
-    launch(&ranking_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kRankingThreads), 0, stream, a);
+  start<&ranking_kernel<T>>(blocks, kRankingThreads, 0, stream, a);
 }
 
 }  // namespace
 
 void ranking(const RankingArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case DType::f32:
-      return run<float>(args, s);
-    case DType::bf16:
-      return run<__nv_bfloat16>(args, s);
-    case DType::f16:
-      return run<__half>(args, s);
-    case DType::f64:
-      return run<double>(args, s);
-  }
+  with_type(args.dtype, [&]<class T> { run<T>(args, s); });
 }
 
 }  // namespace fastloss::cuda

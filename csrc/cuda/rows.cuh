@@ -9,8 +9,7 @@
 #include "../core/row_loss.h"
 #include "../core/rows.h"
 #include "../losses/number_token.h"
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 
 namespace fastloss::cuda {
 
@@ -385,9 +384,8 @@ constexpr int64_t kWarpRowBytes = 4096;
 template <class Loss, class T, int kTeam>
 void launch_team(const RowArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
-  (void)Registered<&rows_kernel<Loss, T, kTeam>>::done;
   const int64_t blocks = (a.rows * kTeam + block - 1) / block;
-  launch(&rows_kernel<Loss, T, kTeam>, dim3(static_cast<unsigned>(blocks)), dim3(block), 0, stream, a);
+  start<&rows_kernel<Loss, T, kTeam>>(blocks, block, 0, stream, a);
 }
 template <class Loss, class T>
 void launch_rows(const RowArgs& a, cudaStream_t stream) {

@@ -7,8 +7,7 @@
 // memory.
 #pragma once
 #include "../core/scan.h"
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 
 namespace fastloss::cuda {
 
@@ -135,10 +134,8 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kScanThreads) scan_kernel
 template <class Loss, class T, int kTeam, bool kBackward>
 void launch_scan_team(const ScanArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kScanThreads;
-  (void)Registered<&scan_kernel<Loss, T, kTeam, kBackward>>::done;
   const int64_t blocks = (a.rows * kTeam + block - 1) / block;
-  launch(&scan_kernel<Loss, T, kTeam, kBackward>, dim3(static_cast<unsigned>(blocks)), dim3(block), 0, stream,
-         a);
+  start<&scan_kernel<Loss, T, kTeam, kBackward>>(blocks, block, 0, stream, a);
 }
 constexpr int64_t kWarpScan = 2048;  // longer sequences get a block; those of a packed batch always a warp
 

@@ -15,16 +15,7 @@ void run_pass(const ScanArgs& a, cudaStream_t stream) {
 }
 template <template <class> class Loss>
 void run(const ScanArgs& a, cudaStream_t stream) {
-  switch (a.dtype) {
-    case DType::f32:
-      return run_pass<Loss<float>, float>(a, stream);
-    case DType::bf16:
-      return run_pass<Loss<float>, __nv_bfloat16>(a, stream);
-    case DType::f16:
-      return run_pass<Loss<float>, __half>(a, stream);
-    case DType::f64:
-      return run_pass<Loss<double>, double>(a, stream);
-  }
+  with_type(a.dtype, [&]<class T> { run_pass<Loss<acc_t<T>>, T>(a, stream); });
 }
 
 }  // namespace

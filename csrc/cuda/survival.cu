@@ -1,6 +1,6 @@
 // Survival losses: scans along sorted cohorts (long_scan.cuh), then a thread an individual.
-#include "attributes.h"
 #include "long_scan.cuh"
+#include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "../losses/survival.h"
 #include "launchers.h"
@@ -56,18 +56,6 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(SurvivalArgs a) {
   scan_tile<Item, kThreads, kSurvivalSteps>(tile.first, a.n, start, read, keep);
 }
 
-// The sum over the block, for all its threads to see: by halves, in a fixed order.
-__device__ __forceinline__ double sum_of_block(double x) {
-  FL_SHARED(double, part, kThreads);
-  part[threadIdx.x] = x;
-  __syncthreads();
-  for (unsigned width = kThreads / 2; width; width /= 2) {
-    if (threadIdx.x < width) part[threadIdx.x] += part[threadIdx.x + width];
-    __syncthreads();
-  }
-  return part[0];
-}
-
 template <class Loss, class T>
 __global__ void __launch_bounds__(kThreads, 2) value_kernel(SurvivalArgs a) {
   const Tile tile(a);
@@ -78,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) value_kernel(SurvivalArgs a) {
     sum += v;
     if (a.loss) a.loss[loss.individual(tile.first + k)] = v;
   }
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kThreads>(sum);
   if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
 }
 template <class Loss, class T>
@@ -92,14 +80,8 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(SurvivalArgs a) {
 __global__ void __launch_bounds__(kThreads, 2) total_kernel(SurvivalArgs a) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < a.rows * survival_tiles(a); i += kThreads) sum += a.partial[i];
-  sum = sum_of_block(sum);
+  sum = sum_of_block<kThreads>(sum);
   if (threadIdx.x == 0) *a.total = sum;
-}
-
-template <auto kKernel>
-void start(int64_t blocks, const SurvivalArgs& a, cudaStream_t stream) {
-  (void)Registered<kKernel>::done;
-  launch(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, a);
 }
 
 template <class Loss, class Item, class T>
@@ -107,21 +89,21 @@ void scan(const SurvivalArgs& a, cudaStream_t stream) {
   static_assert(sizeof(Item) <= kSurvivalItem * sizeof(double) && sizeof(Item) % 8 == 0);
   const int64_t blocks = a.rows * survival_tiles(a);
   if (survival_tiles(a) > 1) {
-    start<&sum_kernel<Loss, Item, T>>(blocks, a, stream);
-    start<&sums_kernel<Item>>(a.rows, a, stream);
+    start<&sum_kernel<Loss, Item, T>>(blocks, kThreads, 0, stream, a);
+    start<&sums_kernel<Item>>(a.rows, kThreads, 0, stream, a);
   }
-  start<&scan_kernel<Loss, Item, T>>(blocks, a, stream);
+  start<&scan_kernel<Loss, Item, T>>(blocks, kThreads, 0, stream, a);
 }
 template <class Loss, class T>
 void run_loss(const SurvivalArgs& a, cudaStream_t stream) {
   const int64_t blocks = a.rows * survival_tiles(a);
   if (a.backward) {
     scan<Loss, typename Loss::Back, T>(a, stream);
-    return start<&gradient_kernel<Loss, T>>(blocks, a, stream);
+    return start<&gradient_kernel<Loss, T>>(blocks, kThreads, 0, stream, a);
   }
   scan<Loss, typename Loss::Forward, T>(a, stream);
-  start<&value_kernel<Loss, T>>(blocks, a, stream);
-  if (a.total) start<&total_kernel>(1, a, stream);
+  start<&value_kernel<Loss, T>>(blocks, kThreads, 0, stream, a);
+  if (a.total) start<&total_kernel>(1, kThreads, 0, stream, a);
 }
 template <class T>
 void run(const SurvivalArgs& a, cudaStream_t stream) {
@@ -133,16 +115,7 @@ void run(const SurvivalArgs& a, cudaStream_t stream) {
 
 void survival(const SurvivalArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  switch (args.dtype) {
-    case DType::f32:
-      return run<float>(args, s);
-    case DType::bf16:
-      return run<__nv_bfloat16>(args, s);
-    case DType::f16:
-      return run<__half>(args, s);
-    case DType::f64:
-      return run<double>(args, s);
-  }
+  with_type(args.dtype, [&]<class T> { run<T>(args, s); });
 }
 
 }  // namespace fastloss::cuda

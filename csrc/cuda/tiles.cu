@@ -1,8 +1,7 @@
 // Passes over a chunk of a matrix of similarities: a block a row for what rows add up, a thread a column for
 // what columns do, a thread an element for gradients in place. Rows are summed in an order that depends on
 // their length alone, columns row by row, from chunk to chunk.
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "../losses/contrastive.h"
 #include "launchers.h"
@@ -217,28 +216,23 @@ __global__ void __launch_bounds__(kElementThreads) gradient_kernel(TileChunk a) 
   c.s(r, j) = g;
 }
 
-template <void (*kKernel)(TileChunk)>
-void start(const TileChunk& a, int64_t blocks, int threads, cudaStream_t stream) {
-  (void)Registered<kKernel>::done;
-  launch(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, stream, a);
-}
 template <class R>
 void run(const TileChunk& a, cudaStream_t stream) {
   const auto blocks = [](int64_t n) { return (n + kElementThreads - 1) / kElementThreads; };
   switch (a.pass) {
     case TilePass::statistics:
-      start<&statistics_kernel<R>>(a, a.rows, kRowThreads, stream);
-      if (a.col_max) start<&columns_kernel<R>>(a, blocks(a.n), kElementThreads, stream);
+      start<&statistics_kernel<R>>(a.rows, kRowThreads, 0, stream, a);
+      if (a.col_max) start<&columns_kernel<R>>(blocks(a.n), kElementThreads, 0, stream, a);
       return;
     case TilePass::pairs:
-      return start<&pairs_kernel<R>>(a, a.rows, kRowThreads, stream);
+      return start<&pairs_kernel<R>>(a.rows, kRowThreads, 0, stream, a);
     case TilePass::sigmoid:
-      return start<&sigmoid_kernel<R>>(a, a.rows, kRowThreads, stream);
+      return start<&sigmoid_kernel<R>>(a.rows, kRowThreads, 0, stream, a);
     case TilePass::hardest:
-      return start<&hardest_kernel<R>>(a, a.rows, kRowThreads, stream);
+      return start<&hardest_kernel<R>>(a.rows, kRowThreads, 0, stream, a);
     case TilePass::softmax_gradient:
     case TilePass::pairs_gradient:
-      return start<&gradient_kernel<R>>(a, blocks(a.rows * a.n), kElementThreads, stream);
+      return start<&gradient_kernel<R>>(blocks(a.rows * a.n), kElementThreads, 0, stream, a);
   }
 }
 

@@ -7,16 +7,7 @@ namespace {
 
 template <template <class, int> class Loss, int kVariant>
 void run_dtype(const RowArgs& a, cudaStream_t stream) {
-  switch (a.dtype) {
-    case DType::f32:
-      return launch_rows<Loss<float, kVariant>, float>(a, stream);
-    case DType::bf16:
-      return launch_rows<Loss<float, kVariant>, __nv_bfloat16>(a, stream);
-    case DType::f16:
-      return launch_rows<Loss<float, kVariant>, __half>(a, stream);
-    case DType::f64:
-      return launch_rows<Loss<double, kVariant>, double>(a, stream);
-  }
+  with_type(a.dtype, [&]<class T> { launch_rows<Loss<acc_t<T>, kVariant>, T>(a, stream); });
 }
 template <template <class, int> class Loss, int kVariant = 0>
 void run(const RowArgs& a, cudaStream_t stream) {
@@ -29,22 +20,15 @@ void run(const RowArgs& a, cudaStream_t stream) {
 // One block adds up `value(r)` over the rows, in double and in an order that depends on their number alone.
 constexpr int kSumThreads = 1024;
 template <class F>
-__device__ __forceinline__ double block_sum(int64_t rows, F value) {
-  FL_SHARED(double, part, kSumThreads / 32);
+__device__ __forceinline__ double sum_of_rows(int64_t rows, F value) {
   double sum = 0;
   for (int64_t r = threadIdx.x; r < rows; r += kSumThreads) sum += value(r);
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(kFullMask, sum, offset);
-  if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0;
-  for (int w = 0; w < kSumThreads / 32; ++w) sum += part[w];
-  return sum;
+  return sum_of_block<kSumThreads>(sum);
 }
 
 template <class R>
 __global__ void __launch_bounds__(kSumThreads) norm_kernel(RowArgs a, R* out) {
-  const double sum = block_sum(a.rows, [&](int64_t r) {
+  const double sum = sum_of_rows(a.rows, [&](int64_t r) {
     const int64_t t = a.target ? a.target[r] : 0;
     if (a.target && t == a.ignore_index) return 0.0;
     const bool inside = t >= 0 && t < a.n;
@@ -57,7 +41,7 @@ __global__ void __launch_bounds__(kSumThreads) norm_kernel(RowArgs a, R* out) {
 }
 template <class R>
 __global__ void __launch_bounds__(kSumThreads) reduce_kernel(RowArgs a, R* out) {
-  const double sum = block_sum(a.rows, [&](int64_t r) { return double(static_cast<const R*>(a.loss)[r]); });
+  const double sum = sum_of_rows(a.rows, [&](int64_t r) { return double(static_cast<const R*>(a.loss)[r]); });
   if (threadIdx.x == 0) *out = static_cast<R>(a.norm ? sum / double(*static_cast<const R*>(a.norm)) : sum);
 }
 
@@ -66,14 +50,14 @@ __global__ void __launch_bounds__(kSumThreads) reduce_kernel(RowArgs a, R* out) 
 void row_norm(const RowArgs& a, void* norm, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   if (a.dtype == DType::f64)
-    return launch(&norm_kernel<double>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<double*>(norm));
-  launch(&norm_kernel<float>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<float*>(norm));
+    return start<&norm_kernel<double>>(1, kSumThreads, 0, s, a, static_cast<double*>(norm));
+  start<&norm_kernel<float>>(1, kSumThreads, 0, s, a, static_cast<float*>(norm));
 }
 void row_reduce(const RowArgs& a, void* out, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   if (a.dtype == DType::f64)
-    return launch(&reduce_kernel<double>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<double*>(out));
-  launch(&reduce_kernel<float>, dim3(1), dim3(kSumThreads), 0, s, a, static_cast<float*>(out));
+    return start<&reduce_kernel<double>>(1, kSumThreads, 0, s, a, static_cast<double*>(out));
+  start<&reduce_kernel<float>>(1, kSumThreads, 0, s, a, static_cast<float*>(out));
 }
 #define FASTLOSS_LAUNCH(name, Loss) \
   void name(const RowArgs& args, void* stream) { run<Loss>(args, static_cast<cudaStream_t>(stream)); }

@@ -1,7 +1,6 @@
 // All triplets of a batch (core/triplets.h): a block an anchor, then a block a row that is drawn. Integers
 // are counted with atomics; sums have one order.
-#include "attributes.h"
-#include "vector.cuh"
+#include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "../losses/triplets.h"
 #include "launchers.h"
@@ -145,17 +144,12 @@ __global__ void __launch_bounds__(kTripletThreads) draw_kernel(TripletArgs a) {
   }
 }
 
-template <void (*kKernel)(TripletArgs)>
-void start(const TripletArgs& a, int64_t blocks, cudaStream_t stream) {
-  (void)Registered<kKernel>::done;
-  launch(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(kTripletThreads), 0, stream, a);
-}
 template <class R>
 void run(const TripletArgs& a, cudaStream_t stream) {
-  start<&anchors_kernel<R>>(a, a.rows, stream);
+  start<&anchors_kernel<R>>(a.rows, kTripletThreads, 0, stream, a);
   if (a.sums) return;
-  start<&draw_kernel<R, false>>(a, a.rows, stream);
-  start<&draw_kernel<R, true>>(a, a.m, stream);
+  start<&draw_kernel<R, false>>(a.rows, kTripletThreads, 0, stream, a);
+  start<&draw_kernel<R, true>>(a.m, kTripletThreads, 0, stream, a);
 }
 
 }  // namespace
