@@ -298,7 +298,11 @@ class RowWalker : RowBase<Loss, T> {
       if (a_.pass == RowPass::forward_gradient) {
         write_block<true>(now, begin, end, now.bases[b]);
       } else {
-        raise(base, block_max(now.row.x, begin, end));
+        if constexpr (Loss::kPlanes) {
+          base = now.row.state.m;  // no other pass writes this gradient, in other blocks' terms
+        } else {
+          raise(base, block_max(now.row.x, begin, end));
+        }
         write_block<false>(now, begin, end, base);
       }
     }
@@ -351,7 +355,7 @@ class RowWalker : RowBase<Loss, T> {
     const R factor = proportion(now, base);
     auto finished = [&](F e, F x, const Side& s) __attribute__((always_inline)) {
       if constexpr (Loss::kProportional) return e * factor;
-      F dz = loss_.grad(e * share, logit(x) - row.state.m, s.w, s.q, now.coef);
+      F dz = loss_.grad(e * share, below(x, row.state.m), s.w, s.q, now.coef);
       if constexpr (Loss::kSoftcap)
         if (capped) dz *= slope(x);
       return dz;
