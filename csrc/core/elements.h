@@ -4,10 +4,9 @@
 //   kInputs, kWrt     how many numbers an element has, and a bit for each that can be differentiated
 //   kVariants, variant(options)    instantiations, and which one a call takes
 //   kLogSum           the loss is v + log(1 + u), u in [0, 1]: a sum then takes one logarithm of a product
-//   kSteps, F step<i>(const F* v, const F* t)    what is computed first, if anything: t[i] from the inputs v
-//   and
-//                     the steps before; a CPU takes a step for many elements before the next, since it looks
-//                     ahead over fewer instructions than a long chain has
+//   kSteps, F step<i>(const F* v, const F* t)
+//                     what is computed first, if anything: t[i] from v and the steps before. A CPU takes a
+//                     step for many elements before the next: it looks ahead over less than a long chain
 //   F operator()(const F* v, [const F* t,] F* d [, F& u])    the loss of v; d[i] is its derivative by v[i]
 // F is R, or a vector of R. What a call does not want of d costs nothing. The weight, the upstream gradient,
 // the reduction and what it is divided by are the driver's.
