@@ -13,4 +13,20 @@ struct Half {
   uint16_t bits;
 };
 
+// body.operator()<T>() for the type of that name; a device has half types of its own.
+template <class Brain = BFloat16, class Short = Half, class Body>
+auto with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::f32:
+      return body.template operator()<float>();
+    case DType::bf16:
+      return body.template operator()<Brain>();
+    case DType::f16:
+      return body.template operator()<Short>();
+    case DType::f64:
+      return body.template operator()<double>();
+  }
+  __builtin_unreachable();
+}
+
 }  // namespace fastloss

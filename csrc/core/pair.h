@@ -100,13 +100,9 @@ FL_PAIR_FUNCTION(min)
 FL_PAIR_FUNCTION(copysign)
 #undef FL_PAIR_FUNCTION
 
-template <class F, class T>
-FL_FN F load_as(const T* p) {
-  if constexpr (sizeof(F) > kVectorBytes) {
-    return {load(p), load(p + kLanes<F> / 2)};
-  } else {
-    return load(p);
-  }
+template <class R>
+FL_FN Pair<vector_t<R>> load_pair(const R* p) {
+  return {load(p), load(p + kLanes<vector_t<R>>)};
 }
 template <class T, class V>
 FL_FN void store(T* p, const Pair<V>& v) {

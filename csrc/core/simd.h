@@ -202,7 +202,7 @@ inline constexpr float kShift = kToInteger + 127 + 64, kLowest = -104.f;
 // exp(x): Cody-Waite reduction and a polynomial. Error < 1 ulp in float for x in [-87.3, 88.7], zero below,
 // infinity above, NaN kept.
 FL_FN f32v exp(f32v x) {
-  const f32v bounded = at_least(-104.f, at_most(89.f, x));
+  const f32v bounded = at_least(kLowest, at_most(89.f, x));
 #if defined(__AVX512F__)
   const f32v n = _mm512_roundscale_ps(bounded * kLog2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else

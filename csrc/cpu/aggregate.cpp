@@ -117,20 +117,6 @@ class AggregateWalker {
   const R* w_;
 };
 
-template <class Body>
-void with_type(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::f32:
-      return body.template operator()<float>();
-    case DType::bf16:
-      return body.template operator()<BFloat16>();
-    case DType::f16:
-      return body.template operator()<Half>();
-    case DType::f64:
-      return body.template operator()<double>();
-  }
-}
-
 void sum(const AggregateArgs& a, AggregatePass pass, int64_t begin, int64_t end) {
   with_type(a.dtype, [&]<class T> {
     with_pass<acc_t<T>>(pass, [&]<class Pass> { AggregateWalker<T>(a).template sum<Pass>(begin, end); });

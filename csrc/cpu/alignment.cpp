@@ -156,16 +156,7 @@ class AlignmentWalker {
 };
 
 void run(const AlignmentArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return AlignmentWalker<float>(a).run(begin, end);
-    case DType::bf16:
-      return AlignmentWalker<BFloat16>(a).run(begin, end);
-    case DType::f16:
-      return AlignmentWalker<Half>(a).run(begin, end);
-    case DType::f64:
-      return AlignmentWalker<double>(a).run(begin, end);
-  }
+  with_type(a.dtype, [&]<class T> { AlignmentWalker<T>(a).run(begin, end); });
 }
 
 }  // namespace

@@ -175,16 +175,7 @@ void run_type(const DivergenceArgs& a, int64_t begin, int64_t end) {
   }
 }
 void run(const DivergenceArgs& a, int64_t begin, int64_t end) {
-  switch (a.rows.dtype) {
-    case DType::f32:
-      return run_type<float>(a, begin, end);
-    case DType::bf16:
-      return run_type<BFloat16>(a, begin, end);
-    case DType::f16:
-      return run_type<Half>(a, begin, end);
-    case DType::f64:
-      return run_type<double>(a, begin, end);
-  }
+  with_type(a.rows.dtype, [&]<class T> { run_type<T>(a, begin, end); });
 }
 
 }  // namespace

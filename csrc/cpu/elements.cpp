@@ -14,16 +14,7 @@ template <template <class, int> class Loss, int kVariant = 0>
 void run(const ElementArgs& a, int64_t begin, int64_t end) {
   if constexpr (kVariant < Loss<float, 0>::kVariants) {
     if (a.variant != kVariant) return run<Loss, kVariant + 1>(a, begin, end);
-    switch (a.dtype) {
-      case DType::f32:
-        return walk_elements<Loss, kVariant, float>(a, begin, end);
-      case DType::bf16:
-        return walk_elements<Loss, kVariant, BFloat16>(a, begin, end);
-      case DType::f16:
-        return walk_elements<Loss, kVariant, Half>(a, begin, end);
-      case DType::f64:
-        return walk_elements<Loss, kVariant, double>(a, begin, end);
-    }
+    with_type(a.dtype, [&]<class T> { walk_elements<Loss, kVariant, T>(a, begin, end); });
   }
 }
 

@@ -30,8 +30,8 @@ FL_FN void step_block(const Loss& loss, const Block<R>& b, R (*steps)[kElementBl
   if constexpr (kStep < kStepsOf<Loss>) {
     for (int64_t i = 0; i < b.count; i += kLanes<F>) {
       F v[Loss::kInputs], t[kStepsOf<Loss>];
-      for (int j = 0; j < Loss::kInputs; ++j) v[j] = load_as<F>(b.in[j] + i);
-      for (int j = 0; j < kStep; ++j) t[j] = load_as<F>(steps[j] + i);
+      for (int j = 0; j < Loss::kInputs; ++j) v[j] = load_pair(b.in[j] + i);
+      for (int j = 0; j < kStep; ++j) t[j] = load_pair(steps[j] + i);
       store(steps[kStep] + i, loss.template step<kStep>(v, t));
     }
     step_block<kStep + 1, F>(loss, b, steps);
@@ -48,10 +48,10 @@ FL_NOINLINE void map_block(const double* options, const Block<R>& b) {
   step_block<0, F>(loss, b, steps);
   for (int64_t i = 0; i < b.count; i += kLanes<F>) {
     F v[Loss::kInputs], t[kStepsOf<Loss> + 1], d[Loss::kInputs], u{};
-    for (int j = 0; j < Loss::kInputs; ++j) v[j] = load_as<F>(b.in[j] + i);
-    for (int j = 0; j < kStepsOf<Loss>; ++j) t[j] = load_as<F>(steps[j] + i);
+    for (int j = 0; j < Loss::kInputs; ++j) v[j] = load_pair(b.in[j] + i);
+    for (int j = 0; j < kStepsOf<Loss>; ++j) t[j] = load_pair(steps[j] + i);
     F value = evaluate(loss, v, t, d, u);
-    const F w = b.weight ? load_as<F>(b.weight + i) : fill<F>(1);
+    const F w = b.weight ? load_pair(b.weight + i) : fill<F>(1);
     if constexpr (kValue) {
       if (Loss::kLogSum && b.u) {
         store(b.u + i, u);
@@ -62,7 +62,7 @@ FL_NOINLINE void map_block(const double* options, const Block<R>& b) {
       store(b.value + i, value);
     }
     if constexpr (kGrad != 0) {
-      const F g = (b.upstream ? k * load_as<F>(b.upstream + i) : k) * w;
+      const F g = (b.upstream ? k * load_pair(b.upstream + i) : k) * w;
       for (int j = 0; j < Loss::kInputs; ++j)
         if ((kGrad >> j & 1) && b.dx[j]) {
           const F dx = d[j] * g;

@@ -53,16 +53,7 @@ struct FeaturePairs {
 };
 
 void run(const FeatureArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::f32:
-      return FeaturePairs<float>::run(args, begin, end);
-    case DType::f64:
-      return FeaturePairs<double>::run(args, begin, end);
-    case DType::bf16:
-      return FeaturePairs<BFloat16>::run(args, begin, end);
-    case DType::f16:
-      return FeaturePairs<Half>::run(args, begin, end);
-  }
+  with_type(args.dtype, [&]<class T> { FeaturePairs<T>::run(args, begin, end); });
 }
 
 }  // namespace

@@ -153,34 +153,26 @@ struct Linear {
   }
 };
 
-// One function of Linear<T>, for the type that the arguments name.
-#define FASTLOSS_BY_DTYPE(dtype, call) \
-  switch (dtype) {                     \
-    case DType::f32:                   \
-      return Linear<float>::call;      \
-    case DType::f64:                   \
-      return Linear<double>::call;     \
-    case DType::bf16:                  \
-      return Linear<BFloat16>::call;   \
-    case DType::f16:                   \
-      return Linear<Half>::call;       \
-  }                                    \
-  __builtin_unreachable();
-
-int64_t packed_bytes(const LinearArgs& a) { FASTLOSS_BY_DTYPE(a.dtype, packed_bytes(a)) }
+int64_t packed_bytes(const LinearArgs& a) {
+  return with_type(a.dtype, [&]<class T> { return Linear<T>::packed_bytes(a); });
+}
 void pack_left(const LinearArgs& a, int64_t begin, int64_t end) {
-  FASTLOSS_BY_DTYPE(a.dtype, pack_left(a, begin, end))
+  return with_type(a.dtype, [&]<class T> { return Linear<T>::pack_left(a, begin, end); });
 }
 void pack_right(const LinearArgs& a, int64_t begin, int64_t end) {
-  FASTLOSS_BY_DTYPE(a.dtype, pack_right(a, begin, end))
+  return with_type(a.dtype, [&]<class T> { return Linear<T>::pack_right(a, begin, end); });
 }
 void logits(const LinearArgs& a, int64_t begin, int64_t end) {
-  FASTLOSS_BY_DTYPE(a.dtype, logits(a, begin, end))
+  return with_type(a.dtype, [&]<class T> { return Linear<T>::logits(a, begin, end); });
 }
-void dx(const LinearArgs& a, int64_t begin, int64_t end) { FASTLOSS_BY_DTYPE(a.dtype, dx(a, begin, end)) }
-void dw(const LinearArgs& a, int64_t begin, int64_t end) { FASTLOSS_BY_DTYPE(a.dtype, dw(a, begin, end)) }
+void dx(const LinearArgs& a, int64_t begin, int64_t end) {
+  return with_type(a.dtype, [&]<class T> { return Linear<T>::dx(a, begin, end); });
+}
+void dw(const LinearArgs& a, int64_t begin, int64_t end) {
+  return with_type(a.dtype, [&]<class T> { return Linear<T>::dw(a, begin, end); });
+}
 void scale(const void* in, double factor, DType dtype, void* out, int64_t begin, int64_t end) {
-  FASTLOSS_BY_DTYPE(dtype, scale(in, factor, out, begin, end))
+  return with_type(dtype, [&]<class T> { return Linear<T>::scale(in, factor, out, begin, end); });
 }
 
 }  // namespace

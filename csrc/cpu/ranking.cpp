@@ -89,16 +89,7 @@ class RankingWalker {
 };
 
 void run(const RankingArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return RankingWalker<float>(a).run(begin, end);
-    case DType::bf16:
-      return RankingWalker<BFloat16>(a).run(begin, end);
-    case DType::f16:
-      return RankingWalker<Half>(a).run(begin, end);
-    case DType::f64:
-      return RankingWalker<double>(a).run(begin, end);
-  }
+  with_type(a.dtype, [&]<class T> { RankingWalker<T>(a).run(begin, end); });
 }
 
 }  // namespace

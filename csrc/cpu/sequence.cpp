@@ -9,16 +9,7 @@ namespace {
 
 template <template <class> class Loss>
 void run(const ScanArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return ScanWalker<Loss<float>, float>(a).run(begin, end);
-    case DType::bf16:
-      return ScanWalker<Loss<float>, BFloat16>(a).run(begin, end);
-    case DType::f16:
-      return ScanWalker<Loss<float>, Half>(a).run(begin, end);
-    case DType::f64:
-      return ScanWalker<Loss<double>, double>(a).run(begin, end);
-  }
+  with_type(a.dtype, [&]<class T> { ScanWalker<Loss<acc_t<T>>, T>(a).run(begin, end); });
 }
 
 }  // namespace

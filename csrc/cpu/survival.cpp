@@ -53,16 +53,7 @@ void run_rows(const SurvivalArgs& a, int64_t begin, int64_t end) {
     a.kind == Survival::cox ? walk<Cox, T>(a, row) : walk<Dart, T>(a, row);
 }
 void run(const SurvivalArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return run_rows<float>(a, begin, end);
-    case DType::f64:
-      return run_rows<double>(a, begin, end);
-    case DType::bf16:
-      return run_rows<BFloat16>(a, begin, end);
-    case DType::f16:
-      return run_rows<Half>(a, begin, end);
-  }
+  with_type(a.dtype, [&]<class T> { run_rows<T>(a, begin, end); });
 }
 
 }  // namespace

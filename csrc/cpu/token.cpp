@@ -8,16 +8,7 @@ namespace {
 
 template <template <class, int> class Loss, int kVariant>
 void run_dtype(const RowArgs& a, int64_t begin, int64_t end) {
-  switch (a.dtype) {
-    case DType::f32:
-      return walk_rows<Loss<float, kVariant>, float>(a, begin, end);
-    case DType::bf16:
-      return walk_rows<Loss<float, kVariant>, BFloat16>(a, begin, end);
-    case DType::f16:
-      return walk_rows<Loss<float, kVariant>, Half>(a, begin, end);
-    case DType::f64:
-      return walk_rows<Loss<double, kVariant>, double>(a, begin, end);
-  }
+  with_type(a.dtype, [&]<class T> { walk_rows<Loss<acc_t<T>, kVariant>, T>(a, begin, end); });
 }
 
 template <template <class, int> class Loss, int kVariant = 0>

@@ -178,10 +178,10 @@ void run_gradient(const AggregateArgs& a, cudaStream_t stream) {
 
 int64_t aggregate_partials(int64_t n) { return n ? (n + kAggregateTile - 1) / kAggregateTile : 1; }
 void aggregate(const AggregateArgs& args, void* stream) {
-  with_type(args.dtype, [&]<class T> { run<T>(args, static_cast<cudaStream_t>(stream)); });
+  with_device_type(args.dtype, [&]<class T> { run<T>(args, static_cast<cudaStream_t>(stream)); });
 }
 void aggregate_gradient(const AggregateArgs& args, void* stream) {
-  with_type(args.dtype, [&]<class T> { run_gradient<T>(args, static_cast<cudaStream_t>(stream)); });
+  with_device_type(args.dtype, [&]<class T> { run_gradient<T>(args, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace fastloss::cuda

@@ -184,7 +184,7 @@ void run(const AlignmentArgs& a, cudaStream_t stream) {
 
 void alignment(const AlignmentArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  with_type(args.dtype, [&]<class T> { run<T>(args, s); });
+  with_device_type(args.dtype, [&]<class T> { run<T>(args, s); });
 }
 
 }  // namespace fastloss::cuda

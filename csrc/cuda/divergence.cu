@@ -173,7 +173,7 @@ void launch_type(const DivergenceArgs& a, cudaStream_t stream) {
 }
 template <int kKind>
 void launch_kind(const DivergenceArgs& a, cudaStream_t stream) {
-  with_type(a.rows.dtype, [&]<class T> { launch_type<T, kKind>(a, stream); });
+  with_device_type(a.rows.dtype, [&]<class T> { launch_type<T, kKind>(a, stream); });
 }
 
 }  // namespace

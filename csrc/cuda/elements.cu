@@ -9,7 +9,7 @@ template <template <class, int> class Loss, int kVariant = 0>
 void run(const ElementArgs& a, cudaStream_t stream) {
   if constexpr (kVariant < Loss<float, 0>::kVariants) {
     if (a.variant != kVariant) return run<Loss, kVariant + 1>(a, stream);
-    with_type(a.dtype, [&]<class T> { launch_elements<Loss<acc_t<T>, kVariant>, T>(a, stream); });
+    with_device_type(a.dtype, [&]<class T> { launch_elements<Loss<acc_t<T>, kVariant>, T>(a, stream); });
   }
 }
 

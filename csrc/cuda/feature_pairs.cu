@@ -56,7 +56,7 @@ void run(const FeatureArgs& args, cudaStream_t stream) {
 
 void feature_pairs(const FeatureArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  with_type(args.dtype, [&]<class T> { run<T>(args, s); });
+  with_device_type(args.dtype, [&]<class T> { run<T>(args, s); });
 }
 
 }  // namespace fastloss::cuda

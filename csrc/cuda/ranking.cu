@@ -66,7 +66,7 @@ void run(const RankingArgs& a, cudaStream_t stream) {
 
 void ranking(const RankingArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  with_type(args.dtype, [&]<class T> { run<T>(args, s); });
+  with_device_type(args.dtype, [&]<class T> { run<T>(args, s); });
 }
 
 }  // namespace fastloss::cuda

@@ -15,7 +15,7 @@ void run_pass(const ScanArgs& a, cudaStream_t stream) {
 }
 template <template <class> class Loss>
 void run(const ScanArgs& a, cudaStream_t stream) {
-  with_type(a.dtype, [&]<class T> { run_pass<Loss<acc_t<T>>, T>(a, stream); });
+  with_device_type(a.dtype, [&]<class T> { run_pass<Loss<acc_t<T>>, T>(a, stream); });
 }
 
 }  // namespace

@@ -115,7 +115,7 @@ void run(const SurvivalArgs& a, cudaStream_t stream) {
 
 void survival(const SurvivalArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  with_type(args.dtype, [&]<class T> { run<T>(args, s); });
+  with_device_type(args.dtype, [&]<class T> { run<T>(args, s); });
 }
 
 }  // namespace fastloss::cuda

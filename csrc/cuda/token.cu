@@ -7,7 +7,7 @@ namespace {
 
 template <template <class, int> class Loss, int kVariant>
 void run_dtype(const RowArgs& a, cudaStream_t stream) {
-  with_type(a.dtype, [&]<class T> { launch_rows<Loss<acc_t<T>, kVariant>, T>(a, stream); });
+  with_device_type(a.dtype, [&]<class T> { launch_rows<Loss<acc_t<T>, kVariant>, T>(a, stream); });
 }
 template <template <class, int> class Loss, int kVariant = 0>
 void run(const RowArgs& a, cudaStream_t stream) {
