@@ -20,13 +20,13 @@ template <class R>
 struct Gemm {
   using F = vector_t<R>;
 #if defined(__AVX512F__)
-  static constexpr int kLeft = 12;  // 24 of 32 registers accumulate
+  static constexpr int kLeft = 12, kVectors = 2;  // 24 of 32 registers accumulate
 #elif defined(__AVX2__)
-  static constexpr int kLeft = 6;  // 12 of 16
+  static constexpr int kLeft = 4, kVectors = 3;  // 12 of 16, from 7 loads a step
 #else
-  static constexpr int kLeft = 4;
+  static constexpr int kLeft = 4, kVectors = 2;
 #endif
-  static constexpr int kVectors = 2, kRight = kVectors * kLanes<F>;
+  static constexpr int kRight = kVectors * kLanes<F>;
   static constexpr int64_t kDepth = 192;
 };
 
@@ -115,6 +115,7 @@ FL_NOINLINE void multiply_panels(const R* __restrict a, int64_t step, const R* _
   using F = typename G::F;
   constexpr int W = kLanes<F>;
   F acc[G::kLeft][G::kVectors] = {};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k, a += step, b += b_step) {
     F right[G::kVectors];
 #pragma GCC unroll 4
@@ -161,7 +162,7 @@ FL_NOINLINE void multiply(Panels<R> left, Panels<R> right, int64_t m, int64_t n,
           const R* next = c + (i + G::kLeft) * ldc + j;
           for (int r = 0; r < G::kLeft; ++r, next += ldc) {
             __builtin_prefetch(next, 1);
-            __builtin_prefetch(next + G::kRight / 2, 1);
+            __builtin_prefetch(next + G::kRight - 1, 1);
           }
         }
         multiply_panels(left.data + p * left.panel + k * left.step, left.step, b, right.step, steps,
