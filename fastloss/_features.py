@@ -131,7 +131,7 @@ def register_contrastive(function: Callable[..., Tensor], **entry) -> None:
             family="contrastive",
             function=function,
             reference=getattr(reference, function.__name__),
-            multiplies=True,
+            products=(1, 3),
             shapes=SHAPES,
             traffic=lambda shape, itemsize, backward: (4 if backward else 2) * shape[0] * shape[1] * itemsize,
             **entry,

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from fastloss._registry import Draw, Loss, entries
-from fastloss._steps import Clock, Copy, Step, cuda_peak, rss_peak
+from fastloss._steps import Clock, Copy, Products, Step, cuda_peak, rss_peak
 from fastloss.check import compare, differentiable, eager_of
 
-CHECKED_ELEMENTS = 2**20
+CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
+RATES = {"copy": "GB_per_s", "products": "GFLOP_per_s"}
+"""The ceilings, and the unit that they are compared in."""
 REGIMES = ("malloc", "recycled")
 """The default allocator, which returns large blocks to the system, and one that keeps all it ever had."""
 
@@ -75,11 +77,14 @@ def overwrites(candidate: str) -> bool:
     return candidate not in ("eager", "torch.compile", "fastloss")
 
 
-def small(shape: tuple[int, ...]) -> tuple[int, ...]:
+def small(loss: Loss, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape with its first size cut, and its last if need be, so that a float64 reference stays cheap."""
     if len(shape) > 2:
         shape = (*shape[:-1], min(shape[-1], max(1, 4 * CHECKED_ELEMENTS // math.prod(shape[1:-1]))))
-    return (max(1, min(shape[0], CHECKED_ELEMENTS // max(1, math.prod(shape[1:])))), *shape[1:])
+    rows = max(1, min(shape[0], CHECKED_ELEMENTS // max(1, math.prod(shape[1:]))))
+    while rows > 1 and loss.work((rows, *shape[1:])) > CHECKED_WORK:
+        rows //= 2
+    return (rows, *shape[1:])
 
 
 def wrong(name: str, function: Callable[..., Tensor], loss: Loss, spec: Spec, dtype: torch.dtype) -> str:
@@ -89,7 +94,7 @@ def wrong(name: str, function: Callable[..., Tensor], loss: Loss, spec: Spec, dt
     """
     if name == "torch.compile":
         return ""
-    result = compare(loss, spec.case, small(spec.shape), dtype, spec.device, function=function)
+    result = compare(loss, spec.case, small(loss, spec.shape), dtype, spec.device, function=function)
     if result.ok or (not name.startswith("fastloss") and result.relative < torch.finfo(dtype).eps ** 0.5):
         return ""
     return f"wrong: {result}"
@@ -126,7 +131,12 @@ class Contest:
         self.loss, self.spec, self.dtype = loss, spec, getattr(torch, spec.dtype)
         self.kwargs = loss.call(spec.case, Draw(self.dtype, spec.device, fast=True), spec.shape)
         self.wrt = differentiable(self.kwargs, loss.trained or loss.wrt) if spec.backward else []
-        self.traffic = loss.traffic(spec.shape, self.dtype.itemsize, spec.backward)
+        self.ceiling = "products" if loss.multiplies else "copy"
+        self.work = (
+            loss.flops(spec.shape, spec.backward)
+            if loss.multiplies
+            else loss.traffic(spec.shape, self.dtype.itemsize, spec.backward)
+        )
         self.candidates = candidates(loss, spec)
 
     def step(self, name: str) -> Step:
@@ -154,13 +164,16 @@ class Contest:
         return refused
 
     def times(self, skip: Mapping[str, str], budget: float, emit: Callable[..., None]) -> dict[str, Any]:
-        """Milliseconds of everyone but those to skip and of a copy, one after the other in every round."""
-        steps: dict[str, Step | Copy] = {
+        """Milliseconds of everyone but those to skip and of the ceiling, one after the other in every round."""
+        steps: dict[str, Step | Copy | Products] = {
             name: self.step(name) for name in self.candidates if name not in skip
         }
-        steps["copy"] = Copy(self.traffic, self.spec.device)
-        clock = Clock(self.spec.device)
-        on_gpu = {k: s for k, s in steps.items() if k != "copy" and self.spec.device == "cuda"}
+        device = self.spec.device
+        steps[self.ceiling] = (
+            Products(self.work, self.dtype, device) if self.loss.multiplies else Copy(self.work, device)
+        )
+        clock = Clock(device)
+        on_gpu = {k: s for k, s in steps.items() if k != self.ceiling and device == "cuda"}
         peaks = {k: cuda_peak(s) for k, s in on_gpu.items()}
         gc.collect()
         gc.disable()
@@ -174,7 +187,7 @@ class Contest:
             order = list(steps)
             for name in order[r % len(order) :] + order[: r % len(order)]:
                 times[name].append(clock.time(steps[name]))
-        return {"times": times, "traffic": self.traffic, "peaks": peaks}
+        return {"times": times, "ceiling": self.ceiling, "work": self.work, "peaks": peaks}
 
     def peak(self, name: str) -> int | None:
         """Bytes beyond the inputs at the highest point of one candidate's step, on the CPU."""
@@ -200,8 +213,9 @@ def summary(measured: Mapping[str, Any], candidate: str) -> dict[str, float]:
     """Medians of one candidate; ratios are medians of the ratios within each round."""
     times = measured["times"]
     ms = statistics.median(times[candidate])
-    found = {"ms": ms, "GB_per_s": measured["traffic"] / ms / 1e6, "rounds": len(times[candidate])}
-    for key, other in (("of_copy", "copy"), ("x_eager", "eager"), ("x_compile", "torch.compile")):
+    ceiling = measured["ceiling"]
+    found = {"ms": ms, RATES[ceiling]: measured["work"] / ms / 1e6, "rounds": len(times[candidate])}
+    for key, other in ((f"of_{ceiling}", ceiling), ("x_eager", "eager"), ("x_compile", "torch.compile")):
         if other in times:
             pairs = zip(times[other], times[candidate], strict=True)
             found[key] = statistics.median(theirs / own for theirs, own in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,12 +75,25 @@ class Loss:
     replaces: str = ""
     trained: tuple[str, ...] = ()
     """Of `wrt` what a training step differentiates, and `bench` therefore; all of it if empty."""
-    multiplies: bool = False
-    """Whether it multiplies matrices: works in buffers of its own, and in the autocast type under autocast."""
+    products: tuple[int, int] = (0, 0)
+    """Of how many products of matrices as large as its shape it consists at the least: forward, and with backward."""
     eager: Callable[..., Tensor] | None = None
     """What people call today, with the same arguments by name; the reference where there is none."""
     unrolls: bool = False
     """Whether eager and reference are loops over steps, of which torch.compile would make a graph each."""
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it multiplies matrices: works in buffers of its own, and in the autocast type under autocast."""
+        return self.products != (0, 0)
+
+    def work(self, shape: tuple[int, ...]) -> int:
+        """About how many numbers a plain implementation makes: for every pair of rows where a batch meets itself."""
+        return math.prod(shape) * (shape[0] if self.multiplies and len(shape) == 2 else 1)
+
+    def flops(self, shape: tuple[int, ...], backward: bool) -> int:
+        """Fewest operations in its products of matrices."""
+        return 2 * self.work(shape) * self.products[backward]
 
     def call(self, case: str, draw: Draw, shape: tuple[int, ...]) -> dict[str, Any]:
         """All arguments of a call, by name."""

@@ -71,17 +71,19 @@ def number(value: float | None) -> str:
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Column names, on two lines, and text of the table over all candidates of one measurement."""
     regimes = next((list(r["times"]) for r in rows if "times" in r), [])
+    rate, ceiling = ("GFLOP", "products") if rows[-1]["candidate"] == "products" else ("GB", "copy")
     head = ["candidate"]
     for regime in regimes:
-        head += [f"{regime}\nms", "\nGB/s", "of\ncopy", "x\neager", "x\ncompile"]
+        head += [f"{regime}\nms", f"\n{rate}/s", f"of\n{ceiling}", "x\neager", "x\ncompile"]
     head += ["extra\nMiB", "x\ninput"]
     body = []
     for row in rows:
         line = [row["candidate"]]
         for regime in regimes:
             found = row.get("times", {}).get(regime, {})
-            line += [number(found.get("ms")), number(found.get("GB_per_s"))]
-            line.append(f"{found['of_copy']:.0%}" if "of_copy" in found else "-")
+            line += [number(found.get("ms")), number(found.get(f"{rate}_per_s"))]
+            share = found.get(f"of_{ceiling}")
+            line.append("-" if share is None else f"{share:.0%}")
             line += [number(found.get("x_eager")), number(found.get("x_compile"))]
         extra = row.get("extra_MiB")
         line.append("refused" if "refused" in row else "-" if extra is None else f"{extra:.1f}")
@@ -129,7 +131,8 @@ def write_folder(folder: Path, report: dict[str, Any], specs: Sequence[Spec]) ->
         f"commit {report['commit']}; {report['date']}.",
         f"Command: `{report['command']}`.",
         "Times are medians; ratios are medians of the ratios within each round, larger is faster. `of copy` "
-        "compares the least traffic of the loss per second with that of a copy measured in the same rounds. "
+        "compares the least traffic of the loss per second with that of a copy measured in the same rounds, `of "
+        "products` its fewest operations in products of matrices with the library's product of square ones. "
         "`extra` is the peak memory of a step beyond its inputs.",
     ]
     for spec in specs:

@@ -18,6 +18,9 @@ from fastloss.check import values_by_name
 class Step:
     """Forward and backward of one candidate; with `own`, on inputs that it may overwrite."""
 
+    share = 1.0
+    """What a run's time is multiplied by."""
+
     def __init__(self, function: Callable[..., Tensor], kwargs: Mapping[str, Any], wrt: list[str], own: bool):
         self.function = function
         self.pristine = {k: kwargs[k] for k in wrt} if own else {}
@@ -55,7 +58,9 @@ class Step:
 
 
 class Copy:
-    """The ceiling: half the traffic read, half written, between two warm buffers."""
+    """A ceiling: half the traffic read, half written, between two warm buffers."""
+
+    share = 1.0
 
     def __init__(self, traffic: int, device: str):
         n = max(1, traffic // 8)
@@ -70,6 +75,23 @@ class Copy:
     def release(self) -> None: ...
 
 
+class Products:
+    """The ceiling of what multiplies matrices: `flops` at the speed of the library, from one product of square ones."""
+
+    def __init__(self, flops: int, dtype: torch.dtype, device: str):
+        n = 8192 if device.startswith("cuda") else 1024
+        self.factor, self.out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+        self.flops = 2 * n**3
+        self.share = flops / self.flops
+
+    def prepare(self) -> None: ...
+
+    def run(self) -> Tensor:
+        return torch.mm(self.factor, self.factor, out=self.out)
+
+    def release(self) -> None: ...
+
+
 class Clock:
     """Milliseconds of one run; on CUDA with events, after the L2 cache was overwritten."""
 
@@ -80,7 +102,7 @@ class Clock:
             size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
             self.flush = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def time(self, step: Step | Copy) -> float:
+    def time(self, step: Step | Copy | Products) -> float:
         step.prepare()
         if self.cuda:
             self.flush.zero_()
@@ -94,7 +116,7 @@ class Clock:
             step.run()
             ms = (time.perf_counter() - start) * 1e3
         step.release()
-        return ms
+        return ms * step.share
 
 
 def status_bytes(field: str) -> int:

@@ -227,7 +227,7 @@ register(
         reference=reference.linear_cross_entropy,
         eager=F.linear_cross_entropy,
         replaces="torch.nn.functional.linear_cross_entropy",
-        multiplies=True,
+        products=(1, 3),
         inputs=_inputs,
         wrt=("input", "linear_weight", "linear_bias"),
         forward_arguments=("input", "linear_weight", "target", "linear_bias", "sample_weight"),

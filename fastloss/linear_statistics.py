@@ -260,7 +260,7 @@ register(
         family="linear",
         function=linear_dpo_loss,
         reference=reference.linear_dpo_loss,
-        multiplies=True,
+        products=(2, 6),
         inputs=_inputs,
         wrt=("chosen_input", "rejected_input", "linear_weight", "linear_bias"),
         forward_arguments=(

@@ -67,9 +67,10 @@ def _copy_bandwidth(device: str, threads: int) -> float:
 @functools.cache
 def _product_rate(device: str, dtype: str, threads: int) -> float:
     """Operations per second of a product of square matrices."""
-    n = 8192 if device.startswith("cuda") else 1024
-    a = torch.ones(n, n, dtype=getattr(torch, dtype), device=device)
-    return 2 * n**3 / _seconds(lambda: a @ a, device)
+    from fastloss._steps import Products
+
+    products = Products(0, getattr(torch, dtype), device)
+    return products.flops / _seconds(products.run, device)
 
 
 def _seconds(run: Any, device: str, rounds: int = 7) -> float:

@@ -162,8 +162,8 @@ register_metric(
     inputs=_labelled,
     wrt=("embeddings",),
     forward_arguments=("embeddings", "labels"),
-    multiplies=True,
-    bench_shape=(2048, 128),
+    products=(1, 1),
+    bench_shape=(1024, 128),
 )
 register_metric(
     batch_all_triplet_loss,

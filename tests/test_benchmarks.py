@@ -30,7 +30,7 @@ def seen_by(file, monkeypatch, **names):
 
 def test_peers_are_of_losses_that_there_are(file):
     assert set(file["PROVIDERS"]) <= {loss.name for loss in losses()}
-    ours = {"eager", "torch.compile", "fastloss", "fastloss in place", "copy"}
+    ours = {"eager", "torch.compile", "fastloss", "fastloss in place", "copy", "products"}
     for providers in file["PROVIDERS"].values():
         assert not ours & set(providers)
         for module, where, load in providers.values():

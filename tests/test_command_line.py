@@ -139,7 +139,8 @@ def test_bench_sees_one_wrong_element_of_the_full_shape():
 def test_ratios_are_taken_within_rounds():
     measured = {
         "times": {"eager": [2.0, 40.0, 6.0], "copy": [1.0, 10.0, 1.0], "x": [1.0, 10.0, 6.0]},
-        "traffic": 6e6,
+        "ceiling": "copy",
+        "work": 6e6,
     }
     assert _measure.summary(measured, "x") == {
         "ms": 6.0,
