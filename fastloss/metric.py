@@ -18,12 +18,12 @@ from fastloss._registry import Draw, Loss, register
 __all__ = ["contrastive_loss", "cosine_embedding_loss", "kelp_ranking_loss", "triplet_margin_loss"]
 
 _formulas = reference.metric
-pair_sums = Op(
+_sums = Op(
     "feature_pairs",
     _formulas.pair_sums,
-    lambda a, b, eps: a.new_empty([4, a.shape[0]], dtype=accumulation_type(a.dtype)),
-    tensors=2,
-    wrt=(0, 1),
+    lambda a, b, c, eps: a.new_empty([4 if c is None else 8, a.shape[0]], dtype=accumulation_type(a.dtype)),
+    tensors=3,
+    wrt=(0, 1, 2),
 )
 
 
@@ -61,9 +61,16 @@ def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> s
     return reduction
 
 
-def _cosine(a: Tensor, b: Tensor, eps: float, floor: float) -> Tensor:
-    dot, aa, bb, _ = pair_sums((a, b), (0.0,)).unbind(0)
-    return dot / ((aa + eps) * (bb + eps)).clamp_min(floor).sqrt()
+def pair_sums(a: Tensor, *others: Tensor, eps: float = 0.0) -> list[Tensor]:
+    """Of a and each of one or two others, in one read, [4, rows]: <a, b>, <a, a>, <b, b>, |a - b + eps|^2."""
+    b, c = others if len(others) == 2 else (*others, None)
+    return list(_sums((a, b, c), (eps,)).split(4))
+
+
+def _cosines(a: Tensor, *others: Tensor, eps: float, floor: float) -> list[Tensor]:
+    return [
+        dot / ((aa + eps) * (bb + eps)).clamp_min(floor).sqrt() for dot, aa, bb, _ in pair_sums(a, *others)
+    ]
 
 
 def cosine_embedding_loss(
@@ -104,7 +111,7 @@ def cosine_embedding_loss(
             f"target: expected shape {tuple(input1.shape[:-1])}, one number for each row, got {tuple(target.shape)}"
         )
     margin = check_number("margin", margin)
-    cos = _cosine(a, b, 1e-12, 0.0)
+    (cos,) = _cosines(a, b, eps=1e-12, floor=0.0)
     target = target.reshape(-1)
     loss = (1 - cos).masked_fill(target != 1, 0.0) + torch.relu(cos - margin).masked_fill(target != -1, 0.0)
     return reduced(loss, reduction, dtype, single)
@@ -154,20 +161,19 @@ def triplet_margin_loss(
         raise ValueError(f"margin: expected a number greater than 0, got {margin}")
     if p == 2:
 
-        def distance(x: Tensor, y: Tensor) -> Tensor:
-            square = pair_sums((x, y), (eps,))[3]
-            return square if squared else _formulas.length(square)
+        def distances(x: Tensor, *others: Tensor) -> list[Tensor]:
+            squares = (sums[3] for sums in pair_sums(x, *others, eps=eps))
+            return [square if squared else _formulas.length(square) for square in squares]
     else:
 
-        def distance(x: Tensor, y: Tensor) -> Tensor:
-            d = F.pairwise_distance(
-                x.to(accumulation_type(x.dtype)), y.to(accumulation_type(x.dtype)), p, eps
-            )
-            return d.square() if squared else d
+        def distances(x: Tensor, *others: Tensor) -> list[Tensor]:
+            wide = accumulation_type(x.dtype)
+            found = (F.pairwise_distance(x.to(wide), y.to(wide), p, eps) for y in others)
+            return [d.square() if squared else d for d in found]
 
-    near, far = distance(a, b), distance(a, c)
+    near, far = distances(a, b, c)
     if swap:
-        far = torch.minimum(far, distance(b, c))
+        far = torch.minimum(far, *distances(b, c))
     return reduced(torch.relu(near - far + margin), reduction, dtype, single)
 
 
@@ -206,7 +212,7 @@ def contrastive_loss(
         raise ValueError(
             f"label: expected one number for each of {a.shape[0]} rows, got {tuple(label.shape)}"
         )
-    square = pair_sums((a, b), (0.0,))[3]
+    square = pair_sums(a, b)[0][3]
     apart = torch.relu(check_number("margin", margin) - _formulas.length(square)).square()
     y = label.to(square.dtype)
     return reduced(0.5 * ((1 - y) * square + y * apart), reduction, dtype)
@@ -248,7 +254,7 @@ def kelp_ranking_loss(
     (q, near, far), dtype, single = rows_alike(query=query, positive=positive, negative=negative)
     if single:
         raise ValueError(f"query: expected shape (N, D), got {tuple(query.shape)}")
-    near, far = _cosine(q, near, 0.0, 1e-32), _cosine(q, far, 0.0, 1e-32)
+    near, far = _cosines(q, near, far, eps=0.0, floor=1e-32)
     if variant == "mean_cosine":
         return (torch.relu(1 - near.mean()) + torch.relu(1 + far.mean())).to(dtype)
     return reduced(torch.relu(far - near + check_number("margin", margin)), reduction, dtype)
@@ -279,7 +285,7 @@ def register_metric(function: Callable[..., Tensor], case: dict, **entry) -> Non
             cases={"plain": {}, **case},
             shapes=((5, 7), (1, 9), (23, 16), (4, 33), (70, 200)),
             traffic=lambda shape, itemsize, backward: (
-                (3 if backward else 1) * 2 * shape[0] * shape[1] * itemsize
+                (3 if backward else 1) * len(entry["wrt"]) * shape[0] * shape[1] * itemsize
             ),
             **entry,
         )

@@ -83,13 +83,14 @@ def batch_hard_triplet_loss(
     positive, negative = _hardest(x.detach(), labels).unbind(0)
     counts = (positive >= 0) & (negative >= 0)
 
-    def to(other: Tensor) -> Tensor:
-        square = pair_sums((x, x[other.clamp_min(0)]), (0.0,))[3]
+    def distance_from(square: Tensor) -> Tensor:
         if distance == "cosine":
             return square / 2
         return square if distance == "squared" else _formulas.length(square)
 
-    gap = (to(positive) - to(negative)).masked_fill(~counts, -torch.inf)
+    others = (x[i.clamp_min(0)] for i in (positive, negative))
+    near, far = (distance_from(sums[3]) for sums in pair_sums(x, *others))
+    gap = (near - far).masked_fill(~counts, -torch.inf)
     loss = F.softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
     if reduction == "none":
         return loss.to(dtype)

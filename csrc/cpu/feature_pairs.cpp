@@ -1,5 +1,5 @@
-// Sums over pairs of rows (core/feature_pairs.h) for one instruction set: compiled once for each, with FL_ISA
-// naming it.
+// Sums over pairs and triples of rows (core/feature_pairs.h) for one instruction set: compiled once for each,
+// with FL_ISA naming it.
 #include "feature_pairs.h"
 
 #include "../core/simd.h"
@@ -7,53 +7,84 @@
 namespace fastloss::inline FL_ISA {
 namespace {
 
-template <class T>
+template <class T, int kOthers>
 struct FeaturePairs {
   using R = acc_t<T>;
   using F = vector_t<R>;
   static constexpr int W = kLanes<F>;
 
   FL_FN static F get(const T* p, int64_t left) { return left >= W ? load(p) : load_part(p, left, R(0)); }
-  FL_FN static void put(T* p, F v, int64_t left) { left >= W ? store(p, v) : store_part(p, v, left); }
+  FL_FN static void put(T* p, F v, int64_t left, bool past_cache) {
+    if (left < W) return store_part(p, v, left);
+    past_cache ? stream(p, v) : store(p, v);
+  }
 
   static void forward(const FeatureArgs& args, int64_t row) {
-    const T *a = static_cast<const T*>(args.a) + row * args.n,
-            *b = static_cast<const T*>(args.b) + row * args.n;
-    F sums[kFeatureSums] = {};
+    const T* a = static_cast<const T*>(args.a) + row * args.n;
+    const T* b[kOthers];
+    for (int o = 0; o < kOthers; ++o) b[o] = static_cast<const T*>(args.other[o]) + row * args.n;
+    F sums[kOthers][kFeatureSums] = {};
     for (int64_t j = 0; j < args.n; j += W) {
       const int64_t left = args.n - j;
-      const F x = get(a + j, left), y = get(b + j, left);
-      F d = x - y + R(args.eps);
-      if (left < W) d = select(first_lanes<F>(left), d, F{});
-      sums[0] += x * y;
-      sums[1] += x * x;
-      sums[2] += y * y;
-      sums[3] += d * d;
+      const F x = get(a + j, left);
+      for (int o = 0; o < kOthers; ++o) {
+        const F y = get(b[o] + j, left);
+        F d = x - y + R(args.eps);
+        if (left < W) d = select(first_lanes<F>(left), d, F{});
+        sums[o][0] += x * y;
+        sums[o][1] += x * x;
+        sums[o][2] += y * y;
+        sums[o][3] += d * d;
+      }
     }
-    for (int k = 0; k < kFeatureSums; ++k)
-      static_cast<R*>(args.sums)[k * args.rows + row] = horizontal_sum(sums[k]);
+    R* const out = static_cast<R*>(args.sums) + row;
+    for (int o = 0; o < kOthers; ++o)
+      for (int k = 0; k < kFeatureSums; ++k)
+        out[(o * kFeatureSums + k) * args.rows] = horizontal_sum(sums[o][k]);
   }
-  static void backward(const FeatureArgs& args, int64_t row) {
+  static void backward(const FeatureArgs& args, int64_t row, bool past_cache) {
     const int64_t begin = row * args.n;
-    const T *a = static_cast<const T*>(args.a) + begin, *b = static_cast<const T*>(args.b) + begin;
-    T *da = static_cast<T*>(args.da) + begin, *db = static_cast<T*>(args.db) + begin;
-    R g[kFeatureSums];
-    for (int k = 0; k < kFeatureSums; ++k)
-      g[k] = (k ? 2 : 1) * static_cast<const R*>(args.grad)[k * args.rows + row];
+    const T* a = static_cast<const T*>(args.a) + begin;
+    T* da = static_cast<T*>(args.da) + begin;
+    const T* b[kOthers];
+    T* db[kOthers];
+    R g[kOthers][kFeatureSums], of_a = 0;
+    for (int o = 0; o < kOthers; ++o) {
+      b[o] = static_cast<const T*>(args.other[o]) + begin;
+      db[o] = static_cast<T*>(args.d_other[o]) + begin;
+      for (int k = 0; k < kFeatureSums; ++k)
+        g[o][k] = (k ? 2 : 1) * static_cast<const R*>(args.grad)[(o * kFeatureSums + k) * args.rows + row];
+      of_a += g[o][1];
+    }
     for (int64_t j = 0; j < args.n; j += W) {
       const int64_t left = args.n - j;
-      const F x = get(a + j, left), y = get(b + j, left), d = (x - y + R(args.eps)) * g[3];
-      put(da + j, y * g[0] + x * g[1] + d, left);
-      put(db + j, x * g[0] + y * g[2] - d, left);
+      const F x = get(a + j, left);
+      F dx = x * of_a;
+      for (int o = 0; o < kOthers; ++o) {
+        const F y = get(b[o] + j, left), d = (x - y + R(args.eps)) * g[o][3];
+        dx += y * g[o][0] + d;
+        put(db[o] + j, x * g[o][0] + y * g[o][2] - d, left, past_cache);
+      }
+      put(da + j, dx, left, past_cache);
     }
   }
   static void run(const FeatureArgs& args, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) args.sums ? forward(args, row) : backward(args, row);
+    if (args.sums) {
+      for (int64_t row = begin; row < end; ++row) forward(args, row);
+      return;
+    }
+    uintptr_t places = reinterpret_cast<uintptr_t>(args.da) | args.n * sizeof(T);
+    for (int o = 0; o < kOthers; ++o) places |= reinterpret_cast<uintptr_t>(args.d_other[o]);
+    const bool lines = args.past_cache && places % 64 == 0;
+    for (int64_t row = begin; row < end; ++row) backward(args, row, lines);
+    _mm_sfence();
   }
 };
 
 void run(const FeatureArgs& args, int64_t begin, int64_t end) {
-  with_type(args.dtype, [&]<class T> { FeaturePairs<T>::run(args, begin, end); });
+  with_type(args.dtype, [&]<class T> {
+    args.others == 1 ? FeaturePairs<T, 1>::run(args, begin, end) : FeaturePairs<T, 2>::run(args, begin, end);
+  });
 }
 
 }  // namespace

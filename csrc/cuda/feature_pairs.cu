@@ -1,4 +1,4 @@
-// Sums over pairs of rows: a warp a row, each lane every 32nd feature, added up in a tree.
+// Sums over pairs and triples of rows: a warp a row, each lane every 32nd feature, added up in a tree.
 #include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "launchers.h"
@@ -8,48 +8,68 @@ namespace {
 
 constexpr int kFeatureThreads = 128;
 
-template <class T>
+template <class T, int kOthers>
 __global__ void __launch_bounds__(kFeatureThreads) features_kernel(FeatureArgs args) {
   using R = acc_t<T>;
   const int64_t row = (int64_t{blockIdx.x} * kFeatureThreads + threadIdx.x) / 32;
   if (row >= args.rows) return;  // whole warps
   const int lane = threadIdx.x % 32;
-  const T *a = static_cast<const T*>(args.a) + row * args.n,
-          *b = static_cast<const T*>(args.b) + row * args.n;
+  const int64_t begin = row * args.n;
+  const T* a = static_cast<const T*>(args.a) + begin;
+  const T* b[kOthers];
+#pragma unroll
+  for (int o = 0; o < kOthers; ++o) b[o] = static_cast<const T*>(args.other[o]) + begin;
   const R eps = static_cast<R>(args.eps);
   if (args.sums) {
-    R sums[kFeatureSums] = {};
+    R sums[kOthers][kFeatureSums] = {};
     for (int64_t j = lane; j < args.n; j += 32) {
-      const R x = widen(a[j]), y = widen(b[j]), d = x - y + eps;
-      sums[0] += x * y;
-      sums[1] += x * x;
-      sums[2] += y * y;
-      sums[3] += d * d;
+      const R x = widen(a[j]);
+#pragma unroll
+      for (int o = 0; o < kOthers; ++o) {
+        const R y = widen(b[o][j]), d = x - y + eps;
+        sums[o][0] += x * y;
+        sums[o][1] += x * x;
+        sums[o][2] += y * y;
+        sums[o][3] += d * d;
+      }
     }
 #pragma unroll
-    for (int k = 0; k < kFeatureSums; ++k) {
+    for (int o = 0; o < kOthers; ++o)
 #pragma unroll
-      for (int offset = 16; offset; offset /= 2) sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], offset);
-      if (lane == 0) static_cast<R*>(args.sums)[k * args.rows + row] = sums[k];
-    }
+      for (int k = 0; k < kFeatureSums; ++k) {
+        R& sum = sums[o][k];
+#pragma unroll
+        for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        if (lane == 0) static_cast<R*>(args.sums)[(o * kFeatureSums + k) * args.rows + row] = sum;
+      }
     return;
   }
-  T *da = static_cast<T*>(args.da) + row * args.n, *db = static_cast<T*>(args.db) + row * args.n;
-  R g[kFeatureSums];
+  R g[kOthers][kFeatureSums], of_a = 0;
 #pragma unroll
-  for (int k = 0; k < kFeatureSums; ++k)
-    g[k] = (k ? 2 : 1) * static_cast<const R*>(args.grad)[k * args.rows + row];
+  for (int o = 0; o < kOthers; ++o) {
+#pragma unroll
+    for (int k = 0; k < kFeatureSums; ++k)
+      g[o][k] = (k ? 2 : 1) * static_cast<const R*>(args.grad)[(o * kFeatureSums + k) * args.rows + row];
+    of_a += g[o][1];
+  }
   for (int64_t j = lane; j < args.n; j += 32) {
-    const R x = widen(a[j]), y = widen(b[j]), d = (x - y + eps) * g[3];
-    da[j] = narrow<T>(y * g[0] + x * g[1] + d);
-    db[j] = narrow<T>(x * g[0] + y * g[2] - d);
+    const R x = widen(a[j]);
+    R dx = x * of_a;
+#pragma unroll
+    for (int o = 0; o < kOthers; ++o) {
+      const R y = widen(b[o][j]), d = (x - y + eps) * g[o][3];
+      dx += y * g[o][0] + d;
+      static_cast<T*>(args.d_other[o])[begin + j] = narrow<T>(x * g[o][0] + y * g[o][2] - d);
+    }
+    static_cast<T*>(args.da)[begin + j] = narrow<T>(dx);
   }
 }
 
 template <class T>
 void run(const FeatureArgs& args, cudaStream_t stream) {
   const int64_t blocks = (args.rows * 32 + kFeatureThreads - 1) / kFeatureThreads;
-  start<&features_kernel<T>>(blocks, kFeatureThreads, 0, stream, args);
+  args.others == 1 ? start<&features_kernel<T, 1>>(blocks, kFeatureThreads, 0, stream, args)
+                   : start<&features_kernel<T, 2>>(blocks, kFeatureThreads, 0, stream, args);
 }
 
 }  // namespace

@@ -23,8 +23,7 @@ enum Reduction : int64_t { kNone, kMean, kSum };
 using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kPastCache = 24 << 20;  // bytes of output from where they are written past the caches
-constexpr int64_t kGrain = 32;            // blocks that are worth a thread
+constexpr int64_t kGrain = 32;  // blocks that are worth a thread
 
 struct ElementLoss {
   const char* name;

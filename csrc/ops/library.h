@@ -41,6 +41,10 @@ inline ScalarType accumulation_type(DType d) {
 // The current stream of the device that `t` is on, as a cudaStream_t.
 void* current_stream(const Tensor& t);
 
+// Bytes of output from where on the CPU writes them past the caches: about the last level that one socket
+// shares among its cores.
+inline constexpr int64_t kPastCache = 24 << 20;
+
 // An uninitialised contiguous tensor on the device of `like`.
 Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype);
 // An uninitialised tensor like `t`: its shape, dtype and (where dense) its strides. Large ones on the CPU

@@ -19,9 +19,8 @@ enum Reduction : int64_t { kNone, kMean, kSum };
 using OptionalTensor = std::optional<Tensor>;
 using Options = std::vector<double>;
 
-// Outputs from here on are written past the caches: about the last level that one socket shares among its
-// cores.
-constexpr int64_t kPastCache = 24 << 20, kRowPastCache = 2048;
+// Gradients of shorter rows, in bytes, are never written past the caches.
+constexpr int64_t kRowPastCache = 2048;
 constexpr int kStateHead = 3;  // m, log_sum, k; then what the loss saves
 
 struct TokenLoss {

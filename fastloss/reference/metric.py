@@ -16,10 +16,14 @@ __all__ = [
 ]
 
 
-def pair_sums(a: Tensor, b: Tensor, eps: float) -> Tensor:
+def pair_sums(a: Tensor, b: Tensor, c: Tensor | None, eps: float) -> Tensor:
     high = torch.float64 if a.dtype == torch.float64 else torch.float32
-    a, b = a.to(high), b.to(high)
-    return torch.stack([(a * b).sum(1), a.square().sum(1), b.square().sum(1), (a - b + eps).square().sum(1)])
+    a = a.to(high)
+    sums = []
+    for x in (b,) if c is None else (b, c):
+        x = x.to(high)
+        sums += [(a * x).sum(1), a.square().sum(1), x.square().sum(1), (a - x + eps).square().sum(1)]
+    return torch.stack(sums)
 
 
 def triplets(x: Tensor, ids: Tensor, margin: float, root: bool) -> Tensor:
