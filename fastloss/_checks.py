@@ -31,6 +31,13 @@ def check_floating(name: str, t: Tensor) -> None:
         raise NotImplementedError(f"{name}: expected a floating point type, got {t.dtype}")
 
 
+def check_real(**tensors: Tensor | None) -> None:
+    """Numbers of any type but complex ones."""
+    for name, t in tensors.items():
+        if t is not None and t.is_complex():
+            raise NotImplementedError(f"{name}: expected real numbers, got {t.dtype}")
+
+
 def check_weight_type(name: str, t: Tensor | None, like: Tensor) -> None:
     """A weight has the type of the logits, or float32 beside half types."""
     if (

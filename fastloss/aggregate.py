@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._checks import check_floating, check_number, check_tensors
+from fastloss._checks import check_floating, check_number, check_real, check_tensors
 from fastloss._op import Op
 from fastloss._registry import Draw, Loss, register
 from fastloss.pointwise import is_wide, one_number
@@ -47,8 +47,7 @@ def _reduce(
         losses, theta=theta if isinstance(theta, Tensor) else None, sample_weight=sample_weight, mask=mask
     )
     for name, t in (("sample_weight", sample_weight), ("mask", mask)):
-        if t is not None and t.is_complex():
-            raise NotImplementedError(f"{name}: expected real numbers, got {t.dtype}")
+        check_real(**{name: t})
         if t is not None and t.shape != losses.shape:
             raise RuntimeError(
                 f"{name}: expected the shape of losses, {tuple(losses.shape)}, got {tuple(t.shape)}"

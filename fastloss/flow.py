@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastloss.policy  # noqa: F401  the family that it joins
 from fastloss import reference
-from fastloss._checks import check_floating, check_reduction, check_tensors
+from fastloss._checks import check_floating, check_real, check_reduction, check_tensors
 from fastloss._heads import choice
 from fastloss._registry import Draw, Loss, register
 from fastloss.pointwise import is_wide
@@ -83,9 +83,7 @@ def detailed_balance_loss(
     check_tensors(state_flow, next_flows=next_flows, logits=logits, mask=mask, chosen=chosen, rewards=rewards)
     for name, t in flows.items():
         check_floating(name, t)
-    for name, t in (("mask", mask), ("rewards", rewards)):
-        if t is not None and t.is_complex():
-            raise NotImplementedError(f"{name}: expected real numbers, got {t.dtype}")
+    check_real(mask=mask, rewards=rewards)
     if logits.dim() == 0:
         raise RuntimeError("logits: expected (..., K), got a tensor without dimensions")
     rows = logits.shape[:-1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastloss import reference
-from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
+from fastloss._checks import check_floating, check_number, check_real, check_reduction, check_tensors
 from fastloss._linear import accumulation_type
 from fastloss._op import Op
 from fastloss._registry import Draw, Loss, register
@@ -208,6 +208,7 @@ def contrastive_loss(
     if single:
         raise ValueError(f"input1: expected shape (N, D), got {tuple(input1.shape)}")
     check_tensors(a, label=label)
+    check_real(label=label)
     if label.shape != a.shape[:1]:
         raise ValueError(
             f"label: expected one number for each of {a.shape[0]} rows, got {tuple(label.shape)}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
+from fastloss._checks import check_floating, check_number, check_real, check_reduction, check_tensors
 from fastloss._drivers import ElementOp
 from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
@@ -61,8 +61,7 @@ def promoted(input: Tensor, **others: Tensor | None) -> torch.dtype:
     for name, t in others.items():
         if t is None:
             continue
-        if t.is_complex():
-            raise NotImplementedError(f"{name}: expected real numbers, got {t.dtype}")
+        check_real(**{name: t})
         dtype = torch.promote_types(dtype, t.dtype)
     return dtype
 
@@ -183,8 +182,7 @@ def one_number(name: str, value: float | Tensor | None, like: Tensor) -> Tensor 
         return like.new_full((), check_number(name, value), dtype=high)
     if value.dim():
         raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
-    if value.is_complex():
-        raise RuntimeError(f"{name}: expected a real number, got {value.dtype}")
+    check_real(**{name: value})
     return value.to(high)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._checks import check_number
+from fastloss._checks import check_number, check_real
 from fastloss._heads import SHAPES, choice, same_shape, zeros_like
 from fastloss._op import HALF_TYPES, REDUCTIONS
 from fastloss._registry import Draw, Loss, register
@@ -51,8 +51,7 @@ def _check_mask(mask: Tensor | None, name: str, like: Tensor) -> None:
         raise TypeError(f"mask: expected a Tensor, got {type(mask).__name__}")
     if mask.device != like.device:
         raise RuntimeError(f"mask: expected the device of {name}, {like.device}, got {mask.device}")
-    if mask.is_complex():
-        raise NotImplementedError("mask: expected flags or real numbers")
+    check_real(mask=mask)
     if mask.shape != like.shape:
         raise RuntimeError(
             f"mask: expected the shape of {name}, {tuple(like.shape)}, got {tuple(mask.shape)}"

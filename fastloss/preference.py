@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
+from fastloss._checks import check_floating, check_number, check_real, check_reduction, check_tensors
 from fastloss._heads import (
     BENCH,
     SHAPES,
@@ -87,8 +87,7 @@ def kto_loss(
     ]  # fmt: skip
     lp, ref = same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
     check_tensors(lp, labels=labels, kl=kl)
-    if labels.is_complex():
-        raise NotImplementedError("labels: expected flags or real numbers")
+    check_real(labels=labels)
     if labels.shape != lp.shape:
         raise RuntimeError(
             f"labels: expected the shape of policy_logps, {tuple(lp.shape)}, got {tuple(labels.shape)}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._checks import check_number, check_reduction, check_tensors
+from fastloss._checks import check_number, check_real, check_reduction, check_tensors
 from fastloss._heads import (
     BENCH,
     SHAPES,
@@ -72,8 +72,7 @@ def _check_types(kinds: list[str], smoothing: float, divergence: str, lengths: b
 
 def _means(name: str, lengths: Tensor, *sums: Tensor) -> list[Tensor]:
     check_tensors(sums[0], **{name: lengths})
-    if lengths.is_complex():
-        raise NotImplementedError(f"{name}: expected real numbers, got {lengths.dtype}")
+    check_real(**{name: lengths})
     if lengths.shape != sums[0].shape:
         raise RuntimeError(
             f"{name}: expected the shape of the log-probabilities, {tuple(sums[0].shape)}, got {tuple(lengths.shape)}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._checks import check_floating, check_reduction, check_tensors
+from fastloss._checks import check_floating, check_real, check_reduction, check_tensors
 from fastloss._heads import choice
 from fastloss._op import REDUCTIONS, Op
 from fastloss._registry import Draw, Loss, register
@@ -77,8 +77,7 @@ def k_way_ranking_loss(
     if rewards.dim() == 0:
         raise RuntimeError("rewards: expected (..., K), got a tensor without dimensions")
     for name, t in (("ranks", ranks), ("mask", mask)):
-        if t is not None and t.is_complex():
-            raise NotImplementedError(f"{name}: expected real numbers, got {t.dtype}")
+        check_real(**{name: t})
         if t is not None and t.shape != rewards.shape:
             raise RuntimeError(
                 f"{name}: expected the shape of rewards, {tuple(rewards.shape)}, got {tuple(t.shape)}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
+from fastloss._checks import check_floating, check_number, check_real, check_reduction, check_tensors
 from fastloss._heads import choice
 from fastloss._op import Op
 from fastloss._registry import Draw, Loss, register
@@ -56,8 +56,7 @@ def _cohort(name: str, score: Tensor, mode: str, **others: Tensor | None) -> Ten
     if score.dim() == 0:
         raise RuntimeError(f"{name}: expected (..., N), got a tensor without dimensions")
     for other, t in others.items():
-        if t is not None and t.is_complex():
-            raise NotImplementedError(f"{other}: expected real numbers, got {t.dtype}")
+        check_real(**{other: t})
         if t is not None and t.shape != score.shape:
             raise RuntimeError(
                 f"{other}: expected the shape of {name}, {tuple(score.shape)}, got {tuple(t.shape)}"
