@@ -50,7 +50,16 @@ CASES = {
         | {"temperature": TAU, "negative_keys": drawn(ROWS, 3, FEATURES), "negative_mode": "paired"},
     ),
     "sup_con": ("sup_con_loss", {"features": drawn(ROWS, FEATURES), "labels": LABELS, "temperature": TAU}),
+    "sup_con, everything": (
+        "sup_con_loss",
+        {"features": drawn(ROWS, FEATURES), "labels": LABELS, "temperature": 5 * TAU}
+        | {"sample_weight": WEIGHT, "normalize": False},
+    ),
     "nt_xent": ("nt_xent_loss", two("z1", "z2") | {"temperature": TAU}),
+    "nt_xent, everything": (
+        "nt_xent_loss",
+        two("z1", "z2") | {"temperature": 5 * TAU, "sample_weight": WEIGHT, "normalize": False},
+    ),
     "ranking": ("multiple_negatives_ranking_loss", ANCHORS | {"scale": A, "ids": IDS}),
     "ranking, hard negatives": (
         "multiple_negatives_ranking_loss",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._checks import check_reduction
-from fastloss._features import labels_of_rows, positive_temperature, rows_of_features
+from fastloss._features import labels_of_rows, positive_temperature, rows_of_features, weight_of_rows
 from fastloss._features import number as number_of
 from fastloss._linear import accumulation_type
 from fastloss.contrastive import info_nce_rows
@@ -89,6 +89,8 @@ def sup_con_loss(
     temperature: float | Tensor = 0.1,
     *,
     reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
     group: Any = None,
     exchange: str = "gather",
     for_ddp: bool = False,
@@ -105,6 +107,8 @@ def sup_con_loss(
         labels: `(b)` integers, with one meaning on all ranks.
         temperature: :math:`\tau > 0`, the same on every rank: a number or a tensor of one.
         reduction: `"none"`, `"mean"` or `"sum"`: over all ranks' rows.
+        sample_weight: `(b)`, a weight for each row of this rank. Default: 1.
+        normalize: as of `fastloss.functional`.
         group, exchange, for_ddp, rows_per_rank: as of `clip_loss` here.
 
     Returns:
@@ -118,10 +122,11 @@ def sup_con_loss(
     check_reduction(reduction)
     (x,), dtype = rows_of_features("features", features=features)
     labels = labels_of_rows(labels, x)
+    weight = weight_of_rows(sample_weight, x)
     number = positive_temperature(temperature, x)
     call = Call(
         "sup_con_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, features=features,
-        temperature=temperature,
+        temperature=temperature, sample_weight=sample_weight, normalize=bool(normalize),
     )  # fmt: skip
     rows = call.rows
     (x,) = call.features(x)
@@ -131,13 +136,15 @@ def sup_con_loss(
     mark = torch.arange(rows.own.start, rows.own.stop, device=x.device)
     row, *_ = call.softmax(
         (x, None, call.number(number), None, mark, labels, None, share),
-        (True, True, True, True, True, False),
+        (True, True, bool(normalize), True, True, False),
         rows,
     )
-    loss = row.masked_fill(others[rows.own] == 0, 0.0)
+    counts = others[rows.own] > 0
+    loss = row.masked_fill(~counts, 0.0)
     if reduction != "none":
-        loss = everyone(loss, rows)
-    return reference.contrastive.mean_over(loss, others > 0, None, reduction).to(dtype)
+        loss, counts = everyone(loss, rows), others > 0
+        weight = None if weight is None else everyone(weight, rows)
+    return reference.contrastive.mean_over(loss, counts, weight, reduction).to(dtype)
 
 
 def nt_xent_loss(
@@ -146,6 +153,8 @@ def nt_xent_loss(
     temperature: float | Tensor = 0.5,
     *,
     reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    normalize: bool = True,
     group: Any = None,
     exchange: str = "gather",
     for_ddp: bool = False,
@@ -162,6 +171,8 @@ def nt_xent_loss(
             float16.
         temperature: :math:`\tau > 0`, the same on every rank: a number or a tensor of one.
         reduction: `"none"`, `"mean"` or `"sum"`: over all ranks' rows.
+        sample_weight: `(b)`, a weight for each sample of this rank, that both its views have. Default: 1.
+        normalize: as of `fastloss.functional`.
         group, exchange, for_ddp, rows_per_rank: as of `clip_loss` here.
 
     Returns:
@@ -177,19 +188,21 @@ def nt_xent_loss(
     (x, y), dtype = rows_of_features("z1", z1=z1, z2=z2)
     if x.shape != y.shape:
         raise ValueError(f"z2: expected shape {tuple(x.shape)}, got {tuple(y.shape)}")
+    weight = weight_of_rows(sample_weight, x)
     number = positive_temperature(temperature, x)
     call = Call(
-        "nt_xent_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, z1=z1, z2=z2, temperature=temperature
+        "nt_xent_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, z1=z1, z2=z2, temperature=temperature,
+        sample_weight=sample_weight, normalize=bool(normalize),
     )  # fmt: skip
     both = call.rows.times(2)
     own = torch.arange(both.own.start, both.own.stop, device=x.device)
     x, y = call.features(x, y)
     row, *_ = call.softmax(
         (torch.cat([x, y]), None, call.number(number), None, own.roll(x.shape[0]), own, None, None),
-        (False, False, True, True, True, False),
+        (False, False, bool(normalize), True, True, False),
         both,
     )
-    return call.reduced(F.softplus(row), None, dtype, both)
+    return call.reduced(F.softplus(row), None if weight is None else weight.repeat(2), dtype, both)
 
 
 def multiple_negatives_ranking_loss(
