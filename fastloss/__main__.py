@@ -53,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--budget", type=float, metavar="SECONDS", help="timing per loss and dtype; default: 20, of --all 5"
     )
+    bench.add_argument(
+        "--patience",
+        type=float,
+        metavar="SECONDS",
+        help="leave out who takes longer for a step, or 12 times as long to be checked; default: of --all 5",
+    )
     bench.add_argument("--peers", type=Path, metavar="FILE", help="Python file with more candidates")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the times (.png, .svg, .pdf)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")

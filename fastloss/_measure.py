@@ -16,10 +16,11 @@ import json
 import math
 import os
 import runpy
+import signal
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +34,8 @@ from fastloss.check import compare, differentiable, eager_of
 
 CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
+CHECK_STEPS = 12
+"""The check of a candidate, its compilation included, may take as many times as long as a step."""
 RATES = {"copy": "GB_per_s", "products": "GFLOP_per_s"}
 """The ceilings, and the unit that they are compared in."""
 REGIMES = ("malloc", "recycled")
@@ -56,6 +59,8 @@ class Spec:
     peers: str | None
     skip: tuple[str, ...] = ()
     """Candidates that do not compete."""
+    patience: float | None = None
+    """Seconds that a step may take; a slower candidate is not timed. None: any."""
 
 
 def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
@@ -116,6 +121,26 @@ def disagreement(got: Mapping[str, Tensor], eager: Mapping[str, Tensor], dtype: 
     return ""
 
 
+class Slow(BaseException):
+    """Raised in what takes too long; a compiler that catches its Exceptions does not catch this."""
+
+
+@contextlib.contextmanager
+def within(seconds: float | None) -> Iterator[None]:
+    """Raises Slow in the block when the time is up, between two operations."""
+
+    def stop(*_: Any) -> None:
+        raise Slow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)  # 0: never
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def keep_pages() -> None:
     """From now on no memory goes back to the system: glibc's allocator, where it is the one in use."""
     with contextlib.suppress(AttributeError, OSError):
@@ -146,17 +171,27 @@ class Contest:
         """Those that are not to be timed, and why."""
         refused: dict[str, str] = {}
         expected: dict[str, Tensor] = {}
+        patience = self.spec.patience
+        clock = Clock(self.spec.device)
         for i, (name, function) in enumerate(self.candidates.items()):
             emit(done=i, total=len(self.candidates), what=f"checking {name}")
             if name == "torch.compile" and "eager" in refused:
                 refused[name] = "eager is refused"
                 continue
             try:
-                reason = wrong(name, function, self.loss, self.spec, self.dtype)
-                if not reason:
-                    results = self.step(name).results()
-                    expected = expected or results
-                    reason = disagreement(results, expected, self.dtype)
+                with within(patience and CHECK_STEPS * patience):
+                    reason = wrong(name, function, self.loss, self.spec, self.dtype)
+                    if not reason:
+                        step = self.step(name)
+                        results = step.results()
+                        expected = expected or results
+                        reason = disagreement(results, expected, self.dtype)
+                        step.release()
+                    if patience and not reason:
+                        seconds = clock.time(step) / 1e3
+                        reason = f"a step takes {seconds:.1f} s" if seconds > patience else ""
+            except Slow:
+                reason = f"given up after {CHECK_STEPS * patience:.0f} s"
             except Exception as error:  # a peer may raise anything; the others are still of interest
                 reason = summarized(error)
             if reason:
@@ -292,6 +327,14 @@ def measure(loss: Loss, spec: Spec, threads: int, emit: Callable[..., None]) -> 
     }
 
 
+def prepare_compiler() -> None:
+    """torch.compile does much when it is first used: once, before the forks, which it takes seconds in each."""
+    x = torch.rand(8, requires_grad=True)
+    with contextlib.suppress(Exception):  # a candidate that cannot be compiled says so itself
+        torch.compile(lambda v: v.exp().log_softmax(0).sum())(x).backward()
+    torch._dynamo.reset()
+
+
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -305,9 +348,13 @@ def main() -> None:
         from torch._inductor import compile_fx, config  # noqa: F401  the import takes seconds: once, here
 
         config.compile_threads = 1  # its workers would be started anew in every fork
+    ready = False
     for line in sys.stdin:
         given = json.loads(line)
         spec = Spec(**{**given, "shape": tuple(given["shape"]), "skip": tuple(given["skip"])})
+        if not ready and spec.device == "cpu":
+            prepare_compiler()
+            ready = True
         (loss,) = entries(spec.loss)
         try:
             emit(result=in_fork(partial(measure, loss, spec, spec.threads or threads, emit)))

@@ -154,6 +154,7 @@ def plan(args: argparse.Namespace) -> list[Spec]:
             budget=budget,
             peers=str(args.peers) if args.peers else None,
             skip=tuple(one.skip),
+            patience=args.patience or (5.0 if args.all else None),
         )
 
     if args.table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def test_bench_refuses_what_is_wrong(monkeypatch):
     assert all(set(m["times"]) == {"eager", "copy"} for m in measured["regimes"].values())
     assert "wrong" in measured["refused"]["fastloss"]
     assert set(measured["peaks"]) == {"eager"}
+
+
+@pytest.mark.parametrize(
+    ("patience", "seconds", "reason"), [(1.0, 1.5, "a step takes"), (0.5, 600.0, "given up after 6 s")]
+)
+def test_bench_does_not_wait_for_the_slow(monkeypatch, patience, seconds, reason):
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return LOSS.reference(*args, **kwargs)
+
+    monkeypatch.setattr(_measure, "candidates", lambda *_: {"eager": LOSS.reference, "slow": slow})
+    measured = _measure.measure(LOSS, replace(SPEC, patience=patience), 1, lambda **_: None)
+    assert reason in measured["refused"].pop("slow")
+    assert not measured["refused"]
 
 
 def test_a_measuring_process_that_dies_is_named():
