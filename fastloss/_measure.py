@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss._op import HALF_TYPES
 from fastloss._registry import Draw, Loss, entries
 from fastloss._steps import Clock, Copy, Products, Step, cuda_peak, rss_peak
-from fastloss.check import compare, differentiable, eager_of
+from fastloss.check import cast, compare, differentiable, eager_of
 
 CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
@@ -167,6 +168,11 @@ class Contest:
     def step(self, name: str) -> Step:
         return Step(self.candidates[name], self.kwargs, self.wrt, overwrites(name))
 
+    def eager_in_float32(self) -> dict[str, Tensor]:
+        """The judge where a gradient jumps, as that of a clipped loss: half types find other sides of the jump."""
+        function = eager_of(self.loss, self.kwargs)
+        return Step(function, cast(self.kwargs, torch.float32), self.wrt, own=False).results()
+
     def refusals(self, emit: Callable[..., None]) -> dict[str, str]:
         """Those that are not to be timed, and why."""
         refused: dict[str, str] = {}
@@ -186,6 +192,8 @@ class Contest:
                         results = step.results()
                         expected = expected or results
                         reason = disagreement(results, expected, self.dtype)
+                        if reason and self.dtype in HALF_TYPES:
+                            reason = disagreement(results, self.eager_in_float32(), self.dtype)
                         step.release()
                     if patience and not reason:
                         seconds = clock.time(step) / 1e3

@@ -151,6 +151,18 @@ def test_bench_sees_one_wrong_element_of_the_full_shape():
     assert "input" in _measure.disagreement(wrong, right, torch.float32)
 
 
+def test_bench_knows_a_gradient_that_jumps(monkeypatch):
+    """In bfloat16 eager PPO clips other ratios than float32 would, which is no mistake of who computes in float32."""
+    (clipped,) = losses("policy_loss")
+    functions = {"eager": clipped.reference, "fastloss": clipped.function}
+    monkeypatch.setattr(_measure, "candidates", lambda *_: functions)
+    spec = replace(SPEC, loss=clipped.name, case="ppo", shape=(64, 4096), dtype="bfloat16")
+    contest = _measure.Contest(clipped, spec)
+    found = {name: contest.step(name).results() for name in functions}
+    assert _measure.disagreement(found["fastloss"], found["eager"], torch.bfloat16)
+    assert contest.refusals(lambda **_: None) == {}
+
+
 def test_ratios_are_taken_within_rounds():
     measured = {
         "times": {"eager": [2.0, 40.0, 6.0], "copy": [1.0, 10.0, 1.0], "x": [1.0, 10.0, 6.0]},
