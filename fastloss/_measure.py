@@ -31,7 +31,7 @@ from torch import Tensor
 from fastloss._op import HALF_TYPES
 from fastloss._registry import Draw, Loss, entries
 from fastloss._steps import Clock, Copy, Products, Step, cuda_peak, rss_peak
-from fastloss.check import cast, compare, differentiable, eager_of
+from fastloss.check import cast, compare, differentiable, eager_of, errors_of
 
 CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
@@ -106,16 +106,20 @@ def wrong(name: str, function: Callable[..., Tensor], loss: Loss, spec: Spec, dt
     return f"wrong: {result}"
 
 
-def disagreement(got: Mapping[str, Tensor], eager: Mapping[str, Tensor], dtype: torch.dtype) -> str:
-    """Where the results on the full shape part from eager's by more than half of the digits."""
+def disagreement(
+    got: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    allowed: Mapping[str, float] | None = None,
+) -> str:
+    """Where the results on the full shape part from eager's by more than half of the digits, and than `allowed`."""
     for quantity, want in eager.items():
         scale = want.abs().max().item() if want.numel() else 0.0
+        enough = max(torch.finfo(dtype).eps ** 0.5 * scale, (allowed or {}).get(quantity, 0.0))
         pieces = zip(got[quantity].reshape(-1).split(2**22), want.reshape(-1).split(2**22), strict=True)
         for have, like in pieces:  # in pieces, because float64 of everything may not fit
             off = (have.double() - like.double()).abs()
-            if not bool(
-                ((off <= torch.finfo(dtype).eps ** 0.5 * scale) | (have == like) | like.isnan()).all()
-            ):
+            if not bool(((off <= enough) | (have == like) | like.isnan()).all()):
                 return (
                     f"wrong on the full shape: {quantity} is off by {off.max():.2g}, largest is {scale:.2g}"
                 )
@@ -169,7 +173,7 @@ class Contest:
         return Step(self.candidates[name], self.kwargs, self.wrt, overwrites(name))
 
     def eager_in_float32(self) -> dict[str, Tensor]:
-        """The judge where a gradient jumps, as that of a clipped loss: half types find other sides of the jump."""
+        """The judge of half types, in which eager itself may be off: at a jump it finds the other side."""
         function = eager_of(self.loss, self.kwargs)
         return Step(function, cast(self.kwargs, torch.float32), self.wrt, own=False).results()
 
@@ -193,7 +197,8 @@ class Contest:
                         expected = expected or results
                         reason = disagreement(results, expected, self.dtype)
                         if reason and self.dtype in HALF_TYPES:
-                            reason = disagreement(results, self.eager_in_float32(), self.dtype)
+                            judge = self.eager_in_float32()
+                            reason = disagreement(results, judge, self.dtype, errors_of(expected, judge))
                         step.release()
                     if patience and not reason:
                         seconds = clock.time(step) / 1e3
