@@ -58,9 +58,6 @@ EXCEPTIONS = {
     "test_other_rows_of_the_batch[*-number_token_loss-soft-float32]": _SOFT,
     "test_memory_from_outside[ctc_loss]": _ALPHAS,
     "test_memory_from_outside[cox_ph_loss]": _SORTED,
-    "test_upstream_gradient_in_any_layout[*-triplet_margin_loss-plain-bfloat16]": (
-        "the anchor's gradient is a sum of two, each rounded"
-    ),
     "test_one_graph_serves_every_size[*-gaussian_cross_entropy-plain]": (
         "the window's size is computed from sigma, which the compiler cannot follow"
     ),
