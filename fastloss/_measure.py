@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import inspect
 import json
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from fastloss._op import HALF_TYPES
 from fastloss._registry import Draw, Loss, entries
+from fastloss._report import CEILINGS
 from fastloss._steps import Clock, Copy, Products, Step, cuda_peak, rss_peak
 from fastloss.check import cast, compare, differentiable, eager_of, errors_of
 
@@ -37,8 +39,6 @@ CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
 CHECK_STEPS = 12
 """The check of a candidate, its compilation included, may take as many times as long as a step."""
-RATES = {"copy": "GB_per_s", "products": "GFLOP_per_s"}
-"""The ceilings, and the unit that they are compared in."""
 REGIMES = ("malloc", "recycled")
 """The default allocator, which returns large blocks to the system, and one that keeps all it ever had."""
 
@@ -177,32 +177,39 @@ class Contest:
         function = eager_of(self.loss, self.kwargs)
         return Step(function, cast(self.kwargs, torch.float32), self.wrt, own=False).results()
 
+    def fault(self, name: str, expected: dict[str, dict[str, Tensor]]) -> str:
+        """What there is against this candidate. `expected` keeps results on the full shape: the first candidate's,
+        and those in float32 once they are asked for."""
+        reason = wrong(name, self.candidates[name], self.loss, self.spec, self.dtype)
+        if reason:
+            return reason
+        step = self.step(name)
+        results = step.results()
+        eager = expected.setdefault("eager", results)
+        reason = disagreement(results, eager, self.dtype)
+        if reason and self.dtype in HALF_TYPES:
+            judge = expected.get("float32") or self.eager_in_float32()
+            expected["float32"] = judge
+            reason = disagreement(results, judge, self.dtype, errors_of(eager, judge))
+        step.release()
+        if reason or not self.spec.patience:
+            return reason
+        seconds = Clock(self.spec.device).time(step) / 1e3
+        return f"a step takes {seconds:.1f} s" if seconds > self.spec.patience else ""
+
     def refusals(self, emit: Callable[..., None]) -> dict[str, str]:
         """Those that are not to be timed, and why."""
         refused: dict[str, str] = {}
-        expected: dict[str, Tensor] = {}
         patience = self.spec.patience
-        clock = Clock(self.spec.device)
-        for i, (name, function) in enumerate(self.candidates.items()):
+        expected: dict[str, dict[str, Tensor]] = {}
+        for i, name in enumerate(self.candidates):
             emit(done=i, total=len(self.candidates), what=f"checking {name}")
             if name == "torch.compile" and "eager" in refused:
                 refused[name] = "eager is refused"
                 continue
             try:
                 with within(patience and CHECK_STEPS * patience):
-                    reason = wrong(name, function, self.loss, self.spec, self.dtype)
-                    if not reason:
-                        step = self.step(name)
-                        results = step.results()
-                        expected = expected or results
-                        reason = disagreement(results, expected, self.dtype)
-                        if reason and self.dtype in HALF_TYPES:
-                            judge = self.eager_in_float32()
-                            reason = disagreement(results, judge, self.dtype, errors_of(expected, judge))
-                        step.release()
-                    if patience and not reason:
-                        seconds = clock.time(step) / 1e3
-                        reason = f"a step takes {seconds:.1f} s" if seconds > patience else ""
+                    reason = self.fault(name, expected)
             except Slow:
                 reason = f"given up after {CHECK_STEPS * patience:.0f} s"
             except Exception as error:  # a peer may raise anything; the others are still of interest
@@ -262,7 +269,11 @@ def summary(measured: Mapping[str, Any], candidate: str) -> dict[str, float]:
     times = measured["times"]
     ms = statistics.median(times[candidate])
     ceiling = measured["ceiling"]
-    found = {"ms": ms, RATES[ceiling]: measured["work"] / ms / 1e6, "rounds": len(times[candidate])}
+    found = {
+        "ms": ms,
+        f"{CEILINGS[ceiling].unit}_per_s": measured["work"] / ms / 1e6,
+        "rounds": len(times[candidate]),
+    }
     for key, other in ((f"of_{ceiling}", ceiling), ("x_eager", "eager"), ("x_compile", "torch.compile")):
         if other in times:
             pairs = zip(times[other], times[candidate], strict=True)
@@ -340,6 +351,7 @@ def measure(loss: Loss, spec: Spec, threads: int, emit: Callable[..., None]) -> 
     }
 
 
+@functools.cache
 def prepare_compiler() -> None:
     """torch.compile does much when it is first used: once, before the forks, which it takes seconds in each."""
     x = torch.rand(8, requires_grad=True)
@@ -361,13 +373,12 @@ def main() -> None:
         from torch._inductor import compile_fx, config  # noqa: F401  the import takes seconds: once, here
 
         config.compile_threads = 1  # its workers would be started anew in every fork
-    ready = False
     for line in sys.stdin:
         given = json.loads(line)
         spec = Spec(**{**given, "shape": tuple(given["shape"]), "skip": tuple(given["skip"])})
-        if not ready and spec.device == "cpu":
+        if spec.device == "cpu" and "torch.compile" not in spec.skip:
+            emit(done=0.0, what="making torch.compile ready")
             prepare_compiler()
-            ready = True
         (loss,) = entries(spec.loss)
         try:
             emit(result=in_fork(partial(measure, loss, spec, spec.threads or threads, emit)))

@@ -8,13 +8,11 @@ from typing import Any
 
 import matplotlib
 
-from fastloss._report import number, title
+from fastloss._report import CEILINGS, number, title
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
-
-CEILINGS = {"copy": "a copy of the same bytes", "products": "as many operations by the library"}
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -40,7 +38,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         best = ceiling["times"][regime]["ms"]
         panel.axvline(best, color="black", linestyle="--", linewidth=1)
         panel.set(xlabel="ms", xlim=(0, 1.4 * max([*ms, best])))
-        panel.set_title(f"{regime} (dashed: {CEILINGS[ceiling['candidate']]}, {number(best)} ms)", fontsize=9)
+        panel.set_title(
+            f"{regime} (dashed: {CEILINGS[ceiling['candidate']].what}, {number(best)} ms)", fontsize=9
+        )
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].invert_yaxis()
     figure.suptitle(title(ceiling), fontsize=11)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastloss import info
 
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from fastloss._measure import Spec
 
 Row = dict[str, Any]
+
+
+class Ceiling(NamedTuple):
+    unit: str
+    what: str
+
+
+CEILINGS = {
+    "copy": Ceiling("GB", "a copy of the same bytes"),
+    "products": Ceiling("GFLOP", "as many operations by the library"),
+}
+"""What the machine can do at best: the last candidate of every measurement, the unit of its speed, and what it is."""
 
 
 def commit() -> str | None:
@@ -71,17 +83,18 @@ def number(value: float | None) -> str:
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Column names, on two lines, and text of the table over all candidates of one measurement."""
     regimes = next((list(r["times"]) for r in rows if "times" in r), [])
-    rate, ceiling = ("GFLOP", "products") if rows[-1]["candidate"] == "products" else ("GB", "copy")
+    ceiling = next((r["candidate"] for r in rows if r["candidate"] in CEILINGS), "copy")
+    unit = CEILINGS[ceiling].unit
     head = ["candidate"]
     for regime in regimes:
-        head += [f"{regime}\nms", f"\n{rate}/s", f"of\n{ceiling}", "x\neager", "x\ncompile"]
+        head += [f"{regime}\nms", f"\n{unit}/s", f"of\n{ceiling}", "x\neager", "x\ncompile"]
     head += ["extra\nMiB", "x\ninput"]
     body = []
     for row in rows:
         line = [row["candidate"]]
         for regime in regimes:
             found = row.get("times", {}).get(regime, {})
-            line += [number(found.get("ms")), number(found.get(f"{rate}_per_s"))]
+            line += [number(found.get("ms")), number(found.get(f"{unit}_per_s"))]
             share = found.get(f"of_{ceiling}")
             line.append("-" if share is None else f"{share:.0%}")
             line += [number(found.get("x_eager")), number(found.get("x_compile"))]

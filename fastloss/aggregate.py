@@ -46,8 +46,8 @@ def _reduce(
     check_tensors(
         losses, theta=theta if isinstance(theta, Tensor) else None, sample_weight=sample_weight, mask=mask
     )
+    check_real(sample_weight=sample_weight, mask=mask)
     for name, t in (("sample_weight", sample_weight), ("mask", mask)):
-        check_real(**{name: t})
         if t is not None and t.shape != losses.shape:
             raise RuntimeError(
                 f"{name}: expected the shape of losses, {tuple(losses.shape)}, got {tuple(t.shape)}"

@@ -58,11 +58,10 @@ def is_wide(input: Tensor) -> bool:
 def promoted(input: Tensor, **others: Tensor | None) -> torch.dtype:
     """The type that torch's operations on all of them give."""
     dtype = input.dtype
-    for name, t in others.items():
-        if t is None:
-            continue
-        check_real(**{name: t})
-        dtype = torch.promote_types(dtype, t.dtype)
+    check_real(**others)
+    for t in others.values():
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
     return dtype
 
 

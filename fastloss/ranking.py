@@ -76,8 +76,8 @@ def k_way_ranking_loss(
     check_floating("rewards", rewards)
     if rewards.dim() == 0:
         raise RuntimeError("rewards: expected (..., K), got a tensor without dimensions")
+    check_real(ranks=ranks, mask=mask)
     for name, t in (("ranks", ranks), ("mask", mask)):
-        check_real(**{name: t})
         if t is not None and t.shape != rewards.shape:
             raise RuntimeError(
                 f"{name}: expected the shape of rewards, {tuple(rewards.shape)}, got {tuple(t.shape)}"

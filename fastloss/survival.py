@@ -55,8 +55,8 @@ def _cohort(name: str, score: Tensor, mode: str, **others: Tensor | None) -> Ten
         score = score.squeeze(-1)
     if score.dim() == 0:
         raise RuntimeError(f"{name}: expected (..., N), got a tensor without dimensions")
+    check_real(**others)
     for other, t in others.items():
-        check_real(**{other: t})
         if t is not None and t.shape != score.shape:
             raise RuntimeError(
                 f"{other}: expected the shape of {name}, {tuple(score.shape)}, got {tuple(t.shape)}"

@@ -3,6 +3,7 @@
 #include "feature_pairs.h"
 
 #include "../core/simd.h"
+#include "../losses/feature_pairs.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {
@@ -31,10 +32,7 @@ struct FeaturePairs {
         const F y = get(b[o] + j, left);
         F d = x - y + R(args.eps);
         if (left < W) d = select(first_lanes<F>(left), d, F{});
-        sums[o][0] += x * y;
-        sums[o][1] += x * x;
-        sums[o][2] += y * y;
-        sums[o][3] += d * d;
+        add_feature(sums[o], x, y, d);
       }
     }
     R* const out = static_cast<R*>(args.sums) + row;
@@ -46,24 +44,24 @@ struct FeaturePairs {
     const int64_t begin = row * args.n;
     const T* a = static_cast<const T*>(args.a) + begin;
     T* da = static_cast<T*>(args.da) + begin;
+    const R* const grad = static_cast<const R*>(args.grad) + row;
     const T* b[kOthers];
     T* db[kOthers];
-    R g[kOthers][kFeatureSums], of_a = 0;
+    FeatureGradient<R> g[kOthers];
+    R of_a = 0;
     for (int o = 0; o < kOthers; ++o) {
       b[o] = static_cast<const T*>(args.other[o]) + begin;
       db[o] = static_cast<T*>(args.d_other[o]) + begin;
-      for (int k = 0; k < kFeatureSums; ++k)
-        g[o][k] = (k ? 2 : 1) * static_cast<const R*>(args.grad)[(o * kFeatureSums + k) * args.rows + row];
-      of_a += g[o][1];
+      g[o] = {grad + o * kFeatureSums * args.rows, args.rows};
+      of_a += g[o].aa;
     }
     for (int64_t j = 0; j < args.n; j += W) {
       const int64_t left = args.n - j;
       const F x = get(a + j, left);
       F dx = x * of_a;
       for (int o = 0; o < kOthers; ++o) {
-        const F y = get(b[o] + j, left), d = (x - y + R(args.eps)) * g[o][3];
-        dx += y * g[o][0] + d;
-        put(db[o] + j, x * g[o][0] + y * g[o][2] - d, left, past_cache);
+        const F y = get(b[o] + j, left);
+        put(db[o] + j, g[o].by_other(x, y, x - y + R(args.eps), dx), left, past_cache);
       }
       put(da + j, dx, left, past_cache);
     }
@@ -77,7 +75,7 @@ struct FeaturePairs {
     for (int o = 0; o < kOthers; ++o) places |= reinterpret_cast<uintptr_t>(args.d_other[o]);
     const bool lines = args.past_cache && places % 64 == 0;
     for (int64_t row = begin; row < end; ++row) backward(args, row, lines);
-    _mm_sfence();
+    if (lines) _mm_sfence();
   }
 };
 

@@ -1,6 +1,7 @@
 // Sums over pairs and triples of rows: a warp a row, each lane every 32nd feature, added up in a tree.
 #include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
+#include "../losses/feature_pairs.h"
 #include "launchers.h"
 
 namespace fastloss::cuda {
@@ -27,10 +28,7 @@ __global__ void __launch_bounds__(kFeatureThreads) features_kernel(FeatureArgs a
 #pragma unroll
       for (int o = 0; o < kOthers; ++o) {
         const R y = widen(b[o][j]), d = x - y + eps;
-        sums[o][0] += x * y;
-        sums[o][1] += x * x;
-        sums[o][2] += y * y;
-        sums[o][3] += d * d;
+        add_feature(sums[o], x, y, d);
       }
     }
 #pragma unroll
@@ -44,22 +42,21 @@ __global__ void __launch_bounds__(kFeatureThreads) features_kernel(FeatureArgs a
       }
     return;
   }
-  R g[kOthers][kFeatureSums], of_a = 0;
+  const R* const grad = static_cast<const R*>(args.grad) + row;
+  FeatureGradient<R> g[kOthers];
+  R of_a = 0;
 #pragma unroll
   for (int o = 0; o < kOthers; ++o) {
-#pragma unroll
-    for (int k = 0; k < kFeatureSums; ++k)
-      g[o][k] = (k ? 2 : 1) * static_cast<const R*>(args.grad)[(o * kFeatureSums + k) * args.rows + row];
-    of_a += g[o][1];
+    g[o] = {grad + o * kFeatureSums * args.rows, args.rows};
+    of_a += g[o].aa;
   }
   for (int64_t j = lane; j < args.n; j += 32) {
     const R x = widen(a[j]);
     R dx = x * of_a;
 #pragma unroll
     for (int o = 0; o < kOthers; ++o) {
-      const R y = widen(b[o][j]), d = (x - y + eps) * g[o][3];
-      dx += y * g[o][0] + d;
-      static_cast<T*>(args.d_other[o])[begin + j] = narrow<T>(x * g[o][0] + y * g[o][2] - d);
+      const R y = widen(b[o][j]), dy = g[o].by_other(x, y, x - y + eps, dx);
+      static_cast<T*>(args.d_other[o])[begin + j] = narrow<T>(dy);
     }
     static_cast<T*>(args.da)[begin + j] = narrow<T>(dx);
   }

@@ -52,8 +52,11 @@ class Call:
     def softmax(self, tensors, options, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
         return softmax(tensors, options, ranks, self.exchange)
 
+    def to_reduce(self, loss: Tensor, weight: Tensor | None, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
+        """Of everyone, or of this rank's rows where nothing is reduced."""
+        if self.reduction == "none":
+            return loss, weight
+        return everyone(loss, ranks), None if weight is None else everyone(weight, ranks)
+
     def reduced(self, loss: Tensor, weight: Tensor | None, dtype: torch.dtype, ranks: Ranks) -> Tensor:
-        if self.reduction != "none":
-            loss = everyone(loss, ranks)
-            weight = None if weight is None else everyone(weight, ranks)
-        return reduced(loss, weight, self.reduction, dtype)
+        return reduced(*self.to_reduce(loss, weight, ranks), self.reduction, dtype)

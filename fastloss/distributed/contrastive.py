@@ -18,7 +18,6 @@ from fastloss.contrastive import info_nce_rows
 from fastloss.contrastive_labels import class_sizes
 from fastloss.contrastive_ranking import ranking_rows
 from fastloss.distributed.call import Call
-from fastloss.distributed.collectives import everyone
 
 __all__ = ["info_nce", "multiple_negatives_ranking_loss", "nt_xent_loss", "sup_con_loss"]
 
@@ -139,11 +138,10 @@ def sup_con_loss(
         (True, True, bool(normalize), True, True, False),
         rows,
     )
-    counts = others[rows.own] > 0
-    loss = row.masked_fill(~counts, 0.0)
-    if reduction != "none":
-        loss, counts = everyone(loss, rows), others > 0
-        weight = None if weight is None else everyone(weight, rows)
+    counts = others > 0
+    loss = row.masked_fill(~counts[rows.own], 0.0)
+    loss, weight = call.to_reduce(loss, weight, rows)
+    counts = counts[rows.own] if reduction == "none" else counts
     return reference.contrastive.mean_over(loss, counts, weight, reduction).to(dtype)
 
 
