@@ -12,11 +12,11 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 CPP_FILES := find csrc tests '(' -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' ')' -print0
 
-.PHONY: help env build demo test gpu check bench lint format clean
+.PHONY: help env build demo test gpu gpu-dry gpu-pack check bench lint format clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "ARGS=... is handed on: make test ARGS='-k cross_entropy', make demo ARGS='--text my.txt --steps 500'"
 
 env: $(VENV)/.env ## make .venv with torch and what the build needs
@@ -46,8 +46,14 @@ demo: $(VENV)/.built $(VENV)/.extra-demo ## train a small language model with to
 test: $(VENV)/.built $(VENV)/.extra-test ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)  # one thread for each of two workers
 
-gpu: ## on a machine with a GPU: suite, sanitizer, CUDA graphs, benchmark table; PYTHON is one whose torch has CUDA
+gpu: ## on a machine with a GPU: all that only a GPU can show, in nine minutes; PYTHON is one whose torch has CUDA
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu-pack: $(VENV)/.built ## what travels to a machine with a GPU where nothing can be built
+	$(BIN)/python benchmarks/gpu.py --pack $(ARGS)
+
+gpu-dry: $(VENV)/.built $(VENV)/.extra-test ## the stages of `make gpu`, in small, without a GPU
+	$(BIN)/python benchmarks/gpu.py --device cpu $(ARGS)
 
 check: $(VENV)/.built $(VENV)/.extra-cli ## every loss against its float64 reference on every device here
 	$(BIN)/python -m fastloss check $(ARGS)
@@ -66,6 +72,6 @@ format: $(VENV)/.built $(VENV)/.extra-dev ## what ruff and clang-format can put 
 	$(CPP_FILES) | xargs -0 $(BIN)/clang-format -i
 
 clean: ## what builds and runs left behind, except .venv
-	rm -rf build dist demo-out bench-out *.egg-info .pytest_cache .hypothesis .ruff_cache $(VENV)/.built
+	rm -rf build dist demo-out bench-out gpu-out gpu-pack *.egg-info .pytest_cache .hypothesis .ruff_cache $(VENV)/.built
 	rm -f fastloss/*.so
 	find fastloss tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,166 +1,391 @@
-"""What only a GPU can show, in one run of at most `--minutes`: `make gpu`.
+"""What only a GPU can show, in one run of at most `--seconds`: `make gpu`.
 
-1. fastloss loads: a build that was carried along, else one for this GPU is made (beyond the minutes).
-2. Side by side, since none of it is timed: the tests on CUDA, with the cases beyond 2^31 elements and the capture
-   in CUDA graphs; compute-sanitizer (memcheck, racecheck) over small calls of every loss (`every_loss.py`).
-3. What a call costs the host, and the same step as a CUDA graph (`overhead.py`).
-4. The table of `gpu.json` beside eager PyTorch, torch.compile and the peers that are installed, for the time that
-   is left; it begins with what matters most, and each row is written as soon as it is measured.
+The stages, what tells most first, each with a limit of its own; nothing that is timed runs beside anything else:
 
-Everything goes into `results/<gpu>/`: report.md, results.json and plots, overhead.json, and a log of each part.
+ceilings    versions; what the card does at best: a copy, a product of matrices
+smoke       every case of every loss once: does it run at all
+numbers     `fastloss check`: every loss against float64
+times       fastloss alone over the table gpu.json, as replays of CUDA graphs; also of a second tree (`--beside`)
+kernels     the kernels of the most important steps, one by one
+counters    the same steps under Nsight Compute: traffic, occupancy, stalls
+sanitizer   memcheck and racecheck over every loss
+tests       the tests that ask something of kernels, on CUDA
+peers       eager, torch.compile and installed peers on the first rows of the table
+
+A folder gets at most eight files, each written as results come, so that whatever ends the run takes nothing along:
+results.jsonl (a line a result), log.txt, counters.csv, tests.txt, sanitizer.txt, and report.md at the end, which
+`--report FOLDER` writes again. `--stages` runs some of them, `--device cpu` rehearses all of them in small where
+there is no GPU.
+
+A library that was carried along, `gpu-pack/_ops.so.xz` (`make gpu-pack`), is unpacked where none is built.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
+import json
+import lzma
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-CHECKS_SHARE, OVERHEAD_SECONDS = 0.45, 45.0
-"""Of the minutes for the second part; the most that the third one takes."""
-PARTS = ("tests", "sanitizer", "overhead", "table")
+PACK = ROOT / "gpu-pack"
+WORK = "benchmarks/gpu_work.py"
+COUNTED = (0, 2, 3, 5, 8, 10, 11, 13)
+"""Rows of the table whose kernels are looked at one by one."""
+METRICS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "lts__t_sector_hit_rate.pct",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "smsp__inst_executed.sum",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_math_pipe_throttle_per_issue_active.ratio",
+    "smsp__average_warps_issue_stalled_lg_throttle_per_issue_active.ratio",
+    "l1tex__data_bank_conflicts_pipe_lsu.sum",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_registers",
+    "launch__block_size",
+    "launch__grid_size",
+)
+TESTS = (
+    ("tests/test_cuda_graphs.py", "tests/test_large.py", "--large"),
+    ("tests/test_determinism.py", "tests/test_cross_entropy.py", "tests/test_cross_entropy_extremes.py",
+     "tests/test_numerics.py"),
+)  # fmt: skip
 
 
 @dataclass
-class Part:
-    """A command, what it needs beyond `ENVIRONMENT`, and whether running out of time leaves a result."""
+class Command:
+    """A process; its lines of JSON go to results.jsonl, all else to the log or to a file of its own."""
 
+    arguments: Sequence[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    file: str | None = None
+
+
+@dataclass
+class Stage:
     name: str
-    command: Sequence[str]
-    environment: Mapping[str, str] | None = None
-    partial: bool = False
+    seconds: float
+    """The most that it may take, all in all."""
+    commands: list[Command]
+    at_once: int = 1
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """It and what it has started; first so that it can write what it has."""
-    for sign, seconds in ((signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
-        try:
-            os.killpg(process.pid, sign)
-            process.wait(seconds)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+def processes(args: argparse.Namespace) -> int:
+    return max(1, min(12, (os.cpu_count() or 2) - 2)) if args.device == "cuda" else 2
 
 
-def run(parts: Sequence[Part], seconds: float, logs: Path) -> bool:
-    """Whether all went well, side by side in so many seconds; what they print goes to a log of each."""
-    start = time.monotonic()
-    running = []
-    for part in parts:
-        print(f"== {part.name}: {' '.join(part.command)}", flush=True)
-        with open(logs / f"{part.name}.log", "wb") as log:
-            environment = {**ENVIRONMENT, **(part.environment or {})}
-            process = subprocess.Popen(
-                part.command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+def stages(args: argparse.Namespace) -> list[Stage]:
+    cuda, n = args.device == "cuda", processes(args)
+
+    def work(what: str, *options: str, tree: str | None = None) -> Command:
+        device = ("--device", args.device)
+        environment = {"PYTHONPATH": tree} if tree else {}
+        return Command((sys.executable, WORK, what, *device, *options), environment)
+
+    def parts(what: str, count: int) -> list[Command]:
+        return [work(what, "--part", f"{i}/{count}") for i in range(count)]
+
+    rows = ",".join(map(str, COUNTED if cuda else COUNTED[:2]))
+    some = () if cuda else ("--rows", "0,5", "--budget", "0.01")
+    times = [work("times", "--label", "this", *some)]
+    kernels = [work("kernels", "--label", "this", "--rows", rows)]
+    if args.beside:
+        times.append(work("times", "--label", "beside", *some, tree=args.beside))
+        kernels.append(work("kernels", "--label", "beside", "--rows", rows, tree=args.beside))
+    found = [
+        Stage("ceilings", 40, [Command((sys.executable, "-m", "fastloss", "info")), work("ceilings")]),
+        Stage("smoke", 60, parts("smoke", min(n, 6)), n),
+        Stage("numbers", 90, parts("numbers", n), n),
+        Stage("times", 70 * len(times), times),
+        Stage("kernels", 30 * len(kernels), kernels),
+    ]
+    pytest = (sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider")
+    if cuda:
+        smi = (
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem",
+            "--format=csv",
+        )
+        found[0].commands.insert(0, Command(smi))
+        ncu = ("ncu", "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(METRICS))
+        mine = ("--kernel-name-base", "mangled", "--kernel-name", "regex:fastloss", "--launch-count", "60")
+        watched = (sys.executable, WORK, "steps", "--rows", rows)
+        found.append(Stage("counters", 70, [Command((*ncu, *mine, *watched), file="counters.csv")]))
+        watch = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kns=fastloss", "--tool")
+        # pages of a caching allocator would hide what is read or written beyond a tensor's end
+        plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        found.append(
+            Stage(
+                "sanitizer",
+                80,
+                [
+                    Command(
+                        (*watch, tool, sys.executable, WORK, "smoke", "--part", f"{i}/6"),
+                        plain if tool == "memcheck" else {},
+                        "sanitizer.txt",
+                    )
+                    for tool in ("memcheck", "racecheck")
+                    for i in range(6)
+                ],
+                12,
             )
-        running.append((part, process))
-    good = True
+        )
+        workers = ("--devices", "cuda", "-n", str(n), "--maxfail", "300", "-k", "cuda or large")
+        found.append(
+            Stage("tests", 110, [Command((*pytest, *files, *workers), file="tests.txt") for files in TESTS])
+        )
+    else:
+        collect = (*pytest, "-qq", "--collect-only", "--devices", "cuda")
+        found.append(Stage("tests", 60, [Command((*collect, *files), file="tests.txt") for files in TESTS]))
+    others = [
+        work("times", "--rows", r, "--candidates", "eager,peers", *some[2:])
+        for r in ("0,2,3,7,13", "8,11,14")
+    ]
+    compiled = [work("times", "--rows", r, "--candidates", "compile", *some[2:]) for r in ("0", "2")]
+    found.append(Stage("peers", 100, others + compiled if cuda else others[1:]))
+    return [stage for stage in found if not args.stages or stage.name in args.stages.split(",")]
+
+
+class Results:
+    """The folder: everything is on the disk as soon as it is known."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.lock = folder, threading.Lock()
+        self.files: dict[str, IO[str]] = {}
+
+    def write(self, name: str, line: str) -> None:
+        with self.lock:
+            if name not in self.files:
+                self.files[name] = open(self.folder / name, "a", errors="replace")  # noqa: SIM115
+            self.files[name].write(line.rstrip("\n") + "\n")
+            self.files[name].flush()
+
+    def add(self, **record: Any) -> None:
+        self.write("results.jsonl", json.dumps(record))
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.write("log.txt", text)
+
+
+def kill(process: subprocess.Popen[str], sign: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, sign)
+
+
+def run_command(command: Command, stage: str, until: float, results: Results) -> str:
+    """Runs it to its end or to `until`; gives how it ended."""
+    tree = command.environment.get("PYTHONPATH", str(ROOT))
+    environment = {
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+        **command.environment,
+        "PYTHONPATH": os.pathsep.join(
+            [tree, *map(str, sorted(PACK.glob("peers"))), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
     try:
-        for part, process in running:
+        process = subprocess.Popen(
+            command.arguments,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return str(error)
+    watch = threading.Timer(max(0.5, until - time.monotonic()), kill, (process, signal.SIGINT))
+    end = threading.Timer(max(0.5, until - time.monotonic()) + 4.0, kill, (process, signal.SIGKILL))
+    watch.start()
+    end.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
             try:
-                code = process.wait(max(1.0, seconds - (time.monotonic() - start)))
-                fine = code == 0
-                verdict = "passed" if fine else f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                stop(process)
-                fine, verdict = part.partial, f"stopped after {seconds:.0f} s"
-            print(f"== {part.name}: {verdict}, {time.monotonic() - start:.0f} s", flush=True)
-            if not fine:
-                text = (logs / f"{part.name}.log").read_text(errors="replace")
-                print("\n".join(text.splitlines()[-30:]), flush=True)
-            good &= fine
-    finally:
-        for _, process in running:
-            if process.poll() is None:
-                stop(process)
-    return good
+                results.add(stage=stage, **json.loads(line))
+                continue
+            except ValueError:
+                pass
+        results.write(command.file or "log.txt", line)
+    code = process.wait()
+    watch.cancel()
+    end.cancel()
+    if time.monotonic() > until - 0.1:
+        return "stopped at its limit"
+    return "passed" if code == 0 else f"exit code {code}"
 
 
-def python(name: str, *arguments: str, **more: object) -> Part:
-    return Part(name, (sys.executable, *arguments), **more)
+def run_stage(stage: Stage, until: float, results: Results) -> bool:
+    start = time.monotonic()
+    until = min(until, start + stage.seconds)
+    left: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    for command in stage.commands:
+        left.put(command)
+    verdicts: list[str] = []
+
+    def work() -> None:
+        while time.monotonic() < until - 1.0:
+            try:
+                command = left.get_nowait()
+            except queue.Empty:
+                return
+            verdicts.append(run_command(command, stage.name, until, results))
+
+    threads = [threading.Thread(target=work) for _ in range(min(stage.at_once, len(stage.commands)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    verdicts += ["not begun"] * left.qsize()
+    spent = time.monotonic() - start
+    text = ", ".join(f"{verdicts.count(v)} x {v}" for v in dict.fromkeys(verdicts))
+    results.add(stage=stage.name, ended=text, seconds=round(spent, 1))
+    results.say(f"== {stage.name}: {text}, {spent:.0f} s")
+    return all(v == "passed" for v in verdicts)
 
 
-def tests() -> Part:
-    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    only = ["-k", "cuda", "--ignore", "tests/cuda_on_cpu"]  # no test that never touches the GPU
-    return python("tests", "-m", "pytest", "--devices", "cuda", "--large", *only, *workers)
+# ---- before and after
 
 
-def sanitized(tool: str, sanitizer: str) -> Part:
-    options = ("--error-exitcode", "9", "--tool", tool, "--kernel-name", "kns=fastloss")
-    # pages of a caching allocator would hide what is read or written beyond a tensor's end
-    return Part(
-        tool,
-        (sanitizer, *options, sys.executable, "benchmarks/every_loss.py"),
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else None,
-    )
+def unpack(results: Results) -> None:
+    """The carried libraries, where none are built."""
+    for folder, tree in ((PACK, ROOT), (PACK / "beside", PACK / "beside")):
+        library, packed = tree / "fastloss" / "_ops.so", folder / "_ops.so.xz"
+        if packed.exists() and not library.exists():
+            with lzma.open(packed) as source, open(library, "wb") as target:
+                shutil.copyfileobj(source, target)
+            results.say(f"unpacked {packed}: {library.stat().st_size / 1e6:.0f} MB")
+
+
+def pack(beside: Path | None) -> int:
+    """What travels to a machine with a GPU: the library, compressed; a second tree to compare with; peers."""
+    PACK.mkdir(exist_ok=True)
+    trees = {PACK: ROOT} | ({PACK / "beside": beside} if beside else {})
+    for folder, tree in trees.items():
+        library = tree / "fastloss" / "_ops.so"
+        if not library.exists():
+            print(f"{library} is not built", file=sys.stderr)
+            return 1
+        if folder is not PACK:
+            shutil.copytree(
+                tree / "fastloss",
+                folder / "fastloss",
+                dirs_exist_ok=True,
+                ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+            )
+        data = lzma.compress(library.read_bytes(), preset=6)
+        (folder / "_ops.so.xz").write_bytes(data)
+        print(f"{folder / '_ops.so.xz'}: {len(data) / 1e6:.1f} MB", flush=True)
+    peers = ("liger-kernel", "cut-cross-entropy", "memeff", "inf-cl")  # pure Python
+    target = ("--target", str(PACK / "peers"), "--upgrade", "--no-deps", "--quiet")
+    return subprocess.run([sys.executable, "-m", "pip", "install", *target, *peers]).returncode
+
+
+def report(folder: Path) -> str:
+    """A page of the results of one folder, as Markdown."""
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+    def of(stage: str) -> list[dict[str, Any]]:
+        return [r for r in records if r["stage"] == stage]
+
+    lines = ["# What a GPU showed", ""]
+    for r in of("start"):
+        lines += [f"* {key}: {value}" for key, value in r.items() if key != "stage"]
+    for r in of("ceilings"):
+        if "ceiling" in r:
+            rate = f"{r['GB_per_s']:.0f} GB/s" if "GB_per_s" in r else f"{r['TFLOP_per_s']:.0f} TFLOP/s"
+            lines.append(f"* {r['ceiling']} {r.get('dtype', '')}: {rate}")
+    lines += ["", "| stage | ended | seconds |", "|---|---|---|"]
+    lines += [f"| {r['stage']} | {r['ended']} | {r['seconds']} |" for r in records if "ended" in r]
+
+    smoke, checked = of("smoke"), [r for r in of("numbers") if "comparisons" in r]
+    lines += [
+        "",
+        f"{sum(r['calls'] for r in smoke if 'calls' in r)} calls, {sum('failed' in r for r in smoke)} failed. "
+        f"{sum(r['comparisons'] for r in checked)} comparisons of {len(checked)} functions with float64, "
+        f"{sum(r['failures'] for r in checked)} failed.",
+    ]
+    failed = [r for r in smoke + of("numbers") if "failed" in r]
+    lines += ["", *(f"* {r['stage']}: {r['failed']} {r.get('error', '')}" for r in failed)]
+    timed = [r for r in of("times") + of("peers") if "candidate" in r]
+    lines += ["", "| row | candidate | ms | of ceiling | extra MiB |", "|---|---|---|---|---|"]
+    order = list(dict.fromkeys(json.dumps(r["row"], sort_keys=True) for r in timed))
+    for r in sorted(timed, key=lambda r: order.index(json.dumps(r["row"], sort_keys=True))):
+        row = r["row"]
+        name = f"{row['loss']} {'x'.join(map(str, row['shape']))} {row['dtype']}"
+        name += f" ({row['case']})" if "case" in row else ""
+        name += ", forward" if row.get("forward_only") else ""
+        who = r["candidate"] + (f" ({r['tree']})" if r.get("tree") else "")
+        if "ms" in r:
+            share = f"{r['of_ceiling']:.0%} of {r['ceiling']}" if "of_ceiling" in r else "-"
+            lines.append(f"| {name} | {who} | {r['ms']:.4g} | {share} | {r.get('extra_MiB', '-')} |")
+        else:
+            lines.append(f"| {name} | {who} | {r.get('failed', '')} | - | - |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="folder of the results; default: benchmarks/results/<gpu>")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything but a build; default: 8")
-    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="timing per row")
-    parser.add_argument("--skip", action="append", default=[], choices=PARTS)
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu-out", help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=540.0, help="for everything; default: 540")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--stages", help="comma-separated; default: all")
+    parser.add_argument(
+        "--beside", metavar="FOLDER", help="holds another fastloss, to be timed beside this one"
+    )
+    parser.add_argument("--note", default="", help="a sentence for the report")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write report.md of these results")
+    parser.add_argument("--pack", action="store_true", help="only make gpu-pack, which travels to the GPU")
     args = parser.parse_args()
+    if args.report:
+        (args.report / "report.md").write_text(report(args.report))
+        return 0
+    if args.pack:
+        return pack(Path(args.beside) if args.beside else None)
 
-    absent = [
-        m for m in ("torch", "pytest", "hypothesis", "rich", "matplotlib") if not importlib.util.find_spec(m)
-    ]
-    if absent:
-        print(f"make gpu needs {', '.join(absent)} beside this Python: {sys.executable}", file=sys.stderr)
-        return 2
-    import torch
-
-    if not torch.cuda.is_available():
-        print("make gpu needs a GPU that torch sees, and this torch sees none", file=sys.stderr)
-        return 2
-    name = torch.cuda.get_device_name()
-    if subprocess.run([sys.executable, "-c", "import fastloss"], cwd=ROOT, env=ENVIRONMENT).returncode:
-        major, minor = torch.cuda.get_device_capability()
-        ENVIRONMENT.update(FASTLOSS_CUDA="1", TORCH_CUDA_ARCH_LIST=f"{major}.{minor}")
-        build = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
-        if subprocess.run(build, cwd=ROOT, env=ENVIRONMENT).returncode:
-            return 1
-    out = args.out or ROOT / "benchmarks" / "results" / name.lower().replace(" ", "-")
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * args.minutes
-    good = [run([python("info", "-m", "fastloss", "info")], 60.0, logs)]
-    print((logs / "info.log").read_text(), flush=True)
-
-    checks = [] if "tests" in args.skip else [tests()]
-    if "sanitizer" not in args.skip:
-        sanitizer = shutil.which("compute-sanitizer")
-        if sanitizer is None:
-            print("== memcheck, racecheck: compute-sanitizer is not installed")
-            good.append(False)
-        else:
-            checks += [sanitized(tool, sanitizer) for tool in ("memcheck", "racecheck")]
-    if checks:
-        good.append(run(checks, CHECKS_SHARE * 60 * args.minutes, logs))
-    if "overhead" not in args.skip:
-        part = python("overhead", "benchmarks/overhead.py", "--out", str(out / "overhead.json"), partial=True)
-        good.append(run([part], OVERHEAD_SECONDS, logs))
-    if "table" not in args.skip:
-        table = ("--table", "benchmarks/gpu.json", "--peers", "benchmarks/peers.py", "--out", str(out))
-        # matrices of 8 GiB come and go: without it what is free lies in pieces
-        memory = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-        bench = ("-m", "fastloss", "bench", "--device", "cuda", *table, "--budget", str(args.budget))
-        part = python("table", *bench, environment=memory, partial=True)
-        good.append(run([part], end - time.monotonic() - 15.0, logs))
-    return int(not all(good))
+    until = time.monotonic() + args.seconds - 5.0
+    results = Results(args.out)
+    results.add(
+        stage="start",
+        date=time.strftime("%Y-%m-%d"),
+        command=" ".join(sys.argv),
+        device=args.device,
+        note=args.note,
+    )
+    unpack(results)
+    good = True
+    for stage in stages(args):
+        if time.monotonic() > until - 5.0:
+            results.say(f"== {stage.name}: no time left")
+            good = False
+            continue
+        good &= run_stage(stage, until, results)
+        (args.out / "report.md").write_text(report(args.out))
+    return int(not good)
 
 
 if __name__ == "__main__":

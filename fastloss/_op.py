@@ -312,7 +312,9 @@ def _traced_function(op: Op) -> type[Function]:
     """The function as a tracer may follow it: nothing but the two operators."""
     operators = op.operators()
     fwd, bwd, wrt = operators.fwd, operators.bwd, op.wrt
-    tensors, outputs, backward_options = op.tensors, op.outputs, op.backward_options
+    tensors, outputs = op.tensors, op.outputs
+    # two numbers, because the compiler of torch 2.11 cannot follow a slice that stands outside the function
+    first, last = op.backward_options.start, op.backward_options.stop
     extra, saved_only = op.traced_extra, op.saved
 
     class Traced(Function):
@@ -330,7 +332,7 @@ def _traced_function(op: Op) -> type[Function]:
 
         @staticmethod
         def backward(ctx, *grads):
-            results = bwd(*grads[:outputs], *ctx.saved_tensors, *ctx.options[backward_options])
+            results = bwd(*grads[:outputs], *ctx.saved_tensors, *ctx.options[first:last])
             results = (results,) if isinstance(results, Tensor) else results
             full = [None] * (tensors + len(ctx.options))
             for position, grad in zip(wrt, results):
