@@ -44,25 +44,15 @@ PACK = ROOT / "gpu-pack"
 WORK = "benchmarks/gpu_work.py"
 COUNTED = (0, 2, 3, 5, 8, 10, 11, 13)
 """Rows of the table whose kernels are looked at one by one."""
-METRICS = (
-    "gpu__time_duration.sum",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "dram__bytes_read.sum",
-    "dram__bytes_write.sum",
-    "lts__t_sector_hit_rate.pct",
-    "smsp__issue_active.avg.pct_of_peak_sustained_active",
-    "sm__warps_active.avg.pct_of_peak_sustained_active",
-    "smsp__inst_executed.sum",
-    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
-    "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
-    "smsp__average_warps_issue_stalled_math_pipe_throttle_per_issue_active.ratio",
-    "smsp__average_warps_issue_stalled_lg_throttle_per_issue_active.ratio",
-    "l1tex__data_bank_conflicts_pipe_lsu.sum",
-    "launch__registers_per_thread",
-    "launch__occupancy_limit_registers",
-    "launch__block_size",
-    "launch__grid_size",
+SECTIONS = (
+    "SpeedOfLight",
+    "MemoryWorkloadAnalysis",
+    "Occupancy",
+    "LaunchStats",
+    "SchedulerStats",
+    "WarpStateStats",
 )
+"""What Nsight Compute reads of each launch."""
 TESTS = (
     ("tests/test_cuda_graphs.py", "tests/test_large.py", "--large"),
     ("tests/test_determinism.py", "tests/test_cross_entropy.py", "tests/test_cross_entropy_extremes.py",
@@ -125,7 +115,8 @@ def stages(args: argparse.Namespace) -> list[Stage]:
             "--format=csv",
         )
         found[0].commands.insert(0, Command(smi))
-        ncu = ("ncu", "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(METRICS))
+        sections = [option for name in SECTIONS for option in ("--section", name)]
+        ncu = ("ncu", "--clock-control", "none", "--csv", "--page", "raw", *sections)
         mine = ("--kernel-name-base", "mangled", "--kernel-name", "regex:fastloss", "--launch-count", "60")
         watched = (sys.executable, WORK, "steps", "--rows", rows)
         found.append(Stage("counters", 70, [Command((*ncu, *mine, *watched), file="counters.csv")]))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import re
 import runpy
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +94,56 @@ def test_cost_of_a_call():
     row = measure(losses()[0], 1, "cpu")
     assert row["eager"] > 0
     assert row["fastloss"] > 0
+
+
+def test_the_gpu_run_is_rehearsed_without_a_gpu(tmp_path):
+    command = [
+        sys.executable,
+        BENCHMARKS / "gpu.py",
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--seconds",
+        "240",
+    ]
+    ran = subprocess.run([*command, "--stages", "ceilings,times,kernels"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + (tmp_path / "log.txt").read_text()
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {r["stage"] for r in results} == {"start", "ceilings", "times", "kernels"}
+    assert not [r for r in results if "failed" in r]
+    assert all(r["ms"] > 0 for r in results if r["stage"] == "times" and "row" in r)
+    assert "cross_entropy" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_the_stages_of_a_gpu_run_fit_its_time(where):
+    file = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    stages = file["stages"](argparse.Namespace(device=where, beside=None, stages=None))
+    names = [stage.name for stage in stages]
+    assert names[:4] == ["ceilings", "smoke", "numbers", "times"], "what tells most comes first"
+    for name in names:
+        assert re.search(rf"^{name} ", file["__doc__"], re.MULTILINE)
+    for i, stage in enumerate(stages):
+        chosen = file["stages"](argparse.Namespace(device=where, beside=None, stages=stage.name))
+        assert [c.name for c in chosen] == [names[i]]
+        assert stage.seconds <= 120
+    rows = json.loads((BENCHMARKS / "gpu.json").read_text())
+    assert max(file["COUNTED"]) < len(rows)
+
+
+def test_a_stage_of_a_gpu_run_ends_at_its_limit(tmp_path):
+    """What it has found until then is on the disk; the next command is not begun."""
+    file = runpy.run_path(str(BENCHMARKS / "gpu.py"))
+    command = "import time; print('{\"found\": 1}', flush=True); print('words', flush=True); time.sleep(60)"
+    sleeper = file["Command"]((sys.executable, "-c", command), {}, "own.txt")
+    results = file["Results"](tmp_path)
+    start = time.monotonic()
+    good = file["run_stage"](file["Stage"]("slow", 4.0, [sleeper, sleeper]), start + 60.0, results)
+    assert not good
+    assert time.monotonic() - start < 30.0
+    found, ended = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert found == {"stage": "slow", "found": 1}
+    assert "1 x stopped at its limit" in ended["ended"]
+    assert "1 x not begun" in ended["ended"]
+    assert (tmp_path / "own.txt").read_text().startswith("words\n")
