@@ -50,6 +50,11 @@ def use_namespace(namespace: str) -> Iterator[None]:
         _namespace = before
 
 
+def runs_on_cpu(x: Tensor) -> bool:
+    """Whether kernels made for the CPU take it; another build may run those of CUDA on tensors of the CPU."""
+    return x.is_cpu and _namespace == "fastloss"
+
+
 profiler: Any = None
 """While `fastloss.profile` is active: called with an operation and its tensors, gives the record of this call."""
 

@@ -19,7 +19,7 @@ from fastloss._checks import (
 )
 from fastloss._linear_op import LinearOp
 from fastloss._linear_shapes import LEAST_SIN2, AngularMargin, Harmonic
-from fastloss._op import HALF_TYPES, REDUCTIONS
+from fastloss._op import HALF_TYPES, REDUCTIONS, runs_on_cpu
 from fastloss._registry import Draw, Loss, register
 from fastloss.linear import as_autocast
 from fastloss.reference.margin import nearest, with_margin
@@ -126,11 +126,15 @@ def _margin_loss(
     centres = weight.shape[1] if weight.dim() == 3 else 1
     device = input.device.type
     dtype, autocast = input.dtype, torch.is_autocast_enabled(device)
-    if device == "cpu" and not autocast and dtype in HALF_TYPES:  # unit vectors keep what rounding would take
+    half = not autocast and dtype in HALF_TYPES
+    if half:  # a length has more range than float16, in which the least of normalize is 0
         input, weight = input.float(), weight.float()
-        sample_weight = None if sample_weight is None else sample_weight.float()
     unit = F.normalize(_counted(input, target, ignore_index))
     centre = F.normalize(weight.reshape(-1, weight.shape[-1]))
+    if half and runs_on_cpu(input):  # there unit vectors keep what rounding would take
+        sample_weight = None if sample_weight is None else sample_weight.float()
+    elif half:
+        unit, centre = unit.to(dtype), centre.to(dtype)
     rows, centred = as_autocast(device, unit, centre)
     numbers = [smoothing, 0.0, float(additive), m, float(easy), float(straight), float(centres)]
     try:
@@ -169,8 +173,8 @@ def arcface_loss(
 
     which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`,
     else :math:`\cos\theta`. Cosines are made for a chunk of rows and turned into their gradient in place: beyond the
-    normalised copies and the gradients that takes at most 128 MiB. On the CPU half types are normalised and
-    multiplied in float32.
+    normalised copies and the gradients that takes at most 128 MiB. Half types are normalised in float32, on the CPU
+    also multiplied.
 
     Args:
         input: embeddings of shape `(N, D)`, of any length; float32, float64, bfloat16 or float16.

@@ -30,7 +30,7 @@ def _matrix(
 ) -> Matrix:
     mark = None if mark is None else mark - block.columns.start  # elsewhere nothing is marked
     col_ids = None if col_ids is None else col_ids[block.columns]
-    on_cpu = block.y.is_cpu and _op._namespace == "fastloss"
+    on_cpu = _op.runs_on_cpu(block.y)
     return Matrix(
         _operators(), on_cpu, x, block.y, scale, bias, mark, row_ids, col_ids, flags, normalize, inverse
     )
