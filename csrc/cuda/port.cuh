@@ -4,6 +4,7 @@
 //   FL_SHARED(float, sums, 32);              a static block array; may stand in any device function
 //   FL_DYN_SHARED(float, tile);              the launch's dynamic shared memory, 16-byte aligned
 //   launch(&kernel<T>, grid, block, smem, stream, args...);
+//   most_shared()                            bytes of shared memory that a block may have on this device
 #pragma once
 
 #if defined(FL_SIMT)
@@ -13,7 +14,8 @@
 
 namespace fastloss::cuda {
 using simt::launch;
-}
+inline int64_t most_shared() { return 227 << 10; }
+}  // namespace fastloss::cuda
 
 #else
 
@@ -78,6 +80,16 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
       },
       params);
   if (error != cudaSuccess) throw_launch_error(error, "launch", entry, grid, block, smem);
+}
+
+inline int64_t most_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    (void)cudaGetLastError();  // the launch that follows says what is wrong
+    return kDefaultDynamicShared;
+  }
+  return bytes;
 }
 
 }  // namespace fastloss::cuda

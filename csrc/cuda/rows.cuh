@@ -1,10 +1,11 @@
 // How a GPU walks rows of logits: a team of threads a row, value and gradient in one kernel.
 //
-// Device memory is read once and written once: the second sweep, for the gradient, finds the row in L1 or L2.
-// A team is one thread where classes are strided (neighbouring threads then read neighbouring rows), a warp
-// for short rows, a block for long ones. Each thread keeps a running maximum and its sums; they are merged in
-// an order that depends on the row's length alone, so results do not depend on the batch. No softmax is
-// stored.
+// Device memory is read once and written once: while a block sweeps an aligned row it keeps what fits of it
+// in shared memory, and the second sweep, for the gradient, reads it there and finds the rest in L2. A team
+// is one thread where classes are strided (neighbouring threads then read neighbouring rows), a warp for
+// short rows, a block for long ones. Each thread keeps a running maximum and its sums; they are merged in an
+// order that depends on the row's length alone, so results depend neither on the batch nor on where the row
+// lies. No softmax is stored.
 #pragma once
 #include "../core/row_loss.h"
 #include "../core/rows.h"
@@ -45,6 +46,21 @@ struct Online {
     for (int f = 0; f < kFields; ++f) mine[f] += theirs[f];
     std::memcpy(&extra, mine, kFields * sizeof(R));
   }
+  // The sums of the lanes that differ in the bits from `offset` down; all have the same maximum.
+  __device__ __forceinline__ Online added(int offset) const {
+    R all[kFields + 1];
+    std::memcpy(all, &extra, kFields * sizeof(R));
+    all[kFields] = s;
+#pragma unroll
+    for (; offset; offset /= 2)
+#pragma unroll
+      for (int f = 0; f <= kFields; ++f) all[f] += __shfl_xor_sync(kFullMask, all[f], offset);
+    Online o;
+    o.m = m;
+    o.s = all[kFields];
+    std::memcpy(&o.extra, all, kFields * sizeof(R));
+    return o;
+  }
   __device__ __forceinline__ Online from_lane(int offset) const {
     Online o;
     o.m = __shfl_xor_sync(kFullMask, m, offset);
@@ -75,6 +91,38 @@ __device__ __forceinline__ O team_merge(O o) {
   return o;
 }
 
+// The same where all sums of an Online are of the same kind: the threads first agree on the maximum, so that
+// each takes one exponential, and what is left are sums. Once in a kernel: what is shared may still be read
+// when it returns.
+template <int kTeam, class O>
+__device__ __forceinline__ O team_sum(O o) {
+  using R = decltype(o.m);
+  if constexpr (kTeam > 1) {
+    constexpr int kWarps = kTeam / 32;
+    R top = o.m;
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) top = larger(__shfl_xor_sync(kFullMask, top, offset), top);
+    if constexpr (kWarps > 1) {
+      FL_SHARED(R, tops, kWarps);
+      if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+      __syncthreads();
+      top = tops[threadIdx.x % kWarps];
+#pragma unroll
+      for (int offset = kWarps / 2; offset; offset /= 2)
+        top = larger(__shfl_xor_sync(kFullMask, top, offset), top);
+    }
+    o.follow(top);
+    o = o.added(16);
+    if constexpr (kWarps > 1) {
+      FL_SHARED(O, part, kWarps);
+      if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = o;
+      __syncthreads();
+      o = part[threadIdx.x % kWarps].added(kWarps / 2);
+    }
+  }
+  return o;
+}
+
 template <class Loss, class T, int kTeam>
 struct RowTeam {
   using R = acc_t<T>;
@@ -88,6 +136,10 @@ struct RowTeam {
   const T* q;
   int64_t t;
   R scale, cap, inverse_cap;
+  // The first vectors of an aligned row, kept in shared memory for the gradient. The thread that writes a
+  // slot is the one that reads it, so that no barrier is needed.
+  Vec<T>* cache;
+  int slots, held;  // room in it; how much of it is filled when the gradient is written
 
   __device__ __forceinline__ R logit(R v) const {
     const R z = v * scale;
@@ -109,48 +161,92 @@ struct RowTeam {
     return 0;
   }
 
+  // Adds kCount classes from j on, of which the target is number `hit`; without kTarget it is none of them,
+  // as in nearly all calls, and no class is asked.
+  template <int kCount, bool kTarget>
+  __device__ __forceinline__ void add_below(Online<Loss, R>& o, int64_t j, const R* z, R base,
+                                            int hit) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const R d = z[k] - base, e = kTarget && k == hit ? R(0) : exp(d);
+      o.s += e;
+      o.extra.add(e, d, weight(j + k), soft(j + k), loss);
+    }
+  }
   template <int kCount>
-  __device__ __forceinline__ void add(Online<Loss, R>& o, int64_t j, const T* v) const {
+  __device__ __forceinline__ void add(Online<Loss, R>& o, int64_t j, const R* v) const {
     R z[kCount], top = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      z[k] = logit(widen(v[k]));
-      top = max(z[k], top);
+      z[k] = logit(v[k]);
+      top = larger(z[k], top);
     }
     o.follow(top);
     const R base = o.base();
     const int64_t ahead = t - j;
-    const int hit = ahead >= 0 && ahead < kCount ? static_cast<int>(ahead) : -1;
+    if (!Loss::kPlanes && static_cast<uint64_t>(ahead) < kCount) {
+      add_below<kCount, true>(o, j, z, base, static_cast<int>(ahead));
+    } else {
+      add_below<kCount, false>(o, j, z, base, -1);
+    }
+  }
+  __device__ __forceinline__ void add_one(Online<Loss, R>& o, int64_t j, T v) const {
+    const R z = widen(v);
+    add<1>(o, j, &z);
+  }
+  __device__ __forceinline__ void add_vector(Online<Loss, R>& o, int64_t j, const Vec<T>& v) const {
+    R z[N];
+    widen_all(v, z);
+    add<N>(o, j, z);
+  }
+  // Whether the row starts on 16 bytes is asked once, not at every load: between such branches no second load
+  // would be on its way.
+  template <bool kAligned>
+  __device__ __forceinline__ void sweep_vectors(Online<Loss, R>& o, int64_t body) const {
+    constexpr int64_t kStep = int64_t{kTeam} * N;
+    const T* end = x + a.n;
+    const unsigned off = kAligned ? 0 : static_cast<unsigned>(reinterpret_cast<uintptr_t>(x) % 16);
+    int64_t j = int64_t{lane} * N;
+    if (!kAligned && j < body) {
+      add_vector(o, j, load16_any(x + j, x, end));
+      j += kStep;
+    }
+    const int64_t last = kAligned ? body : a.n - N;  // a shifted load looks one vector ahead
+    int slot = lane;
+    for (; j + (kInFlight - 1) * kStep + N <= last; j += kInFlight * kStep) {
+      Vec<T> v[kInFlight];
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const R d = z[k] - base, e = k == hit ? R(0) : exp(d);
-      o.s += e;
-      o.extra.add(e, d, weight(j + k), soft(j + k), loss);
+      for (int u = 0; u < kInFlight; ++u)
+        v[u] = kAligned ? load16(x + j + u * kStep) : load16_shifted(x + j + u * kStep, off);
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        if (kAligned && slot < slots) cache[slot] = v[u];
+        slot += kTeam;
+        add_vector(o, j + u * kStep, v[u]);
+      }
+    }
+    for (; j < body; j += kStep) {
+      const Vec<T> v = kAligned ? load16(x + j) : load16_any(x + j, x, end);
+      if (kAligned && slot < slots) cache[slot] = v;
+      slot += kTeam;
+      add_vector(o, j, v);
     }
   }
   __device__ __forceinline__ Online<Loss, R> sweep() const {
     Online<Loss, R> o;
     const int64_t n = a.n, stride = a.x_layout.class_stride;
     if (kTeam == 1 || stride != 1) {
-      for (int64_t j = lane; j < n; j += kTeam) add<1>(o, j, x + j * stride);
+      for (int64_t j = lane; j < n; j += kTeam) add_one(o, j, x[j * stride]);
       return o;
     }
     // by index, not by address: which thread adds what must not depend on where the row lies
     const int64_t body = n / N * N;
-    const T* end = x + n;
-    int64_t j = int64_t{lane} * N;
-    for (; j + (kInFlight - 1) * kTeam * N < body; j += kInFlight * kTeam * N) {
-      Vec<T> v[kInFlight];
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) v[u] = load16_any(x + j + u * kTeam * N, x, end);
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) add<N>(o, j + u * kTeam * N, v[u].v);
+    if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+      sweep_vectors<true>(o, body);
+    } else {
+      sweep_vectors<false>(o, body);
     }
-    for (; j < body; j += kTeam * N) {
-      const Vec<T> v = load16_any(x + j, x, end);
-      add<N>(o, j, v.v);
-    }
-    for (j = body + lane; j < n; j += kTeam) add<1>(o, j, x + j);
+    for (int64_t j = body + lane; j < n; j += kTeam) add_one(o, j, x[j]);
     return o;
   }
 
@@ -159,12 +255,47 @@ struct RowTeam {
     typename Loss::Coef coef;
     R m, log_sum;
   };
-  __device__ __forceinline__ T grad(const Slope& s, int64_t j, T v) const {
-    const R z = logit(widen(v)), d = z - s.m, p = exp(d - s.log_sum), w = weight(j);
-    R dz = j == t ? loss.target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
+  template <bool kTarget>
+  __device__ __forceinline__ R slope_at(const Slope& s, int64_t j, R v) const {
+    const R z = logit(v), d = z - s.m, p = exp(d - s.log_sum), w = weight(j);
+    R dz = kTarget && j == t ? loss.target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
     if constexpr (Loss::kSoftcap)
-      if (cap > 0) dz *= bend(widen(v));
-    return narrow<T>(dz);
+      if (cap > 0) dz *= bend(v);
+    return dz;
+  }
+  __device__ __forceinline__ T grad(const Slope& s, int64_t j, T v) const {
+    return narrow<T>(slope_at<true>(s, j, widen(v)));
+  }
+  __device__ __forceinline__ Vec<T> grads(const Slope& s, int64_t j, const Vec<T>& v) const {
+    R z[N];
+    widen_all(v, z);
+    Vec<T> r;
+    if (!Loss::kPlanes && static_cast<uint64_t>(t - j) < N) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) r.v[k] = narrow<T>(slope_at<true>(s, j + k, z[k]));
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) r.v[k] = narrow<T>(slope_at<false>(s, j + k, z[k]));
+    }
+    return r;
+  }
+  template <bool kAligned>
+  __device__ __forceinline__ void write_vectors(const Slope& s, T* dx, int64_t head, int64_t body) const {
+    constexpr int64_t kStep = int64_t{kTeam} * N;
+    int64_t j = head + int64_t{lane} * N;
+    int slot = lane;
+    if constexpr (kAligned) {
+      for (; slot < held && j < body; j += kStep, slot += kTeam) store16(dx + j, grads(s, j, cache[slot]));
+      for (; j + (kInFlight - 1) * kStep < body; j += kInFlight * kStep) {
+        Vec<T> v[kInFlight];
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) v[u] = load16(x + j + u * kStep);
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) store16(dx + j + u * kStep, grads(s, j + u * kStep, v[u]));
+      }
+    }
+    for (; j < body; j += kStep)
+      store16(dx + j, grads(s, j, kAligned ? load16(x + j) : load16_any(x + j, x, x + a.n)));
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx) const {
     const int64_t n = a.n, from = a.x_layout.class_stride, to = a.dx_layout.class_stride;
@@ -174,11 +305,10 @@ struct RowTeam {
     }
     const int64_t head = elements_to_boundary(dx, n), body = head + (n - head) / N * N;
     for (int64_t j = lane; j < head; j += kTeam) dx[j] = grad(s, j, x[j]);
-    for (int64_t j = head + int64_t{lane} * N; j < body; j += kTeam * N) {
-      Vec<T> v = load16_any(x + j, x, x + n);
-#pragma unroll
-      for (int k = 0; k < N; ++k) v.v[k] = grad(s, j + k, v.v[k]);
-      store16(dx + j, v);
+    if (head == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+      write_vectors<true>(s, dx, head, body);
+    } else {
+      write_vectors<false>(s, dx, head, body);
     }
     for (int64_t j = body + lane; j < n; j += kTeam) dx[j] = grad(s, j, x[j]);
   }
@@ -234,7 +364,7 @@ struct RowTeam {
       if constexpr (Loss::kNumbers) number_term(row, number);
       if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
     } else {
-      const Online<Loss, R> o = team_merge<kTeam>(sweep());
+      const Online<Loss, R> o = team_sum<kTeam>(sweep());
       row.m = o.base();
       target.d = zt - row.m;
       const R e = a.target ? exp(target.d) : R(0);
@@ -357,8 +487,13 @@ struct RowTeam {
   }
 };
 
+// Threads that a multiprocessor has room for: 64 registers each suffice where a gradient is a multiple of p.
+template <class Loss>
+constexpr int kResident = Loss::kProportional && !Loss::kNumbers ? 1024 : 512;
+
 template <class Loss, class T, int kTeam>
-__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 : 4) rows_kernel(RowArgs a) {
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? kResident<Loss> / kTeam : 4)
+    rows_kernel(RowArgs a, int slots) {
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
   if (a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;
@@ -366,6 +501,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
   if (r >= a.rows) return;  // whole warps, or with teams of one thread no collective follows
   const T* x = static_cast<const T*>(a.x) + a.x_layout.start(r);
   const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
+  FL_DYN_SHARED(Vec<T>, cache);
   RowTeam<Loss, T, kTeam>{a,
                           Loss(a.options, a.n),
                           int(threadIdx.x % kTeam),
@@ -375,23 +511,40 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
                           -1,
                           R(a.logit_scale),
                           R(a.softcap),
-                          R(a.softcap > 0 ? 1 / a.softcap : 0)}
+                          R(a.softcap > 0 ? 1 / a.softcap : 0),
+                          cache,
+                          slots,
+                          a.pass == RowPass::backward ? 0 : slots}
       .run();
 }
 
-constexpr int64_t kWarpRowBytes = 4096;
+// Bytes of the longest rows for a warp, for 128 threads, for half of what a multiprocessor holds.
+constexpr int64_t kWarpRowBytes = 4 << 10, kSmallRowBytes = 16 << 10, kHalfRowBytes = 112 << 10;
+// Shared memory of a multiprocessor that is not for keeping rows: what its blocks need beside.
+constexpr int64_t kSharedBeside = 7 << 10;
 
 template <class Loss, class T, int kTeam>
 void launch_team(const RowArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
   const int64_t blocks = (a.rows * kTeam + block - 1) / block;
-  start<&rows_kernel<Loss, T, kTeam>>(blocks, block, 0, stream, a);
+  int64_t slots = 0;
+  if (kTeam > 32 && sizeof(T) < 8 && a.pass == RowPass::forward_gradient) {
+    const int64_t row = a.n / Vec<T>::kSize,
+                  room = (most_shared() - kSharedBeside) * kTeam / kResident<Loss> / 16;
+    slots = (row < room ? row : room) / kTeam * kTeam;
+  }
+  const size_t shared = 16 * static_cast<size_t>(slots > 0 ? slots : 1);  // none is no array to point at
+  start<&rows_kernel<Loss, T, kTeam>>(blocks, block, shared, stream, a, static_cast<int>(slots));
 }
 template <class Loss, class T>
 void launch_rows(const RowArgs& a, cudaStream_t stream) {
   if (a.x_layout.class_stride != 1) return launch_team<Loss, T, 1>(a, stream);
-  if constexpr (sizeof(T) < 8)  // float64 is there to be exact: a warp does for any length
-    if (a.n * int64_t{sizeof(T)} > kWarpRowBytes) return launch_team<Loss, T, kBlockTeam>(a, stream);
+  if constexpr (sizeof(T) < 8) {  // float64 is there to be exact: a warp does for any length
+    const int64_t bytes = a.n * int64_t{sizeof(T)};
+    if (bytes > kHalfRowBytes) return launch_team<Loss, T, kResident<Loss>>(a, stream);
+    if (bytes > kSmallRowBytes) return launch_team<Loss, T, kResident<Loss> / 2>(a, stream);
+    if (bytes > kWarpRowBytes) return launch_team<Loss, T, 128>(a, stream);
+  }
   launch_team<Loss, T, 32>(a, stream);
 }
 
