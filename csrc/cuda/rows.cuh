@@ -141,10 +141,11 @@ struct RowTeam {
   Vec<T>* cache;
   int slots, held;  // room in it; how much of it is filled when the gradient is written
 
+  // Rounded, so that z - m is the same wherever it is computed, and exactly 0 at the maximum.
   __device__ __forceinline__ R logit(R v) const {
-    const R z = v * scale;
+    const R z = product(v, scale);
     if constexpr (Loss::kSoftcap)
-      if (cap > 0) return cap * tanh(z * inverse_cap);
+      if (cap > 0) return product(cap, tanh(z * inverse_cap));
     return z;
   }
   __device__ __forceinline__ R
