@@ -1,21 +1,31 @@
 // How a GPU walks rows of logits: a team of threads a row, value and gradient in one kernel.
 //
-// Device memory is read once and written once: while a block sweeps an aligned row it keeps what fits of it
-// in shared memory, and the second sweep, for the gradient, reads it there and finds the rest in L2. A team
-// is one thread where classes are strided (neighbouring threads then read neighbouring rows), a warp for
-// short rows, a block for long ones. Each thread keeps a running maximum and its sums; they are merged in an
-// order that depends on the row's length alone, so results depend neither on the batch nor on where the row
-// lies. No softmax is stored.
+// Device memory is read once and written once. A team is one thread where classes are strided (neighbouring
+// threads then read neighbouring rows), 8 threads or a warp for short rows, a block for long ones. The most
+// common losses hold a short row in registers; of a long one a block keeps what fits in shared memory while
+// it sweeps, and the second sweep, for the gradient, reads it there and finds the rest in L2. Each thread has
+// a maximum and its sums; they are merged in an order that depends on the row's length alone, so results
+// depend neither on the batch nor on where the row lies. No softmax is stored. The backward pass has kernels
+// of its own: it only writes, and may go through many rows with few blocks.
 #pragma once
 #include "../core/row_loss.h"
 #include "../core/rows.h"
 #include "../losses/number_token.h"
 #include "start.cuh"
+// after start.cuh: port.cuh decides what __device__ means
+#include "ptx.cuh"
 
 namespace fastloss::cuda {
 
 constexpr int kThreads = 128, kBlockTeam = 512;  // threads of a block: with small teams, as one team
 constexpr unsigned kFullMask = 0xffffffffu;
+
+// The lanes of this thread's warp that are in its team.
+template <int kTeam>
+__device__ __forceinline__ unsigned team_mask() {
+  if constexpr (kTeam >= 32) return kFullMask;
+  return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 & -kTeam);
+}
 
 // Running maximum, sum of exp(z - max) over all but the target, and what the loss adds up.
 template <class Loss, class R>
@@ -47,14 +57,14 @@ struct Online {
     std::memcpy(&extra, mine, kFields * sizeof(R));
   }
   // The sums of the lanes that differ in the bits from `offset` down; all have the same maximum.
-  __device__ __forceinline__ Online added(int offset) const {
+  __device__ __forceinline__ Online added(int offset, unsigned mask = kFullMask) const {
     R all[kFields + 1];
     std::memcpy(all, &extra, kFields * sizeof(R));
     all[kFields] = s;
 #pragma unroll
     for (; offset; offset /= 2)
 #pragma unroll
-      for (int f = 0; f <= kFields; ++f) all[f] += __shfl_xor_sync(kFullMask, all[f], offset);
+      for (int f = 0; f <= kFields; ++f) all[f] += __shfl_xor_sync(mask, all[f], offset);
     Online o;
     o.m = m;
     o.s = all[kFields];
@@ -91,43 +101,53 @@ __device__ __forceinline__ O team_merge(O o) {
   return o;
 }
 
-// The same where all sums of an Online are of the same kind: the threads first agree on the maximum, so that
-// each takes one exponential, and what is left are sums. Once in a kernel: what is shared may still be read
-// when it returns.
+// The same in two steps, in which each thread takes one exponential: all agree on the maximum, then, each
+// having followed it, add up. Once each in a kernel: what is shared may still be read when they return.
+template <int kTeam, class R>
+__device__ __forceinline__ R team_max(R top) {
+  constexpr int kWarps = kTeam / 32;
+#pragma unroll
+  for (int offset = kTeam < 32 ? kTeam / 2 : 16; offset; offset /= 2)
+    top = larger(__shfl_xor_sync(team_mask<kTeam>(), top, offset), top);
+  if constexpr (kWarps > 1) {
+    FL_SHARED(R, tops, kWarps);
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+    __syncthreads();
+    top = tops[threadIdx.x % kWarps];
+#pragma unroll
+    for (int offset = kWarps / 2; offset; offset /= 2)
+      top = larger(__shfl_xor_sync(kFullMask, top, offset), top);
+  }
+  return top;
+}
 template <int kTeam, class O>
 __device__ __forceinline__ O team_sum(O o) {
-  using R = decltype(o.m);
-  if constexpr (kTeam > 1) {
-    constexpr int kWarps = kTeam / 32;
-    R top = o.m;
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) top = larger(__shfl_xor_sync(kFullMask, top, offset), top);
-    if constexpr (kWarps > 1) {
-      FL_SHARED(R, tops, kWarps);
-      if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
-      __syncthreads();
-      top = tops[threadIdx.x % kWarps];
-#pragma unroll
-      for (int offset = kWarps / 2; offset; offset /= 2)
-        top = larger(__shfl_xor_sync(kFullMask, top, offset), top);
-    }
-    o.follow(top);
-    o = o.added(16);
-    if constexpr (kWarps > 1) {
-      FL_SHARED(O, part, kWarps);
-      if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = o;
-      __syncthreads();
-      o = part[threadIdx.x % kWarps].added(kWarps / 2);
-    }
+  constexpr int kWarps = kTeam / 32;
+  o = o.added(kTeam < 32 ? kTeam / 2 : 16, team_mask<kTeam>());
+  if constexpr (kWarps > 1) {
+    FL_SHARED(O, part, kWarps);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = o;
+    __syncthreads();
+    o = part[threadIdx.x % kWarps].added(kWarps / 2);
   }
   return o;
 }
 
-template <class Loss, class T, int kTeam>
+// Vectors of a short row that each thread of a team holds in its registers, so that nothing is read again for
+// the gradient. Not where a logit is dear to compute twice, nor for the rarer losses.
+constexpr int kMostHeld = 4;
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr int kHeld = !kBackward && kTeam > 1 && kTeam <= 32 && sizeof(T) < 8 && !Loss::kSoftcap &&
+                              !Loss::kSideStreams && !Loss::kPlanes && !Loss::kNumbers
+                          ? kMostHeld
+                          : 0;
+
+template <class Loss, class T, int kTeam, bool kBackward>
 struct RowTeam {
   using R = acc_t<T>;
   static constexpr int N = Vec<T>::kSize;
   static constexpr int kInFlight = Loss::kSideStreams ? 2 : 4;  // loads on their way before the first use
+  static constexpr int kHold = kHeld<Loss, T, kTeam, kBackward>;
   const RowArgs& a;
   const Loss loss;
   const int lane;
@@ -162,6 +182,12 @@ struct RowTeam {
     return 0;
   }
 
+  // Whether the target may be among kCount classes from j on. Threads of small teams, of which several make
+  // up a warp, always ask: one team or another would take the branch. With planes no class is a target.
+  template <int kCount>
+  __device__ __forceinline__ bool asks(int64_t j) const {
+    return !Loss::kPlanes && ((kTeam > 1 && kTeam < 32) || static_cast<uint64_t>(t - j) < kCount);
+  }
   // Adds kCount classes from j on, of which the target is number `hit`; without kTarget it is none of them,
   // as in nearly all calls, and no class is asked.
   template <int kCount, bool kTarget>
@@ -183,10 +209,16 @@ struct RowTeam {
       top = larger(z[k], top);
     }
     o.follow(top);
+    add_asking<kCount>(o, j, z);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void add_asking(Online<Loss, R>& o, int64_t j, const R* z) const {
     const R base = o.base();
-    const int64_t ahead = t - j;
-    if (!Loss::kPlanes && static_cast<uint64_t>(ahead) < kCount) {
-      add_below<kCount, true>(o, j, z, base, static_cast<int>(ahead));
+    if (asks<kCount>(j)) {
+      // any number that is none of theirs stands for a target further away
+      const int64_t ahead = t - j;
+      add_below<kCount, true>(o, j, z, base,
+                              static_cast<uint64_t>(ahead) < kCount ? static_cast<int>(ahead) : -1);
     } else {
       add_below<kCount, false>(o, j, z, base, -1);
     }
@@ -251,6 +283,57 @@ struct RowTeam {
     return o;
   }
 
+  // ---- a short row in registers
+  struct Held {
+    Vec<T> v[kHold > 0 ? kHold : 1];
+    T rest;  // of the elements after the last whole vector each thread has one at most
+  };
+  // Calls body(first class, vector) for each vector that this thread holds.
+  template <class H, class Body>
+  __device__ __forceinline__ void each_held(H& held, Body body) const {
+    const int64_t whole = a.n / N * N;
+#pragma unroll
+    for (int u = 0; u < kHold; ++u) {
+      const int64_t j = (lane + int64_t{u} * kTeam) * N;
+      if (j < whole) body(j, held.v[u]);
+    }
+  }
+  __device__ __forceinline__ int64_t rest_at() const { return a.n / N * N + lane; }
+  __device__ __forceinline__ void hold(Held& held) const {
+    if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+      each_held(held, [&](int64_t j, Vec<T>& v) { v = load16(x + j); });
+    } else {
+      each_held(held, [&](int64_t j, Vec<T>& v) { v = load16_any(x + j, x, x + a.n); });
+    }
+    if (rest_at() < a.n) held.rest = x[rest_at()];
+  }
+  __device__ __forceinline__ Online<Loss, R> sums_of(Held& held) const {
+    Online<Loss, R> o;
+    R top = -INFINITY;
+    each_held(held, [&](int64_t, const Vec<T>& v) {
+      R z[N];
+      widen_all(v, z);
+#pragma unroll
+      for (int k = 0; k < N; ++k) top = larger(logit(z[k]), top);
+    });
+    const bool more = rest_at() < a.n;
+    if (more) top = larger(logit(widen(held.rest)), top);
+    o.m = team_max<kTeam>(top);
+    each_held(held, [&](int64_t j, Vec<T>& v) {
+      forget(v);
+      R z[N];
+      widen_all(v, z);
+#pragma unroll
+      for (int k = 0; k < N; ++k) z[k] = logit(z[k]);
+      add_asking<N>(o, j, z);
+    });
+    if (more) {
+      const R z = logit(widen(held.rest));
+      add_asking<1>(o, rest_at(), &z);
+    }
+    return team_sum<kTeam>(o);
+  }
+
   // g * d loss / d x for one class
   struct Slope {
     typename Loss::Coef coef;
@@ -271,7 +354,7 @@ struct RowTeam {
     R z[N];
     widen_all(v, z);
     Vec<T> r;
-    if (!Loss::kPlanes && static_cast<uint64_t>(t - j) < N) {
+    if (asks<N>(j)) {
 #pragma unroll
       for (int k = 0; k < N; ++k) r.v[k] = narrow<T>(slope_at<true>(s, j + k, z[k]));
     } else {
@@ -313,18 +396,30 @@ struct RowTeam {
     }
     for (int64_t j = body + lane; j < n; j += kTeam) dx[j] = grad(s, j, x[j]);
   }
+  __device__ __forceinline__ void write(const Slope& s, T* dx, Held& held) const {
+    each_held(held, [&](int64_t j, Vec<T>& v) {
+      forget(v);
+      store16(dx + j, grads(s, j, v));
+    });
+    if (rest_at() < a.n) dx[rest_at()] = grad(s, rest_at(), held.rest);
+  }
+  __device__ __forceinline__ void write_row(const Slope& s, T* dx, Held& held, bool whole) const {
+    if constexpr (kHold > 0)
+      if (whole) return write(s, dx, held);
+    write(s, dx);
+  }
   __device__ __forceinline__ void write_zeros(T* dx) const {
     for (int64_t j = lane; j < a.n; j += kTeam) dx[j * a.dx_layout.class_stride] = narrow<T>(R(0));
   }
 
+  __device__ __forceinline__ T* gradient() const { return static_cast<T*>(a.dx) + a.dx_layout.start(r); }
   __device__ __forceinline__ void run() {
     R* state = static_cast<R*>(a.state) + r * a.state_width;
-    const bool backward = a.pass == RowPass::backward, leader = lane == 0;
-    T* dx = a.dx ? static_cast<T*>(a.dx) + a.dx_layout.start(r) : nullptr;
+    const bool leader = lane == 0;
     t = a.target ? a.target[r] : -1;
     R k = 1;
     bool inside = true;  // a class that does not exist gives NaN and is never used as an index
-    if (backward) {
+    if constexpr (kBackward) {
       k = state[2];
     } else {
       if (a.row_weight) k = static_cast<const R*>(a.row_weight)[r];
@@ -336,7 +431,7 @@ struct RowTeam {
       if (k != 0) k = NAN;
     }
     if (k == 0) {
-      if (!backward && leader) {
+      if (!kBackward && leader) {
         for (int64_t i = 0; i < a.state_width; ++i) state[i] = 0;
         if constexpr (Loss::kPlanes) {
           for (int64_t i = 0; i < a.planes; ++i) results()[i] = 0;
@@ -344,9 +439,13 @@ struct RowTeam {
           static_cast<R*>(a.loss)[r] = 0;
         }
       }
-      if (dx) write_zeros(dx);
+      if (a.dx) write_zeros(gradient());
       return;
     }
+    const bool write_held =
+        kHold && a.dx && a.dx_layout.class_stride == 1 && reinterpret_cast<uintptr_t>(gradient()) % 16 == 0;
+    Held held;
+    if constexpr (kHold > 0) hold(held);
     Target<R> target{a.target != nullptr, 0, 1};
     R zt = 0;
     if (a.target && inside) {
@@ -356,7 +455,7 @@ struct RowTeam {
     RowState<R> row;
     NumberTerm<R> number{};
     R g = 1;
-    if (backward) {
+    if constexpr (kBackward) {
       row.m = state[0];
       row.log_sum = state[1];
 #pragma unroll
@@ -365,7 +464,16 @@ struct RowTeam {
       if constexpr (Loss::kNumbers) number_term(row, number);
       if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
     } else {
-      const Online<Loss, R> o = team_sum<kTeam>(sweep());
+      Online<Loss, R> o;
+      if constexpr (kHold > 0) {
+        o = sums_of(held);
+      } else {
+        o = sweep();
+        if constexpr (kTeam > 1) {
+          o.follow(team_max<kTeam>(o.m));
+          o = team_sum<kTeam>(o);
+        }
+      }
       row.m = o.base();
       target.d = zt - row.m;
       const R e = a.target ? exp(target.d) : R(0);
@@ -389,15 +497,16 @@ struct RowTeam {
         for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) state[i] = 0;
       }
     }
-    if (!dx) return;
+    if (!a.dx) return;
+    T* dx = gradient();
     if constexpr (Loss::kPlanes) {
       const Slope s{loss.coef(row, upstream(), a.asked_each, scale), row.m, row.log_sum};
-      write(s, dx);
+      write_row(s, dx, held, write_held);
       asked_gradient(s, dx);
     } else {
       Slope s{loss.coef(row, target, g * k * scale), row.m, row.log_sum};
       if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.beside);
-      write(s, dx);
+      write_row(s, dx, held, write_held);
       if constexpr (Loss::kNumbers)
         if (number.total != 0) number_gradient(s, number, g * k * scale, dx);
     }
@@ -410,12 +519,13 @@ struct RowTeam {
   __device__ __forceinline__ R number_term(const RowState<R>& row, NumberTerm<R>& number) const {
     const R weight = static_cast<const R*>(a.number_weight)[r];
     if (weight == 0) return 0;  // the same for the whole team
-    constexpr int kStep = kTeam >= 32 ? 32 : 1;
+    constexpr int kStep = kTeam < 32 ? kTeam : 32;
+    const unsigned mask = team_mask<kTeam>();
     const R* far = number_far();
     R top = -INFINITY, total = 0, away = 0;
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) top = max(asked_logit(a.number_ids[k]), top);
 #pragma unroll
-    for (int offset = kStep / 2; offset; offset /= 2) top = max(__shfl_xor_sync(kFullMask, top, offset), top);
+    for (int offset = kStep / 2; offset; offset /= 2) top = max(__shfl_xor_sync(mask, top, offset), top);
     if (top == -INFINITY) top = 0;
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) {
       const R e = exp(asked_logit(a.number_ids[k]) - top);
@@ -424,8 +534,8 @@ struct RowTeam {
     }
 #pragma unroll
     for (int offset = kStep / 2; offset; offset /= 2) {
-      total += __shfl_xor_sync(kFullMask, total, offset);
-      away += __shfl_xor_sync(kFullMask, away, offset);
+      total += __shfl_xor_sync(mask, total, offset);
+      away += __shfl_xor_sync(mask, away, offset);
     }
     number = loss.numbers.term(weight, *static_cast<const R*>(a.number_worst), away / total, top, total,
                                row.m, row.log_sum);
@@ -433,7 +543,7 @@ struct RowTeam {
   }
   __device__ __forceinline__ void number_gradient(const Slope& s, const NumberTerm<R>& number, R g,
                                                   T* dx) const {
-    if constexpr (kTeam == 32) __syncwarp();
+    if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kTeam > 32) __syncthreads();  // after the writes of `write`
     const R* far = number_far();
     for (int64_t k = lane; k < a.numbers; k += kTeam) {
@@ -466,7 +576,7 @@ struct RowTeam {
     }
   }
   __device__ __forceinline__ void asked_gradient(const Slope& s, T* dx) const {
-    if constexpr (kTeam == 32) __syncwarp();
+    if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kTeam > 32) __syncthreads();  // after the writes of `write`
     const int64_t* asked = a.asked + r * a.asked_each;
     for (int64_t i = lane; i < a.asked_each; i += kTeam) {
@@ -482,71 +592,103 @@ struct RowTeam {
       if (!first) continue;
       const R z = asked_logit(j), d = z - s.m;
       R dz = loss.asked_for(exp(d - s.log_sum), d, g * scale, s.coef);
-      if (cap > 0) dz *= bend(widen(x[j * a.x_layout.class_stride]));
+      if constexpr (Loss::kSoftcap)
+        if (cap > 0) dz *= bend(widen(x[j * a.x_layout.class_stride]));
       dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
     }
   }
 };
 
-// Threads that a multiprocessor has room for: 64 registers each suffice where a gradient is a multiple of p.
-template <class Loss>
-constexpr int kResident = Loss::kProportional && !Loss::kNumbers ? 1024 : 512;
+// Threads that a multiprocessor has room for: 64 registers each suffice where a gradient is a multiple of p,
+// and for statistics of few sums.
+template <class Loss, bool kBackward>
+constexpr int resident() {
+  constexpr bool few = sizeof(typename Loss::template Sums<float>) <= 3 * sizeof(float);
+  if (Loss::kPlanes) return few && !Loss::kSoftcap && !kBackward ? 1024 : 512;
+  return Loss::kProportional && !Loss::kNumbers ? 1024 : 512;
+}
+template <class Loss, bool kBackward>
+constexpr int kResident = resident<Loss, kBackward>();
 
-template <class Loss, class T, int kTeam>
-__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? kResident<Loss> / kTeam : 4)
-    rows_kernel(RowArgs a, int slots) {
+template <class Loss, class T, int kTeam, bool kBackward>
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads,
+                                  kTeam > 32                         ? kResident<Loss, kBackward> / kTeam
+                                  : kHeld<Loss, T, kTeam, kBackward> ? 6
+                                                                     : 4) rows_kernel(RowArgs a, int slots) {
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
-  if (a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;
-  const int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam;
-  if (r >= a.rows) return;  // whole warps, or with teams of one thread no collective follows
-  const T* x = static_cast<const T*>(a.x) + a.x_layout.start(r);
-  const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
+  if (kBackward && a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;
   FL_DYN_SHARED(Vec<T>, cache);
-  RowTeam<Loss, T, kTeam>{a,
-                          Loss(a.options, a.n),
-                          int(threadIdx.x % kTeam),
-                          r,
-                          x,
-                          q,
-                          -1,
-                          R(a.logit_scale),
-                          R(a.softcap),
-                          R(a.softcap > 0 ? 1 / a.softcap : 0),
-                          cache,
-                          slots,
-                          a.pass == RowPass::backward ? 0 : slots}
-      .run();
+  int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam;
+#pragma unroll 1
+  do {
+    if (r >= a.rows) return;  // whole teams
+    const T* x = static_cast<const T*>(a.x) + a.x_layout.start(r);
+    const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
+    RowTeam<Loss, T, kTeam, kBackward>{a,
+                                       Loss(a.options, a.n),
+                                       int(threadIdx.x % kTeam),
+                                       r,
+                                       x,
+                                       q,
+                                       -1,
+                                       R(a.logit_scale),
+                                       R(a.softcap),
+                                       R(a.softcap > 0 ? 1 / a.softcap : 0),
+                                       cache,
+                                       slots,
+                                       kBackward ? 0 : slots}
+        .run();
+    r += int64_t{gridDim.x} * (kBlock / kTeam);
+  } while (kBackward);  // what `run` shares in the other passes is used once
 }
 
 // Bytes of the longest rows for a warp, for 128 threads, for half of what a multiprocessor holds.
 constexpr int64_t kWarpRowBytes = 4 << 10, kSmallRowBytes = 16 << 10, kHalfRowBytes = 112 << 10;
+// Threads for the shortest rows, if they hold them.
+constexpr int kSmallTeam = 8;
+// Threads that go through the rows where each block first asks whether there is anything to do: as many as a
+// large GPU holds, so that the answer no costs little.
+constexpr int64_t kAskingThreads = 132 * 2048;
 // Shared memory of a multiprocessor that is not for keeping rows: what its blocks need beside.
 constexpr int64_t kSharedBeside = 7 << 10;
 
-template <class Loss, class T, int kTeam>
+template <class Loss, class T, int kTeam, bool kBackward>
 void launch_team(const RowArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
-  const int64_t blocks = (a.rows * kTeam + block - 1) / block;
-  int64_t slots = 0;
+  int64_t blocks = (a.rows * kTeam + block - 1) / block, slots = 0;
+  if (kBackward && a.skip_unit_upstream && blocks > kAskingThreads / block) blocks = kAskingThreads / block;
   if (kTeam > 32 && sizeof(T) < 8 && a.pass == RowPass::forward_gradient) {
     const int64_t row = a.n / Vec<T>::kSize,
-                  room = (most_shared() - kSharedBeside) * kTeam / kResident<Loss> / 16;
+                  room = (most_shared() - kSharedBeside) * kTeam / kResident<Loss, kBackward> / 16;
     slots = (row < room ? row : room) / kTeam * kTeam;
   }
   const size_t shared = 16 * static_cast<size_t>(slots > 0 ? slots : 1);  // none is no array to point at
-  start<&rows_kernel<Loss, T, kTeam>>(blocks, block, shared, stream, a, static_cast<int>(slots));
+  start<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a, static_cast<int>(slots));
+}
+template <class Loss, class T, bool kBackward>
+void launch_pass(const RowArgs& a, cudaStream_t stream) {
+  if (a.x_layout.class_stride != 1) return launch_team<Loss, T, 1, kBackward>(a, stream);
+  if constexpr (sizeof(T) < 8) {  // float64 is there to be exact: a warp does for any length
+    const int64_t bytes = a.n * int64_t{sizeof(T)};
+    constexpr int kMost = kResident<Loss, kBackward>;
+    constexpr int64_t held = 16 * kHeld<Loss, T, 32, kBackward>;  // bytes of a row that one thread holds
+    if constexpr (kBackward || Loss::kSoftcap) {  // each class on its own, or rare: not worth more kernels
+      if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
+    } else {
+      if (bytes > kHalfRowBytes) return launch_team<Loss, T, kMost, kBackward>(a, stream);
+      if (bytes > kSmallRowBytes) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
+      if (bytes > (held ? 32 * held : kWarpRowBytes)) return launch_team<Loss, T, 128, kBackward>(a, stream);
+    }
+    if constexpr (held > 0)
+      if (bytes <= kSmallTeam * held) return launch_team<Loss, T, kSmallTeam, kBackward>(a, stream);
+  }
+  launch_team<Loss, T, 32, kBackward>(a, stream);
 }
 template <class Loss, class T>
 void launch_rows(const RowArgs& a, cudaStream_t stream) {
-  if (a.x_layout.class_stride != 1) return launch_team<Loss, T, 1>(a, stream);
-  if constexpr (sizeof(T) < 8) {  // float64 is there to be exact: a warp does for any length
-    const int64_t bytes = a.n * int64_t{sizeof(T)};
-    if (bytes > kHalfRowBytes) return launch_team<Loss, T, kResident<Loss>>(a, stream);
-    if (bytes > kSmallRowBytes) return launch_team<Loss, T, kResident<Loss> / 2>(a, stream);
-    if (bytes > kWarpRowBytes) return launch_team<Loss, T, 128>(a, stream);
-  }
-  launch_team<Loss, T, 32>(a, stream);
+  if (a.pass == RowPass::backward) return launch_pass<Loss, T, true>(a, stream);
+  launch_pass<Loss, T, false>(a, stream);
 }
 
 }  // namespace fastloss::cuda
