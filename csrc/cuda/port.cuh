@@ -5,6 +5,7 @@
 //   FL_DYN_SHARED(float, tile);              the launch's dynamic shared memory, 16-byte aligned
 //   launch(&kernel<T>, grid, block, smem, stream, args...);
 //   most_shared()                            bytes of shared memory that a block may have on this device
+//   multiprocessors()                        of this device
 #pragma once
 
 #if defined(FL_SIMT)
@@ -15,10 +16,12 @@
 namespace fastloss::cuda {
 using simt::launch;
 inline int64_t most_shared() { return 227 << 10; }
+inline int multiprocessors() { return 2; }
 }  // namespace fastloss::cuda
 
 #else
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
@@ -82,15 +85,20 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
   if (error != cudaSuccess) throw_launch_error(error, "launch", entry, grid, block, smem);
 }
 
-inline int64_t most_shared() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
-    (void)cudaGetLastError();  // the launch that follows says what is wrong
-    return kDefaultDynamicShared;
-  }
-  return bytes;
+// The device's attribute, or what is given where it cannot be asked: the launch that follows says what is
+// wrong.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess)
+    return value;
+  (void)cudaGetLastError();
+  return otherwise;
 }
+inline int64_t most_shared() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kDefaultDynamicShared);
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
 
 }  // namespace fastloss::cuda
 

@@ -1,4 +1,6 @@
 // Launchers of the token losses, and the small kernels around a reduction over rows.
+#include "port.cuh"
+// port.cuh first: it decides which exponential the losses take
 #include "launchers.h"
 #include "rows.cuh"
 
