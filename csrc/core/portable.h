@@ -9,6 +9,9 @@
 #else
 #define FL_FN inline __attribute__((always_inline))
 #endif
+#if defined(__CUDACC__) || defined(FL_DEVICE_MATH)
+#include "../cuda/ptx.cuh"
+#endif
 
 #define FL_NOINLINE __attribute__((noinline))
 
@@ -22,7 +25,7 @@ namespace fastloss::inline FL_ISA {
 
 FL_FN float exp(float x) {
 #if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
-  return __expf(x);  // ex2.approx: 2 ulp + |x| * 2^-24, and x is at most 0 here
+  return cuda::exp2_approx(x * 1.4426950408889634f);  // 2 ulp + |x| * 2^-24, and x is at most 0 here
 #else
   return ::expf(x);
 #endif
@@ -44,6 +47,15 @@ FL_FN float tanh(float x) { return ::tanhf(x); }
 FL_FN double tanh(double x) { return ::tanh(x); }
 FL_FN float max(float a, float b) { return a > b ? a : b; }
 FL_FN double max(double a, double b) { return a > b ? a : b; }
+// The same in one instruction of a GPU, which does not ask first; a NaN loses.
+FL_FN float larger(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return ::fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FL_FN double larger(double a, double b) { return a > b ? a : b; }
 FL_FN float min(float a, float b) { return a < b ? a : b; }
 FL_FN double min(double a, double b) { return a < b ? a : b; }
 FL_FN float abs(float x) { return ::fabsf(x); }
@@ -57,22 +69,38 @@ FL_FN float log1p_unit(float u) { return ::log1pf(u); }
 FL_FN double log1p_unit(double u) { return ::log1p(u); }
 
 // x rounded to its type: keeps the compiler from folding the product x into a fused multiply-add, where two
-// equal products must cancel exactly.
+// equal products must cancel exactly. The assembler of GPUs folds too, across an empty asm, but not into a
+// sum whose rounding is named.
 FL_FN float rounded(float x) {
 #ifdef __CUDA_ARCH__
-  asm("" : "+f"(x));
+  return __fadd_rn(x, -0.f);
 #else
   asm("" : "+x"(x));
-#endif
   return x;
+#endif
 }
 FL_FN double rounded(double x) {
 #ifdef __CUDA_ARCH__
-  asm("" : "+d"(x));
+  return __dadd_rn(x, -0.);
 #else
   asm("" : "+x"(x));
-#endif
   return x;
+#endif
+}
+// rounded(a * b), for which a GPU needs nothing beside the product.
+FL_FN float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return rounded(a * b);
+#endif
+}
+FL_FN double product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return rounded(a * b);
+#endif
 }
 
 // The type in which the elements of T are summed.

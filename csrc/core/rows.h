@@ -26,6 +26,8 @@ enum class RowPass : int {
 };
 
 inline constexpr int kMaxOptions = 10;
+// On a GPU one block adds up at most kRowsOfBlock rows; of more, several leave at most kRowPartials sums.
+inline constexpr int64_t kRowsOfBlock = 32768, kRowPartials = 256;
 
 struct RowArgs {
   RowPass pass;
@@ -50,6 +52,7 @@ struct RowArgs {
   void* state;            // [rows, state_width] in the accumulation type: written forward, read backward
   int64_t state_width;
   void* loss;                   // [rows] in the accumulation type; not divided by norm
+  double* partial;              // CUDA: [kRowPartials] for the sums over rows, or null: one block adds all
   const void* upstream;         // backward: gradient of the result, in the accumulation type,
   int64_t upstream_stride;      //   0 for one number or 1 for one a row
   bool skip_unit_upstream;      // backward: do nothing if upstream[0] is 1

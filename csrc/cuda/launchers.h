@@ -22,7 +22,7 @@ namespace fastloss::cuda {
 
 // norm[0] = sum over rows of row weight x class weight of the target, rows to be ignored left out.
 void row_norm(const RowArgs& args, void* norm, void* stream);
-// out[0] = sum of loss over rows [/ norm], in the type of the accumulation; one block, fixed order.
+// out[0] = sum of loss over rows [/ norm], in the type of the accumulation and a fixed order.
 void row_reduce(const RowArgs& args, void* out, void* stream);
 
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const RowArgs& args, void* stream);

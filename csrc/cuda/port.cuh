@@ -4,6 +4,8 @@
 //   FL_SHARED(float, sums, 32);              a static block array; may stand in any device function
 //   FL_DYN_SHARED(float, tile);              the launch's dynamic shared memory, 16-byte aligned
 //   launch(&kernel<T>, grid, block, smem, stream, args...);
+//   most_shared()                            bytes of shared memory that a block may have on this device
+//   multiprocessors()                        of this device
 #pragma once
 
 #if defined(FL_SIMT)
@@ -13,10 +15,13 @@
 
 namespace fastloss::cuda {
 using simt::launch;
-}
+inline int64_t most_shared() { return 227 << 10; }
+inline int multiprocessors() { return 2; }
+}  // namespace fastloss::cuda
 
 #else
 
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 #include <cxxabi.h>
 
@@ -79,6 +84,21 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
       params);
   if (error != cudaSuccess) throw_launch_error(error, "launch", entry, grid, block, smem);
 }
+
+// The device's attribute, or what is given where it cannot be asked: the launch that follows says what is
+// wrong.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess)
+    return value;
+  (void)cudaGetLastError();
+  return otherwise;
+}
+inline int64_t most_shared() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kDefaultDynamicShared);
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
 
 }  // namespace fastloss::cuda
 

@@ -1,20 +1,32 @@
 // How a GPU walks rows of logits: a team of threads a row, value and gradient in one kernel.
 //
-// Device memory is read once and written once: the second sweep, for the gradient, finds the row in L1 or L2.
-// A team is one thread where classes are strided (neighbouring threads then read neighbouring rows), a warp
-// for short rows, a block for long ones. Each thread keeps a running maximum and its sums; they are merged in
-// an order that depends on the row's length alone, so results do not depend on the batch. No softmax is
-// stored.
+// Device memory is read once and written once. A team is one thread where classes are strided (neighbouring
+// threads then read neighbouring rows), 8 threads or a warp for short rows, a block for long ones. The most
+// common losses hold a row of up to 32 KB in registers. Longer rows belong to blocks that stay: what fits of
+// a row lies in shared memory, a little in registers, and while its gradient is written the next row is on
+// its way into the room that becomes free; only what does not fit is read twice, the second time from L2.
+// Each thread has a maximum and its sums; they are merged in an order that depends on the row's length alone,
+// so results depend neither on the batch nor on where the row lies. No softmax is stored. The backward pass
+// has kernels of its own: it only writes, and may go through many rows with few blocks.
 #pragma once
 #include "../core/row_loss.h"
 #include "../core/rows.h"
 #include "../losses/number_token.h"
 #include "start.cuh"
+// after start.cuh: port.cuh decides what __device__ means
+#include "ptx.cuh"
 
 namespace fastloss::cuda {
 
 constexpr int kThreads = 128, kBlockTeam = 512;  // threads of a block: with small teams, as one team
 constexpr unsigned kFullMask = 0xffffffffu;
+
+// The lanes of this thread's warp that are in its team.
+template <int kTeam>
+__device__ __forceinline__ unsigned team_mask() {
+  if constexpr (kTeam >= 32) return kFullMask;
+  return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 & -kTeam);
+}
 
 // Running maximum, sum of exp(z - max) over all but the target, and what the loss adds up.
 template <class Loss, class R>
@@ -24,13 +36,20 @@ struct Online {
   R m = -INFINITY, s = 0;
   Sums extra{};
 
+  // Whether what the loss adds up holds the sum of exponentials already: then s is left alone.
+  static constexpr bool kOwnTotal = requires(const Sums& sums) { sums.total(); };
+
   __device__ __forceinline__ R base() const { return m == -INFINITY ? R(0) : m; }
   __device__ __forceinline__ void follow(R top) {
     if (!(top > m)) return;
     if (m != -INFINITY) {
       const R shift = m - top, factor = exp(shift);
-      extra.move(shift, factor, s);
-      s *= factor;
+      if constexpr (kOwnTotal) {
+        extra.move(shift, factor, extra.total());
+      } else {
+        extra.move(shift, factor, s);
+        s *= factor;
+      }
     }
     m = top;
   }
@@ -44,6 +63,21 @@ struct Online {
 #pragma unroll
     for (int f = 0; f < kFields; ++f) mine[f] += theirs[f];
     std::memcpy(&extra, mine, kFields * sizeof(R));
+  }
+  // The sums of the lanes that differ in the bits from `offset` down; all have the same maximum.
+  __device__ __forceinline__ Online added(int offset, unsigned mask = kFullMask) const {
+    R all[kFields + 1];
+    std::memcpy(all, &extra, kFields * sizeof(R));
+    all[kFields] = s;
+#pragma unroll
+    for (; offset; offset /= 2)
+#pragma unroll
+      for (int f = 0; f <= kFields; ++f) all[f] += __shfl_xor_sync(mask, all[f], offset);
+    Online o;
+    o.m = m;
+    o.s = all[kFields];
+    std::memcpy(&o.extra, all, kFields * sizeof(R));
+    return o;
   }
   __device__ __forceinline__ Online from_lane(int offset) const {
     Online o;
@@ -75,11 +109,76 @@ __device__ __forceinline__ O team_merge(O o) {
   return o;
 }
 
-template <class Loss, class T, int kTeam>
+// The same in two steps, in which each thread takes one exponential: all agree on the maximum, then, each
+// having followed it, add up. Once each in a kernel: what is shared may still be read when they return.
+template <int kTeam, class R>
+__device__ __forceinline__ R team_max(R top) {
+  constexpr int kWarps = kTeam / 32;
+#pragma unroll
+  for (int offset = kTeam < 32 ? kTeam / 2 : 16; offset; offset /= 2)
+    top = larger(__shfl_xor_sync(team_mask<kTeam>(), top, offset), top);
+  if constexpr (kWarps > 1) {
+    FL_SHARED(R, tops, kWarps);
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+    __syncthreads();
+    top = tops[threadIdx.x % kWarps];
+#pragma unroll
+    for (int offset = kWarps / 2; offset; offset /= 2)
+      top = larger(__shfl_xor_sync(kFullMask, top, offset), top);
+  }
+  return top;
+}
+template <int kTeam, class O>
+__device__ __forceinline__ O team_sum(O o) {
+  constexpr int kWarps = kTeam / 32;
+  o = o.added(kTeam < 32 ? kTeam / 2 : 16, team_mask<kTeam>());
+  if constexpr (kWarps > 1) {
+    FL_SHARED(O, part, kWarps);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = o;
+    __syncthreads();
+    o = part[threadIdx.x % kWarps].added(kWarps / 2);
+  }
+  return o;
+}
+
+// Vectors of a short row that each thread of a team holds in its registers, so that nothing is read again for
+// the gradient. Not where a logit is dear to compute twice, nor for the rarer losses.
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr int kHeld = kBackward || kTeam == 1 || kTeam > 256 || sizeof(T) == 8 || Loss::kSoftcap
+                              || Loss::kSideStreams || Loss::kPlanes || Loss::kNumbers
+                          ? 0
+                      : kTeam > 32 ? 8
+                                   : 4;
+
+// Threads that a multiprocessor has room for: 64 registers each suffice where a gradient is a multiple of p,
+// and for statistics of few sums.
+template <class Loss, bool kBackward>
+constexpr int resident() {
+  constexpr bool few = sizeof(typename Loss::template Sums<float>) <= 3 * sizeof(float);
+  if (Loss::kPlanes) return few && !Loss::kSoftcap && !kBackward ? 1024 : 512;
+  return Loss::kProportional && !Loss::kNumbers ? 1024 : 512;
+}
+template <class Loss, bool kBackward>
+constexpr int kResident = resident<Loss, kBackward>();
+
+// Whether blocks stay, each going on with another row when it is done with one, and keep what fits of it in
+// shared memory. With planes no forward pass writes a gradient: nothing is kept.
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr bool kStays =
+    !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 && !Loss::kPlanes;
+// Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
+// multiprocessor.
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr int kKept = kStays<Loss, T, kTeam, kBackward> ? 2 * 1024 / kResident<Loss, kBackward> : 0;
+
+template <class Loss, class T, int kTeam, bool kBackward>
 struct RowTeam {
   using R = acc_t<T>;
   static constexpr int N = Vec<T>::kSize;
   static constexpr int kInFlight = Loss::kSideStreams ? 2 : 4;  // loads on their way before the first use
+  static constexpr int kHold = kHeld<Loss, T, kTeam, kBackward>;
+  static constexpr bool kStay = kStays<Loss, T, kTeam, kBackward>;
+  static constexpr int kKeep = kKept<Loss, T, kTeam, kBackward>;
   const RowArgs& a;
   const Loss loss;
   const int lane;
@@ -88,11 +187,19 @@ struct RowTeam {
   const T* q;
   int64_t t;
   R scale, cap, inverse_cap;
+  // The first vectors of the row, on their way into shared memory, and those of the next one, which are sent
+  // for where a vector was read for the last time. The thread that fills a slot is the one that reads it, so
+  // that no barrier is needed.
+  Vec<T>* cache;
+  int slots;     // of it; 0: nothing is kept
+  bool more;     // this block has another row,
+  int64_t next;  //   which starts so many elements further on
 
+  // Rounded, so that z - m is the same wherever it is computed, and exactly 0 at the maximum.
   __device__ __forceinline__ R logit(R v) const {
-    const R z = v * scale;
+    const R z = scale == 1 ? v : product(v, scale);
     if constexpr (Loss::kSoftcap)
-      if (cap > 0) return cap * tanh(z * inverse_cap);
+      if (cap > 0) return product(cap, tanh(z * inverse_cap));
     return z;
   }
   __device__ __forceinline__ R
@@ -109,49 +216,199 @@ struct RowTeam {
     return 0;
   }
 
+  // Whether the target may be among kCount classes from j on. Threads of small teams, of which several make
+  // up a warp, always ask: one team or another would take the branch. With planes no class is a target.
   template <int kCount>
-  __device__ __forceinline__ void add(Online<Loss, R>& o, int64_t j, const T* v) const {
-    R z[kCount], top = -INFINITY;
+  __device__ __forceinline__ bool asks(int64_t j) const {
+    return !Loss::kPlanes && ((kTeam > 1 && kTeam < 32) || static_cast<uint64_t>(t - j) < kCount);
+  }
+  // Adds kCount classes from j on, of which the target is number `hit`; without kTarget it is none of them,
+  // as in nearly all calls, and no class is asked.
+  template <int kCount, bool kTarget>
+  __device__ __forceinline__ void add_below(Online<Loss, R>& o, int64_t j, const R* z, R base,
+                                            int hit) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      z[k] = logit(widen(v[k]));
-      top = max(z[k], top);
-    }
-    o.follow(top);
-    const R base = o.base();
-    const int64_t ahead = t - j;
-    const int hit = ahead >= 0 && ahead < kCount ? static_cast<int>(ahead) : -1;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const R d = z[k] - base, e = k == hit ? R(0) : exp(d);
-      o.s += e;
+      const R d = z[k] - base, e = kTarget && k == hit ? R(0) : exp(d);
+      if constexpr (!Online<Loss, R>::kOwnTotal) o.s += e;
       o.extra.add(e, d, weight(j + k), soft(j + k), loss);
     }
   }
-  __device__ __forceinline__ Online<Loss, R> sweep() const {
+  template <int kCount>
+  __device__ __forceinline__ void add(Online<Loss, R>& o, int64_t j, const R* v) const {
+    R z[kCount], top = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      z[k] = logit(v[k]);
+      top = larger(z[k], top);
+    }
+    o.follow(top);
+    add_asking<kCount>(o, j, z);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void add_asking(Online<Loss, R>& o, int64_t j, const R* z) const {
+    const R base = o.base();
+    if (asks<kCount>(j)) {
+      // any number that is none of theirs stands for a target further away
+      const int64_t ahead = t - j;
+      add_below<kCount, true>(o, j, z, base,
+                              static_cast<uint64_t>(ahead) < kCount ? static_cast<int>(ahead) : -1);
+    } else {
+      add_below<kCount, false>(o, j, z, base, -1);
+    }
+  }
+  __device__ __forceinline__ void add_one(Online<Loss, R>& o, int64_t j, T v) const {
+    const R z = widen(v);
+    add<1>(o, j, &z);
+  }
+  __device__ __forceinline__ void add_vector(Online<Loss, R>& o, int64_t j, const Vec<T>& v) const {
+    R z[N];
+    widen_all(v, z);
+    add<N>(o, j, z);
+  }
+  // The vectors after those in shared memory that stay in this thread's registers.
+  struct Kept {
+    Vec<T> v[kKeep > 0 ? kKeep : 1];
+  };
+  __device__ __forceinline__ int64_t kept_at(int u) const { return (slots + lane + int64_t{u} * kTeam) * N; }
+  // Sends for the next row's vector of this slot, whose own is not needed any more.
+  __device__ __forceinline__ void refill(int slot) const {
+    if (more) __pipeline_memcpy_async(cache + slot, x + next + int64_t{slot} * N, 16);
+  }
+  __device__ __forceinline__ void refill_all() const {
+    __pipeline_wait_prior(0);  // two copies into one slot have no order
+    for (int slot = lane; slot < slots; slot += kTeam) refill(slot);
+    __pipeline_commit();
+  }
+  // Adds what stays: slots in shared memory, then registers. Gives the first class after them.
+  __device__ __forceinline__ int64_t sweep_kept(Online<Loss, R>& o, Kept& kept, int64_t body) const {
+#pragma unroll
+    for (int u = 0; u < kKeep; ++u)
+      if (kept_at(u) < body) kept.v[u] = load16(x + kept_at(u));
+    __pipeline_wait_prior(0);
+    for (int slot = lane; slot < slots; slot += kTeam) {
+      add_vector(o, int64_t{slot} * N, cache[slot]);
+      if (!a.dx) refill(slot);
+    }
+    if (!a.dx) __pipeline_commit();
+#pragma unroll
+    for (int u = 0; u < kKeep; ++u)
+      if (kept_at(u) < body) add_vector(o, kept_at(u), kept.v[u]);
+    return int64_t{slots + kKeep * kTeam} * N;
+  }
+  // Whether the row starts on 16 bytes is asked once, not at every load: between such branches no second load
+  // would be on its way.
+  template <bool kAligned, int kFlight = kInFlight>
+  __device__ __forceinline__ void sweep_vectors(Online<Loss, R>& o, int64_t begin, int64_t body) const {
+    constexpr int64_t kStep = int64_t{kTeam} * N;
+    const T* end = x + a.n;
+    const unsigned off = kAligned ? 0 : static_cast<unsigned>(reinterpret_cast<uintptr_t>(x) % 16);
+    int64_t j = begin + int64_t{lane} * N;
+    if (!kAligned && j < body) {
+      add_vector(o, j, load16_any(x + j, x, end));
+      j += kStep;
+    }
+    const int64_t last = kAligned ? body : a.n - N;  // a shifted load looks one vector ahead
+    for (; j + (kFlight - 1) * kStep + N <= last; j += kFlight * kStep) {
+      Vec<T> v[kFlight];
+#pragma unroll
+      for (int u = 0; u < kFlight; ++u)
+        v[u] = kAligned ? load16(x + j + u * kStep) : load16_shifted(x + j + u * kStep, off);
+#pragma unroll
+      for (int u = 0; u < kFlight; ++u) add_vector(o, j + u * kStep, v[u]);
+    }
+    for (; j < body; j += kStep) add_vector(o, j, kAligned ? load16(x + j) : load16_any(x + j, x, end));
+  }
+  __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept) const {
     Online<Loss, R> o;
     const int64_t n = a.n, stride = a.x_layout.class_stride;
     if (kTeam == 1 || stride != 1) {
-      for (int64_t j = lane; j < n; j += kTeam) add<1>(o, j, x + j * stride);
+      for (int64_t j = lane; j < n; j += kTeam) add_one(o, j, x[j * stride]);
       return o;
     }
     // by index, not by address: which thread adds what must not depend on where the row lies
     const int64_t body = n / N * N;
-    const T* end = x + n;
-    int64_t j = int64_t{lane} * N;
-    for (; j + (kInFlight - 1) * kTeam * N < body; j += kInFlight * kTeam * N) {
-      Vec<T> v[kInFlight];
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) v[u] = load16_any(x + j + u * kTeam * N, x, end);
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) add<N>(o, j + u * kTeam * N, v[u].v);
+    if (kStay && slots) {  // beside what is kept there is room for fewer on their way
+      sweep_vectors<true, 2>(o, sweep_kept(o, kept, body), body);
+    } else if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+      sweep_vectors<true, kStay ? 2 : kInFlight>(o, 0, body);
+    } else {
+      sweep_vectors<false, kStay || kHold ? 2 : kInFlight>(o, 0, body);
     }
-    for (; j < body; j += kTeam * N) {
-      const Vec<T> v = load16_any(x + j, x, end);
-      add<N>(o, j, v.v);
-    }
-    for (j = body + lane; j < n; j += kTeam) add<1>(o, j, x + j);
+    for (int64_t j = body + lane; j < n; j += kTeam) add_one(o, j, x[j]);
     return o;
+  }
+  // Where the target wins by some 60 nats the others' exponentials begin to pass below 2^-126, where they are
+  // flushed: their sum once more, relative to a maximum that much lower. Such rows are few.
+  __device__ __forceinline__ void add_small(Online<Loss, R>& o) const {
+    if constexpr (sizeof(R) == 4 && !Loss::kPlanes) {
+      if (!(o.s < R(1.2e-30) * R(a.n)) || !(o.m > -INFINITY)) return;
+      constexpr R kLower = 64;
+      Online<Loss, R> again;
+      again.m = o.m;
+      for (int64_t j = lane; j < a.n; j += kTeam)
+        if (j != t) again.s += exp((logit(widen(x[j * a.x_layout.class_stride])) - o.m) + kLower);
+      if constexpr (kTeam > 32) __syncthreads();  // all have read what the sums were shared through
+      o.s = team_sum<kTeam>(again).s * R(1.603810890548638e-28);  // e^-64
+    }
+  }
+
+  // ---- a short row in registers
+  struct Held {
+    Vec<T> v[kHold > 0 ? kHold : 1];
+    T rest;  // of the elements after the last whole vector each thread has one at most
+  };
+  // Calls body(first class, vector) for each vector that this thread holds.
+  template <int kFrom = 0, class Body>
+  __device__ __forceinline__ void each_held(Held& held, Body body) const {
+    if constexpr (kFrom < kHold) {  // no loop: registers are indexed by constants alone
+      const int64_t j = (lane + int64_t{kFrom} * kTeam) * N;
+      if (j < a.n / N * N) body(j, held.v[kFrom]);
+      each_held<kFrom + 1>(held, body);
+    }
+  }
+  __device__ __forceinline__ int64_t rest_at() const { return a.n / N * N + lane; }
+  __device__ __forceinline__ void hold(Held& held) const {
+    if (kTeam > 32 || reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+      each_held(held, [&](int64_t j, Vec<T>& v) { v = load16(x + j); });
+    } else {
+      each_held(held, [&](int64_t j, Vec<T>& v) { v = load16_any(x + j, x, x + a.n); });
+    }
+    if (rest_at() < a.n) held.rest = x[rest_at()];
+  }
+  // One vector after the other, each as in a sweep of memory.
+  __device__ __forceinline__ Online<Loss, R> sums_in_turn(Held& held) const {
+    Online<Loss, R> o;
+    each_held(held, [&](int64_t j, Vec<T>& v) { add_vector(o, j, v); });
+    if (rest_at() < a.n) add_one(o, rest_at(), held.rest);
+    return o;
+  }
+  // First the maximum of all, then the sums relative to it, merged.
+  __device__ __forceinline__ Online<Loss, R> sums_of(Held& held) const {
+    Online<Loss, R> o;
+    R top = -INFINITY;
+    each_held(held, [&](int64_t, const Vec<T>& v) {
+      R z[N];
+      widen_all(v, z);
+#pragma unroll
+      for (int k = 0; k < N; ++k) top = larger(logit(z[k]), top);
+    });
+    const bool more = rest_at() < a.n;
+    if (more) top = larger(logit(widen(held.rest)), top);
+    o.m = team_max<kTeam>(top);
+    each_held(held, [&](int64_t j, Vec<T>& v) {
+      forget(v);
+      R z[N];
+      widen_all(v, z);
+#pragma unroll
+      for (int k = 0; k < N; ++k) z[k] = logit(z[k]);
+      add_asking<N>(o, j, z);
+    });
+    if (more) {
+      const R z = logit(widen(held.rest));
+      add_asking<1>(o, rest_at(), &z);
+    }
+    return team_sum<kTeam>(o);
   }
 
   // g * d loss / d x for one class
@@ -159,14 +416,59 @@ struct RowTeam {
     typename Loss::Coef coef;
     R m, log_sum;
   };
-  __device__ __forceinline__ T grad(const Slope& s, int64_t j, T v) const {
-    const R z = logit(widen(v)), d = z - s.m, p = exp(d - s.log_sum), w = weight(j);
-    R dz = j == t ? loss.target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
+  template <bool kTarget>
+  __device__ __forceinline__ R slope_at(const Slope& s, int64_t j, R v) const {
+    const R z = logit(v), d = z - s.m, p = exp(d - s.log_sum), w = weight(j);
+    R dz = kTarget && j == t ? loss.target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
     if constexpr (Loss::kSoftcap)
-      if (cap > 0) dz *= bend(widen(v));
-    return narrow<T>(dz);
+      if (cap > 0) dz *= bend(v);
+    return dz;
   }
-  __device__ __forceinline__ void write(const Slope& s, T* dx) const {
+  __device__ __forceinline__ T grad(const Slope& s, int64_t j, T v) const {
+    return narrow<T>(slope_at<true>(s, j, widen(v)));
+  }
+  __device__ __forceinline__ Vec<T> grads(const Slope& s, int64_t j, const Vec<T>& v) const {
+    R z[N];
+    widen_all(v, z);
+    Vec<T> r;
+    if (asks<N>(j)) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) r.v[k] = narrow<T>(slope_at<true>(s, j + k, z[k]));
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) r.v[k] = narrow<T>(slope_at<false>(s, j + k, z[k]));
+    }
+    return r;
+  }
+  // Writes the gradients of what stays and sends for the next row; gives the first class after them.
+  __device__ __forceinline__ int64_t write_kept(const Slope& s, T* dx, const Kept& kept, int64_t body) const {
+    for (int slot = lane; slot < slots; slot += kTeam) {
+      store16(dx + int64_t{slot} * N, grads(s, int64_t{slot} * N, cache[slot]));
+      refill(slot);
+    }
+    __pipeline_commit();
+#pragma unroll
+    for (int u = 0; u < kKeep; ++u)
+      if (kept_at(u) < body) store16(dx + kept_at(u), grads(s, kept_at(u), kept.v[u]));
+    return int64_t{slots + kKeep * kTeam} * N;
+  }
+  template <bool kAligned>
+  __device__ __forceinline__ void write_vectors(const Slope& s, T* dx, int64_t begin, int64_t body) const {
+    constexpr int64_t kStep = int64_t{kTeam} * N;
+    int64_t j = begin + int64_t{lane} * N;
+    if constexpr (kAligned) {
+      for (; j + (kInFlight - 1) * kStep < body; j += kInFlight * kStep) {
+        Vec<T> v[kInFlight];
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) v[u] = load16(x + j + u * kStep);
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) store16(dx + j + u * kStep, grads(s, j + u * kStep, v[u]));
+      }
+    }
+    for (; j < body; j += kStep)
+      store16(dx + j, grads(s, j, kAligned ? load16(x + j) : load16_any(x + j, x, x + a.n)));
+  }
+  __device__ __forceinline__ void write(const Slope& s, T* dx, const Kept& kept) const {
     const int64_t n = a.n, from = a.x_layout.class_stride, to = a.dx_layout.class_stride;
     if (kTeam == 1 || from != 1 || to != 1) {
       for (int64_t j = lane; j < n; j += kTeam) dx[j * to] = grad(s, j, x[j * from]);
@@ -174,26 +476,40 @@ struct RowTeam {
     }
     const int64_t head = elements_to_boundary(dx, n), body = head + (n - head) / N * N;
     for (int64_t j = lane; j < head; j += kTeam) dx[j] = grad(s, j, x[j]);
-    for (int64_t j = head + int64_t{lane} * N; j < body; j += kTeam * N) {
-      Vec<T> v = load16_any(x + j, x, x + n);
-#pragma unroll
-      for (int k = 0; k < N; ++k) v.v[k] = grad(s, j + k, v.v[k]);
-      store16(dx + j, v);
+    if (kStay && slots) {
+      write_vectors<true>(s, dx, write_kept(s, dx, kept, body), body);
+    } else if (head == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
+      write_vectors<true>(s, dx, head, body);
+    } else {
+      write_vectors<false>(s, dx, head, body);
     }
     for (int64_t j = body + lane; j < n; j += kTeam) dx[j] = grad(s, j, x[j]);
+  }
+  __device__ __forceinline__ void write(const Slope& s, T* dx, Held& held) const {
+    each_held(held, [&](int64_t j, Vec<T>& v) {
+      forget(v);
+      store16(dx + j, grads(s, j, v));
+    });
+    if (rest_at() < a.n) dx[rest_at()] = grad(s, rest_at(), held.rest);
+  }
+  __device__ __forceinline__ void write_row(const Slope& s, T* dx, Held& held, bool whole,
+                                            const Kept& kept) const {
+    if constexpr (kHold > 0)
+      if (whole) return write(s, dx, held);
+    write(s, dx, kept);
   }
   __device__ __forceinline__ void write_zeros(T* dx) const {
     for (int64_t j = lane; j < a.n; j += kTeam) dx[j * a.dx_layout.class_stride] = narrow<T>(R(0));
   }
 
+  __device__ __forceinline__ T* gradient() const { return static_cast<T*>(a.dx) + a.dx_layout.start(r); }
   __device__ __forceinline__ void run() {
     R* state = static_cast<R*>(a.state) + r * a.state_width;
-    const bool backward = a.pass == RowPass::backward, leader = lane == 0;
-    T* dx = a.dx ? static_cast<T*>(a.dx) + a.dx_layout.start(r) : nullptr;
+    const bool leader = lane == 0;
     t = a.target ? a.target[r] : -1;
     R k = 1;
     bool inside = true;  // a class that does not exist gives NaN and is never used as an index
-    if (backward) {
+    if constexpr (kBackward) {
       k = state[2];
     } else {
       if (a.row_weight) k = static_cast<const R*>(a.row_weight)[r];
@@ -205,7 +521,7 @@ struct RowTeam {
       if (k != 0) k = NAN;
     }
     if (k == 0) {
-      if (!backward && leader) {
+      if (!kBackward && leader) {
         for (int64_t i = 0; i < a.state_width; ++i) state[i] = 0;
         if constexpr (Loss::kPlanes) {
           for (int64_t i = 0; i < a.planes; ++i) results()[i] = 0;
@@ -213,9 +529,19 @@ struct RowTeam {
           static_cast<R*>(a.loss)[r] = 0;
         }
       }
-      if (dx) write_zeros(dx);
+      if (a.dx) write_zeros(gradient());
+      if (kStay && slots) refill_all();
       return;
     }
+    // of a row that does not start on 16 bytes many vectors would take too many registers while they are
+    // loaded
+    const bool holds = kHold && (kTeam <= 32 || reinterpret_cast<uintptr_t>(x) % 16 == 0);
+    const bool write_held =
+        holds && a.dx && a.dx_layout.class_stride == 1 && reinterpret_cast<uintptr_t>(gradient()) % 16 == 0;
+    Held held;
+    if constexpr (kHold > 0)
+      if (holds) hold(held);
+    Kept kept;
     Target<R> target{a.target != nullptr, 0, 1};
     R zt = 0;
     if (a.target && inside) {
@@ -225,7 +551,7 @@ struct RowTeam {
     RowState<R> row;
     NumberTerm<R> number{};
     R g = 1;
-    if (backward) {
+    if constexpr (kBackward) {
       row.m = state[0];
       row.log_sum = state[1];
 #pragma unroll
@@ -234,7 +560,21 @@ struct RowTeam {
       if constexpr (Loss::kNumbers) number_term(row, number);
       if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
     } else {
-      const Online<Loss, R> o = team_merge<kTeam>(sweep());
+      Online<Loss, R> o;
+      bool merged = kTeam == 1;
+      if constexpr (kHold > 0 && kTeam <= 32) {
+        o = sums_of(held);
+        merged = true;
+      } else if (holds) {
+        o = sums_in_turn(held);
+      } else {
+        o = sweep(kept);
+      }
+      if (!merged) {
+        o.follow(team_max<kTeam>(o.m));
+        o = team_sum<kTeam>(o);
+      }
+      if (a.target) add_small(o);
       row.m = o.base();
       target.d = zt - row.m;
       const R e = a.target ? exp(target.d) : R(0);
@@ -258,15 +598,16 @@ struct RowTeam {
         for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) state[i] = 0;
       }
     }
-    if (!dx) return;
+    if (!a.dx) return;
+    T* dx = gradient();
     if constexpr (Loss::kPlanes) {
       const Slope s{loss.coef(row, upstream(), a.asked_each, scale), row.m, row.log_sum};
-      write(s, dx);
+      write_row(s, dx, held, write_held, kept);
       asked_gradient(s, dx);
     } else {
       Slope s{loss.coef(row, target, g * k * scale), row.m, row.log_sum};
       if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.beside);
-      write(s, dx);
+      write_row(s, dx, held, write_held, kept);
       if constexpr (Loss::kNumbers)
         if (number.total != 0) number_gradient(s, number, g * k * scale, dx);
     }
@@ -279,12 +620,13 @@ struct RowTeam {
   __device__ __forceinline__ R number_term(const RowState<R>& row, NumberTerm<R>& number) const {
     const R weight = static_cast<const R*>(a.number_weight)[r];
     if (weight == 0) return 0;  // the same for the whole team
-    constexpr int kStep = kTeam >= 32 ? 32 : 1;
+    constexpr int kStep = kTeam < 32 ? kTeam : 32;
+    const unsigned mask = team_mask<kTeam>();
     const R* far = number_far();
     R top = -INFINITY, total = 0, away = 0;
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) top = max(asked_logit(a.number_ids[k]), top);
 #pragma unroll
-    for (int offset = kStep / 2; offset; offset /= 2) top = max(__shfl_xor_sync(kFullMask, top, offset), top);
+    for (int offset = kStep / 2; offset; offset /= 2) top = max(__shfl_xor_sync(mask, top, offset), top);
     if (top == -INFINITY) top = 0;
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) {
       const R e = exp(asked_logit(a.number_ids[k]) - top);
@@ -293,8 +635,8 @@ struct RowTeam {
     }
 #pragma unroll
     for (int offset = kStep / 2; offset; offset /= 2) {
-      total += __shfl_xor_sync(kFullMask, total, offset);
-      away += __shfl_xor_sync(kFullMask, away, offset);
+      total += __shfl_xor_sync(mask, total, offset);
+      away += __shfl_xor_sync(mask, away, offset);
     }
     number = loss.numbers.term(weight, *static_cast<const R*>(a.number_worst), away / total, top, total,
                                row.m, row.log_sum);
@@ -302,7 +644,7 @@ struct RowTeam {
   }
   __device__ __forceinline__ void number_gradient(const Slope& s, const NumberTerm<R>& number, R g,
                                                   T* dx) const {
-    if constexpr (kTeam == 32) __syncwarp();
+    if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kTeam > 32) __syncthreads();  // after the writes of `write`
     const R* far = number_far();
     for (int64_t k = lane; k < a.numbers; k += kTeam) {
@@ -335,7 +677,7 @@ struct RowTeam {
     }
   }
   __device__ __forceinline__ void asked_gradient(const Slope& s, T* dx) const {
-    if constexpr (kTeam == 32) __syncwarp();
+    if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kTeam > 32) __syncthreads();  // after the writes of `write`
     const int64_t* asked = a.asked + r * a.asked_each;
     for (int64_t i = lane; i < a.asked_each; i += kTeam) {
@@ -351,48 +693,128 @@ struct RowTeam {
       if (!first) continue;
       const R z = asked_logit(j), d = z - s.m;
       R dz = loss.asked_for(exp(d - s.log_sum), d, g * scale, s.coef);
-      if (cap > 0) dz *= bend(widen(x[j * a.x_layout.class_stride]));
+      if constexpr (Loss::kSoftcap)
+        if (cap > 0) dz *= bend(widen(x[j * a.x_layout.class_stride]));
       dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
     }
   }
 };
 
-template <class Loss, class T, int kTeam>
-__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 : 4) rows_kernel(RowArgs a) {
+// Blocks that a multiprocessor is to have room for.
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward> ? 6 * kThreads / (kTeam > 32 ? kTeam : kThreads)
+                        : kTeam > 32                     ? kResident<Loss, kBackward> / kTeam
+                                                         : 4;
+
+// With `slots` blocks stay: each goes on with another row as soon as it has written one.
+template <class Loss, class T, int kTeam, bool kBackward>
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T, kTeam, kBackward>)
+    rows_kernel(RowArgs a, int slots) {
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
-  if (a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;
-  const int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam;
-  if (r >= a.rows) return;  // whole warps, or with teams of one thread no collective follows
-  const T* x = static_cast<const T*>(a.x) + a.x_layout.start(r);
-  const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
-  RowTeam<Loss, T, kTeam>{a,
-                          Loss(a.options, a.n),
-                          int(threadIdx.x % kTeam),
-                          r,
-                          x,
-                          q,
-                          -1,
-                          R(a.logit_scale),
-                          R(a.softcap),
-                          R(a.softcap > 0 ? 1 / a.softcap : 0)}
-      .run();
+  if (kBackward && a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;
+  FL_DYN_SHARED(Vec<T>, cache);
+  const int lane = threadIdx.x % kTeam;
+  const T* const all = static_cast<const T*>(a.x);
+  const auto team = [&](int64_t r, int64_t step) {
+    const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
+    return RowTeam<Loss, T, kTeam, kBackward>{a,
+                                              Loss(a.options, a.n),
+                                              lane,
+                                              r,
+                                              all + a.x_layout.start(r),
+                                              q,
+                                              -1,
+                                              R(a.logit_scale),
+                                              R(a.softcap),
+                                              R(a.softcap > 0 ? 1 / a.softcap : 0),
+                                              cache,
+                                              slots,
+                                              slots && r + step < a.rows,
+                                              a.x_layout.start(r + step) - a.x_layout.start(r)};
+  };
+  int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam;
+  const int64_t step = int64_t{gridDim.x} * (kBlock / kTeam);
+  constexpr bool kStay = kStays<Loss, T, kTeam, kBackward>;
+  if constexpr (kStay)
+    if (slots) {
+      for (int slot = lane; slot < slots; slot += kTeam)
+        __pipeline_memcpy_async(cache + slot, all + a.x_layout.start(r) + int64_t{slot} * Vec<T>::kSize, 16);
+      __pipeline_commit();
+    }
+#pragma unroll 1
+  for (; r < a.rows; r += step) {  // whole teams
+    team(r, step).run();
+    if constexpr (kStay) __syncthreads();  // what `run` shares is used again
+    if constexpr (!kBackward && !kStay) return;
+  }
 }
 
-constexpr int64_t kWarpRowBytes = 4096;
+// Bytes of the longest rows for a warp, and that a block of half and of all of a multiprocessor's threads
+// keeps.
+constexpr int64_t kWarpRowBytes = 4 << 10, kHalfRowBytes = 128 << 10;
+// Threads for the shortest rows, if they hold them.
+constexpr int kSmallTeam = 8;
+// Threads that go through the rows where each block first asks whether there is anything to do: as many as a
+// large GPU holds, so that the answer no costs little.
+constexpr int64_t kAskingThreads = 132 * 2048;
+// Shared memory of a multiprocessor that is not for keeping rows: what its blocks need beside.
+constexpr int64_t kSharedBeside = 3 << 10;
 
-template <class Loss, class T, int kTeam>
+// Whether every row of such a layout starts on 16 bytes.
+template <class T>
+bool on_vectors(const void* start, const RowLayout& l) {
+  constexpr int64_t N = Vec<T>::kSize;
+  return reinterpret_cast<uintptr_t>(start) % 16 == 0 && l.class_stride == 1 && l.outer_stride % N == 0 &&
+         l.inner_stride % N == 0;
+}
+
+template <class Loss, class T, int kTeam, bool kBackward>
 void launch_team(const RowArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
-  const int64_t blocks = (a.rows * kTeam + block - 1) / block;
-  start<&rows_kernel<Loss, T, kTeam>>(blocks, block, 0, stream, a);
+  int64_t blocks = (a.rows * kTeam + block - 1) / block, slots = 0;
+  if (kBackward && a.skip_unit_upstream && blocks > kAskingThreads / block) blocks = kAskingThreads / block;
+  if (kStays<Loss, T, kTeam, kBackward> && on_vectors<T>(a.x, a.x_layout) &&
+      (!a.dx || on_vectors<T>(a.dx, a.dx_layout))) {
+    const int64_t row = a.n / Vec<T>::kSize,
+                  room = (most_shared() - kSharedBeside) * kTeam / kResident<Loss, kBackward> / 16;
+    slots = (row < room ? row : room) / kTeam * kTeam;
+    const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
+    if (slots && blocks > stay) blocks = stay;
+  }
+  const size_t shared = 16 * static_cast<size_t>(slots > 0 ? slots : 1);  // none is no array to point at
+  start<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a, static_cast<int>(slots));
+}
+template <class Loss, class T, bool kBackward>
+void launch_pass(const RowArgs& a, cudaStream_t stream) {
+  if (a.x_layout.class_stride != 1) return launch_team<Loss, T, 1, kBackward>(a, stream);
+  if constexpr (sizeof(T) < 8) {  // float64 is there to be exact: a warp does for any length
+    const int64_t bytes = a.n * int64_t{sizeof(T)};
+    constexpr int kMost = kResident<Loss, kBackward>;
+    constexpr auto held = [](int team, int vectors) { return int64_t{16} * team * vectors; };
+    constexpr int kOfTeam = kHeld<Loss, T, 128, kBackward>, kOfWarp = kHeld<Loss, T, 32, kBackward>;
+    if constexpr (kBackward || Loss::kSoftcap) {  // each class on its own, or rare: not worth more kernels
+      if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
+    } else {
+      if (bytes > kHalfRowBytes) return launch_team<Loss, T, kMost, kBackward>(a, stream);
+      if constexpr (kOfTeam > 0) {
+        if (bytes > held(256, kOfTeam)) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
+        if (bytes > held(128, kOfTeam)) return launch_team<Loss, T, 256, kBackward>(a, stream);
+        if (bytes > held(32, kOfWarp)) return launch_team<Loss, T, 128, kBackward>(a, stream);
+      } else {
+        if (bytes > held(128, 8)) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
+        if (bytes > kWarpRowBytes) return launch_team<Loss, T, 128, kBackward>(a, stream);
+      }
+    }
+    if constexpr (kOfWarp > 0)
+      if (bytes <= held(kSmallTeam, kOfWarp)) return launch_team<Loss, T, kSmallTeam, kBackward>(a, stream);
+  }
+  launch_team<Loss, T, 32, kBackward>(a, stream);
 }
 template <class Loss, class T>
 void launch_rows(const RowArgs& a, cudaStream_t stream) {
-  if (a.x_layout.class_stride != 1) return launch_team<Loss, T, 1>(a, stream);
-  if constexpr (sizeof(T) < 8)  // float64 is there to be exact: a warp does for any length
-    if (a.n * int64_t{sizeof(T)} > kWarpRowBytes) return launch_team<Loss, T, kBlockTeam>(a, stream);
-  launch_team<Loss, T, 32>(a, stream);
+  if (a.pass == RowPass::backward) return launch_pass<Loss, T, true>(a, stream);
+  launch_pass<Loss, T, false>(a, stream);
 }
 
 }  // namespace fastloss::cuda

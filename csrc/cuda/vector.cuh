@@ -49,20 +49,28 @@ __device__ __forceinline__ void store16(T* p, const Vec<T>& x) {
   std::memcpy(&raw, &x, 16);
   *reinterpret_cast<uint4*>(p) = raw;
 }
-// 16 bytes from any element boundary, of a row that spans [begin, end): two aligned accesses where both lie
-// inside the row, single elements at its ends. The lanes of a warp share the aligned lines.
+// All numbers of v, one instruction each: the halves of a word are taken apart by shift and mask.
 template <class T>
-__device__ __forceinline__ Vec<T> load16_any(const T* p, const T* begin, const T* end) {
-  const unsigned off = static_cast<unsigned>(reinterpret_cast<uintptr_t>(p) % 16);
-  if (off == 0) return load16(p);
-  const T* low = p - off / sizeof(T);
-  Vec<T> r;
-  if (low < begin || low + 2 * Vec<T>::kSize > end) {
+__device__ __forceinline__ void widen_all(const Vec<T>& v, acc_t<T>* out) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    unsigned w[4];
+    std::memcpy(w, &v, 16);
 #pragma unroll
-    for (int k = 0; k < Vec<T>::kSize; ++k) r.v[k] = p[k];
-    return r;
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = __uint_as_float(w[i] << 16);
+      out[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < Vec<T>::kSize; ++k) out[k] = widen(v.v[k]);
   }
-  const uint4 a = *reinterpret_cast<const uint4*>(low), b = *(reinterpret_cast<const uint4*>(low) + 1);
+}
+// 16 bytes that begin `off` bytes past an aligned line, out of this line and the next: both may be read. The
+// lanes of a warp share the lines.
+template <class T>
+__device__ __forceinline__ Vec<T> load16_shifted(const T* p, unsigned off) {
+  const uint4* low = reinterpret_cast<const uint4*>(p - off / sizeof(T));
+  const uint4 a = low[0], b = low[1];
   const unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
   unsigned by2[6], by1[5], out[4];  // registers are indexed by constants alone
 #pragma unroll
@@ -74,7 +82,20 @@ __device__ __forceinline__ Vec<T> load16_any(const T* p, const T* begin, const T
     const unsigned long long pair = static_cast<unsigned long long>(by1[i + 1]) << 32 | by1[i];
     out[i] = static_cast<unsigned>(pair >> off % 4 * 8);
   }
+  Vec<T> r;
   std::memcpy(&r, out, 16);
+  return r;
+}
+// 16 bytes from any element boundary, of a row that spans [begin, end): single elements at its ends.
+template <class T>
+__device__ __forceinline__ Vec<T> load16_any(const T* p, const T* begin, const T* end) {
+  const unsigned off = static_cast<unsigned>(reinterpret_cast<uintptr_t>(p) % 16);
+  if (off == 0) return load16(p);
+  const T* low = p - off / sizeof(T);
+  if (low >= begin && low + 2 * Vec<T>::kSize <= end) return load16_shifted(p, off);
+  Vec<T> r;
+#pragma unroll
+  for (int k = 0; k < Vec<T>::kSize; ++k) r.v[k] = p[k];
   return r;
 }
 

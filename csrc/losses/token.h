@@ -78,11 +78,11 @@ struct CrossEntropy : RowLossDefaults {
     c.rest = t.hard ? row.saved[0] : 0;
     c.beside = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
     if constexpr (kTargets == kSmooth) {
-      c.beside += rounded(g * smoothing);
-      c.y = g * per_class;
+      c.beside += product(g, smoothing);
+      c.y = product(g, per_class);
     }
     if constexpr (kTargets == kSoft) {
-      c.beside += rounded(g * row.saved[1]);
+      c.beside += product(g, row.saved[1]);
       c.y = g;
     }
     c.p = c.hard + c.beside;
@@ -97,8 +97,8 @@ struct CrossEntropy : RowLossDefaults {
   FL_FN R target(R p, R, R w, const Coef& c) const {
     R dense = 0;
     if constexpr (kTargets == kSmooth) dense = c.y;
-    if constexpr (kTargets == kSoft) dense = c.y * (w * per_class);
-    return (c.beside * p - rounded(dense)) - c.hard * c.rest;  // of one class: exactly 0
+    if constexpr (kTargets == kSoft) dense = product(c.y, w * per_class);
+    return (c.beside * p - dense) - c.hard * c.rest;  // of one class: exactly 0
   }
 };
 

@@ -28,6 +28,7 @@ struct TokenStats : RowLossDefaults {
   template <class F>
   struct Few {
     F rest{}, top{}, ed{};
+    FL_FN F total() const { return rest + top; }
     FL_FN void add(F e, F d, F, F, const TokenStats&) {
       const F below = d < 0 ? e : F{};
       rest += below;
@@ -43,6 +44,7 @@ struct TokenStats : RowLossDefaults {
   template <class F>
   struct Many {
     F rest{}, top{}, ed{}, e2{}, d{}, count{};
+    FL_FN F total() const { return rest + top; }
     FL_FN void add(F e, F d_, F w, F q, const TokenStats& l) {
       Few<F> few{rest, top, ed};
       few.add(e, d_, w, q, l);

@@ -225,10 +225,14 @@ Tensor reduced_as(const TokenLoss& loss, Call& call, int64_t reduction) {
 inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, [[maybe_unused]] int64_t reduction) {
 #if defined(FASTLOSS_HAS_CUDA)
   RowArgs& a = call.args;
-  const int64_t two[] = {2};  // the result, the norm: where the kernels can read them
-  Tensor numbers = empty(call.x, two, call.accumulation);
+  const int64_t number = a.dtype == DType::f64 ? sizeof(double) : sizeof(float);
+  const int64_t partials = a.rows > kRowsOfBlock ? kRowPartials * sizeof(double) / number : 0;
+  // the result, the norm and sums of parts: where the kernels can read them
+  const int64_t size[] = {2 + partials};
+  Tensor numbers = empty(call.x, size, call.accumulation);
   char* result = static_cast<char*>(numbers.mutable_data_ptr());
-  void* norm = result + (a.dtype == DType::f64 ? sizeof(double) : sizeof(float));
+  void* norm = result + number;
+  if (partials) a.partial = reinterpret_cast<double*>(result + 2 * number);
   if (reduction == kMean) a.norm = norm;
   const DeviceScope scope(call.x);
   void* stream = current_stream(call.x);
