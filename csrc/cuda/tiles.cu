@@ -496,7 +496,8 @@ __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int 
   for (int r = threadIdx.x; r < count; r += blockDim.x) {
     const int64_t i = a.row + begin + r;
     row_max[r] = a.row_max ? c.at(a.row_max, i) : R(0);
-    row_log_sum[r] = a.row_log_sum ? c.at(a.row_log_sum, i) : R(0);
+    // -inf: no share of anything
+    row_log_sum[r] = a.row_log_sum ? c.at(a.row_log_sum, i) : R(-INFINITY);
     row_grad[r] = a.row_grad ? c.at(a.row_grad, i) : R(0);
     row_positive[r] = a.positive_grad ? c.at(a.positive_grad, i) : R(0);
     marks[r] = c.mark(begin + r);
@@ -511,7 +512,7 @@ __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int 
     if constexpr (kIds) id[k] = there ? a.col_ids[j] : 0;
     const bool columns = there && a.col_grad;
     col_max[k] = columns ? c.at(a.col_max, j) : R(0);
-    col_log_sum[k] = columns ? c.at(a.col_log_sum, j) : R(0);
+    col_log_sum[k] = columns ? c.at(a.col_log_sum, j) : R(-INFINITY);
     col_grad[k] = columns ? c.at(a.col_grad, j) : R(0);
   }
   __syncthreads();
@@ -536,11 +537,10 @@ __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int 
       for (int k = 0; k < kColumns; ++k) {
         const Entry e = c.entry(T::offset(k) == mark, kIds && id[kIds ? k : 0] == own);
         const R x = c.value(v[q][k]);
-        R g = 0;
-        if (c.summed(e)) {
-          if (a.row_grad) g += up * softmax_share(x, top, log_sum);
-          if (a.col_grad) g += col_grad[k] * softmax_share(x, col_max[k], col_log_sum[k]);
-        }
+        // no branch: the exponentials of several entries are under way at a time
+        const R shares =
+            up * softmax_share(x, top, log_sum) + col_grad[k] * softmax_share(x, col_max[k], col_log_sum[k]);
+        R g = c.summed(e) ? shares : R(0);
         if (e == Entry::positive && a.positive_grad) {
           g -= drawn(x, row_positive[at], top, log_sum);
           const int64_t j = a.col + first + T::offset(k);
