@@ -1,13 +1,15 @@
 """Losses of a matrix of similarities, s = scale * x y^T, that is never stored: operators and their autograd.
 
 On the CPU one call walks the whole matrix in tiles, products included (csrc/cpu/tiles.h). On CUDA the products
-are cuBLAS's, for as many rows at a time as `BUDGET` bytes hold, and kernels of our own (csrc/cuda/tiles.cu) make
-of such a chunk what is needed. What an entry counts as, `mark` and ids say: see csrc/core/tiles.h.
+are cuBLAS's, for a block of the matrix at a time that `BUDGET` bytes hold, and kernels of our own
+(csrc/cuda/tiles.cu) make of such a block what is needed. What an entry counts as, `mark` and ids say: see
+csrc/core/tiles.h.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,12 +20,27 @@ from fastloss import _op
 from fastloss._linear import accumulation_type, aligned
 from fastloss._op import _functorch_active
 
-BUDGET = 64 << 20
+BUDGET = 256 << 20
+"""Bytes of similarities that lie in memory on CUDA; their gradient in a half type takes half as many more."""
 STATISTICS, SOFTMAX_GRADIENT, PAIRS, PAIRS_GRADIENT, SIGMOID, HARDEST = range(6)
 ARRAYS = (
     "row_max", "row_log_sum", "row_grad", "col_max", "col_log_sum", "col_grad", "positive", "positive_grad",
     "col_positive_grad", "hardest",
 )  # fmt: skip
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
+    """`a @ b`, or that added to what `out` holds, summed in the type of `out`."""
+    more: dict[str, Any] = {}
+    if a.dtype != out.dtype:
+        if out.is_cuda:
+            more = {"out_dtype": out.dtype}
+        else:  # where the CUDA kernels run on the CPU: the products of half types are exact in float32
+            a, b = a.to(out.dtype), b.to(out.dtype)
+    if add:
+        torch.addmm(out, a, b, **more, out=out)
+    else:
+        torch.mm(a, b, **more, out=out)
 
 
 class Rows:
@@ -110,11 +127,10 @@ class Matrix:
                 kind, *self.flags, x, y, self.scale.item(), bias, *self.entries, *given, dx, dy, dots
             )
         else:
-            self._walk_chunks(kind, given, dx, dy)
+            self._walk_blocks(kind, given, dx, dy, dots)
         if not gradients:
             return ()
         if not self.on_cpu:
-            torch.sum(x * dx, 1, out=dots)
             dx, dy = dx.mul_(self.scale), dy.mul_(self.scale)
         if both:
             dots *= 0.5
@@ -142,42 +158,86 @@ class Matrix:
         d = -d * self.scale.square() if self.inverse else d
         return d.reshape(self.given_scale.shape)
 
-    def _walk_chunks(
-        self, kind: int, given: list[Tensor | None], dx: Tensor | None, dy: Tensor | None
+    def _walk_blocks(
+        self,
+        kind: int,
+        given: list[Tensor | None],
+        dx: Tensor | None,
+        dy: Tensor | None,
+        dots: Tensor | None,
     ) -> None:
+        if self.m == 0 or self.n == 0:
+            return
         x, y = aligned(self.x.wide), aligned(self.y.wide)
-        more: dict[str, Any] = {}
         top = None
-        if self.low != x.dtype and x.is_cuda:  # products of half types, summed in float32
-            x, y, more = x.to(self.low), y.to(self.low), {"out_dtype": x.dtype}
-            if dx is not None:  # their gradients relative to the largest, so that small ones are not lost
+        if self.low != x.dtype:  # products of half types, summed in float32
+            x, y = x.to(self.low), y.to(self.low)
+            if dx is not None and self.low == torch.float16:
+                # relative to the largest number among them, so that small ones are not lost
                 places = [i for i in (2, 5, 7, 8) if given[i] is not None]
-                top = torch.stack([given[i].abs().amax() for i in places]).amax()
+                finite = (given[i].abs().nan_to_num(0.0, 0.0) for i in places)
+                top = torch.stack([g.amax() for g in finite]).amax()
                 top = top + (top == 0)
                 given = [g / top if i in places else g for i, g in enumerate(given)]
-        step = max(1, BUDGET // ((self.n + 1) * self.x.wide.element_size()))
-        step = min(step // 128 * 128 if step > 128 else step, max(self.m, 1))
-        room = self.empty(step, self.n)
-        for row in range(0, self.m, step):
-            pick = slice(row, row + step)
-            s = torch.mm(x[pick], y.t(), **more, out=room[: min(step, self.m - row)])
-            s.mul_(self.scale)
-            if self.bias is not None:
-                s.add_(self.bias)
-            self.operators.tile_chunk(kind, *self.flags, s, row, self.m, *self.entries, *given)
-            if dx is not None:
-                g = s.to(x.dtype)
-                torch.mm(g, y, **more, out=dx[pick])
-                if dy is None:
-                    continue
-                if row:
-                    torch.addmm(dy, g.t(), x[pick], **more, out=dy)
-                else:
-                    torch.mm(g.t(), x[pick], **more, out=dy)
+        rows, cols = block_shape(self.m, self.n, self.x.wide.element_size(), kind == HARDEST)
+        pitch = -(-cols // 8) * 8
+        room = self.empty(rows * pitch)
+        low_room = None
+        if dx is not None and x.dtype != room.dtype:
+            low_room = x.new_empty(rows * pitch)
+        for row in range(0, self.m, rows):
+            down = slice(row, min(row + rows, self.m))
+            for col in range(0, self.n, cols):
+                across = slice(col, min(col + cols, self.n))
+                s, g = (_block(t, down, across) for t in (room, low_room))
+                _multiply(s, x[down], y[across].t())
+                self.operators.tile_chunk(
+                    kind, *self.flags, s, g, self.scale, self.bias, row, self.m, col, self.n, *self.entries, *given,
+                    dots,
+                )  # fmt: skip
+                if dx is not None:
+                    g = s if g is None else g
+                    _multiply(dx[down], g, y[across], add=col > 0)
+                    if dy is not None:
+                        _multiply(dy[across], g.t(), x[down], add=row > 0)
         if top is not None:
-            for d in (dx, dy):
+            for d in (dx, dy, dots):
                 if d is not None:
                     d.mul_(top)
+
+
+def block_shape(m: int, n: int, itemsize: int, whole_rows: bool = False) -> tuple[int, int]:
+    """Rows and columns of the blocks of an m x n matrix: about as many of either, `BUDGET` bytes at most.
+
+    Blocks that are alike, of multiples of 128 where there are several: sizes on which sums depend follow from m and n.
+    """
+    most = max(1, BUDGET // itemsize)
+
+    def even(length: int, limit: int) -> int:
+        if length <= limit:
+            return length
+        unit = 128 if limit >= 128 else 1
+        limit = limit // unit * unit
+        part = -(-length // -(-length // limit))
+        return -(-part // unit) * unit
+
+    def padded(cols: int) -> int:
+        return -(-cols // 8) * 8
+
+    if whole_rows:
+        return even(m, max(1, most // padded(n))), n
+    side = max(8, math.isqrt(most) // 8 * 8)
+    rows = even(m, max(side, most // padded(n)))
+    return rows, even(n, max(8, most // rows // 8 * 8))
+
+
+def _block(room: Tensor | None, down: slice, across: slice) -> Tensor | None:
+    """A block in `room`, of rows that begin at multiples of 8."""
+    if room is None:
+        return None
+    rows, cols = down.stop - down.start, across.stop - across.start
+    pitch = -(-cols // 8) * 8
+    return room[: rows * pitch].view(rows, pitch)[:, :cols]
 
 
 class TileOp(_op.PythonOp):

@@ -48,6 +48,7 @@ def _cases(keep: Callable[[Loss], bool], few: bool = False) -> pytest.MarkDecora
 _TWICE = "the gradients of both inputs are made, also where one is wanted"
 _SOFT = "labels that are distributions go through torch's operations, whose sums depend on the batch"
 _SORTED = "a cohort's order and its sums in float64 are several times as large as its scores"
+_ROUNDED_ROWS = "rows of length 1 are rounded to bfloat16 for the products: where all are equal, all errors are"
 _ALPHAS = "the alphas, 2 L + 1 for each step, are as large as the input where there are so few classes"
 EXCEPTIONS = {
     "test_opcheck[*-number_token_loss-plain-*]": (
@@ -58,6 +59,7 @@ EXCEPTIONS = {
     "test_other_rows_of_the_batch[*-number_token_loss-soft-float32]": _SOFT,
     "test_memory_from_outside[ctc_loss]": _ALPHAS,
     "test_memory_from_outside[cox_ph_loss]": _SORTED,
+    "test_any_layout[simt-siglip_loss-everything-expanded-bfloat16]": _ROUNDED_ROWS,
     "test_one_graph_serves_every_size[*-gaussian_cross_entropy-plain]": (
         "the window's size is computed from sigma, which the compiler cannot follow"
     ),

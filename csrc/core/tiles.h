@@ -2,7 +2,7 @@
 //
 //   s[i, j] = scale <x_i, y_j> + bias,   i < m, j < n
 //
-// exists only as tiles (CPU) or as chunks of rows (CUDA). What an entry counts as, `mark` and ids say: an
+// exists only as tiles (CPU) or as blocks (CUDA). What an entry counts as, `mark` and ids say: an
 // entry is marked if j == mark[i], else it is equal if row_ids[i] == col_ids[j], else a negative.
 //   same_is_positive false   the marked entry is the row's positive, equal ones (false negatives) are left
 //   out same_is_positive true    the marked entry (itself) is left out, equal ones (its class) are positives
@@ -37,12 +37,19 @@ struct TileArgs {
   int64_t* hardest;               // [2, m]: columns, -1 where there is none
 };
 
-// CUDA: rows [row, row + rows) of the matrix, which lie in memory.
+// CUDA: rows [row, row + rows) and columns [col, col + cols) of the matrix, whose products <x_i, y_j> lie in
+// memory. Blocks come row by row, so that what is summed over several is in the order of rows and of columns.
 struct TileChunk : TileArgs {
-  bool wide;  // float64, else float32: of all arrays
-  void* s;    // [rows, n]: similarities; of a gradient pass the gradient afterwards
-  int64_t row, rows;
+  bool wide;                 // float64, else float32: of all arrays
+  const void* s;             // [rows, cols]: products, before scale and bias
+  void* g;                   // a gradient pass: the gradient of s, as numbers of g_type; may be s itself
+  DType g_type;              // that of s, or a half type
+  int64_t s_pitch, g_pitch;  // elements from row to row: whole units of 16 bytes of s, from such a boundary
+  const void *scale_at, *bias_at;  // one number each; the second may be null
+  int64_t row, rows, col, cols;
   const int64_t *row_ids, *col_ids;  // [m], [n]; or null
+  void* dots;                        // [m]: of a gradient pass the sums of gradient times product
+  void* part;                        // sums of parts of the block: cuda::tile_partials numbers
 };
 
 }  // namespace fastloss

@@ -51,7 +51,9 @@ FASTLOSS_ELEMENT_LOSSES(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
 void feature_pairs(const FeatureArgs& args, void* stream);
-// One pass over a chunk of similarities; chunks come in the order of their rows.
+// How many numbers of the type of sums a pass over this block needs for sums of its parts.
+int64_t tile_partials(const TileChunk& args);
+// One pass over a block of similarities; blocks come in the order of their rows, those of columns inside.
 void tile_chunk(const TileChunk& args, void* stream);
 // The anchors of one chunk; backwards chunks are added to dx.
 void triplets(const TripletArgs& args, void* stream);

@@ -1,6 +1,6 @@
 // The walks over a matrix of similarities that the contrastive losses are made of
 // (fastloss/_tiles.py puts them together): on the CPU the whole matrix in tiles, products included; on CUDA
-// what is made of a chunk of its rows, which a product has left in memory.
+// what is made of a block of it, whose products lie in memory.
 #include <algorithm>
 #include <limits>
 #include <optional>
@@ -58,28 +58,52 @@ void fill(Args& a, int64_t pass, bool same_is_positive, bool with_positives, int
 }
 
 #if defined(FASTLOSS_HAS_CUDA)
-// s [rows, n]: rows `row`, row + 1, ... of all m.
-void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor s, int64_t row, int64_t m,
+// s [rows, cols]: products of the rows `row`, row + 1, ... of all m and the columns `col`, col + 1, ... of
+// all n. The gradient goes to g, or to where s is; what it adds to that of the scale, row by row, to dots.
+void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor s, OptionalTensor g,
+                Tensor scale, OptionalTensor bias, int64_t row, int64_t m, int64_t col, int64_t n,
                 OptionalTensor mark, OptionalTensor row_ids, OptionalTensor col_ids, OptionalTensor row_max,
                 OptionalTensor row_log_sum, OptionalTensor row_grad, OptionalTensor col_max,
                 OptionalTensor col_log_sum, OptionalTensor col_grad, OptionalTensor positive,
-                OptionalTensor positive_grad, OptionalTensor col_positive_grad, OptionalTensor hardest) {
+                OptionalTensor positive_grad, OptionalTensor col_positive_grad, OptionalTensor hardest,
+                OptionalTensor dots) {
   const ScalarType type = s.scalar_type();
-  STD_TORCH_CHECK(
-      s.dim() == 2 && s.is_contiguous() && (type == ScalarType::Float || type == ScalarType::Double),
-      "s: expected rows without gaps, of the accumulation type");
+  const auto lies_well = [&](const Tensor& t) {
+    return t.dim() == 2 && t.size(0) == s.size(0) && t.size(1) == s.size(1) &&
+           (t.size(1) < 2 || t.stride(1) == 1) && t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1) &&
+           reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  };
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && lies_well(s),
+                  "s: expected rows that begin 16 bytes apart or multiples of it, of the accumulation type");
   TileChunk a{};
-  fill(a, pass, same_is_positive, with_positives, m, s.size(1), type, mark,
+  fill(a, pass, same_is_positive, with_positives, m, n, type, mark,
        {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad,
         col_positive_grad, hardest});
   a.wide = type == ScalarType::Double;
-  a.s = s.mutable_data_ptr();
+  a.s = s.const_data_ptr();
+  a.s_pitch = s.stride(0);
+  a.g = g ? g->mutable_data_ptr() : s.mutable_data_ptr();
+  a.g_type = dtype_of(g ? *g : s, "g");
+  a.g_pitch = g ? g->stride(0) : a.s_pitch;
+  STD_TORCH_CHECK(!g || (lies_well(*g) &&
+                         (g->scalar_type() == type || (!a.wide && g->scalar_type() != ScalarType::Double))),
+                  "g: expected as many rows as of s, of its type or a smaller one");
+  a.dots = data(dots, "dots", type, m);
+  a.scale_at = data(scale, "scale", type, 1);
+  a.bias_at = data(bias, "bias", type, 1);
   a.row = row;
   a.rows = s.size(0);
-  STD_TORCH_CHECK(row >= 0 && row + a.rows <= m, "s: expected rows of the ", m, " that there are");
+  a.col = col;
+  a.cols = s.size(1);
+  STD_TORCH_CHECK(row >= 0 && row + a.rows <= m && col >= 0 && col + a.cols <= n && a.cols < 1 << 30,
+                  "s: expected a block of the ", m, " x ", n, " that there are");
   a.row_ids = static_cast<const int64_t*>(data(row_ids, "row_ids", ScalarType::Long, m));
-  a.col_ids = static_cast<const int64_t*>(data(col_ids, "col_ids", ScalarType::Long, a.n));
-  if (a.rows && a.n) launch_on(s, &cuda::tile_chunk, a);
+  a.col_ids = static_cast<const int64_t*>(data(col_ids, "col_ids", ScalarType::Long, n));
+  if (!a.rows || !a.cols) return;
+  const int64_t numbers[] = {cuda::tile_partials(a)};
+  const Tensor part = torch::stable::new_empty(s, numbers);
+  a.part = part.mutable_data_ptr();
+  launch_on(s, &cuda::tile_chunk, a);
 }
 #endif
 
@@ -188,8 +212,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
       "tile_walk(int kind, bool same_is_positive, bool with_positives, Tensor x, Tensor y, float scale, "
       "float bias, " FASTLOSS_TILE_ARRAYS ", Tensor(h!)? dx, Tensor(i!)? dy, Tensor(j!)? dots) -> ()");
   m.def(
-      "tile_chunk(int kind, bool same_is_positive, bool with_positives, Tensor(z!) s, int row, int "
-      "m, " FASTLOSS_TILE_ARRAYS ") -> ()");
+      "tile_chunk(int kind, bool same_is_positive, bool with_positives, Tensor(z!) s, Tensor(y!)? g, Tensor "
+      "scale, Tensor? bias, int row, int m, int col, int n, " FASTLOSS_TILE_ARRAYS
+      ", Tensor(x!)? dots) -> ()");
 }
 #if defined(FL_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) { m.impl("tile_chunk", TORCH_BOX(&tile_chunk)); }
