@@ -1,5 +1,5 @@
 // Alignments: a block a sequence walks the steps, a thread a position of the target; then a block a row of
-// the gradient. What a thread's first position needs of the input is loaded a step ahead, since it depends on no
+// the gradient. What a thread's first position needs of the input is loaded a step ahead: it depends on no
 // other position. The sums of a class go through its positions in order, whatever the block.
 #include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means

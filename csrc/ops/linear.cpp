@@ -118,7 +118,7 @@ Tensor scratch(Tensor like, std::vector<int64_t> shape) {
 }
 
 #if defined(FASTLOSS_HAS_CUDA)
-// d *= factor, one number of the accumulation type; where that is 1, which only the device sees, d is not read.
+// d *= factor, one number of the accumulation type; where that is 1, which the device sees, d is not read.
 void linear_scale_(Tensor d, Tensor factor) {
   ScaleArgs a{};
   a.dtype = dtype_of(d, "d");
