@@ -3,7 +3,8 @@
 Rows are taken in chunks. The logits of a chunk lie in one buffer; the row kernels of the loss turn them into
 their own gradient in place; two more products turn that into gradients of input and weight. The buffer serves
 the next chunk. Beyond the gradients, which half types collect in float32, no call needs more than `BUDGET`
-bytes, unless one row does.
+bytes on the CPU, unless one row does; on CUDA, where each chunk reads and writes the sum of the weight's
+gradients, as many as that sum has, up to `MOST`.
 
 On the CPU the rows that count are picked out first, and the products are packed ones, in which no row depends
 on its neighbours; with AMX those of bfloat16 round the logits' gradient to bfloat16, as plain PyTorch does. On
@@ -20,6 +21,10 @@ from torch import Tensor
 from fastloss._linear_shapes import Shape
 
 BUDGET = 116 << 20
+MOST, MOST_ROWS = 1025 << 20, 4096
+"""On CUDA: bytes and rows of a chunk where the weight is larger than `BUDGET`."""
+DIRECT = 1 << 24
+"""Elements of a weight so large that its gradient is written as bfloat16 at once: cuBLAS splits no sum then."""
 INPUT, WEIGHT, BIAS = 1, 2, 4
 """Bits of the gradients that are wanted."""
 PANEL = 384
@@ -73,7 +78,7 @@ class BlasProducts:
         if out is not None and add:
             torch.addmm(out, g.t(), x, **self.wide, out=out)
         elif out is not None:
-            torch.mm(g.t(), x, **self.wide, out=out)
+            torch.mm(g.t(), x, **({} if out.dtype == g.dtype else self.wide), out=out)
         if bias_out is not None:
             total = g.sum(0, dtype=bias_out.dtype)
             bias_out.add_(total) if add else bias_out.copy_(total)
@@ -108,17 +113,30 @@ PRODUCTS = {"cpu": PackedProducts, "simt": RowByRow, "cuda": BlasProducts}
 
 
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, asked: int) -> int:
-    """As many as the budget allows, in whole panels where it allows one."""
+    """As many as the budget allows, in whole panels where it allows one; by the sizes alone."""
     # on the CPU a row also lies there itself, packed, and as its gradient
     row = (classes + (4 * features if cpu else 0)) * logits.itemsize + 64
     rows = max(1, BUDGET // row)
     if cpu:
         # more would gain little: the weight is packed once a chunk
         rows = min(rows, 2 * PANEL)
+    else:
+        # each chunk reads and writes the sum of the weight's gradients
+        room = min(classes * features * accumulation_type(logits).itemsize, MOST)
+        rows = max(rows, min(room // row, MOST_ROWS))
     if asked:
         rows = min(rows, asked)
     unit = PANEL if cpu else 128
     return rows // unit * unit if rows >= unit else rows
+
+
+def narrow_weight_gradient(products: type, weight: Tensor) -> bool:
+    """Whether forward leaves the weight's gradient in the type of the weight, divided by the norm of "mean".
+
+    The rows that it is multiplied from are divided: bfloat16 has the exponents of float32, and they lose nothing
+    by being small.
+    """
+    return products is not PackedProducts and weight.dtype == torch.bfloat16 and weight.numel() >= DIRECT
 
 
 def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
@@ -142,8 +160,9 @@ def forward(
     """Loss, norm, and the wanted gradients of the sum of all rows' losses, in the accumulation type.
 
     The gradients are divided by the norm of "mean", save for half types: there, what is that small would be lost
-    in the logits' gradient, and backward divides at the end. The numbers after the row loss's two are those of
-    the shape that stands between the products and the logits.
+    in the logits' gradient, and backward divides at the end, all but a weight's gradient in a half type (see
+    `narrow_weight_gradient`). The numbers after the row loss's two are
+    those of the shape that stands between the products and the logits.
     """
     on_cpu = products is PackedProducts
     if not on_cpu:
@@ -152,6 +171,7 @@ def forward(
     between = shape(numbers[2:], features) if shape else None
     numbers = numbers[:2]
     high = accumulation_type(input.dtype)
+    narrow = narrow_weight_gradient(products, linear_weight)
     row_kernel = getattr(operators, f"{name}_rows")
     hard = not target.is_floating_point()
     row_weight = None if row_weight is None else row_weight.to(high)
@@ -174,7 +194,6 @@ def forward(
     norm = operators.row_norm(loss, target, weight, row_weight, ignore_index) if reduction == 1 else None
     inner_norm = norm if input.dtype == high else None
     dx = result(rows, features) if wanted & INPUT else result(0)
-    dw = result(classes, features) if wanted & WEIGHT else result(0)
     db = result(classes) if wanted & BIAS else result(0)
     if wanted & INPUT and counted is not None:
         dx.zero_()
@@ -183,6 +202,10 @@ def forward(
     total = rows if counted is None else counted.numel()
     width = classes + (between.beside(classes) if between else 0)
     step = min(rows_of_a_chunk(width, features, product.logits_type, on_cpu, chunk), max(total, 1))
+    if wanted & WEIGHT and narrow and total <= step:
+        dw = input.new_empty(classes, features)
+    else:
+        dw = result(classes, features) if wanted & WEIGHT else result(0)
     room = result(step, classes) if product.logits_type == high else input.new_empty(step, classes)
     for begin in range(0, total, step):
         size = min(step, total - begin)
@@ -215,20 +238,27 @@ def forward(
                 dx[pick] = part
         if wanted & (WEIGHT | BIAS):
             into = dw if wanted & WEIGHT else None, db if wanted & BIAS else None
+            if narrow and norm is not None:
+                x = torch.mul(x, (1 / (norm + (norm == 0))).view(1, 1), out=torch.empty_like(x))
             product.weight_gradient(*into, g, x, begin > 0)
     if total == 0:
         dw.zero_()
         db.zero_()
     value = operators.row_reduce(loss, norm) if reduction else loss
+    if narrow:
+        dw = dw.to(input.dtype)
     return value if wide else value.to(input.dtype), result(0) if norm is None else norm, dx, dw, db
 
 
 def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, own: bool) -> Tensor:
     """`factor * d` in the type of `like`; with `own` it may be `d` itself, written or left as it is."""
     if type(d) is not Tensor or not own:  # a tensor that stands for others, or for none
-        return (d * factor).to(like.dtype)
+        return (d.to(factor.dtype) * factor).to(like.dtype)
     if d.dtype == like.dtype:
-        return d if d.device.type == "cpu" and factor.item() == 1 else d.mul_(factor)
+        if d.device.type == "cpu" and operators is torch.ops.fastloss:
+            return d if factor.item() == 1 else d.mul_(factor)
+        operators.linear_scale_(d, factor)  # the device looks whether it is 1
+        return d
     if d.device.type == "cpu":
         if operators is torch.ops.fastloss:
             return operators.linear_scaled(d, factor, like)

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastloss import _linear
+from fastloss import _linear, _op
 from fastloss._linear_shapes import Shape
 from fastloss._op import REDUCTIONS, Plan, PythonOp, _functorch_active, _requires_grad, wanted_bits
+
+
+def _divided(factor: Tensor, norm: Tensor) -> Tensor:
+    """For gradients of a half type that forward left in the accumulation type: by the norm of "mean"."""
+    return factor / (norm + (norm == 0)) if norm.dim() == 0 else factor  # of nothing: no gradient
 
 
 class LinearOp(PythonOp):
@@ -40,6 +45,9 @@ class LinearOp(PythonOp):
         def fake(input, linear_weight, linear_bias, *rest):
             high = _linear.accumulation_type(input.dtype)
             reduction, wide, wanted = rest[4], rest[8], rest[10]
+            where = "cpu" if _op._namespace == "fastloss" else "simt"
+            products = _linear.PRODUCTS["cuda" if input.device.type == "cuda" else where]
+            narrow = _linear.narrow_weight_gradient(products, linear_weight)
             loss = input.new_empty([] if reduction else [input.shape[0]], dtype=high if wide else input.dtype)
             norm = input.new_empty([] if reduction == REDUCTIONS["mean"] else [0], dtype=high)
             shapes = input.shape, linear_weight.shape, linear_weight.shape[:1]
@@ -47,7 +55,10 @@ class LinearOp(PythonOp):
                 loss,
                 norm,
                 *(
-                    input.new_empty(shape if wanted & bit else [0], dtype=high)
+                    input.new_empty(
+                        shape if wanted & bit else [0],
+                        dtype=input.dtype if narrow and bit == _linear.WEIGHT else high,
+                    )
                     for shape, bit in zip(shapes, (_linear.INPUT, _linear.WEIGHT, _linear.BIAS), strict=True)
                 ),
             )
@@ -94,11 +105,12 @@ class LinearOp(PythonOp):
         if ready is None or needed & ~plan.wanted:
             ready = plan.operators.fwd(*tensors, *options, needed)[1:]
         norm, *ready = ready
-        if high != input.dtype and norm.dim() == 0:
-            factor = factor / (norm + (norm == 0))  # of nothing: no gradient
-        scale = _linear.scaled if own else lambda _, d, factor, x, __: (d * factor).to(x.dtype)
+        late = _divided(factor, norm) if high != input.dtype else factor
+        scale = _linear.scaled if own else lambda _, d, factor, x, __: (d.to(high) * factor).to(x.dtype)
         return [
-            scale(plan.operators.all, d, factor, x, own) if needed >> i & 1 else input.new_empty(0)
+            scale(plan.operators.all, d, factor if d.dtype == input.dtype else late, x, own)
+            if needed >> i & 1
+            else input.new_empty(0)
             for i, (d, x) in enumerate(zip(ready, like, strict=True))
         ]
 
@@ -140,10 +152,12 @@ class LinearOp(PythonOp):
                     ready = fwd(*given, *options, wanted)[1:]
                     factor = torch.ones_like(factor.sum())
                 norm, *ready = ready
-                if high != input.dtype and norm.dim() == 0:
-                    factor = factor / (norm + (norm == 0))  # of nothing: no gradient
+                late = _divided(factor, norm) if high != input.dtype else factor
                 found = [
-                    (d * factor).to(input.dtype) if wanted >> i & 1 else None for i, d in enumerate(ready)
+                    (d.to(high) * (factor if d.dtype == input.dtype else late)).to(input.dtype)
+                    if wanted >> i & 1
+                    else None
+                    for i, d in enumerate(ready)
                 ]
                 return (*found, *([None] * (ctx.count - len(found))))
 

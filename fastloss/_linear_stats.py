@@ -44,6 +44,10 @@ class _Chunks:
         self.step = min(rows, max(self.total, 1))
         self.shape = self.step, classes
 
+    def one_product(self, weight: Tensor) -> bool:
+        """Whether the weight's gradient is written at once, in the type of the weight."""
+        return self.total <= self.step and _linear.narrow_weight_gradient(type(self.product), weight)
+
     def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
         high = _linear.accumulation_type(self.input.dtype)
         if self.product.logits_type == high:
@@ -91,9 +95,12 @@ def backward(
         return operators.scratch(input, shape if wanted & bit else [0])
 
     dx = result(_linear.INPUT, rows, features)
-    dw = result(_linear.WEIGHT, classes, features)
     db = result(_linear.BIAS, classes)
     chunks = _Chunks(operators, products, input, linear_weight, linear_bias, mask)
+    if wanted & _linear.WEIGHT and chunks.one_product(linear_weight):
+        dw = input.new_empty(classes, features)
+    else:
+        dw = result(_linear.WEIGHT, classes, features)
     if chunks.counted is not None:
         dx.zero_()
     add = False

@@ -113,8 +113,10 @@ def linear_cross_entropy(
     (\mathrm{lse} - z_c) + \zeta\, \mathrm{lse}^2`.
 
     Logits are made for a chunk of rows, turned into their gradient in place and multiplied on. Beyond the
-    gradients that takes at most 128 MiB, whatever the sizes (while one row of logits is smaller than that);
-    gradients of half types are collected in float32 and so take 4 bytes an element until backward. For "mean"
+    gradients that takes at most 128 MiB on the CPU, whatever the sizes (while one row of logits is smaller than
+    that), and on CUDA as much as the weight has in float32, if that is more, up to 1 GiB; `options` can ask for
+    less. Gradients of half types are collected in float32 and so take 4 bytes an element until backward (that
+    of a large bfloat16 weight on CUDA only until forward ends, and not at all where one chunk does). For "mean"
     and "sum" the gradients of `input`, `linear_weight` and `linear_bias` are made in forward, those that are
     wanted, and nothing is computed for a frozen one. On the CPU rows that are ignored, or have a
     `sample_weight` of 0, are left out of the products; on CUDA, where counting them would wait for the device,

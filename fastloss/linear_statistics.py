@@ -81,8 +81,9 @@ def linear_token_stats(
 
     What `token_stats` gives for these logits (its formulas), which never exist all at once: they are made for a
     chunk of rows, read once, and made again in backward. Nothing but six numbers of a row is kept between. Beyond
-    the gradients that takes at most 128 MiB (while one row of logits is smaller than that). For DPO, KTO, GRPO and
-    whatever needs log-probabilities of a large vocabulary.
+    the gradients that takes at most 128 MiB (while one row of logits is smaller than that; on CUDA as much as the
+    weight has twice in float32, if that is more, up to 1 GiB). For DPO, KTO, GRPO and whatever needs
+    log-probabilities of a large vocabulary.
 
     Args:
         input: hidden states `[..., in_features]`; float32, float64, bfloat16 or float16.
@@ -187,8 +188,8 @@ def linear_dpo_loss(
 
     `dpo_loss` of the log-probabilities of whole answers, :math:`\sum_t \log \mathrm{softmax}(W h_t + b)_{y_t}` over
     the labels that are not ignored. Logits are made for a chunk of tokens, forward and again backward, chosen and
-    rejected answers in one pass; beyond the gradients that takes at most 128 MiB (while one row of logits is smaller
-    than that). Labels are aligned: `chosen_labels[:, t]` is what `chosen_input[:, t]` predicts.
+    rejected answers in one pass; beyond the gradients that takes what `linear_token_stats` takes. Labels are
+    aligned: `chosen_labels[:, t]` is what `chosen_input[:, t]` predicts.
 
     Args:
         chosen_input: hidden states of the chosen answers, of shape `[B, T, in_features]`.

@@ -173,8 +173,13 @@ def arcface_loss(
 
     which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`,
     else :math:`\cos\theta`. Cosines are made for a chunk of rows and turned into their gradient in place: beyond the
+<<<<<<< HEAD
     normalised copies and the gradients that takes at most 128 MiB. Half types are normalised in float32, on the CPU
     also multiplied.
+=======
+    normalised copies and the gradients that takes at most 128 MiB (on CUDA what `linear_cross_entropy` takes). On
+    the CPU half types are normalised and multiplied in float32.
+>>>>>>> gpu-elem
 
     Args:
         input: embeddings of shape `(N, D)`, of any length; float32, float64, bfloat16 or float16.

@@ -7,7 +7,9 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from fastloss import reference
 from fastloss._checks import check_floating, check_number, check_reduction, check_tensors
@@ -136,6 +138,48 @@ def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool
     return loss
 
 
+class _Pick(Function):
+    """Logits of classes, [..., D]. Backward reads for each class its place among them: no float atomics."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, ids: Tensor, place: Tensor) -> Tensor:
+        return logits.index_select(-1, ids)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Spread.apply(grad, *ctx.saved_tensors), None, None
+
+
+class _Spread(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(picked: Tensor, ids: Tensor, place: Tensor) -> Tensor:
+        return F.pad(picked, (0, 1)).index_select(-1, place)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Pick.apply(grad, *ctx.saved_tensors), None, None
+
+
+def _places(ids: Tensor, classes: int) -> Tensor:
+    """For each class its place among the D ids, or D."""
+    ordered, order = ids.sort()
+    every = torch.arange(classes, device=ids.device)
+    at = torch.searchsorted(ordered, every).clamp(max=len(ids) - 1)
+    return torch.where(ordered[at] == every, order[at], len(ids))
+
+
 def _picked(logits: Tensor, ids: Tensor) -> Tensor:
     """The logits of these classes, [..., D]; where it would cost a wait to look, NaN for a class that is none."""
     if ids.is_cpu:
@@ -143,8 +187,13 @@ def _picked(logits: Tensor, ids: Tensor) -> Tensor:
             return logits.index_select(-1, ids)
         except (IndexError, RuntimeError) as error:
             raise IndexError(f"token_ids: {error}") from None
+    return _picked_on_device(logits, ids)
+
+
+def _picked_on_device(logits: Tensor, ids: Tensor) -> Tensor:
     inside = (ids >= 0) & (ids < logits.shape[-1])
-    return torch.where(inside, logits.index_select(-1, torch.where(inside, ids, 0)), torch.nan)
+    picked = _Pick.apply(logits, torch.where(inside, ids, 0), _places(ids, logits.shape[-1]))
+    return torch.where(inside, picked, torch.nan)
 
 
 def _check_options(kind: str, reduction: str, squash_factor: float | None) -> None:

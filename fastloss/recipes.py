@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._checks import check_number, check_reduction
+from fastloss._groups import Groups
 from fastloss.policy import policy_loss, value_loss
 from fastloss.regression import huber_loss, mse_loss
 from fastloss.statistics import sequence_log_probs
@@ -114,10 +115,8 @@ def rog_loss(answer_log_probs: Tensor, path_log_probs: Tensor, path_question: Te
     """
     if path_log_probs.shape != path_question.shape:
         raise RuntimeError(f"path_question: expected shape {path_log_probs.shape}, got {path_question.shape}")
-    nothing = torch.zeros_like(answer_log_probs)
-    total = nothing.index_add(0, path_question, path_log_probs)
-    count = nothing.detach().index_add(0, path_question, torch.ones_like(path_log_probs))
-    return -(answer_log_probs + total / count.clamp(min=1)).mean()
+    questions = Groups(path_question, answer_log_probs.shape[0])
+    return -(answer_log_probs + questions.sums(path_log_probs) / questions.lengths.clamp(min=1)).mean()
 
 
 def deep_rag_imitation_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:

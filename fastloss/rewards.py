@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._checks import check_floating, check_number
+from fastloss._groups import Groups
 from fastloss._heads import choice
 from fastloss._registry import Draw, Loss, register_estimator
 from fastloss.sequence import step_arguments
@@ -28,7 +29,7 @@ def group_advantages(
 
     Args:
         rewards: shape `(N)`; float32, float64, bfloat16 or float16.
-        group_ids: int64 `(N)`, numbers in [0, N) that tell the groups apart, in any order.
+        group_ids: int64 `(N)`, any numbers that tell the groups apart, in any order.
         kind: `"grpo"`, `"dr_grpo"` or `"rloo"`. Default: `"grpo"`.
         epsilon: :math:`\varepsilon \ge 0`. Default: 1e-4, as in TRL (verl: 1e-6).
 
@@ -50,13 +51,12 @@ def group_advantages(
         )
     if group_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"group_ids: expected int64, got {group_ids.dtype}")
-    ids = group_ids.long()
-    r = rewards.double() if rewards.dtype == torch.float64 else rewards.float()
+    groups, r = Groups(group_ids), rewards.double()
 
     def of_group(x: Tensor) -> Tensor:
-        return torch.zeros_like(r).index_add(0, ids, x)[ids]
+        return groups.of(groups.sums(x))
 
-    count = of_group(torch.ones_like(r))
+    count = groups.lengths[groups.group].double()
     centred = r - of_group(r) / count
     others = (count - 1).clamp(min=1)
     if kind == "rloo":

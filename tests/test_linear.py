@@ -178,6 +178,54 @@ def test_weight_gradient_is_summed_in_float32():
 
 
 @beside_torchs
+@pytest.mark.parametrize("direct", [0, 1 << 24], ids=["direct", "summed"])
+@pytest.mark.parametrize("upstream", [1.0, 0.75])
+@pytest.mark.parametrize("size", [0, 7])
+def test_bfloat16_gradients(size, upstream, direct, device, monkeypatch):
+    """On CUDA forward leaves that of a large weight divided and in bfloat16, of one product where one chunk does."""
+    monkeypatch.setattr(_linear, "DIRECT", direct)
+    x, w, b, target = problem(50, 16, 90, torch.bfloat16, device)
+    options = (
+        torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None) if size else None
+    )
+    value = linear_cross_entropy(x, w, target, linear_bias=b, options=options)
+    if device == "cuda" or fastloss._op._namespace != "fastloss":
+        assert value.grad_fn.plan.ready[2].dtype == (torch.float32 if direct else torch.bfloat16)
+    scale = torch.tensor(upstream, dtype=torch.bfloat16, device=device)
+    got = gradients(value, x, w, b, upstream=scale)
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    exact = reference.linear_cross_entropy(*wide[:2], target, linear_bias=wide[2])
+    for g, e in zip(got, gradients(exact, *wide, upstream=scale.double()), strict=True):
+        assert g.dtype == torch.bfloat16
+        assert (g.double() - e).norm() < 8e-3 * e.norm()
+
+
+def test_gradients_of_one_are_left_alone(device):
+    """In the type of the sums they are multiplied in place, if at all: twice the same bits, and the product's."""
+    x, w, _, target = problem(50, 16, 91, torch.float32, device)
+    ones = gradients(linear_cross_entropy(x, w, target), x, w)
+    again = gradients(linear_cross_entropy(x, w, target), x, w, upstream=torch.ones((), device=device))
+    third = gradients(linear_cross_entropy(x, w, target), x, w, upstream=torch.tensor(0.3, device=device))
+    for one, same, part in zip(ones, again, third, strict=True):
+        assert same_bits(one, same)
+        assert same_bits(part, one * torch.tensor(0.3, device=device))
+
+
+def test_chunks_on_cuda():
+    """As large as the weight in float32, from 116 MiB to 1 GiB, and then at most 4096 rows."""
+
+    def rows(classes, features, dtype=torch.bfloat16, asked=0):
+        return _linear.rows_of_a_chunk(classes, features, dtype, False, asked)
+
+    assert rows(128256, 4096) == 4096
+    assert rows(262144, 4096) == 2048
+    assert rows(128256, 4096, torch.float32) == 2048
+    assert rows(32000, 256) == (116 << 20) // (32000 * 2 + 64) // 128 * 128
+    assert rows(1000, 64) == (116 << 20) // 2064 // 128 * 128
+    assert rows(128256, 4096, asked=384) == 384
+
+
+@beside_torchs
 def test_options_of_torch():
     x, w, _, target = problem(dtype=torch.bfloat16)
     options = torch.nn.LinearCrossEntropyOptions

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastloss import number_token
+from fastloss._registry import Draw
 from fastloss.functional import (
     cross_entropy_with_number_token_loss,
     gaussian_cross_entropy,
@@ -186,3 +188,22 @@ def test_errors(device):
         number_token_loss(logits, labels, ids, values, kind="mse", squash_factor=2.0)
     with pytest.raises(ValueError, match="token_ids"):
         gaussian_cross_entropy(logits, labels, token_ids=ids)
+
+
+def test_logits_on_the_device_are_picked_as_on_the_cpu():
+    """There their gradient comes from a look-up for each class: the same bits, in every transformation."""
+    draw = Draw(torch.float64)
+    ids = torch.tensor([7, 0, 11, 3])
+    x, g = draw.normal(5, 12).requires_grad_(), draw.normal(5, 4)
+    got, wanted = number_token._picked_on_device(x, ids), number_token._picked(x, ids)
+    assert torch.equal(got, wanted)
+    assert torch.equal(*(torch.autograd.grad(y, x, g, retain_graph=True)[0] for y in (got, wanted)))
+    assert torch.autograd.gradgradcheck(lambda x: number_token._picked_on_device(x, ids).square(), x)
+    each = torch.func.vmap(torch.func.grad(lambda x: number_token._picked_on_device(x, ids).square().sum()))(
+        x
+    )
+    assert torch.equal(each, torch.autograd.grad(wanted.square().sum(), x)[0])
+    outside = number_token._picked_on_device(x, torch.tensor([12, 0, -1]))
+    assert outside.isnan().all(0).tolist() == [True, False, True]
+    outside[:, 1].sum().backward()
+    assert x.grad.sum(0).tolist() == [5.0] + [0.0] * 11

@@ -50,6 +50,34 @@ def test_group_advantages(kind):
     same.sum().backward()
 
 
+def test_groups_of_any_numbers():
+    """Which integers they are changes no bit, nor do other groups or threads."""
+    draw = Draw(torch.float32)
+    rewards, ids = draw.normal(1000), draw.index(40, 1000)
+    names = torch.randperm(40, generator=torch.Generator().manual_seed(3)) * 10**15 - 10**16
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        x, y = rewards.clone().requires_grad_(), rewards.clone().requires_grad_()
+        got, other = FL.group_advantages(x, ids, kind), FL.group_advantages(y, names[ids], kind)
+        assert torch.equal(got, other)
+        got.square().sum().backward()
+        other.square().sum().backward()
+        assert torch.equal(x.grad, y.grad)
+        of_seven = ids == 7
+        assert torch.equal(FL.group_advantages(rewards[of_seven], ids[of_seven], kind), got[of_seven])
+        torch.testing.assert_close(got, R.group_advantages(rewards.double(), ids, kind).float())
+    assert FL.group_advantages(rewards[:0], ids[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+def test_group_advantages_in_every_transformation(kind):
+    ids = torch.tensor([10**12, -5, 10**12, 7, -5, 10**12, -5, -5])
+    r = Draw(torch.float64).normal(8).requires_grad_()
+    assert torch.autograd.gradcheck(lambda r: FL.group_advantages(r, ids, kind), r)
+    assert torch.autograd.gradgradcheck(lambda r: FL.group_advantages(r, ids, kind), r)
+    compiled = torch.compile(FL.group_advantages, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(r, ids, kind), FL.group_advantages(r, ids, kind))
+
+
 def by_hand(rewards, values, end, n, gamma, bootstrap):
     """One row, without truncation: the definition."""
     found = []

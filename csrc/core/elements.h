@@ -56,6 +56,14 @@ struct ElementArgs {
   double options[kMaxOptions];
 };
 
+// A tensor without gaps, to be multiplied by one number of its accumulation type.
+struct ScaleArgs {
+  DType dtype;
+  int64_t n;
+  void* p;
+  const void* factor;
+};
+
 // A block is what is summed in one go; sums of blocks are added in an order of their own.
 inline constexpr int64_t kElementBlock = 1024;
 inline int64_t element_blocks(int64_t n) { return (n + kElementBlock - 1) / kElementBlock; }

@@ -1,5 +1,6 @@
 // Alignments: a block a sequence walks the steps, a thread a position of the target; then a block a row of
-// the gradient. The sums of a class go through its positions in order, whatever the block.
+// the gradient. What a thread's first position needs of the input is loaded a step ahead: it depends on no
+// other position. The sums of a class go through its positions in order, whatever the block.
 #include "start.cuh"
 // after vector.cuh: port.cuh decides what __device__ means
 #include "../losses/alignment.h"
@@ -71,6 +72,24 @@ __global__ void __launch_bounds__(kRowThreads, 4) rows_kernel(AlignmentArgs a) {
   if (lane == 0) *q.row(a.steps + t) = most + log(sum);
 }
 
+// What does not depend on the other positions of a step, at a thread's first position: read a step ahead.
+template <class T>
+struct Ahead {
+  using R = acc_t<T>;
+  const Sequence<T>& q;
+  const bool mine;
+  const int64_t label;
+  R y = 0, alpha = 0;
+
+  __device__ __forceinline__ explicit Ahead(const Sequence<T>& sequence)
+      : q(sequence), mine(threadIdx.x < q.positions), label(mine ? q.label(threadIdx.x) : 0) {}
+  __device__ __forceinline__ void load(int64_t t, bool with_alpha) {
+    if (!mine || t < 0 || t >= q.steps) return;
+    y = q.x(t, label) - *q.row(t);
+    if (with_alpha) alpha = q.alpha(t)[threadIdx.x];
+  }
+};
+
 template <class T>
 __global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(AlignmentArgs a, bool in_shared) {
   using R = acc_t<T>;
@@ -78,12 +97,16 @@ __global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(AlignmentArgs a,
   const Sequence<T> q(a, blockIdx.x);
   const int64_t threads = blockDim.x;
   const R nothing = -R(INFINITY);
+  Ahead<T> ahead(q);
+  ahead.load(0, false);
   for (int64_t t = 0; t < q.steps; ++t) {
+    const R first = ahead.y;
+    ahead.load(t + 1, false);
     R* const out = q.alpha(t);
     R* const now = in_shared ? rows + t % 2 * q.width : out;
     const R* const before = in_shared ? rows + (t + 1) % 2 * q.width : q.alpha(t > 0 ? t - 1 : 0);
     for (int64_t s = threadIdx.x; s < q.positions; s += threads) {
-      const R y = q.y(t, s);
+      const R y = s == threadIdx.x ? first : q.y(t, s);
       R v = s < 2 ? y : y + nothing;
       if (t > 0)
         v = y + log_sum(before[s], s >= 1 ? before[s - 1] : nothing, q.skips(s) ? before[s - 2] : nothing);
@@ -119,18 +142,23 @@ __global__ void __launch_bounds__(kMostThreads, 1) posterior_kernel(AlignmentArg
       if (q.labels[j] == q.labels[i]) first = 0;
     a.links[q.n * a.width + i] = 2 * (next < q.length ? next + 1 : 0) + first;
   }
+  Ahead<T> ahead(q);
+  ahead.load(q.steps - 1, true);
   R* const betas = in_shared ? rows : static_cast<R*>(a.betas) + q.n * 2 * q.width;
   for (int64_t t = q.steps - 1; t >= 0; --t) {
     const bool last = t == q.steps - 1;
+    const R first = ahead.y, first_alpha = ahead.alpha;
+    ahead.load(t - 1, true);
     R* const now = betas + t % 2 * q.width;
     const R* const behind = betas + (t + 1) % 2 * q.width;
     for (int64_t s = threadIdx.x; s < q.positions; s += threads) {
-      R ahead = s >= q.positions - 2 ? R(0) : nothing;
+      const bool is_first = s == threadIdx.x;
+      R after = s >= q.positions - 2 ? R(0) : nothing;
       if (!last)
-        ahead = log_sum(behind[s], s + 1 < q.positions ? behind[s + 1] : nothing,
+        after = log_sum(behind[s], s + 1 < q.positions ? behind[s + 1] : nothing,
                         q.skips(s + 2) ? behind[s + 2] : nothing);
-      q.posterior(t)[s] = posterior(q.alpha(t)[s], ahead, likelihood);
-      now[s] = beta(ahead, q.y(t, s));
+      q.posterior(t)[s] = posterior(is_first ? first_alpha : q.alpha(t)[s], after, likelihood);
+      now[s] = beta(after, is_first ? first : q.y(t, s));
     }
     __syncthreads();
   }

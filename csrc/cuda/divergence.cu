@@ -1,10 +1,10 @@
 // Two rows of logits a team of threads: a warp for short rows, a block for long ones. The first sweep reads
 // both from device memory, the next ones, for the divergence and for the gradients, find them in L1 or L2.
 // Sums have an order that depends on the row's length alone.
-#include "../losses/divergence.h"
-
-#include "launchers.h"
 #include "rows.cuh"
+// after rows.cuh: port.cuh decides which exponential the losses take
+#include "../losses/divergence.h"
+#include "launchers.h"
 
 namespace fastloss::cuda {
 namespace {

@@ -50,6 +50,9 @@ int64_t element_partials(DType dtype, int64_t n);
 FASTLOSS_ELEMENT_LOSSES(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
+// p *= factor; where the factor is 1 nothing is read.
+void scale(const ScaleArgs& args, void* stream);
+
 void feature_pairs(const FeatureArgs& args, void* stream);
 // How many numbers of the type of sums a pass over this block needs for sums of its parts.
 int64_t tile_partials(const TileChunk& args);

@@ -1,6 +1,7 @@
 // Pointwise losses: of a prediction and a target, element by element. The protocol is in core/elements.h.
 #pragma once
 #include "../core/elements.h"
+#include "../core/logit.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -11,14 +12,14 @@ struct Logistic {
 };
 template <class F>
 FL_FN Logistic<F> logistic(F x, F e, F l) {  // with e = e^-|x| at hand
-  const F big = 1 / (1 + e), small = e * big;
+  const F big = share_of_exp(e), small = e * big;
   const auto positive = x >= 0;
   return {select(positive, big, small), select(positive, small, big), l};
 }
 template <class F>
 FL_FN Logistic<F> logistic(F x) {
   const F e = exp_down(-abs(x));
-  return logistic(x, e, log1p_unit(e));
+  return logistic(x, e, log1p_of_exp(e));
 }
 // The steps of a loss whose first input is a logit.
 struct OfLogit {
@@ -26,7 +27,7 @@ struct OfLogit {
   template <int kStep, class F>
   FL_FN F step(const F* v, const F* t) const {
     if constexpr (kStep == 0) return exp_down(-abs(v[0]));
-    return log1p_unit(t[0]);
+    return log1p_of_exp(t[0]);
   }
 };
 
@@ -172,7 +173,7 @@ struct BinaryCrossEntropyWithLogits : Regression, OfLogit {
   FL_FN F operator()(const F* v, const F* t, F* d, F& u) const {
     const F x = v[0], y = v[1], no = 1 - y;
     u = t[0];
-    const F big = 1 / (1 + u), small = u * big;
+    const F big = share_of_exp(u), small = u * big;
     d[0] = no * select(x >= 0, big, small) - y * select(x >= 0, small, big);
     d[1] = -x;
     return y * max(-x, F{}) + no * max(x, F{});

@@ -117,6 +117,22 @@ Tensor scratch(Tensor like, std::vector<int64_t> shape) {
                                   &cpu::pool_release);
 }
 
+#if defined(FASTLOSS_HAS_CUDA)
+// d *= factor, one number of the accumulation type; where that is 1, which the device sees, d is not read.
+void linear_scale_(Tensor d, Tensor factor) {
+  ScaleArgs a{};
+  a.dtype = dtype_of(d, "d");
+  STD_TORCH_CHECK(d.is_contiguous(), "d: expected no gaps");
+  STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == accumulation_type(a.dtype),
+                  "factor: expected one number of the accumulation type");
+  a.n = d.numel();
+  a.p = d.mutable_data_ptr();
+  a.factor = factor.const_data_ptr();
+  const DeviceScope scope(d);
+  cuda::scale(a, current_stream(d));
+}
+#endif
+
 #if !defined(FL_SIMT)
 
 // ---- the products on the CPU
@@ -246,6 +262,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
   m.def("linear_dx(Tensor(a!) dx, Tensor g, Tensor w) -> ()");
   m.def("linear_dw(Tensor(a!)? dw, Tensor(b!)? db, Tensor g, Tensor x, Tensor w, bool add) -> ()");
   m.def("linear_scaled(Tensor d, Tensor factor, Tensor like) -> Tensor");
+  m.def("linear_scale_(Tensor(a!) d, Tensor factor) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
   FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
@@ -257,6 +274,8 @@ STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
   m.impl("linear_dx", TORCH_BOX(&linear_dx));
   m.impl("linear_dw", TORCH_BOX(&linear_dw));
   m.impl("linear_scaled", TORCH_BOX(&linear_scaled));
+#else
+  m.impl("linear_scale_", TORCH_BOX(&linear_scale_));
 #endif
 }
 #if !defined(FL_SIMT)
@@ -265,6 +284,9 @@ STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
   m.impl("row_norm", TORCH_BOX(&row_norm));
   m.impl("row_reduce", TORCH_BOX(&row_reduce));
   m.impl("scratch", TORCH_BOX(&scratch));
+#if defined(FASTLOSS_HAS_CUDA)
+  m.impl("linear_scale_", TORCH_BOX(&linear_scale_));
+#endif
 }
 #endif
 

@@ -1,0 +1,73 @@
+"""Sums of what belongs together, without float atomics: sorted by group, then added up segment by segment.
+
+A sum, in float64, is taken in an order of its members alone, whatever the other groups are. Groups are told apart
+by any integers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+__all__ = ["Groups"]
+
+
+class _Sums(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
+        if not x.numel():
+            return x.new_zeros(lengths.shape)
+        sums = torch.segment_reduce(x[order].double(), "sum", lengths=lengths, axis=0, unsafe=True)
+        return sums.to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Of.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+class _Of(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(sums: Tensor, order: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
+        return sums[group]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Sums.apply(grad, *ctx.saved_tensors), None, None, None
+
+
+class Groups:
+    """The members of groups: `ids` of shape (N), numbers in [0, count), or any where there is no count."""
+
+    def __init__(self, ids: Tensor, count: int | None = None):
+        ids = ids.long()
+        if count is None:
+            ordered, self.order = ids.sort(stable=True)
+            place = torch.ones_like(ordered)
+            place[1:] = ordered[1:] != ordered[:-1]
+            place = place.cumsum(0) - 1  # 0 for the least id, and so on
+            self.group = torch.empty_like(place).scatter(0, self.order, place)
+        else:
+            self.group, self.order = ids, ids.argsort(stable=True)
+        zeros = ids.new_zeros(ids.shape[0] if count is None else count)
+        self.lengths = zeros.index_add(0, self.group, torch.ones_like(ids))  # of integers: exact in any order
+
+    def sums(self, x: Tensor) -> Tensor:
+        """The sum of each group."""
+        return _Sums.apply(x, self.order, self.lengths, self.group)
+
+    def of(self, sums: Tensor) -> Tensor:
+        """For each member what its group has."""
+        return _Of.apply(sums, self.order, self.lengths, self.group)
