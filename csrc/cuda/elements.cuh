@@ -193,8 +193,24 @@ int64_t tiles(int64_t n) {
   return (n + kTile<T> - 1) / kTile<T>;
 }
 
+// A loss of which no gradient but that of the first input is wanted: what the others would take is not computed.
+template <class Loss>
+struct FirstAlone : Loss {
+  static constexpr unsigned kWrt = Loss::kWrt & -Loss::kWrt;
+  using Loss::Loss;
+};
+template <class Loss>
+bool first_alone(const ElementArgs& a) {
+  for (int j = 0; j < Loss::kInputs; ++j)
+    if (a.dx[j] && (Loss::kWrt & ~FirstAlone<Loss>::kWrt) >> j & 1) return false;
+  return true;
+}
+
 template <class Loss, class T>
 void launch_elements(const ElementArgs& a, cudaStream_t stream) {
+  // worth kernels of its own where a gradient is dear: of losses of logits
+  if constexpr (kStepsOf<Loss> > 0 && FirstAlone<Loss>::kWrt != Loss::kWrt)
+    if (first_alone<Loss>(a)) return launch_elements<FirstAlone<Loss>, T>(a, stream);
   const int64_t blocks = tiles<T>(a.n);
   start<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
   if (a.partial && blocks != 1) start<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
