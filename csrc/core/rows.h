@@ -27,7 +27,7 @@ enum class RowPass : int {
 
 inline constexpr int kMaxOptions = 10;
 // On a GPU one block adds up at most kRowsOfBlock rows; of more, several leave at most kRowPartials sums.
-inline constexpr int64_t kRowsOfBlock = 32768, kRowPartials = 256;
+inline constexpr int64_t kRowsOfBlock = 4096, kRowPartials = 256;
 
 struct RowArgs {
   RowPass pass;

@@ -28,7 +28,28 @@ __device__ __forceinline__ unsigned team_mask() {
   return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 & -kTeam);
 }
 
-// Running maximum, sum of exp(z - max) over all but the target, and what the loss adds up.
+// What an exponential is taken of: z - z' = (u - u') * unit, where u is the logit as it lies in memory unless
+// it is capped, so that neither a class nor its exponential is multiplied by the scale for itself.
+template <class R>
+struct Unit {
+  R of_z, of_two;  // of_two for exponents of two
+  __device__ __forceinline__ explicit Unit(R unit) : of_z(unit), of_two(unit * R(1.4426950408889634)) {}
+  __device__ __forceinline__ R distance(R below) const { return product(below, of_z); }
+  __device__ __forceinline__ R exp_of(R below) const {  // e^(below * unit)
+    if constexpr (sizeof(R) == 4) return exp2_approx(below * of_two);
+    return exp(below * of_z);
+  }
+  // e^(below * unit - log_sum), where `logs` is kept(log_sum)
+  __device__ __forceinline__ R kept(R log_sum) const {
+    return sizeof(R) == 4 ? log_sum * R(1.4426950408889634) : log_sum;
+  }
+  __device__ __forceinline__ R share_of(R below, R logs) const {
+    if constexpr (sizeof(R) == 4) return exp2_approx(fmaf(below, of_two, -logs));
+    return exp(below * of_z - logs);
+  }
+};
+
+// Running maximum of u, sum of exp(z - max) over all but the target, and what the loss adds up.
 template <class Loss, class R>
 struct Online {
   using Sums = typename Loss::template Sums<R>;
@@ -40,10 +61,10 @@ struct Online {
   static constexpr bool kOwnTotal = requires(const Sums& sums) { sums.total(); };
 
   __device__ __forceinline__ R base() const { return m == -INFINITY ? R(0) : m; }
-  __device__ __forceinline__ void follow(R top) {
+  __device__ __forceinline__ void follow(R top, const Unit<R>& unit) {
     if (!(top > m)) return;
     if (m != -INFINITY) {
-      const R shift = m - top, factor = exp(shift);
+      const R shift = unit.distance(m - top), factor = kFields ? exp(shift) : unit.exp_of(m - top);
       if constexpr (kOwnTotal) {
         extra.move(shift, factor, extra.total());
       } else {
@@ -52,17 +73,6 @@ struct Online {
       }
     }
     m = top;
-  }
-  __device__ __forceinline__ void merge(Online o) {
-    follow(o.m);
-    o.follow(m);
-    s += o.s;
-    R mine[kFields + 1], theirs[kFields + 1];
-    std::memcpy(mine, &extra, kFields * sizeof(R));
-    std::memcpy(theirs, &o.extra, kFields * sizeof(R));
-#pragma unroll
-    for (int f = 0; f < kFields; ++f) mine[f] += theirs[f];
-    std::memcpy(&extra, mine, kFields * sizeof(R));
   }
   // The sums of the lanes that differ in the bits from `offset` down; all have the same maximum.
   __device__ __forceinline__ Online added(int offset, unsigned mask = kFullMask) const {
@@ -77,17 +87,6 @@ struct Online {
     o.m = m;
     o.s = all[kFields];
     std::memcpy(&o.extra, all, kFields * sizeof(R));
-    return o;
-  }
-  __device__ __forceinline__ Online from_lane(int offset) const {
-    Online o;
-    o.m = __shfl_xor_sync(kFullMask, m, offset);
-    o.s = __shfl_xor_sync(kFullMask, s, offset);
-    R fields[kFields + 1];
-    std::memcpy(fields, &extra, kFields * sizeof(R));
-#pragma unroll
-    for (int f = 0; f < kFields; ++f) fields[f] = __shfl_xor_sync(kFullMask, fields[f], offset);
-    std::memcpy(&o.extra, fields, kFields * sizeof(R));
     return o;
   }
 };
@@ -141,35 +140,28 @@ __device__ __forceinline__ O team_sum(O o) {
   return o;
 }
 
+// Threads that a multiprocessor has room for: 64 registers each suffice where a gradient is a multiple of p.
+template <class Loss>
+constexpr int kResident = Loss::kProportional && !Loss::kNumbers ? 1024 : 512;
+
 // Vectors of a short row that each thread of a team holds in its registers, so that nothing is read again for
 // the gradient. Not where a logit is dear to compute twice, nor for the rarer losses.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kHeld = kBackward || kTeam == 1 || kTeam > 256 || sizeof(T) == 8 || Loss::kSoftcap
-                              || Loss::kSideStreams || Loss::kPlanes || Loss::kNumbers
+constexpr int kHeld = kBackward || kTeam == 1 || 4 * kTeam > kResident<Loss> ||
+                              sizeof(T) == 8 || Loss::kSoftcap || Loss::kSideStreams || Loss::kPlanes
+                              || Loss::kNumbers
                           ? 0
                       : kTeam > 32 ? 8
                                    : 4;
 
-// Threads that a multiprocessor has room for: 64 registers each suffice where a gradient is a multiple of p,
-// and for statistics of few sums.
-template <class Loss, bool kBackward>
-constexpr int resident() {
-  constexpr bool few = sizeof(typename Loss::template Sums<float>) <= 3 * sizeof(float);
-  if (Loss::kPlanes) return few && !Loss::kSoftcap && !kBackward ? 1024 : 512;
-  return Loss::kProportional && !Loss::kNumbers ? 1024 : 512;
-}
-template <class Loss, bool kBackward>
-constexpr int kResident = resident<Loss, kBackward>();
-
 // Whether blocks stay, each going on with another row when it is done with one, and keep what fits of it in
-// shared memory. With planes no forward pass writes a gradient: nothing is kept.
+// shared memory.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr bool kStays =
-    !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 && !Loss::kPlanes;
+constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8;
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
-// multiprocessor.
+// multiprocessor. With planes no forward pass writes a gradient: nothing is read a second time.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kKept = kStays<Loss, T, kTeam, kBackward> ? 2 * 1024 / kResident<Loss, kBackward> : 0;
+constexpr int kKept = kStays<Loss, T, kTeam, kBackward> && !Loss::kPlanes ? 2 * 1024 / kResident<Loss> : 0;
 
 template <class Loss, class T, int kTeam, bool kBackward>
 struct RowTeam {
@@ -187,6 +179,8 @@ struct RowTeam {
   const T* q;
   int64_t t;
   R scale, cap, inverse_cap;
+  Unit<R> unit;
+  bool flip;  // u is -x: the scale is negative; with teams of one thread alone
   // The first vectors of the row, on their way into shared memory, and those of the next one, which are sent
   // for where a vector was read for the last time. The thread that fills a slot is the one that reads it, so
   // that no barrier is needed.
@@ -195,12 +189,18 @@ struct RowTeam {
   bool more;     // this block has another row,
   int64_t next;  //   which starts so many elements further on
 
+  __device__ __forceinline__ bool capped() const { return Loss::kSoftcap && cap > 0; }
   // Rounded, so that z - m is the same wherever it is computed, and exactly 0 at the maximum.
   __device__ __forceinline__ R logit(R v) const {
-    const R z = scale == 1 ? v : product(v, scale);
-    if constexpr (Loss::kSoftcap)
-      if (cap > 0) return product(cap, tanh(z * inverse_cap));
-    return z;
+    const R z = product(v, scale);
+    return capped() ? product(cap, tanh(z * inverse_cap)) : z;
+  }
+  __device__ __forceinline__ R u_of(R v) const { return capped() ? logit(v) : kTeam == 1 && flip ? -v : v; }
+  template <int kCount>
+  __device__ __forceinline__ void to_u(R* v) const {
+    if (!capped()) return;  // asked once for all
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) v[k] = u_of(v[k]);
   }
   __device__ __forceinline__ R
   bend(R v) const {  // of the cap; from v, since in z / cap two more roundings would be
@@ -225,46 +225,47 @@ struct RowTeam {
   // Adds kCount classes from j on, of which the target is number `hit`; without kTarget it is none of them,
   // as in nearly all calls, and no class is asked.
   template <int kCount, bool kTarget>
-  __device__ __forceinline__ void add_below(Online<Loss, R>& o, int64_t j, const R* z, R base,
+  __device__ __forceinline__ void add_below(Online<Loss, R>& o, int64_t j, const R* u, R base,
                                             int hit) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const R d = z[k] - base, e = kTarget && k == hit ? R(0) : exp(d);
+      // a loss that adds up d too has that of which the exponential is taken: one number less to hold
+      const R below = u[k] - base, d = unit.distance(below);
+      const R e = kTarget && k == hit ? R(0) : Online<Loss, R>::kFields ? exp(d) : unit.exp_of(below);
       if constexpr (!Online<Loss, R>::kOwnTotal) o.s += e;
       o.extra.add(e, d, weight(j + k), soft(j + k), loss);
     }
   }
+  // kCount classes by their u.
   template <int kCount>
-  __device__ __forceinline__ void add(Online<Loss, R>& o, int64_t j, const R* v) const {
-    R z[kCount], top = -INFINITY;
+  __device__ __forceinline__ void add(Online<Loss, R>& o, int64_t j, const R* u) const {
+    R top = -INFINITY;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      z[k] = logit(v[k]);
-      top = larger(z[k], top);
-    }
-    o.follow(top);
-    add_asking<kCount>(o, j, z);
+    for (int k = 0; k < kCount; ++k) top = larger(u[k], top);
+    o.follow(top, unit);
+    add_asking<kCount>(o, j, u);
   }
   template <int kCount>
-  __device__ __forceinline__ void add_asking(Online<Loss, R>& o, int64_t j, const R* z) const {
+  __device__ __forceinline__ void add_asking(Online<Loss, R>& o, int64_t j, const R* u) const {
     const R base = o.base();
     if (asks<kCount>(j)) {
       // any number that is none of theirs stands for a target further away
       const int64_t ahead = t - j;
-      add_below<kCount, true>(o, j, z, base,
+      add_below<kCount, true>(o, j, u, base,
                               static_cast<uint64_t>(ahead) < kCount ? static_cast<int>(ahead) : -1);
     } else {
-      add_below<kCount, false>(o, j, z, base, -1);
+      add_below<kCount, false>(o, j, u, base, -1);
     }
   }
   __device__ __forceinline__ void add_one(Online<Loss, R>& o, int64_t j, T v) const {
-    const R z = widen(v);
-    add<1>(o, j, &z);
+    const R u = u_of(widen(v));
+    add<1>(o, j, &u);
   }
   __device__ __forceinline__ void add_vector(Online<Loss, R>& o, int64_t j, const Vec<T>& v) const {
-    R z[N];
-    widen_all(v, z);
-    add<N>(o, j, z);
+    R u[N];
+    widen_all(v, u);
+    to_u<N>(u);
+    add<N>(o, j, u);
   }
   // The vectors after those in shared memory that stay in this thread's registers.
   struct Kept {
@@ -309,6 +310,7 @@ struct RowTeam {
       j += kStep;
     }
     const int64_t last = kAligned ? body : a.n - N;  // a shifted load looks one vector ahead
+#pragma unroll 1
     for (; j + (kFlight - 1) * kStep + N <= last; j += kFlight * kStep) {
       Vec<T> v[kFlight];
 #pragma unroll
@@ -317,12 +319,14 @@ struct RowTeam {
 #pragma unroll
       for (int u = 0; u < kFlight; ++u) add_vector(o, j + u * kStep, v[u]);
     }
+#pragma unroll 1
     for (; j < body; j += kStep) add_vector(o, j, kAligned ? load16(x + j) : load16_any(x + j, x, end));
   }
   __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept) const {
     Online<Loss, R> o;
     const int64_t n = a.n, stride = a.x_layout.class_stride;
-    if (kTeam == 1 || stride != 1) {
+    if constexpr (kTeam == 1) {  // others are given rows without gaps
+#pragma unroll 1
       for (int64_t j = lane; j < n; j += kTeam) add_one(o, j, x[j * stride]);
       return o;
     }
@@ -335,6 +339,7 @@ struct RowTeam {
     } else {
       sweep_vectors<false, kStay || kHold ? 2 : kInFlight>(o, 0, body);
     }
+#pragma unroll 1
     for (int64_t j = body + lane; j < n; j += kTeam) add_one(o, j, x[j]);
     return o;
   }
@@ -347,7 +352,7 @@ struct RowTeam {
       Online<Loss, R> again;
       again.m = o.m;
       for (int64_t j = lane; j < a.n; j += kTeam)
-        if (j != t) again.s += exp((logit(widen(x[j * a.x_layout.class_stride])) - o.m) + kLower);
+        if (j != t) again.s += exp(unit.distance(u_of(widen(x[j * a.x_layout.class_stride])) - o.m) + kLower);
       if constexpr (kTeam > 32) __syncthreads();  // all have read what the sums were shared through
       o.s = team_sum<kTeam>(again).s * R(1.603810890548638e-28);  // e^-64
     }
@@ -388,25 +393,25 @@ struct RowTeam {
     Online<Loss, R> o;
     R top = -INFINITY;
     each_held(held, [&](int64_t, const Vec<T>& v) {
-      R z[N];
-      widen_all(v, z);
+      R u[N];
+      widen_all(v, u);
+      to_u<N>(u);
 #pragma unroll
-      for (int k = 0; k < N; ++k) top = larger(logit(z[k]), top);
+      for (int k = 0; k < N; ++k) top = larger(u[k], top);
     });
     const bool more = rest_at() < a.n;
-    if (more) top = larger(logit(widen(held.rest)), top);
+    if (more) top = larger(u_of(widen(held.rest)), top);
     o.m = team_max<kTeam>(top);
     each_held(held, [&](int64_t j, Vec<T>& v) {
       forget(v);
-      R z[N];
-      widen_all(v, z);
-#pragma unroll
-      for (int k = 0; k < N; ++k) z[k] = logit(z[k]);
-      add_asking<N>(o, j, z);
+      R u[N];
+      widen_all(v, u);
+      to_u<N>(u);
+      add_asking<N>(o, j, u);
     });
     if (more) {
-      const R z = logit(widen(held.rest));
-      add_asking<1>(o, rest_at(), &z);
+      const R u = u_of(widen(held.rest));
+      add_asking<1>(o, rest_at(), &u);
     }
     return team_sum<kTeam>(o);
   }
@@ -414,11 +419,13 @@ struct RowTeam {
   // g * d loss / d x for one class
   struct Slope {
     typename Loss::Coef coef;
-    R m, log_sum;
+    R m, log_sum;  // of z
+    R top, logs;   // the maximum of u, and log_sum as `share_of` takes it
   };
   template <bool kTarget>
   __device__ __forceinline__ R slope_at(const Slope& s, int64_t j, R v) const {
-    const R z = logit(v), d = z - s.m, p = exp(d - s.log_sum), w = weight(j);
+    const R below = u_of(v) - s.top, p = unit.share_of(below, s.logs), d = unit.distance(below),
+            w = weight(j);
     R dz = kTarget && j == t ? loss.target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
     if constexpr (Loss::kSoftcap)
       if (cap > 0) dz *= bend(v);
@@ -430,26 +437,33 @@ struct RowTeam {
   __device__ __forceinline__ Vec<T> grads(const Slope& s, int64_t j, const Vec<T>& v) const {
     R z[N];
     widen_all(v, z);
-    Vec<T> r;
     if (asks<N>(j)) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) r.v[k] = narrow<T>(slope_at<true>(s, j + k, z[k]));
+      for (int k = 0; k < N; ++k) z[k] = slope_at<true>(s, j + k, z[k]);
     } else {
 #pragma unroll
-      for (int k = 0; k < N; ++k) r.v[k] = narrow<T>(slope_at<false>(s, j + k, z[k]));
+      for (int k = 0; k < N; ++k) z[k] = slope_at<false>(s, j + k, z[k]);
     }
-    return r;
+    return narrow_all<T>(z);
+  }
+  // Of the longest rows it is better if the gradient leaves L2 first: what is read again lies there.
+  __device__ __forceinline__ static void put(T* to, const Vec<T>& v) {
+    if constexpr (kStay && kTeam == kResident<Loss>) {
+      store16_first_out(to, v);
+    } else {
+      store16(to, v);
+    }
   }
   // Writes the gradients of what stays and sends for the next row; gives the first class after them.
   __device__ __forceinline__ int64_t write_kept(const Slope& s, T* dx, const Kept& kept, int64_t body) const {
     for (int slot = lane; slot < slots; slot += kTeam) {
-      store16(dx + int64_t{slot} * N, grads(s, int64_t{slot} * N, cache[slot]));
+      put(dx + int64_t{slot} * N, grads(s, int64_t{slot} * N, cache[slot]));
       refill(slot);
     }
     __pipeline_commit();
 #pragma unroll
     for (int u = 0; u < kKeep; ++u)
-      if (kept_at(u) < body) store16(dx + kept_at(u), grads(s, kept_at(u), kept.v[u]));
+      if (kept_at(u) < body) put(dx + kept_at(u), grads(s, kept_at(u), kept.v[u]));
     return int64_t{slots + kKeep * kTeam} * N;
   }
   template <bool kAligned>
@@ -462,11 +476,11 @@ struct RowTeam {
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) v[u] = load16(x + j + u * kStep);
 #pragma unroll
-        for (int u = 0; u < kInFlight; ++u) store16(dx + j + u * kStep, grads(s, j + u * kStep, v[u]));
+        for (int u = 0; u < kInFlight; ++u) put(dx + j + u * kStep, grads(s, j + u * kStep, v[u]));
       }
     }
     for (; j < body; j += kStep)
-      store16(dx + j, grads(s, j, kAligned ? load16(x + j) : load16_any(x + j, x, x + a.n)));
+      put(dx + j, grads(s, j, kAligned ? load16(x + j) : load16_any(x + j, x, x + a.n)));
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx, const Kept& kept) const {
     const int64_t n = a.n, from = a.x_layout.class_stride, to = a.dx_layout.class_stride;
@@ -502,15 +516,20 @@ struct RowTeam {
     for (int64_t j = lane; j < a.n; j += kTeam) dx[j * a.dx_layout.class_stride] = narrow<T>(R(0));
   }
 
+  __device__ __forceinline__ R
+  m_of(R top) const {  // rounded as `logit` is: what is asked for may be the maximum
+    return product(top, unit.of_z);
+  }
   __device__ __forceinline__ T* gradient() const { return static_cast<T*>(a.dx) + a.dx_layout.start(r); }
+  // Asked for where it is needed: an address is two registers.
+  __device__ __forceinline__ R* state() const { return static_cast<R*>(a.state) + r * a.state_width; }
   __device__ __forceinline__ void run() {
-    R* state = static_cast<R*>(a.state) + r * a.state_width;
     const bool leader = lane == 0;
     t = a.target ? a.target[r] : -1;
     R k = 1;
     bool inside = true;  // a class that does not exist gives NaN and is never used as an index
     if constexpr (kBackward) {
-      k = state[2];
+      k = state()[2];
     } else {
       if (a.row_weight) k = static_cast<const R*>(a.row_weight)[r];
       if (a.target && t == a.ignore_index) k = 0;
@@ -522,7 +541,7 @@ struct RowTeam {
     }
     if (k == 0) {
       if (!kBackward && leader) {
-        for (int64_t i = 0; i < a.state_width; ++i) state[i] = 0;
+        for (int64_t i = 0; i < a.state_width; ++i) state()[i] = 0;
         if constexpr (Loss::kPlanes) {
           for (int64_t i = 0; i < a.planes; ++i) results()[i] = 0;
         } else {
@@ -543,20 +562,21 @@ struct RowTeam {
       if (holds) hold(held);
     Kept kept;
     Target<R> target{a.target != nullptr, 0, 1};
-    R zt = 0;
+    R ut = 0, top = 0;
     if (a.target && inside) {
-      zt = logit(widen(x[t * a.x_layout.class_stride]));
+      ut = u_of(widen(x[t * a.x_layout.class_stride]));
       if (a.class_weight) target.weight = static_cast<const R*>(a.class_weight)[t];
     }
     RowState<R> row;
     NumberTerm<R> number{};
     R g = 1;
     if constexpr (kBackward) {
-      row.m = state[0];
-      row.log_sum = state[1];
+      top = state()[0];
+      row.log_sum = state()[1];
 #pragma unroll
-      for (int i = 0; i < Loss::kSaved; ++i) row.saved[i] = state[3 + i];
-      target.d = zt - row.m;
+      for (int i = 0; i < Loss::kSaved; ++i) row.saved[i] = state()[3 + i];
+      row.m = m_of(top);
+      target.d = unit.distance(ut - top);
       if constexpr (Loss::kNumbers) number_term(row, number);
       if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
     } else {
@@ -571,13 +591,14 @@ struct RowTeam {
         o = sweep(kept);
       }
       if (!merged) {
-        o.follow(team_max<kTeam>(o.m));
+        o.follow(team_max<kTeam>(o.m), unit);
         o = team_sum<kTeam>(o);
       }
       if (a.target) add_small(o);
-      row.m = o.base();
-      target.d = zt - row.m;
-      const R e = a.target ? exp(target.d) : R(0);
+      top = o.base();
+      row.m = m_of(top);
+      target.d = unit.distance(ut - top);
+      const R e = a.target ? unit.exp_of(ut - top) : R(0);
       row.log_sum = log(o.s + e);
       R value = loss.finish(row, o.extra, o.s, e, target);
       if constexpr (Loss::kNumbers) value += number_term(row, number);
@@ -590,22 +611,24 @@ struct RowTeam {
         } else {
           static_cast<R*>(a.loss)[r] = value;
         }
-        state[0] = row.m;
-        state[1] = row.log_sum;
-        state[2] = k;
+        R* const own = state();
+        own[0] = top;
+        own[1] = row.log_sum;
+        own[2] = k;
 #pragma unroll
-        for (int i = 0; i < Loss::kSaved; ++i) state[3 + i] = row.saved[i];
-        for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) state[i] = 0;
+        for (int i = 0; i < Loss::kSaved; ++i) own[3 + i] = row.saved[i];
+        for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) own[i] = 0;
       }
     }
     if (!a.dx) return;
     T* dx = gradient();
     if constexpr (Loss::kPlanes) {
-      const Slope s{loss.coef(row, upstream(), a.asked_each, scale), row.m, row.log_sum};
+      const Slope s{loss.coef(row, upstream(), a.asked_each, scale), row.m, row.log_sum, top,
+                    unit.kept(row.log_sum)};
       write_row(s, dx, held, write_held, kept);
       asked_gradient(s, dx);
     } else {
-      Slope s{loss.coef(row, target, g * k * scale), row.m, row.log_sum};
+      Slope s{loss.coef(row, target, g * k * scale), row.m, row.log_sum, top, unit.kept(row.log_sum)};
       if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.beside);
       write_row(s, dx, held, write_held, kept);
       if constexpr (Loss::kNumbers)
@@ -702,8 +725,8 @@ struct RowTeam {
 
 // Blocks that a multiprocessor is to have room for.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward> ? 6 * kThreads / (kTeam > 32 ? kTeam : kThreads)
-                        : kTeam > 32                     ? kResident<Loss, kBackward> / kTeam
+constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward> ? (kTeam > 32 ? 640 / kTeam : 6)
+                        : kTeam > 32                     ? kResident<Loss> / kTeam
                                                          : 4;
 
 // With `slots` blocks stay: each goes on with another row as soon as it has written one.
@@ -716,6 +739,9 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
   FL_DYN_SHARED(Vec<T>, cache);
   const int lane = threadIdx.x % kTeam;
   const T* const all = static_cast<const T*>(a.x);
+  const R scale = R(a.logit_scale);
+  const bool capped = Loss::kSoftcap && a.softcap > 0;
+  const Unit<R> unit(capped ? R(1) : scale < 0 ? -scale : scale);
   const auto team = [&](int64_t r, int64_t step) {
     const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
     return RowTeam<Loss, T, kTeam, kBackward>{a,
@@ -725,9 +751,11 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
                                               all + a.x_layout.start(r),
                                               q,
                                               -1,
-                                              R(a.logit_scale),
+                                              scale,
                                               R(a.softcap),
                                               R(a.softcap > 0 ? 1 / a.softcap : 0),
+                                              unit,
+                                              scale < 0,
                                               cache,
                                               slots,
                                               slots && r + step < a.rows,
@@ -777,7 +805,7 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
   if (kStays<Loss, T, kTeam, kBackward> && on_vectors<T>(a.x, a.x_layout) &&
       (!a.dx || on_vectors<T>(a.dx, a.dx_layout))) {
     const int64_t row = a.n / Vec<T>::kSize,
-                  room = (most_shared() - kSharedBeside) * kTeam / kResident<Loss, kBackward> / 16;
+                  room = (most_shared() - kSharedBeside) * kTeam / kResident<Loss> / 16;
     slots = (row < room ? row : room) / kTeam * kTeam;
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
     if (slots && blocks > stay) blocks = stay;
@@ -787,24 +815,25 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
 }
 template <class Loss, class T, bool kBackward>
 void launch_pass(const RowArgs& a, cudaStream_t stream) {
-  if (a.x_layout.class_stride != 1) return launch_team<Loss, T, 1, kBackward>(a, stream);
+  if (a.x_layout.class_stride != 1 || a.logit_scale < 0) return launch_team<Loss, T, 1, kBackward>(a, stream);
   if constexpr (sizeof(T) < 8) {  // float64 is there to be exact: a warp does for any length
     const int64_t bytes = a.n * int64_t{sizeof(T)};
-    constexpr int kMost = kResident<Loss, kBackward>;
+    constexpr int kMost = kResident<Loss>;
     constexpr auto held = [](int team, int vectors) { return int64_t{16} * team * vectors; };
     constexpr int kOfTeam = kHeld<Loss, T, 128, kBackward>, kOfWarp = kHeld<Loss, T, 32, kBackward>;
-    if constexpr (kBackward || Loss::kSoftcap) {  // each class on its own, or rare: not worth more kernels
+    if constexpr (kBackward) {  // each class on its own: not worth more kernels
       if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
     } else {
       if (bytes > kHalfRowBytes) return launch_team<Loss, T, kMost, kBackward>(a, stream);
-      if constexpr (kOfTeam > 0) {
-        if (bytes > held(256, kOfTeam)) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
-        if (bytes > held(128, kOfTeam)) return launch_team<Loss, T, 256, kBackward>(a, stream);
-        if (bytes > held(32, kOfWarp)) return launch_team<Loss, T, 128, kBackward>(a, stream);
-      } else {
-        if (bytes > held(128, 8)) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
-        if (bytes > kWarpRowBytes) return launch_team<Loss, T, 128, kBackward>(a, stream);
+      if constexpr (Loss::kSoftcap) {  // rare
+        if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
       }
+      if (bytes > (kOfTeam && kMost == 1024 ? held(256, kOfTeam) : held(128, 8)))
+        return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
+      if constexpr (kOfTeam && kMost == 1024)
+        if (bytes > held(128, kOfTeam)) return launch_team<Loss, T, 256, kBackward>(a, stream);
+      if (bytes > (kOfWarp ? held(32, kOfWarp) : kWarpRowBytes))
+        return launch_team<Loss, T, 128, kBackward>(a, stream);
     }
     if constexpr (kOfWarp > 0)
       if (bytes <= held(kSmallTeam, kOfWarp)) return launch_team<Loss, T, kSmallTeam, kBackward>(a, stream);

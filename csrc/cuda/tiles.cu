@@ -477,6 +477,14 @@ __global__ void __launch_bounds__(kRowThreads, 8) hardest_kernel(TileChunk a) {
   a.hardest[a.m + i] = x.negative;
 }
 
+// softmax_share of a gradient that is rounded to G: a half type does not see the last digits of an
+// exponential.
+template <class G, class R>
+__device__ __forceinline__ R share(R s, R m, R log_sum) {
+  if constexpr (std::is_same_v<G, R>) return softmax_share(s, m, log_sum);
+  return log_sum == R(-INFINITY) ? R(0) : exp((s - m) - log_sum);
+}
+
 // softmax_gradient and pairs_gradient
 template <class R, class G, bool kIds>
 __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int band) {
@@ -532,23 +540,34 @@ __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int 
       const int mark = marks[at] - first;
       const int64_t own = row_id[at];
       const R top = row_max[at], log_sum = row_log_sum[at], up = row_grad[at];
+      // First as if every entry was summed, and without a branch: the exponentials of several entries are
+      // under way at a time. Then what counts as something else, of which without ids a row has one at most.
+      R g[kColumns];
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        const R x = c.value(v[q][k]);
+        g[k] = up * share<G>(x, top, log_sum) + col_grad[k] * share<G>(x, col_max[k], col_log_sum[k]);
+      }
+      if (kIds || static_cast<unsigned>(mark) <= static_cast<unsigned>(T::offset(kColumns - 1))) {
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) {
+          const bool marked = T::offset(k) == mark, same = kIds && id[kIds ? k : 0] == own;
+          if (!marked && !same) continue;
+          const Entry e = c.entry(marked, same);
+          if (!c.summed(e)) g[k] = 0;
+          if (e != Entry::positive || !a.positive_grad) continue;
+          const R x = c.value(v[q][k]);
+          g[k] -= drawn(x, row_positive[at], top, log_sum);
+          const int64_t j = a.col + first + T::offset(k);
+          if (a.col_positive_grad && T::offset(k) < left)
+            g[k] -= drawn(x, c.at(a.col_positive_grad, j), c.at(a.col_max, j), c.at(a.col_log_sum, j));
+        }
+      }
       R dot = 0;
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        const Entry e = c.entry(T::offset(k) == mark, kIds && id[kIds ? k : 0] == own);
-        const R x = c.value(v[q][k]);
-        // no branch: the exponentials of several entries are under way at a time
-        const R shares =
-            up * softmax_share(x, top, log_sum) + col_grad[k] * softmax_share(x, col_max[k], col_log_sum[k]);
-        R g = c.summed(e) ? shares : R(0);
-        if (e == Entry::positive && a.positive_grad) {
-          g -= drawn(x, row_positive[at], top, log_sum);
-          const int64_t j = a.col + first + T::offset(k);
-          if (a.col_positive_grad && T::offset(k) < left)
-            g -= drawn(x, c.at(a.col_positive_grad, j), c.at(a.col_max, j), c.at(a.col_log_sum, j));
-        }
-        if (T::offset(k) < left) dot += g * v[q][k];
-        v[q][k] = g;
+        if (T::offset(k) < left) dot += g[k] * v[q][k];
+        v[q][k] = g[k];
       }
       T::store(static_cast<G*>(a.g) + (begin + at) * a.g_pitch + first, left, v[q]);
       if (!a.dots) continue;

@@ -1,35 +1,8 @@
-// Launchers of the token losses, and the small kernels around a reduction over rows.
-#include "port.cuh"
-// port.cuh first: it decides which exponential the losses take
-#include "launchers.h"
-#include "rows.cuh"
+// Launcher of cross-entropy, and the small kernels around a reduction over rows.
+#include "token.cuh"
 
 namespace fastloss::cuda {
 namespace {
-
-// A loss whose logits may be capped, where they are not: no class has to ask.
-template <class Loss>
-struct Uncapped : Loss {
-  static constexpr bool kSoftcap = false;
-  using Loss::Loss;
-};
-
-template <template <class, int> class Loss, int kVariant>
-void run_dtype(const RowArgs& a, cudaStream_t stream) {
-  with_device_type(a.dtype, [&]<class T> {
-    using Own = Loss<acc_t<T>, kVariant>;
-    if constexpr (Own::kSoftcap && sizeof(T) < 8)
-      if (!(a.softcap > 0)) return launch_rows<Uncapped<Own>, T>(a, stream);
-    launch_rows<Own, T>(a, stream);
-  });
-}
-template <template <class, int> class Loss, int kVariant = 0>
-void run(const RowArgs& a, cudaStream_t stream) {
-  if constexpr (kVariant < Loss<float, 0>::kVariants) {
-    if (a.variant == kVariant) return run_dtype<Loss, kVariant>(a, stream);
-    run<Loss, kVariant + 1>(a, stream);
-  }
-}
 
 // Sums over rows, in double and in an order that depends on their number alone: few rows by one block, more
 // by several, each of which leaves the sum of its share in `a.partial` for a second kernel that adds them.
@@ -115,7 +88,7 @@ template <class Row>
 void sum_rows(const RowArgs& a, void* out, cudaStream_t stream) {
   auto* const to = static_cast<typename Row::Type*>(out);
   if (!a.partial) return start<&sum_kernel<Row>>(1, kSumThreads, 0, stream, a, to);
-  const int64_t wish = (a.rows + kSumThreads * kAtOnce - 1) / (kSumThreads * kAtOnce);
+  const int64_t wish = (a.rows + kSumThreads - 1) / kSumThreads;
   const int64_t partials = wish < kRowPartials ? wish : kRowPartials;
   start<&partial_kernel<Row>>(partials, kSumThreads, 0, stream, a);
   start<&total_kernel<Row>>(1, kSumThreads, 0, stream, a, partials, to);
@@ -133,8 +106,8 @@ void row_reduce(const RowArgs& a, void* out, void* stream) {
   if (a.dtype == DType::f64) return sum_rows<LossOfRow<double>>(a, out, s);
   sum_rows<LossOfRow<float>>(a, out, s);
 }
-#define FASTLOSS_LAUNCH(name, Loss) \
-  void name(const RowArgs& args, void* stream) { run<Loss>(args, static_cast<cudaStream_t>(stream)); }
-FASTLOSS_ROW_KERNELS(FASTLOSS_LAUNCH)
+void cross_entropy(const RowArgs& a, void* stream) {
+  run_rows<CrossEntropy>(a, static_cast<cudaStream_t>(stream));
+}
 
 }  // namespace fastloss::cuda

@@ -49,6 +49,13 @@ __device__ __forceinline__ void store16(T* p, const Vec<T>& x) {
   std::memcpy(&raw, &x, 16);
   *reinterpret_cast<uint4*>(p) = raw;
 }
+// The same, for lines that nobody is going to read soon.
+template <class T>
+__device__ __forceinline__ void store16_first_out(T* p, const Vec<T>& x) {
+  uint4 raw;
+  std::memcpy(&raw, &x, 16);
+  __stcs(reinterpret_cast<uint4*>(p), raw);
+}
 // All numbers of v, one instruction each: the halves of a word are taken apart by shift and mask.
 template <class T>
 __device__ __forceinline__ void widen_all(const Vec<T>& v, acc_t<T>* out) {
@@ -85,6 +92,28 @@ __device__ __forceinline__ Vec<T> load16_shifted(const T* p, unsigned off) {
   Vec<T> r;
   std::memcpy(&r, out, 16);
   return r;
+}
+// The other way round, two halves at a time.
+template <class T>
+__device__ __forceinline__ Vec<T> narrow_all(const acc_t<T>* x) {
+  Vec<T> v;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+#pragma unroll
+    for (int k = 0; k < Vec<T>::kSize; k += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[k], x[k + 1]);
+      std::memcpy(&v.v[k], &pair, sizeof pair);
+    }
+  } else if constexpr (std::is_same_v<T, __half>) {
+#pragma unroll
+    for (int k = 0; k < Vec<T>::kSize; k += 2) {
+      const __half2 pair = __floats2half2_rn(x[k], x[k + 1]);
+      std::memcpy(&v.v[k], &pair, sizeof pair);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < Vec<T>::kSize; ++k) v.v[k] = narrow<T>(x[k]);
+  }
+  return v;
 }
 // 16 bytes from any element boundary, of a row that spans [begin, end): single elements at its ends.
 template <class T>
