@@ -155,7 +155,7 @@ constexpr int kHeld = kBackward || kTeam == 1 || 4 * kTeam > kResident<Loss> ||
                                    : 4;
 
 // Whether blocks stay, each going on with another row when it is done with one, and keep what fits of it in
-// shared memory.
+// shared memory. Capped logits are dear, and rare.
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8;
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
