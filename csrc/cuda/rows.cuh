@@ -157,7 +157,8 @@ constexpr int kHeld = kBackward || kTeam == 1 || 4 * kTeam > kResident<Loss> ||
 // Whether blocks stay, each going on with another row when it is done with one, and keep what fits of it in
 // shared memory. Capped logits are dear, and rare.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8;
+constexpr bool kStays =
+    !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 && !Loss::kSoftcap;
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
 // multiprocessor. With planes no forward pass writes a gradient: nothing is read a second time.
 template <class Loss, class T, int kTeam, bool kBackward>
