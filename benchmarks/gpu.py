@@ -54,7 +54,7 @@ SECTIONS = (
 )
 """What Nsight Compute reads of each launch."""
 TESTS = (
-    ("tests/test_cuda_graphs.py", "tests/test_large.py", "--large"),
+    ("tests/test_cuda_graphs.py", "tests/test_large.py", "tests/test_row_lengths.py", "--large"),
     ("tests/test_determinism.py", "tests/test_cross_entropy.py", "tests/test_cross_entropy_extremes.py",
      "tests/test_numerics.py"),
 )  # fmt: skip
@@ -117,7 +117,7 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         found[0].commands.insert(0, Command(smi))
         sections = [option for name in SECTIONS for option in ("--section", name)]
         ncu = ("ncu", "--clock-control", "none", "--csv", "--page", "raw", *sections)
-        mine = ("--kernel-name-base", "mangled", "--kernel-name", "regex:fastloss", "--launch-count", "60")
+        mine = ("--kernel-name-base", "mangled", "--kernel-name", "regex:fastloss", "--launch-count", "30")
         watched = (sys.executable, WORK, "steps", "--rows", rows)
         found.append(Stage("counters", 70, [Command((*ncu, *mine, *watched), file="counters.csv")]))
         watch = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kns=fastloss", "--tool")

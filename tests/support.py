@@ -48,7 +48,9 @@ def _cases(keep: Callable[[Loss], bool], few: bool = False) -> pytest.MarkDecora
 _TWICE = "the gradients of both inputs are made, also where one is wanted"
 _SOFT = "labels that are distributions go through torch's operations, whose sums depend on the batch"
 _SORTED = "a cohort's order and its sums in float64 are several times as large as its scores"
-_ROUNDED_ROWS = "rows of length 1 are rounded to bfloat16 for the products: where all are equal, all errors are"
+_ROUNDED_ROWS = (
+    "rows of length 1 are rounded to bfloat16 for the products: where all are equal, all errors are"
+)
 _ALPHAS = "the alphas, 2 L + 1 for each step, are as large as the input where there are so few classes"
 EXCEPTIONS = {
     "test_opcheck[*-number_token_loss-plain-*]": (

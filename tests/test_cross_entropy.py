@@ -28,7 +28,7 @@ def draw(shape, seed=0, dtype=torch.float64, device="cpu"):
 
 
 def both(x, target, *args, **kwargs):
-    """(value, gradients) of fastloss and of torch, whose CPU is asked: on CUDA it calls a mean of nothing 0, not NaN."""
+    """(value, gradients) of fastloss and of torch, on the CPU: on CUDA it calls a mean of nothing 0, not NaN."""
     answers = []
     for function, device in ((cross_entropy, x.device), (F.cross_entropy, "cpu")):
         leaf = x.detach().to(device).requires_grad_()

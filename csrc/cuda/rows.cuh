@@ -74,6 +74,16 @@ struct Online {
     }
     m = top;
   }
+  // Adds another's sums, which are relative to the same maximum.
+  __device__ __forceinline__ void take(const Online& o) {
+    s += o.s;
+    R mine[kFields + 1], theirs[kFields + 1];
+    std::memcpy(mine, &extra, kFields * sizeof(R));
+    std::memcpy(theirs, &o.extra, kFields * sizeof(R));
+#pragma unroll
+    for (int f = 0; f < kFields; ++f) mine[f] += theirs[f];
+    std::memcpy(&extra, mine, kFields * sizeof(R));
+  }
   // The sums of the lanes that differ in the bits from `offset` down; all have the same maximum.
   __device__ __forceinline__ Online added(int offset, unsigned mask = kFullMask) const {
     R all[kFields + 1];
@@ -326,9 +336,18 @@ struct RowTeam {
   __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept) const {
     Online<Loss, R> o;
     const int64_t n = a.n, stride = a.x_layout.class_stride;
-    if constexpr (kTeam == 1) {  // others are given rows without gaps
+    if constexpr (kTeam == 1) {      // others are given rows without gaps
+      constexpr int64_t kPart = 64;  // in one go all rounding errors of a long row would add up
 #pragma unroll 1
-      for (int64_t j = lane; j < n; j += kTeam) add_one(o, j, x[j * stride]);
+      for (int64_t begin = 0; begin < n; begin += kPart) {
+        Online<Loss, R> part;
+        part.m = o.m;
+        const int64_t end = begin + kPart < n ? begin + kPart : n;
+#pragma unroll 1
+        for (int64_t j = begin; j < end; ++j) add_one(part, j, x[j * stride]);
+        o.follow(part.m, unit);
+        o.take(part);
+      }
       return o;
     }
     // by index, not by address: which thread adds what must not depend on where the row lies
