@@ -333,23 +333,30 @@ struct RowTeam {
 #pragma unroll 1
     for (; j < body; j += kStep) add_vector(o, j, kAligned ? load16(x + j) : load16_any(x + j, x, end));
   }
-  __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept) const {
+  // The classes in [begin, end) by one thread, in parts of parts: in one go all rounding errors would add up.
+  // Relative to the maximum of `known` or more.
+  template <int kPart>
+  __device__ __forceinline__ Online<Loss, R> sweep_parts(const Online<Loss, R>& known, int64_t begin,
+                                                         int64_t end) const {
     Online<Loss, R> o;
-    const int64_t n = a.n, stride = a.x_layout.class_stride;
-    if constexpr (kTeam == 1) {      // others are given rows without gaps
-      constexpr int64_t kPart = 64;  // in one go all rounding errors of a long row would add up
+    o.m = known.m;
+    if constexpr (kPart == 1) {
 #pragma unroll 1
-      for (int64_t begin = 0; begin < n; begin += kPart) {
-        Online<Loss, R> part;
-        part.m = o.m;
-        const int64_t end = begin + kPart < n ? begin + kPart : n;
+      for (int64_t j = begin; j < end; ++j) add_one(o, j, x[j * a.x_layout.class_stride]);
+    } else {
 #pragma unroll 1
-        for (int64_t j = begin; j < end; ++j) add_one(part, j, x[j * stride]);
+      for (; begin < end; begin += kPart) {
+        const auto part = sweep_parts<kPart / 32>(o, begin, begin + kPart < end ? begin + kPart : end);
         o.follow(part.m, unit);
         o.take(part);
       }
-      return o;
     }
+    return o;
+  }
+  __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept) const {
+    Online<Loss, R> o;
+    const int64_t n = a.n;
+    if constexpr (kTeam == 1) return sweep_parts<1024>(o, 0, n);  // others are given rows without gaps
     // by index, not by address: which thread adds what must not depend on where the row lies
     const int64_t body = n / N * N;
     if (kStay && slots) {  // beside what is kept there is room for fewer on their way
