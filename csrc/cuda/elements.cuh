@@ -155,7 +155,9 @@ struct ElementThread {
 // Losses of many inputs, or of wide ones, keep them in registers, of which the compiler would leave them too
 // few.
 template <class Loss, class T>
-constexpr int kFewBlocks = Loss::kInputs > 2 || sizeof(T) == 8 ? 2 : 0;
+constexpr int kFewBlocks = Loss::kInputs > 2 || sizeof(T) == 8 ? 2
+                           : kStepsOf<Loss> > 0                ? 4
+                                                               : 0;
 
 template <class Loss, class T>
 __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements_kernel(ElementArgs a) {
