@@ -153,76 +153,73 @@ struct ElementThread {
 };
 
 // Losses of many inputs, or of wide ones, keep them in registers, of which the compiler would leave them too
-// few.
+// few; as it would losses of logits in float32.
 template <class Loss, class T>
-constexpr int kFewBlocks = Loss::kInputs > 2 || sizeof(T) == 8    ? 2
-                           : kStepsOf<Loss> > 0 && sizeof(T) == 4 ? 3
-                                                                  : 0;
-                           : kStepsOf<Loss> > 0                ? 4
-                                                               : 0;
+constexpr int few_blocks() {
+  if (Loss::kInputs > 2 || sizeof(T) == 8) return 2;
+  return kStepsOf<Loss> != 0 && sizeof(T) == 4 ? 3 : 0;
+}
+template <class Loss, class T>
+constexpr int kFewBlocks = few_blocks<Loss, T>();
 
-                           template <class Loss, class T>
-                           __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>)
-                               elements_kernel(ElementArgs a) {
-                             using R = acc_t<T>;
-                             R k = R(a.scale);
-                             if (a.norm) k /= *static_cast<const R*>(a.norm);
-                             if (a.upstream.p && a.upstream.period == 1) {
-                               const R g = element<T>(a, a.upstream, 0);
-                               if (a.skip_unit_upstream && g == 1) return;
-                               k *= g;
-                             }
-                             ElementThread<Loss, T> thread{a, Loss(a.options), k, 0, 0};
-                             thread.run();
-                             if (!a.partial) return;
-                             if constexpr (Loss::kLogSum) thread.sum += log1p(thread.product);
-                             const double sum = sum_of_block<kElementThreads>(double(thread.sum));
-                             if (threadIdx.x != 0) return;
-                             if (gridDim.x == 1) {
-                               write_result<T>(a, sum);
-                             } else {
-                               a.partial[blockIdx.x] = sum;
-                             }
-                           }
+template <class Loss, class T>
+__global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements_kernel(ElementArgs a) {
+  using R = acc_t<T>;
+  R k = R(a.scale);
+  if (a.norm) k /= *static_cast<const R*>(a.norm);
+  if (a.upstream.p && a.upstream.period == 1) {
+    const R g = element<T>(a, a.upstream, 0);
+    if (a.skip_unit_upstream && g == 1) return;
+    k *= g;
+  }
+  ElementThread<Loss, T> thread{a, Loss(a.options), k, 0, 0};
+  thread.run();
+  if (!a.partial) return;
+  if constexpr (Loss::kLogSum) thread.sum += log1p(thread.product);
+  const double sum = sum_of_block<kElementThreads>(double(thread.sum));
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    write_result<T>(a, sum);
+  } else {
+    a.partial[blockIdx.x] = sum;
+  }
+}
 
-                           template <class T>
-                           __global__ void __launch_bounds__(kSumThreads)
-                               sum_kernel(ElementArgs a, int64_t count) {
-                             double sum = 0;
-                             for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += a.partial[i];
-                             sum = sum_of_block<kSumThreads>(sum);
-                             if (threadIdx.x == 0) write_result<T>(a, sum);
-                           }
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(ElementArgs a, int64_t count) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += a.partial[i];
+  sum = sum_of_block<kSumThreads>(sum);
+  if (threadIdx.x == 0) write_result<T>(a, sum);
+}
 
-                           template <class T>
-                           int64_t tiles(int64_t n) {
-                             return (n + kTile<T> - 1) / kTile<T>;
-                           }
+template <class T>
+int64_t tiles(int64_t n) {
+  return (n + kTile<T> - 1) / kTile<T>;
+}
 
-                           // A loss of which no gradient but that of the first input is wanted: what the
-                           // others would take is not computed.
-                           template <class Loss>
-                           struct FirstAlone : Loss {
-                             static constexpr unsigned kWrt = Loss::kWrt & -Loss::kWrt;
-                             using Loss::Loss;
-                           };
-                           template <class Loss>
-                           bool first_alone(const ElementArgs& a) {
-                             for (int j = 0; j < Loss::kInputs; ++j)
-                               if (a.dx[j] && (Loss::kWrt & ~FirstAlone<Loss>::kWrt) >> j & 1) return false;
-                             return true;
-                           }
+// A loss of which no gradient but that of the first input is wanted: what the others would take is not
+// computed.
+template <class Loss>
+struct FirstAlone : Loss {
+  static constexpr unsigned kWrt = Loss::kWrt & -Loss::kWrt;
+  using Loss::Loss;
+};
+template <class Loss>
+bool first_alone(const ElementArgs& a) {
+  for (int j = 0; j < Loss::kInputs; ++j)
+    if (a.dx[j] && (Loss::kWrt & ~FirstAlone<Loss>::kWrt) >> j & 1) return false;
+  return true;
+}
 
-                           template <class Loss, class T>
-                           void launch_elements(const ElementArgs& a, cudaStream_t stream) {
-                             // worth kernels of its own where a gradient is dear: of losses of logits
-                             if constexpr (kStepsOf<Loss> > 0 && FirstAlone<Loss>::kWrt != Loss::kWrt)
-                               if (first_alone<Loss>(a))
-                                 return launch_elements<FirstAlone<Loss>, T>(a, stream);
-                             const int64_t blocks = tiles<T>(a.n);
-                             start<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
-                             if (a.partial && blocks != 1)
-                               start<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
-                           }
+template <class Loss, class T>
+void launch_elements(const ElementArgs& a, cudaStream_t stream) {
+  // worth kernels of its own where a gradient is dear: of losses of logits
+  if constexpr (kStepsOf<Loss> > 0 && FirstAlone<Loss>::kWrt != Loss::kWrt)
+    if (first_alone<Loss>(a)) return launch_elements<FirstAlone<Loss>, T>(a, stream);
+  const int64_t blocks = tiles<T>(a.n);
+  start<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
+  if (a.partial && blocks != 1) start<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
+}
 
-                           }  // namespace fastloss::cuda
+}  // namespace fastloss::cuda
