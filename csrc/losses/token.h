@@ -42,7 +42,7 @@ struct CrossEntropy : RowLossDefaults {
   struct SoftSums {  // y: the dense part of the target distribution
     F y{}, yd{};
     FL_FN void add(F, F d, F w, F q, const CrossEntropy& l) {
-      const F y_ = w * ((1 - l.smoothing) * q + l.per_class);
+      const F y_ = alone(w, alone(fill<F>(1 - l.smoothing), q) + l.per_class);
       y += y_;
       yd += y_ * d;
     }
@@ -91,14 +91,15 @@ struct CrossEntropy : RowLossDefaults {
   template <class F>
   FL_FN F grad(F p, F, F w, F q, const Coef& c) const {
     if constexpr (kTargets == kHard) return p * c.p;
-    if constexpr (kTargets == kSmooth) return p * c.p - c.y;
-    return p * c.p - c.y * (w * ((1 - smoothing) * q + per_class));
+    if constexpr (kTargets == kSmooth) return alone(p, fill<F>(c.p)) - c.y;
+    const F y = alone(w, alone(fill<F>(1 - smoothing), q) + per_class);
+    return alone(p, fill<F>(c.p)) - alone(fill<F>(c.y), y);
   }
   FL_FN R target(R p, R, R w, const Coef& c) const {
     R dense = 0;
     if constexpr (kTargets == kSmooth) dense = c.y;
     if constexpr (kTargets == kSoft) dense = product(c.y, w * per_class);
-    return (c.beside * p - dense) - c.hard * c.rest;  // of one class: exactly 0
+    return (alone(c.beside, p) - dense) - alone(c.hard, c.rest);  // of one class: exactly 0
   }
 };
 

@@ -106,7 +106,8 @@ struct TokenStats : RowLossDefaults {
   }
   template <class F>
   FL_FN F grad(F p, F d, F, F, const Coef& c) const {
-    return p * ((c.p - c.asked) + c.pd * bounded(d) + c.p2 * p) + c.constant;
+    const F slope = (c.p - c.asked) + alone(fill<F>(c.pd), bounded(d)) + alone(fill<F>(c.p2), p);
+    return alone(p, slope) + c.constant;
   }
   FL_FN R target(R, R, R, const Coef&) const { return 0; }  // no class is a target
   // Of a class asked for, with the sum `g` of its gradients; 1 - p = -expm1(log p).
