@@ -166,47 +166,42 @@ def arcface_loss(
 ) -> Tensor:
     r"""ArcFace: cross-entropy of scaled cosines, with a margin on the angle to the target's centre.
 
-        With :math:`\cos\theta_j = \langle \hat x, \hat w_j \rangle` of the normalised embedding and centres, the logits
-        are :math:`s \cos\theta_j`, and for the target :math:`s\, \varphi(\theta_y)`,
+    With :math:`\cos\theta_j = \langle \hat x, \hat w_j \rangle` of the normalised embedding and centres, the logits
+    are :math:`s \cos\theta_j`, and for the target :math:`s\, \varphi(\theta_y)`,
 
-        .. math:: \varphi(\theta) = \cos(\theta + m) \text{ if } \theta + m < \pi \text{, else } \cos\theta - m \sin m
+    .. math:: \varphi(\theta) = \cos(\theta + m) \text{ if } \theta + m < \pi \text{, else } \cos\theta - m \sin m
 
-        which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`,
-        else :math:`\cos\theta`. Cosines are made for a chunk of rows and turned into their gradient in place: beyond the
-    <<<<<<< HEAD
-        normalised copies and the gradients that takes at most 128 MiB. Half types are normalised in float32, on the CPU
-        also multiplied.
-    =======
-        normalised copies and the gradients that takes at most 128 MiB (on CUDA what `linear_cross_entropy` takes). On
-        the CPU half types are normalised and multiplied in float32.
-    >>>>>>> gpu-elem
+    which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`,
+    else :math:`\cos\theta`. Cosines are made for a chunk of rows and turned into their gradient in place: beyond the
+    normalised copies and the gradients that takes at most 128 MiB (on CUDA what `linear_cross_entropy` takes). Half
+    types are normalised in float32, on the CPU also multiplied.
 
-        Args:
-            input: embeddings of shape `(N, D)`, of any length; float32, float64, bfloat16 or float16.
-            weight: class centres `(C, D)`, of the input's type; `(C, K, D)` for K centres of each class, of which the
-                nearest counts.
-            target: classes `(N)`, int64 or uint8.
-            s: scale, > 0. Default: 64.
-            m: margin in radians, in [0, pi / 2]. Default: 0.5.
-            reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
-            easy_margin: as above. Default: False.
-            margin_grad: `"exact"`, or `"straight_through"`: the margin changes the logit, its gradient is that of the
-                cosine, as in insightface. Default: `"exact"`.
-            classes: int64 list of the classes that take part, each once and every target among them (Partial FC).
-                Default: all.
-            ignore_index: rows with this class count nothing. Default: -100.
-            label_smoothing: in [0, 1]. Default: 0.
-            sample_weight: a weight for each row. Default: 1.
+    Args:
+        input: embeddings of shape `(N, D)`, of any length; float32, float64, bfloat16 or float16.
+        weight: class centres `(C, D)`, of the input's type; `(C, K, D)` for K centres of each class, of which the
+            nearest counts.
+        target: classes `(N)`, int64 or uint8.
+        s: scale, > 0. Default: 64.
+        m: margin in radians, in [0, pi / 2]. Default: 0.5.
+        reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
+        easy_margin: as above. Default: False.
+        margin_grad: `"exact"`, or `"straight_through"`: the margin changes the logit, its gradient is that of the
+            cosine, as in insightface. Default: `"exact"`.
+        classes: int64 list of the classes that take part, each once and every target among them (Partial FC).
+            Default: all.
+        ignore_index: rows with this class count nothing. Default: -100.
+        label_smoothing: in [0, 1]. Default: 0.
+        sample_weight: a weight for each row. Default: 1.
 
-        Returns:
-            A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast.
+    Returns:
+        A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast.
 
-        Raises:
-            TypeError, ValueError, RuntimeError, IndexError: for arguments of a wrong kind, naming it; IndexError on the
-                CPU alone, NaN on CUDA, for a target out of bounds or not listed.
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: for arguments of a wrong kind, naming it; IndexError on the
+            CPU alone, NaN on CUDA, for a target out of bounds or not listed.
 
-        Source: Deng et al., https://arxiv.org/abs/1801.07698; sub-centres: Sub-center ArcFace (ECCV 2020); sampled
-        classes: Partial FC, https://arxiv.org/abs/2203.15565.
+    Source: Deng et al., https://arxiv.org/abs/1801.07698; sub-centres: Sub-center ArcFace (ECCV 2020); sampled
+    classes: Partial FC, https://arxiv.org/abs/2203.15565.
     """
     if margin_grad not in ("exact", "straight_through"):
         raise ValueError(f"margin_grad: expected 'exact' or 'straight_through', got {margin_grad!r}")

@@ -1,5 +1,5 @@
-// What losses of a logit need of e = e^-|x|, in [0, 1]: two units in the last place at most. On the GPU without
-// the branches that larger or smaller numbers would need.
+// What losses of a logit need of e = e^-|x|, in [0, 1]: two units in the last place at most. On the GPU
+// without the branches that larger or smaller numbers would need.
 #pragma once
 #include "portable.h"
 
