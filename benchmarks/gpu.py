@@ -260,6 +260,21 @@ def run_stage(stage: Stage, until: float, results: Results) -> bool:
 # ---- before and after
 
 
+def answer(*command: str) -> str:
+    """What a command prints, or nothing where it is not there or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def commit() -> str:
+    """Of the checkout, or the one that was written down when the pack was made: a copy need not know its own."""
+    packed = PACK / "commit"
+    found = answer("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return found or (packed.read_text().strip() if packed.exists() else "")
+
+
 def unpack(results: Results) -> None:
     """The carried libraries, where none are built."""
     for folder, tree in ((PACK, ROOT), (PACK / "beside", PACK / "beside")):
@@ -273,6 +288,7 @@ def unpack(results: Results) -> None:
 def pack(beside: Path | None) -> int:
     """What travels to a machine with a GPU: the library, compressed; a second tree to compare with; peers."""
     PACK.mkdir(exist_ok=True)
+    (PACK / "commit").write_text(commit())
     trees = {PACK: ROOT} | ({PACK / "beside": beside} if beside else {})
     for folder, tree in trees.items():
         library = tree / "fastloss" / "_ops.so"
@@ -360,13 +376,9 @@ def main() -> int:
 
     until = time.monotonic() + args.seconds - 5.0
     results = Results(args.out)
-    results.add(
-        stage="start",
-        date=time.strftime("%Y-%m-%d"),
-        command=" ".join(sys.argv),
-        device=args.device,
-        note=args.note,
-    )
+    started = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "note": args.note}
+    started |= {"card": answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"), "commit": commit()}
+    results.add(stage="start", device=args.device, **started)
     unpack(results)
     good = True
     for stage in stages(args):

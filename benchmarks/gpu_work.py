@@ -208,26 +208,6 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
             torch.cuda.empty_cache()
 
 
-def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The step as a CUDA graph: without the host's part."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.empty_cache()  # what the runs left lies in this stream's pool: the graph has one of its own
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay() -> Any:
-        graph.replay()
-        return kept
-
-    return replay
-
-
 def candidates(row: Row, names: Sequence[str], device: str) -> dict[str, Callable[..., Tensor]]:
     from fastloss.check import eager_of
 
@@ -244,6 +224,8 @@ def candidates(row: Row, names: Sequence[str], device: str) -> dict[str, Callabl
 
 
 def time_one(row: Row, function: Callable[..., Tensor], device: Device, seconds: float) -> dict[str, Any]:
+    from fastloss._steps import captured
+
     run = row.step(function)
     run()
     device.wait()

@@ -18,7 +18,7 @@ import torch
 
 from fastloss import _report
 from fastloss._registry import Draw, Loss, entries, losses
-from fastloss._steps import Step
+from fastloss._steps import Step, captured
 from fastloss.check import differentiable, eager_of
 
 REPEATS = 5
@@ -45,20 +45,6 @@ def one(step: Step) -> Callable[[], None]:
         step.run()
 
     return run
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """The step as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def measure(loss: Loss, calls: int, device: str) -> dict[str, float | str | list[int]]:

@@ -161,8 +161,8 @@ def forward(
 
     The gradients are divided by the norm of "mean", save for half types: there, what is that small would be lost
     in the logits' gradient, and backward divides at the end, all but a weight's gradient in a half type (see
-    `narrow_weight_gradient`). The numbers after the row loss's two are
-    those of the shape that stands between the products and the logits.
+    `narrow_weight_gradient`). The numbers after the row loss's two are those of the shape that stands between the
+    products and the logits.
     """
     on_cpu = products is PackedProducts
     if not on_cpu:

@@ -2,6 +2,9 @@
 // without the branches that larger or smaller numbers would need.
 #pragma once
 #include "portable.h"
+#if defined(__CUDACC__) || defined(FL_DEVICE_MATH)
+#include "../cuda/ptx.cuh"
+#endif
 
 namespace fastloss::inline FL_ISA {
 
@@ -20,12 +23,8 @@ FL_FN F log1p_of_exp(F e) {
 FL_FN float share_of_exp(float e) {
 #if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
   const float d = 1 + e;
-#if defined(__CUDA_ARCH__)
-  float r;  // 1 unit, and one step of Newton's: the quotient of IEEE asks for its slow path first
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
-#else
-  const float r = 1 / d;
-#endif
+  const float r =
+      cuda::reciprocal_approx(d);  // and one step of Newton's: IEEE's quotient asks for its slow path
   return ::fmaf(r, ::fmaf(-d, r, 1.f), r);
 #else
   return 1 / (1 + e);

@@ -44,12 +44,6 @@ __device__ __forceinline__ R max_of_warp(R top) {
   for (int offset = 16; offset; offset /= 2) top = max(__shfl_xor_sync(0xffffffffu, top, offset), top);
   return top > -R(INFINITY) ? top : R(0);
 }
-template <class R>
-__device__ __forceinline__ R sum_of_warp(R sum) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-  return sum;
-}
 
 // A warp a row of the input: its maximum over the target, and of logits the log of the sum of e^input.
 template <class T>

@@ -16,6 +16,17 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+// 1 / x to 1 ulp.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+#if defined(FL_SIMT)
+  return 1 / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // Lets the compiler take what follows for other numbers than those before, so that it computes again from
 // these 16 bytes what it would else keep in four times as many registers.
 template <class V>

@@ -119,13 +119,6 @@ Grid element_grid(const TileChunk& a) {
   return grid_of<R, 2>(a, 32);
 }
 
-template <class R>
-__device__ __forceinline__ R sum_of_warp(R x) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
-
 // A maximum as that to which exponentials are relative: 0 where there is nothing.
 template <class R>
 __device__ __forceinline__ R base_of(R most) {
