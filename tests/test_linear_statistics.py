@@ -6,7 +6,8 @@ import pytest
 import torch
 from support import same_bits
 
-from fastloss import _linear, reference
+from fastloss import reference
+from fastloss._ops import chunked_linear
 from fastloss.functional import linear_dpo_loss, linear_token_stats, token_stats
 
 
@@ -57,7 +58,7 @@ def test_chunks_change_no_row(dtype, device, monkeypatch):
     x, w, _, index, mask = problem(dtype, device, (40,))
     answers = []
     for size in (1, 7, 100):
-        monkeypatch.setattr(_linear, "rows_of_a_chunk", lambda *_, size=size: size)
+        monkeypatch.setattr(chunked_linear, "rows_of_a_chunk", lambda *_, size=size: size)
         stats = linear_token_stats(x, w, index, mask=mask)
         answers.append((stats.logp, stats.entropy, torch.autograd.grad(combined(stats), x)[0]))
     for answer in answers[1:]:
@@ -67,9 +68,11 @@ def test_chunks_change_no_row(dtype, device, monkeypatch):
 def test_masked_rows_are_not_multiplied(monkeypatch):
     x, w, _, index, mask = problem()
     seen = []
-    real = _linear.PackedProducts.logits
+    real = chunked_linear.PackedProducts.logits
     monkeypatch.setattr(
-        _linear.PackedProducts, "logits", lambda self, out, x: seen.append(len(x)) or real(self, out, x)
+        chunked_linear.PackedProducts,
+        "logits",
+        lambda self, out, x: seen.append(len(x)) or real(self, out, x),
     )
     combined(linear_token_stats(x, w, index, mask=mask)).backward()
     assert seen == [int(mask.sum())] * 2
@@ -88,7 +91,9 @@ def test_nothing_counts(device):
 
 def test_frozen_weight_costs_no_product(monkeypatch):
     x, w, _, index, _ = problem()
-    monkeypatch.setattr(_linear.PackedProducts, "weight_gradient", lambda *_: pytest.fail("not wanted"))
+    monkeypatch.setattr(
+        chunked_linear.PackedProducts, "weight_gradient", lambda *_: pytest.fail("not wanted")
+    )
     stats = linear_token_stats(x, w.detach(), index)
     expected = token_stats(x.detach() @ w.detach().t(), index)
     torch.testing.assert_close(stats.logp, expected.logp)

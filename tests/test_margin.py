@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from support import same_bits
 
-from fastloss import _linear, _linear_shapes
+from fastloss._ops import chunked_linear, logit_transforms
 from fastloss.functional import arcface_loss, cosface_loss, harmonic_loss
 
 
@@ -103,7 +103,7 @@ def test_chunks_change_no_row(loss, monkeypatch):
     x, w, y = problem(rows=30)
     answers = []
     for size in (1, 7, 100):
-        monkeypatch.setattr(_linear, "rows_of_a_chunk", lambda *_, size=size: size)
+        monkeypatch.setattr(chunked_linear, "rows_of_a_chunk", lambda *_, size=size: size)
         value = loss(x, w, y, reduction="none")
         answers.append((value, torch.autograd.grad(value.sum(), x)[0]))
     for answer in answers[1:]:
@@ -113,12 +113,12 @@ def test_chunks_change_no_row(loss, monkeypatch):
 def test_a_chunk_has_room_for_what_stands_beside_it(monkeypatch):
     """What a shape allocates beyond its products is counted."""
     seen = []
-    monkeypatch.setattr(_linear, "rows_of_a_chunk", lambda width, *_: seen.append(width) or 4)
+    monkeypatch.setattr(chunked_linear, "rows_of_a_chunk", lambda width, *_: seen.append(width) or 4)
     x, w, y = problem()
     arcface_loss(x, w.unsqueeze(1).expand(-1, 3, -1), y)
     harmonic_loss(x, w, y)
     assert seen == [20 * 3 + 3 * 20, 2 * 20]
-    assert _linear_shapes.AngularMargin([0.0, 0.5, 0.0, 0.0, 1.0], 6).beside(20) == 0
+    assert logit_transforms.AngularMargin([0.0, 0.5, 0.0, 0.0, 1.0], 6).beside(20) == 0
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastloss import number_token
 from fastloss._registry import Draw
 from fastloss.functional import (
     cross_entropy_with_number_token_loss,
     gaussian_cross_entropy,
     number_token_loss,
 )
+from fastloss.losses import number_token
 
 IDS = torch.tensor([11, 3, 7, 5])
 VALUES = torch.tensor([0.0, 1.0, 4.0, 2.5], dtype=torch.float64)

@@ -9,8 +9,8 @@ from torch.autograd import gradcheck
 
 import fastloss.functional as FL
 import fastloss.reference as R
+from fastloss._cli.check import compare
 from fastloss._registry import Draw, entries, estimators, losses
-from fastloss.check import compare
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastloss._features import reduced
-from fastloss._linear import accumulation_type
+from fastloss._ops.chunked_linear import accumulation_type
+from fastloss._ops.features import reduced
 from fastloss.distributed.collectives import Ranks, agreed, check_group, completed, everyone, multiplied
 from fastloss.distributed.exchange import EXCHANGES
 from fastloss.distributed.similarities import softmax

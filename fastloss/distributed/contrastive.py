@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._checks import check_reduction
-from fastloss._features import labels_of_rows, positive_temperature, rows_of_features, weight_of_rows
-from fastloss._features import number as number_of
-from fastloss._linear import accumulation_type
-from fastloss.contrastive import info_nce_rows
-from fastloss.contrastive_labels import class_sizes
-from fastloss.contrastive_ranking import ranking_rows
+from fastloss._ops.checks import check_reduction
+from fastloss._ops.chunked_linear import accumulation_type
+from fastloss._ops.features import labels_of_rows, positive_temperature, rows_of_features, weight_of_rows
+from fastloss._ops.features import number as number_of
 from fastloss.distributed.call import Call
+from fastloss.losses.contrastive import info_nce_rows
+from fastloss.losses.retrieval import ranking_rows
+from fastloss.losses.supervised_contrastive import class_sizes
 
 __all__ = ["info_nce", "multiple_negatives_ranking_loss", "nt_xent_loss", "sup_con_loss"]
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._checks import check_reduction
-from fastloss._features import marks, rows_of_features, weight_of_rows
-from fastloss._features import number as number_of
-from fastloss._linear import accumulation_type
+from fastloss._ops.checks import check_reduction
+from fastloss._ops.chunked_linear import accumulation_type
+from fastloss._ops.features import marks, rows_of_features, weight_of_rows
+from fastloss._ops.features import number as number_of
 from fastloss.distributed.call import Call
 from fastloss.distributed.similarities import sigmoid
 

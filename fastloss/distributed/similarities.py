@@ -1,6 +1,6 @@
 """The losses of a matrix of similarities of which each rank computes the rows that it holds, tile by tile.
 
-`softmax` and `sigmoid` are to several processes what `SoftmaxOp` and `SigmoidOp` of `fastloss._tiles` are to one:
+`softmax` and `sigmoid` are to several processes what `SoftmaxOp` and `SigmoidOp` of `fastloss._ops` are to one:
 marks and ids are those of all columns, what comes out and what goes in is of this rank's rows and columns.
 """
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastloss import _op
-from fastloss._features import softmax as alone
-from fastloss._linear import accumulation_type
-from fastloss._op import REDUCTIONS
-from fastloss._tiles import SIGMOID, SOFTMAX_GRADIENT, Matrix, Rows
+from fastloss._ops import autograd
+from fastloss._ops.autograd import REDUCTIONS
+from fastloss._ops.chunked_linear import accumulation_type
+from fastloss._ops.features import softmax as alone
+from fastloss._ops.similarity import SIGMOID, SOFTMAX_GRADIENT, Matrix, Rows
 from fastloss.distributed.collectives import Ranks, check_once, in_order
 from fastloss.distributed.exchange import Block, Gathered, Ring
 
 
 def _operators() -> Any:
-    return getattr(torch.ops, _op._namespace)
+    return getattr(torch.ops, autograd._namespace)
 
 
 def _matrix(
@@ -30,7 +30,7 @@ def _matrix(
 ) -> Matrix:
     mark = None if mark is None else mark - block.columns.start  # elsewhere nothing is marked
     col_ids = None if col_ids is None else col_ids[block.columns]
-    on_cpu = _op.runs_on_cpu(block.y)
+    on_cpu = autograd.runs_on_cpu(block.y)
     return Matrix(
         _operators(), on_cpu, x, block.y, scale, bias, mark, row_ids, col_ids, flags, normalize, inverse
     )

@@ -1,71 +1,71 @@
 """Every loss in plain PyTorch, written from its formula: slow, readable, differentiable any number of times."""
 
 from fastloss.reference import (
-    aggregate,
-    alignment,
+    aggregation,
+    angular_margin,
+    classification,
     contrastive,
-    divergence,
-    flow,
+    ctc,
+    distillation,
+    elementwise,
     focal,
+    gflownet,
     linear,
-    margin,
-    metric,
+    metric_learning,
     number_token,
     pointwise,
     policy,
     preference,
-    ranking,
-    regression,
+    returns,
+    reward_model,
     rewards,
-    sequence,
-    statistics,
     survival,
-    token,
+    token_statistics,
 )
-from fastloss.reference.aggregate import *  # noqa: F403
-from fastloss.reference.alignment import *  # noqa: F403
+from fastloss.reference.aggregation import *  # noqa: F403
+from fastloss.reference.angular_margin import *  # noqa: F403
+from fastloss.reference.classification import *  # noqa: F403
 from fastloss.reference.contrastive import *  # noqa: F403
-from fastloss.reference.divergence import *  # noqa: F403
-from fastloss.reference.flow import *  # noqa: F403
+from fastloss.reference.ctc import *  # noqa: F403
+from fastloss.reference.distillation import *  # noqa: F403
+from fastloss.reference.elementwise import *  # noqa: F403
 from fastloss.reference.focal import *  # noqa: F403
+from fastloss.reference.gflownet import *  # noqa: F403
 from fastloss.reference.linear import *  # noqa: F403
-from fastloss.reference.margin import *  # noqa: F403
-from fastloss.reference.metric import *  # noqa: F403
+from fastloss.reference.metric_learning import *  # noqa: F403
 from fastloss.reference.number_token import *  # noqa: F403
 from fastloss.reference.pointwise import *  # noqa: F403
 from fastloss.reference.policy import *  # noqa: F403
 from fastloss.reference.preference import *  # noqa: F403
-from fastloss.reference.ranking import *  # noqa: F403
-from fastloss.reference.regression import *  # noqa: F403
+from fastloss.reference.returns import *  # noqa: F403
+from fastloss.reference.reward_model import *  # noqa: F403
 from fastloss.reference.rewards import *  # noqa: F403
-from fastloss.reference.sequence import *  # noqa: F403
-from fastloss.reference.statistics import *  # noqa: F403
 from fastloss.reference.survival import *  # noqa: F403
-from fastloss.reference.token import *  # noqa: F403
+from fastloss.reference.token_statistics import *  # noqa: F403
 
 __all__ = [
     name
     for family in (
-        token,
+        classification,
         focal,
-        statistics,
-        divergence,
+        token_statistics,
+        distillation,
         number_token,
         pointwise,
-        regression,
+        elementwise,
         preference,
-        ranking,
+        reward_model,
         policy,
-        flow,
+        gflownet,
         rewards,
-        sequence,
+        returns,
         survival,
-        alignment,
+        ctc,
         linear,
         contrastive,
-        margin,
-        metric,
-        aggregate,
+        angular_margin,
+        metric_learning,
+        aggregation,
     )
     for name in family.__all__
 ]

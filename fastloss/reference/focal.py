@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.token import nll_of
+from fastloss.reference.classification import nll_of
 
 __all__ = ["softmax_focal_loss"]
 

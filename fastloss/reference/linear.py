@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastloss.reference.classification import cross_entropy
 from fastloss.reference.preference import dpo_loss
-from fastloss.reference.statistics import TokenStats, token_stats
-from fastloss.reference.token import cross_entropy
+from fastloss.reference.token_statistics import TokenStats, token_stats
 
 __all__ = ["linear_cross_entropy", "linear_dpo_loss", "linear_token_stats"]
 

@@ -1,0 +1,196 @@
+"""Token classification: losses of rows of logits with a class, or a distribution over classes, as target."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+from fastloss import reference
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
+from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
+from fastloss._ops.rowwise import RowOp
+from fastloss._registry import Draw, Loss, register
+
+
+def _cross_entropy_reference(
+    input, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap, numbers, wide
+):
+    loss = reference.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=list(REDUCTIONS)[reduction],
+        label_smoothing=numbers[0], z_loss=numbers[1], logit_scale=logit_scale, softcap=softcap,
+        sample_weight=row_weight,
+    )  # fmt: skip
+    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+
+
+__all__ = ["cross_entropy"]
+
+cross_entropy_rows = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
+
+
+def is_wide(input: Tensor) -> bool:
+    """Under autocast a loss of half types is float32, as torch's are."""
+    return input.dtype in HALF_TYPES and torch.is_autocast_enabled(input.device.type)
+
+
+def call_rows(
+    op: RowOp, tensors: tuple[Tensor | None, ...], options: tuple, inplace_backward: bool
+) -> Tensor:
+    try:
+        return op(tensors, options, inplace_backward)
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(str(error)) from None
+        raise
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Cross-entropy between logits and classes or class probabilities, in one read of the logits.
+
+    With :math:`z = c \tanh(s x / c)` (scale `s`, softcap `c`; without softcap :math:`z = s x`) and
+    :math:`\mathrm{lse} = \log \sum_c e^{z_c}`, the loss of a row with class :math:`y` is
+
+    .. math:: w_y \left[(1 - \varepsilon)(\mathrm{lse} - z_y) + \zeta\, \mathrm{lse}^2\right]
+              + \frac{\varepsilon}{C} \sum_c w_c (\mathrm{lse} - z_c)
+
+    and with probabilities :math:`q`
+
+    .. math:: \sum_c w_c \left[(1 - \varepsilon) q_c + \tfrac{\varepsilon}{C}\right] (\mathrm{lse} - z_c)
+              + \zeta\, \mathrm{lse}^2 .
+
+    The gradient is written while the row is in cache; no softmax is stored. The loss of a row keeps its relative
+    precision however far the target wins, and does not depend on the other rows or on the number of threads.
+
+    Args:
+        input: logits `(C)`, `(N, C)` or `(N, C, d1, ...)`; float32, float64, bfloat16 or float16, any strides.
+        target: classes, int64 (or uint8), of the input's shape without `C`; or probabilities of its full shape.
+        weight: `(C)`, a weight :math:`w` for each class. Default: 1.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        reduction: `"none"`, `"sum"` or `"mean"`: the sum over rows divided by the sum of :math:`w_y` times
+            `sample_weight` over the rows that are not ignored (with probabilities: of `sample_weight`).
+        label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
+        logit_scale: :math:`s`, multiplies the logits. Default: 1.
+        softcap: :math:`c > 0`, bounds the logits (Gemma 2). Default: none.
+        z_loss: :math:`\zeta`, draws lse towards 0 (PaLM, ST-MoE). Default: 0.
+        sample_weight: a weight for each row, of the shape of the classes. Default: 1.
+        inplace_backward: write the gradient into the memory of `input` during backward: no extra memory, the
+            logits are lost, a second backward raises. Default: False.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for half
+        types under autocast).
+
+    Raises:
+        ValueError, RuntimeError, IndexError: for the arguments for which torch raises them. On CUDA, where a
+            look at the targets would wait for the device, a class out of bounds gives NaN instead.
+
+    Source: `torch.nn.functional.cross_entropy`; softcap https://arxiv.org/abs/2408.00118, z-loss
+    https://arxiv.org/abs/2204.02311.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    mode = check_reduction(reduction)
+    check_rows(input, target, weight, ignore_index)
+    check_tensors(input, sample_weight=sample_weight)
+    check_weight_type("sample_weight", sample_weight, input)
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
+    cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
+    if sample_weight is not None and sample_weight.shape != input.shape[:1] + input.shape[2:]:
+        raise ValueError(
+            f"sample_weight: expected one number for each row, got shape {tuple(sample_weight.shape)}"
+        )
+    if target.dtype == torch.uint8:
+        target = target.long()
+    elif target.dtype != input.dtype and target.is_floating_point():
+        wider = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(wider), target.to(wider)
+    elif input.dim() == 1 and not target.is_floating_point():
+        target = target.reshape(())
+    numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
+    options = (ignore_index, mode, check_number("logit_scale", logit_scale), cap, numbers, is_wide(input))
+    return call_rows(cross_entropy_rows, (input, target, weight, sample_weight), options, inplace_backward)
+
+
+def classes_of(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    return draw.index(shape[1], shape[0], *shape[2:])
+
+
+def some_ignored(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    target = classes_of(draw, shape)
+    return torch.where(draw.index(3, *target.shape) == 0, -100, target)
+
+
+register(
+    Loss(
+        name="cross_entropy",
+        family="token",
+        function=cross_entropy,
+        reference=reference.cross_entropy,
+        eager=F.cross_entropy,
+        replaces="torch.nn.functional.cross_entropy",
+        inputs=lambda draw, shape: {
+            "input": draw.normal(*shape, scale=3.0),
+            "target": classes_of(draw, shape),
+        },
+        wrt=("input",),
+        forward_arguments=("input", "target", "sample_weight"),
+        cases={
+            "plain": {},
+            "sum": {"reduction": "sum"},
+            "none": {"reduction": "none"},
+            "ignored": {"target": some_ignored},
+            "weight": {"weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0)},
+            "smoothing": {"label_smoothing": 0.1, "target": some_ignored},
+            "weight+smoothing": {
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.2,
+                "target": some_ignored,
+            },
+            "probabilities": {"target": lambda d, s: d.simplex(*s)},
+            "probabilities+weight+smoothing": {
+                "target": lambda d, s: d.simplex(*s),
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.1,
+            },
+            "scale": {"logit_scale": 0.25},
+            "softcap": {"softcap": 5.0},
+            "z_loss": {"z_loss": 1e-2},
+            "sample_weight": {"sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0)},
+            "everything": {
+                "target": some_ignored,
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.1,
+                "logit_scale": 0.5,
+                "softcap": 10.0,
+                "z_loss": 1e-3,
+                "sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0),
+            },
+        },
+        shapes=((7, 1), (3, 33), (5, 1000), (4, 4099), (2, 32003), (2, 5, 3), (2, 17, 3, 5)),
+        bench_shape=(4096, 32000),
+        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
+    )
+)

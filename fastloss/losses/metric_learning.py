@@ -1,0 +1,333 @@
+"""Losses of pairs and triplets of rows of features; the rows are read once, and what is left is one number a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+from fastloss import reference
+from fastloss._ops.autograd import Op
+from fastloss._ops.checks import check_floating, check_number, check_real, check_reduction, check_tensors
+from fastloss._ops.chunked_linear import accumulation_type
+from fastloss._registry import Draw, Loss, register
+
+__all__ = ["contrastive_loss", "cosine_embedding_loss", "kelp_ranking_loss", "triplet_margin_loss"]
+
+_formulas = reference.metric_learning
+_sums = Op(
+    "feature_pairs",
+    _formulas.pair_sums,
+    lambda a, b, c, eps: a.new_empty([4 if c is None else 8, a.shape[0]], dtype=accumulation_type(a.dtype)),
+    tensors=3,
+    wrt=(0, 1, 2),
+)
+
+
+def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
+    """Checks that all are rows of one shape and type; gives them two dimensions, and the type of the result."""
+    (first, x), *_ = tensors.items()
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{first}: expected a Tensor, got {type(x).__name__}")
+    for name, t in tensors.items():
+        check_tensors(x, **{name: t})
+        check_floating(name, t)
+        if not 1 <= t.dim() <= 2:
+            raise RuntimeError(f"{name}: expected shape (D) or (N, D), got {tuple(t.shape)}")
+        if t.shape != x.shape:
+            raise RuntimeError(
+                f"{name}: expected the shape of {first}, {tuple(x.shape)}, got {tuple(t.shape)}"
+            )
+        if t.dtype != x.dtype:
+            raise RuntimeError(f"{name}: expected the dtype of {first}, {x.dtype}, got {t.dtype}")
+    wide = torch.is_autocast_enabled(x.device.type)
+    dtype = accumulation_type(x.dtype) if wide else x.dtype
+    single = x.dim() == 1
+    return [t.unsqueeze(0) if single else t for t in tensors.values()], dtype, single
+
+
+def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, single: bool = False) -> Tensor:
+    loss = loss.squeeze(0) if single else loss
+    return _formulas.reduced(loss, reduction).to(dtype)
+
+
+def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    check_reduction(reduction)
+    return reduction
+
+
+def pair_sums(a: Tensor, *others: Tensor, eps: float = 0.0) -> list[Tensor]:
+    """Of a and each of one or two others, in one read, [4, rows]: <a, b>, <a, a>, <b, b>, |a - b + eps|^2."""
+    b, c = others if len(others) == 2 else (*others, None)
+    return list(_sums((a, b, c), (eps,)).split(4))
+
+
+def _cosines(a: Tensor, *others: Tensor, eps: float, floor: float) -> list[Tensor]:
+    return [
+        dot / ((aa + eps) * (bb + eps)).clamp_min(floor).sqrt() for dot, aa, bb, _ in pair_sums(a, *others)
+    ]
+
+
+def cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Draws pairs with target 1 together and pairs with target -1 apart.
+
+    A pair has :math:`1 - \cos(x_1, x_2)` if its target is :math:`y = 1`, and :math:`\max(0, \cos(x_1, x_2) - m)` if
+    :math:`y = -1`.
+
+    Args:
+        input1, input2: rows of one shape `(N, D)` or `(D)`; float32, float64, bfloat16 or float16.
+        target: 1 or -1 for each row, `(N)` or `()`.
+        margin: :math:`m`, mostly in [0, 0.5]. Default: 0.
+        size_average, reduce: deprecated, as in torch.
+        reduction: `"none"`, `"mean"` or `"sum"`.
+
+    Returns:
+        A scalar, or for `"none"` one number for each row, of the inputs' type (float32 for half types under
+        autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+
+    Source: `torch.nn.functional.cosine_embedding_loss`.
+    """
+    reduction = _legacy(size_average, reduce, reduction)
+    (a, b), dtype, single = rows_alike(input1=input1, input2=input2)
+    check_tensors(a, target=target)
+    if target.shape != input1.shape[:-1]:
+        raise RuntimeError(
+            f"target: expected shape {tuple(input1.shape[:-1])}, one number for each row, got {tuple(target.shape)}"
+        )
+    margin = check_number("margin", margin)
+    (cos,) = _cosines(a, b, eps=1e-12, floor=0.0)
+    target = target.reshape(-1)
+    loss = (1 - cos).masked_fill(target != 1, 0.0) + torch.relu(cos - margin).masked_fill(target != -1, 0.0)
+    return reduced(loss, reduction, dtype, single)
+
+
+def triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2.0,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    *,
+    squared: bool = False,
+) -> Tensor:
+    r"""An anchor is to be nearer to its positive than to its negative, by a margin.
+
+    .. math:: \max(0, d(a, p) - d(a, n) + m), \quad d(x, y) = \lVert x - y + \epsilon \rVert_p
+
+    Args:
+        anchor, positive, negative: rows of one shape `(N, D)` or `(D)`; float32, float64, bfloat16 or float16.
+        margin: :math:`m`. Default: 1.
+        p: the norm. Default: 2; others are computed by torch's operations.
+        eps: :math:`\epsilon`. Default: 1e-6.
+        swap: take the smaller of :math:`d(a, n)` and :math:`d(p, n)`. Default: False.
+        size_average, reduce: deprecated, as in torch.
+        reduction: `"none"`, `"mean"` or `"sum"`.
+        squared: distances are squared, as in FaceNet, there with margin 0.2 on rows of length 1. Default: False.
+
+    Returns:
+        A scalar, or for `"none"` one number for each row, of the inputs' type (float32 for half types under
+        autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+
+    Source: `torch.nn.functional.triplet_margin_loss`; FaceNet https://arxiv.org/abs/1503.03832.
+    """
+    reduction = _legacy(size_average, reduce, reduction)
+    (a, b, c), dtype, single = rows_alike(anchor=anchor, positive=positive, negative=negative)
+    margin, eps = check_number("margin", margin), check_number("eps", eps)
+    if margin <= 0:
+        raise ValueError(f"margin: expected a number greater than 0, got {margin}")
+    if p == 2:
+
+        def distances(x: Tensor, *others: Tensor) -> list[Tensor]:
+            squares = (sums[3] for sums in pair_sums(x, *others, eps=eps))
+            return [square if squared else _formulas.length(square) for square in squares]
+    else:
+
+        def distances(x: Tensor, *others: Tensor) -> list[Tensor]:
+            wide = accumulation_type(x.dtype)
+            found = (F.pairwise_distance(x.to(wide), y.to(wide), p, eps) for y in others)
+            return [d.square() if squared else d for d in found]
+
+    near, far = distances(a, b, c)
+    if swap:
+        far = torch.minimum(far, *distances(b, c))
+    return reduced(torch.relu(near - far + margin), reduction, dtype, single)
+
+
+def contrastive_loss(
+    input1: Tensor, input2: Tensor, label: Tensor, margin: float = 1.0, *, reduction: str = "mean"
+) -> Tensor:
+    r"""Hadsell's contrastive loss: similar pairs are drawn together, others pushed a margin apart.
+
+    With the distance :math:`D` of a pair and its label :math:`Y`, 0 for similar,
+
+    .. math:: \tfrac12 (1 - Y) D^2 + \tfrac12 Y \max(0, m - D)^2
+
+    Where two rows are equal the derivative of :math:`D` is taken to be 0.
+
+    Args:
+        input1, input2: rows of one shape `(N, D)`; float32, float64, bfloat16 or float16.
+        label: `(N)`, 0 for a similar pair, 1 for another.
+        margin: :math:`m`. Default: 1.
+        reduction: `"none"`, `"mean"` or `"sum"`.
+
+    Returns:
+        A scalar, or for `"none"` one number for each pair, of the inputs' type (float32 for half types under
+        autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+
+    Source: Hadsell, Chopra, LeCun 2006, https://doi.org/10.1109/CVPR.2006.100.
+    """
+    check_reduction(reduction)
+    (a, b), dtype, single = rows_alike(input1=input1, input2=input2)
+    if single:
+        raise ValueError(f"input1: expected shape (N, D), got {tuple(input1.shape)}")
+    check_tensors(a, label=label)
+    check_real(label=label)
+    if label.shape != a.shape[:1]:
+        raise ValueError(
+            f"label: expected one number for each of {a.shape[0]} rows, got {tuple(label.shape)}"
+        )
+    square = pair_sums(a, b)[0][3]
+    apart = torch.relu(check_number("margin", margin) - _formulas.length(square)).square()
+    y = label.to(square.dtype)
+    return reduced(0.5 * ((1 - y) * square + y * apart), reduction, dtype)
+
+
+def kelp_ranking_loss(
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 0.5,
+    *,
+    variant: str = "ranking",
+    reduction: str = "sum",
+) -> Tensor:
+    r"""KELP's ranking of knowledge paths: a query is to be nearer to a useful path than to another.
+
+    Query :math:`i` has :math:`\max(0, \cos(q_i, n_i) - \cos(q_i, p_i) + m)`. The variant `"mean_cosine"` is what the
+    released code computes instead, of the means over queries:
+    :math:`\max(0, 1 - \overline{\cos(q, p)}) + \max(0, 1 + \overline{\cos(q, n)})`.
+
+    Args:
+        query, positive, negative: rows of one shape `(N, D)`; float32, float64, bfloat16 or float16.
+        margin: :math:`m`, of the ranking alone. Default: 0.5.
+        variant: `"ranking"` or `"mean_cosine"`.
+        reduction: `"none"`, `"mean"` or `"sum"`, of the ranking alone. Default: `"sum"`.
+
+    Returns:
+        A scalar, or for `"none"` one number for each query, of the inputs' type (float32 for half types under
+        autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: KELP, Liu et al. 2024, https://arxiv.org/abs/2406.13862.
+    """
+    check_reduction(reduction)
+    if variant not in ("ranking", "mean_cosine"):
+        raise ValueError(f"variant: expected 'ranking' or 'mean_cosine', got {variant!r}")
+    (q, near, far), dtype, single = rows_alike(query=query, positive=positive, negative=negative)
+    if single:
+        raise ValueError(f"query: expected shape (N, D), got {tuple(query.shape)}")
+    near, far = _cosines(q, near, far, eps=0.0, floor=1e-32)
+    if variant == "mean_cosine":
+        return (torch.relu(1 - near.mean()) + torch.relu(1 + far.mean())).to(dtype)
+    return reduced(torch.relu(far - near + check_number("margin", margin)), reduction, dtype)
+
+
+# ---- registry
+
+
+def _drawn(*names: str):
+    return lambda draw, shape: {name: draw.normal(*shape) for name in names}
+
+
+def _pair(name: str, low: int, step: int):
+    def inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        rows = {"input1": draw.normal(*shape), "input2": draw.normal(*shape)}
+        return rows | {name: draw.index(2, shape[0]) * step + low}
+
+    return inputs
+
+
+def register_metric(function: Callable[..., Tensor], case: dict, **entry) -> None:
+    register(
+        Loss(
+            name=function.__name__,
+            family="metric",
+            function=function,
+            reference=getattr(reference, function.__name__),
+            cases={"plain": {}, **case},
+            shapes=((5, 7), (1, 9), (23, 16), (4, 33), (70, 200)),
+            traffic=lambda shape, itemsize, backward: (
+                (3 if backward else 1) * len(entry["wrt"]) * shape[0] * shape[1] * itemsize
+            ),
+            **entry,
+        )
+    )
+
+
+register_metric(
+    cosine_embedding_loss,
+    {"everything": {"margin": -0.5, "reduction": "none"}},
+    replaces="torch.nn.functional.cosine_embedding_loss",
+    inputs=_pair("target", -1, 2),
+    wrt=("input1", "input2"),
+    forward_arguments=("input1", "input2", "target"),
+    bench_shape=(65536, 256),
+)
+register_metric(
+    triplet_margin_loss,
+    {
+        "swap": {"swap": True, "margin": 0.5},
+        "p=1": {"p": 1.0, "reduction": "sum"},
+        "everything": {"squared": True, "swap": True, "margin": 2.0, "reduction": "none"},
+    },
+    replaces="torch.nn.functional.triplet_margin_loss",
+    inputs=_drawn("anchor", "positive", "negative"),
+    wrt=("anchor", "positive", "negative"),
+    forward_arguments=("anchor", "positive", "negative"),
+    bench_shape=(65536, 256),
+)
+register_metric(
+    contrastive_loss,
+    {"everything": {"margin": 6.0, "reduction": "none"}},
+    inputs=_pair("label", 0, 1),
+    wrt=("input1", "input2"),
+    forward_arguments=("input1", "input2", "label"),
+    bench_shape=(65536, 256),
+)
+register_metric(
+    kelp_ranking_loss,
+    {"mean": {"variant": "mean_cosine"}, "everything": {"margin": 0.3, "reduction": "none"}},
+    inputs=_drawn("query", "positive", "negative"),
+    wrt=("query", "positive", "negative"),
+    forward_arguments=("query", "positive", "negative"),
+    bench_shape=(65536, 256),
+)

@@ -1,0 +1,340 @@
+"""Recursions along the steps of episodes: advantages and returns, in one pass over memory each way."""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss._ops.autograd import Op
+from fastloss._registry import Draw, Loss, register_estimator
+
+__all__ = ["discounted_returns", "gae", "td_lambda_returns", "vtrace"]
+
+
+def _gae_reference(
+    rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask, cu_seqlens, options
+):
+    values = torch.zeros_like(rewards) if values is None else values
+    return reference.gae(
+        rewards, values, terminated, truncated, gamma=options[0], lam=options[1], next_values=next_values,
+        bootstrap_value=bootstrap_value, mask=mask, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def _vtrace_reference(
+    rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask, cu_seqlens, options
+):
+    return reference.vtrace(
+        log_rhos, rewards, values, terminated, truncated, gamma=options[0], lam=options[1],
+        clip_rho_threshold=options[2], clip_pg_rho_threshold=options[3], next_values=next_values,
+        bootstrap_value=bootstrap_value, mask=mask, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+def _two_like_rewards(rewards, *_):
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+
+
+_gae = Op("gae", _gae_reference, _two_like_rewards, tensors=9, wrt=(0, 1, 2, 3), outputs=2)
+_vtrace = Op("vtrace", _vtrace_reference, _two_like_rewards, tensors=9, wrt=(), outputs=2)
+
+
+def step_arguments(
+    numbers: dict[str, Tensor | None],
+    flags: dict[str, Tensor | None],
+    bootstrap_value: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None], Tensor | None]:
+    """Checks them; the numbers in one dtype, the flags as bool."""
+    rewards = numbers["rewards"]
+    for name, x in numbers.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point type, got {x.dtype}")
+    if rewards.dim() == 0:
+        raise ValueError("rewards: expected at least one dimension, time being the last")
+    for name, x in {**numbers, **flags}.items():
+        if x is not None and x.shape != rewards.shape:
+            raise ValueError(
+                f"{name}: expected the shape of rewards, {tuple(rewards.shape)}, got {tuple(x.shape)}"
+            )
+        if x is not None and x.device != rewards.device:
+            raise ValueError(f"{name}: expected a tensor on {rewards.device}, got one on {x.device}")
+    if flags.get("truncated") is not None and numbers.get("next_values") is None:
+        raise ValueError(
+            "truncated: needs next_values: behind a truncated step, values[t + 1] belongs to another episode"
+        )
+    if bootstrap_value is not None and numbers.get("next_values") is not None:
+        raise ValueError("bootstrap_value: not with next_values, whose last step tells it")
+    rows = rewards.shape[:-1]
+    if cu_seqlens is not None:
+        if rewards.dim() != 1:
+            raise ValueError(f"rewards: expected one dimension with cu_seqlens, got {tuple(rewards.shape)}")
+        if (
+            cu_seqlens.dim() != 1
+            or cu_seqlens.numel() == 0
+            or cu_seqlens.dtype not in (torch.int32, torch.int64)
+        ):
+            raise ValueError("cu_seqlens: expected one dimension of int32 or int64, beginning with 0")
+        rows = torch.Size([cu_seqlens.numel() - 1])
+        cu_seqlens = cu_seqlens.long()
+    if bootstrap_value is not None and bootstrap_value.shape != rows:
+        raise ValueError(
+            f"bootstrap_value: expected a number for each sequence, {tuple(rows)}, got {tuple(bootstrap_value.shape)}"
+        )
+    present = [x for x in (*numbers.values(), bootstrap_value) if x is not None]
+    dtype = reduce(torch.promote_types, [x.dtype for x in present])
+    return (
+        [None if x is None else x.to(dtype) for x in numbers.values()],
+        None if bootstrap_value is None else bootstrap_value.to(dtype),
+        [None if x is None else x.bool() for x in flags.values()],
+        cu_seqlens,
+    )
+
+
+def _discounts(gamma: float, lam: float) -> list[float]:
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        if not 0.0 <= x <= 1.0:
+            raise ValueError(f"{name}: expected a number between 0 and 1, got {x}")
+    return [float(gamma), float(lam)]
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    *,
+    gamma: float = 0.99,
+    lam: float = 0.95,
+    next_values: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Generalised advantage estimation: advantages :math:`A` and returns :math:`A + V`, in one kernel.
+
+    .. math:: \delta_t = r_t + \gamma (1 - \mathrm{terminated}_t) V_{t+1} - V_t, \qquad
+              A_t = \delta_t + \gamma \lambda (1 - \mathrm{terminated}_t) (1 - \mathrm{truncated}_t) A_{t+1}
+
+    The results are linear in rewards and values and carry exact gradients where these require them; as targets of
+    a policy loss they are meant without: call under `torch.no_grad()` or give `values.detach()`.
+
+    Args:
+        rewards: :math:`r`, shape `(..., T)`, time being the last dimension; float32, float64, bfloat16, float16.
+        values: :math:`V(s_t)`, of the same shape.
+        terminated: bool, same shape: the episode ended, nothing follows. Default: nowhere.
+        truncated: bool, same shape: the episode was cut off; its value is bootstrapped, the trace ends. Needs
+            `next_values`. Default: nowhere; the last step needs no mark.
+        gamma: :math:`\gamma` in [0, 1]. Default: 0.99.
+        lam: :math:`\lambda` in [0, 1]. Default: 0.95.
+        next_values: :math:`V(s_{t+1})` as it was before a reset, same shape. Default: `values` one step later.
+        bootstrap_value: :math:`V(s_T)` behind the last step, shape `(...)`. Default: 0.
+        mask: bool, same shape; where False there is no step: the steps around it are neighbours, the results 0.
+            Default: everywhere True.
+        cu_seqlens: int32 or int64 `(S + 1)`, from 0 to N: sequences packed one behind the other in tensors `(N)`;
+            `bootstrap_value` then is `(S)`. Default: none.
+
+    Returns:
+        Advantages and returns, of the shape of rewards and the wider type of rewards and values.
+
+    Raises:
+        ValueError, TypeError: for shapes, types and options other than these, naming the argument. Offsets are
+            checked on the CPU; on CUDA, where that would wait for the device, nothing outside is touched.
+
+    Source: https://arxiv.org/abs/1506.02438; terminated and truncated as in gymnasium and TorchRL, masks as in verl.
+    """
+    (r, v, n), b, (term, trunc, m), cu = step_arguments(
+        {"rewards": rewards, "values": values, "next_values": next_values},
+        {"terminated": terminated, "truncated": truncated, "mask": mask},
+        bootstrap_value, cu_seqlens,
+    )  # fmt: skip
+    return _gae((r, v, n, b, None, term, trunc, m, cu), (_discounts(gamma, lam),))
+
+
+def td_lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    *,
+    gamma: float = 0.99,
+    lam: float = 0.95,
+    next_values: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""TD(:math:`\lambda`) returns, the targets of a value function.
+
+    .. math:: G_t = r_t + \gamma (1 - \mathrm{terminated}_t) \left[(1 - \lambda) V_{t+1} + \lambda G_{t+1}\right]
+
+    with :math:`G_{t+1} = V_{t+1}` behind a truncated or the last step. Equal to the second result of `gae`.
+
+    Args:
+        rewards, values, terminated, truncated: as for `gae`, shape `(..., T)`.
+        gamma, lam: :math:`\gamma` and :math:`\lambda` in [0, 1]; `lam` 0 gives TD(0), 1 Monte Carlo returns.
+        next_values, bootstrap_value, mask, cu_seqlens: as for `gae`.
+
+    Returns:
+        The returns, of the shape of rewards; differentiable in rewards and values.
+
+    Raises:
+        ValueError, TypeError: as `gae`.
+
+    Source: Sutton and Barto, Reinforcement Learning, chapter 12; https://arxiv.org/abs/1506.02438.
+    """
+    return gae(
+        rewards, values, terminated, truncated, gamma=gamma, lam=lam, next_values=next_values,
+        bootstrap_value=bootstrap_value, mask=mask, cu_seqlens=cu_seqlens,
+    )[1]  # fmt: skip
+
+
+def discounted_returns(
+    rewards: Tensor,
+    terminated: Tensor | None = None,
+    *,
+    gamma: float = 0.99,
+    bootstrap_value: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""Discounted sums of the rewards to come (reward to go).
+
+    .. math:: G_t = r_t + \gamma (1 - \mathrm{terminated}_t)\, G_{t+1}
+
+    Args:
+        rewards: shape `(..., T)`, time being the last dimension; float32, float64, bfloat16, float16.
+        terminated: bool, same shape: an episode ended here. Default: nowhere. For truncated episodes see
+            `td_lambda_returns` with `lam` 1.
+        gamma: :math:`\gamma` in [0, 1]. Default: 0.99.
+        bootstrap_value: :math:`G_T`, shape `(...)`. Default: 0.
+        mask, cu_seqlens: as for `gae`.
+
+    Returns:
+        The returns, of the shape of rewards; differentiable.
+
+    Raises:
+        ValueError, TypeError: as `gae`.
+
+    Source: Sutton and Barto, Reinforcement Learning, section 3.3; https://arxiv.org/abs/1506.02438.
+    """
+    (r,), b, (term, m), cu = step_arguments(
+        {"rewards": rewards}, {"terminated": terminated, "mask": mask}, bootstrap_value, cu_seqlens
+    )
+    return _gae((r, None, None, b, None, term, None, m, cu), (_discounts(gamma, 1.0),))[0]
+
+
+def vtrace(
+    log_rhos: Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    *,
+    gamma: float = 0.99,
+    lam: float = 1.0,
+    clip_rho_threshold: float = 1.0,
+    clip_pg_rho_threshold: float = 1.0,
+    next_values: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""V-trace: value targets :math:`v` and policy gradient advantages of off-policy steps, without gradients.
+
+    With :math:`\rho_t = \min(\bar\rho, e^{\ell_t})`, :math:`c_t = \lambda \min(1, e^{\ell_t})` and continuation
+    :math:`d_t = (1 - \mathrm{terminated}_t)(1 - \mathrm{truncated}_t)`,
+
+    .. math:: v_t - V_t = \rho_t \left(r_t + \gamma (1 - \mathrm{terminated}_t) V_{t+1} - V_t\right)
+              + \gamma d_t c_t (v_{t+1} - V_{t+1}), \qquad
+              A_t = \min(\bar\rho_{pg}, e^{\ell_t}) \left(r_t + \gamma (1 - \mathrm{terminated}_t) v_{t+1} - V_t\right)
+
+    where behind a truncated or the last step :math:`v_{t+1} = V_{t+1}`.
+
+    Args:
+        log_rhos: :math:`\ell_t = \log \pi(a_t) - \log \mu(a_t)`, shape `(..., T)`.
+        rewards, values, terminated, truncated: as for `gae`, of the same shape.
+        gamma, lam: :math:`\gamma` and :math:`\lambda` in [0, 1]. Default: 0.99 and 1.
+        clip_rho_threshold: :math:`\bar\rho`. Default: 1.
+        clip_pg_rho_threshold: :math:`\bar\rho_{pg}`. Default: 1.
+        next_values, bootstrap_value, mask, cu_seqlens: as for `gae`.
+
+    Returns:
+        :math:`v` and :math:`A`, of the shape of rewards. They are targets: no gradient flows through them.
+
+    Raises:
+        ValueError, TypeError: as `gae`.
+
+    Source: https://arxiv.org/abs/1802.01561 and its released code.
+    """
+    (r, v, n, rho), b, (term, trunc, m), cu = step_arguments(
+        {"rewards": rewards, "values": values, "next_values": next_values, "log_rhos": log_rhos},
+        {"terminated": terminated, "truncated": truncated, "mask": mask},
+        bootstrap_value, cu_seqlens,
+    )  # fmt: skip
+    options = [*_discounts(gamma, lam), float(clip_rho_threshold), float(clip_pg_rho_threshold)]
+    with torch.no_grad():
+        r, v, n, b, rho = (None if x is None else x.detach() for x in (r, v, n, b, rho))
+        return _vtrace((r, v, n, b, rho, term, trunc, m, cu), (options,))
+
+
+# ---- registration
+
+
+def _eager_gae(rewards, values, gamma=0.99, lam=0.95):
+    """The loop that people write."""
+    behind, value, found = 0.0, 0.0, []
+    for t in reversed(range(rewards.shape[-1])):
+        delta = rewards[..., t] + gamma * value - values[..., t]
+        behind = delta + gamma * lam * behind
+        value = values[..., t]
+        found.append(behind)
+    advantages = torch.stack(found[::-1], -1)
+    return advantages, advantages + values
+
+
+def _steps(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    return {"rewards": draw.normal(*shape), "values": draw.normal(*shape)}
+
+
+def _ends(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    return draw.index(9, *shape) == 0
+
+
+_ENDS = {"terminated": _ends, "truncated": _ends, "next_values": lambda d, s: d.normal(*s)}
+_MASKED = {"mask": lambda d, s: d.index(4, *s) > 0, "bootstrap_value": lambda d, s: d.normal(*s[:-1])}
+_MORE = ("terminated", "truncated", "next_values", "bootstrap_value", "mask", "cu_seqlens")
+
+for _function, _inputs, _eager, _count in (
+    (gae, _steps, _eager_gae, 4),
+    (td_lambda_returns, _steps, None, 4),
+    (discounted_returns, lambda d, s: {"rewards": d.normal(*s)}, None, 3),
+    (vtrace, lambda d, s: {"log_rhos": d.normal(*s, scale=0.3), **_steps(d, s)}, None, 5),
+):
+    _names = tuple(_inputs(Draw(), (1, 1)))
+    register_estimator(
+        Loss(
+            name=_function.__name__,
+            family="returns",
+            function=_function,
+            reference=getattr(reference, _function.__name__),
+            eager=_eager,
+            inputs=_inputs,
+            wrt=(),  # they are targets, called without gradients
+            forward_arguments=(*_names, *_MORE),
+            cases={"plain": {}, "masked": _MASKED}
+            | ({} if _function is discounted_returns else {"ends": _ENDS}),
+            shapes=((1, 1), (3, 33), (2, 3, 5)),
+            bench_shape=(64, 1024),
+            traffic=lambda shape, itemsize, backward, count=_count: (
+                (2 if backward else 1) * count * math.prod(shape) * itemsize
+            ),
+            unrolls=True,
+        )
+    )
