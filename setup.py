@@ -121,16 +121,13 @@ class NinjaBuild(build_ext):
         objects = [
             compile_(f"ops/{p.name}", f"{stable} {cuda}") for p in sorted((CSRC / "ops").glob("*.cpp"))
         ]
-        once = {"dispatch.cpp", "pool.cpp", "scratch.cpp"}
-        for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            if source.name in once:
-                objects.append(compile_(f"cpu/{source.name}", ""))
-                continue
+        objects += [compile_(f"cpu/{p.name}", "") for p in sorted((CSRC / "cpu").glob("*.cpp"))]
+        for source in sorted((CSRC / "cpu" / "kernels").glob("*.cpp")):
             tiles = {"amx": TILES} if source.name == "linear.cpp" else {}
             for isa, march in (INSTRUCTION_SETS | tiles).items():
                 # immintrin.h of g++ 12 trips -Wuninitialized when its intrinsics are inlined
                 flags = f"-march={march} -DFL_ISA={isa} -Wno-uninitialized -Wno-maybe-uninitialized"
-                objects.append(compile_(f"cpu/{source.name}", flags, f"cpu_{source.stem}_{isa}"))
+                objects.append(compile_(f"cpu/kernels/{source.name}", flags, f"cpu_{source.stem}_{isa}"))
 
         link = ""
         facts = []
@@ -147,7 +144,7 @@ class NinjaBuild(build_ext):
                 deps="gcc",
                 description="nvcc $out",
             )
-            for source in sorted((CSRC / "cuda").glob("*.cu")):
+            for source in sorted((CSRC / "cuda").rglob("*.cu")):
                 n.build(f"cuda_{source.stem}.o", "nvcc", near(source))
                 objects.append(f"cuda_{source.stem}.o")
             libraries = next(d for d in (cuda_root(nvcc) / "lib64", cuda_root(nvcc) / "lib") if d.is_dir())

@@ -3,9 +3,9 @@
 #include <tuple>
 
 #include "../cpu/pool.h"
-#include "rows.h"
+#include "row_ops.h"
 #if !defined(FL_SIMT)
-#include "../cpu/linear.h"
+#include "../cpu/kernels/linear.h"
 #endif
 
 namespace fastloss {
