@@ -1,5 +1,5 @@
 // The walks over a matrix of similarities that the contrastive losses are made of
-// (fastloss/_tiles.py puts them together): on the CPU the whole matrix in tiles, products included; on CUDA
+// (fastloss/_ops/similarity.py puts them together): on the CPU the whole matrix in tiles, products included; on CUDA
 // what is made of a block of it, whose products lie in memory.
 #include <algorithm>
 #include <limits>
