@@ -26,8 +26,7 @@ struct Ops {
     return forward_results(kLoss, call, reduction, wide);
   }
 
-  // Row weights are in the state already; they stand in the schema because backward takes all of forward's
-  // tensors.
+  // Row weights are in the state already; they are in the schema as are all of forward's tensors.
   static Tensor backward(Tensor grad, Tensor input, Tensor target, OptionalTensor weight,
                          OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap,
                          Options options) {
@@ -69,13 +68,18 @@ struct Ops {
   m.impl(#name "_bwd", TORCH_BOX(&Ops<name##_loss>::backward)); \
   m.impl(#name "_bwd_into", TORCH_BOX(&Ops<name##_loss>::backward_into));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m){
-    FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)}
+// clang-format off
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE)
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+  FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
+}
 #if !defined(FL_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
   FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
 }
 #endif
+// clang-format on
 
 }  // namespace fastloss

@@ -1,11 +1,10 @@
 // The operators of the elementwise losses: one way from tensors to ElementArgs for all. A loss adds only its
-// line in FASTLOSS_ELEMENT_LOSSES; its number of inputs and the set of those that can be differentiated shape
-// its schema.
+// line in FASTLOSS_ELEMENT_LOSSES; its schema follows from kInputs and kWrt.
 //
 // Inputs have one shape; what is broadcast comes expanded and is read where it lies. An int64 input holds
 // classes [...] and stands for their one-hot encoding [..., C]. A weight of 0 leaves an element out. The
-// result is the loss of each element, or their weighted sum, divided by `norm` and, for the mean, by their
-// number.
+// result is the loss of each element, or their weighted sum: divided by `norm` and, for the mean, by the
+// number of elements.
 #include <algorithm>
 #include <bit>
 #include <string>
@@ -329,13 +328,18 @@ FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DESCRIBE)
   m.impl(#name "_bwd", TORCH_BOX(&OpsOf<name##_loss>::backward)); \
   m.impl(#name "_bwd_into", TORCH_BOX(&OpsOf<name##_loss>::backward_into));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m){
-    FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT)}
+// clang-format off
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DEFINE)
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+  FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT)
+}
 #if !defined(FL_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
   FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT)
 }
 #endif
+// clang-format on
 
 }  // namespace fastloss

@@ -1,5 +1,4 @@
-// What every operator file needs of torch: the stable ABI, the namespace of the operators, checks,
-// allocation.
+// What every operator file needs of torch: stable ABI, the operators' namespace, checks, allocation.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

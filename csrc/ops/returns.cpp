@@ -1,5 +1,4 @@
-// The operators of the recursions in time. All share one schema; a recursion adds only its line in
-// FASTLOSS_SCANS.
+// The operators of the recursions in time. All share one schema: a new one is a line in FASTLOSS_SCANS.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -152,13 +151,18 @@ inline constexpr bool differentiates = Loss<float>::kBackward;
   m.impl(#name "_fwd", TORCH_BOX(&ScanOps<name##_scan>::forward)); \
   if (differentiates<Loss>) m.impl(#name "_bwd", TORCH_BOX(&ScanOps<name##_scan>::backward));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_SCANS(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU,
-                                                               m){FASTLOSS_SCANS(FASTLOSS_IMPLEMENT)}
+// clang-format off
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  FASTLOSS_SCANS(FASTLOSS_DEFINE)
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+  FASTLOSS_SCANS(FASTLOSS_IMPLEMENT)
+}
 #if !defined(FL_SIMT)
 STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
   FASTLOSS_SCANS(FASTLOSS_IMPLEMENT)
 }
 #endif
+// clang-format on
 
 }  // namespace fastloss

@@ -1,6 +1,6 @@
 // The walks over a matrix of similarities that the contrastive losses are made of
-// (fastloss/_ops/similarity.py puts them together): on the CPU the whole matrix in tiles, products included; on CUDA
-// what is made of a block of it, whose products lie in memory.
+// (fastloss/_ops/similarity.py puts them together): on the CPU the whole matrix in tiles, products included;
+// on CUDA what is made of a block of it, whose products lie in memory.
 #include <algorithm>
 #include <limits>
 #include <optional>
