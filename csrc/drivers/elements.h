@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 #include "rows.h"
 
 namespace fastloss {
