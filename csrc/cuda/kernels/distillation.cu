@@ -30,15 +30,6 @@ struct Normalisers {
       m[i] = top;
     }
   }
-  __device__ __forceinline__ Normalisers from_lane(int offset) const {
-    Normalisers o;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      o.m[i] = __shfl_xor_sync(kFullMask, m[i], offset);
-      o.s[i] = __shfl_xor_sync(kFullMask, s[i], offset);
-    }
-    return o;
-  }
 };
 template <class R>
 struct TwoSums {
@@ -46,12 +37,6 @@ struct TwoSums {
   __device__ __forceinline__ void merge(const TwoSums& o) {
     a += o.a;
     b += o.b;
-  }
-  __device__ __forceinline__ TwoSums from_lane(int offset) const {
-    TwoSums o;
-    o.a = __shfl_xor_sync(kFullMask, a, offset);
-    o.b = __shfl_xor_sync(kFullMask, b, offset);
-    return o;
   }
 };
 
@@ -120,7 +105,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
       o.add(0, widen(student) * scale);
       o.add(1, widen(teacher) * scale);
     });
-    o = team_merge<kTeam>(o);
+    o = block_reduce<kTeam>(o, Merge{});
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       m[i] = o.base(i);
@@ -132,7 +117,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
       if constexpr (kKind != kReverse) sums.a += loss.weighed(share(1, teacher), s.u);
       if constexpr (kKind != kForward) sums.b += loss.weighed(share(0, student), s.v);
     });
-    sums = team_merge<kTeam>(sums);
+    sums = block_reduce<kTeam>(sums, Merge{});
     sum_a = sums.a;
     sum_b = sums.b;
     const R value = k * loss.loss(sum_a, sum_b);

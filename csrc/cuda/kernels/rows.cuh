@@ -14,19 +14,11 @@
 #include "../../losses/number_token.h"
 #include "../launch.cuh"
 #include "../ptx.cuh"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 
 constexpr int kThreads = 128, kBlockTeam = 512;  // threads of a block: with small teams, as one team
-constexpr unsigned kFullMask = 0xffffffffu;
-
-// The lanes of this thread's warp that are in its team.
-template <int kTeam>
-__device__ __forceinline__ unsigned team_mask() {
-  if constexpr (kTeam >= 32) return kFullMask;
-  return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 & -kTeam);
-}
-
 // What an exponential is taken of: z - z' = (u - u') * unit, where u is the logit as it lies in memory unless
 // it is capped, so that neither a class nor its exponential is multiplied by the scale for itself.
 template <class R>
@@ -83,15 +75,13 @@ struct Online {
     for (int f = 0; f < kFields; ++f) mine[f] += theirs[f];
     std::memcpy(&extra, mine, kFields * sizeof(R));
   }
-  // The sums of the lanes that differ in the bits from `offset` down; all have the same maximum.
-  __device__ __forceinline__ Online added(int offset, unsigned mask = kFullMask) const {
+  // The sums of kLanes lanes; all have the same maximum.
+  template <int kLanes>
+  __device__ __forceinline__ Online added(unsigned mask = kFullMask) const {
     R all[kFields + 1];
     std::memcpy(all, &extra, kFields * sizeof(R));
     all[kFields] = s;
-#pragma unroll
-    for (; offset; offset /= 2)
-#pragma unroll
-      for (int f = 0; f <= kFields; ++f) all[f] += __shfl_xor_sync(mask, all[f], offset);
+    warp_reduce_all<kLanes>(all, Sum{}, mask);
     Online o;
     o.m = m;
     o.s = all[kFields];
@@ -100,51 +90,30 @@ struct Online {
   }
 };
 
-// All threads of the team get the merged value. Every thread of the block calls it.
-template <int kTeam, class O>
-__device__ __forceinline__ O team_merge(O o) {
-  if constexpr (kTeam > 1) {
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) o.merge(o.from_lane(offset));
-  }
-  if constexpr (kTeam > 32) {
-    FL_SHARED(O, part, kTeam / 32);
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = o;
-    __syncthreads();
-    o = part[0];
-    for (int w = 1; w < kTeam / 32; ++w) o.merge(part[w]);
-  }
-  return o;
-}
-
-// The same in two steps, in which each thread takes one exponential: all agree on the maximum, then, each
-// having followed it, add up. Once each in a kernel: what is shared may still be read when they return.
+// A team merges in two steps, in which each thread takes one exponential: all agree on the maximum, then, each
+// having followed it, add up.
 template <int kTeam, class R>
 __device__ __forceinline__ R team_max(R top) {
   constexpr int kWarps = kTeam / 32;
-#pragma unroll
-  for (int offset = kTeam < 32 ? kTeam / 2 : 16; offset; offset /= 2)
-    top = larger(__shfl_xor_sync(team_mask<kTeam>(), top, offset), top);
+  const auto join = [](R mine, R other) { return larger(other, mine); };
+  top = warp_reduce < kTeam<32 ? kTeam : 32>(top, join, team_mask<kTeam>());
   if constexpr (kWarps > 1) {
     FL_SHARED(R, tops, kWarps);
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
     __syncthreads();
-    top = tops[threadIdx.x % kWarps];
-#pragma unroll
-    for (int offset = kWarps / 2; offset; offset /= 2)
-      top = larger(__shfl_xor_sync(kFullMask, top, offset), top);
+    top = warp_reduce<kWarps>(tops[threadIdx.x % kWarps], join);
   }
   return top;
 }
 template <int kTeam, class O>
 __device__ __forceinline__ O team_sum(O o) {
   constexpr int kWarps = kTeam / 32;
-  o = o.added(kTeam < 32 ? kTeam / 2 : 16, team_mask<kTeam>());
+  o = o.template added < kTeam<32 ? kTeam : 32>(team_mask<kTeam>());
   if constexpr (kWarps > 1) {
     FL_SHARED(O, part, kWarps);
     if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = o;
     __syncthreads();
-    o = part[threadIdx.x % kWarps].added(kWarps / 2);
+    o = part[threadIdx.x % kWarps].template added<kWarps>();
   }
   return o;
 }
@@ -671,21 +640,16 @@ struct RowTeam {
     constexpr int kStep = kTeam < 32 ? kTeam : 32;
     const unsigned mask = team_mask<kTeam>();
     const R* far = number_far();
-    R top = -INFINITY, total = 0, away = 0;
+    R top = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &away = sums[1];
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) top = max(asked_logit(a.number_ids[k]), top);
-#pragma unroll
-    for (int offset = kStep / 2; offset; offset /= 2) top = max(__shfl_xor_sync(mask, top, offset), top);
+    top = warp_reduce<kStep>(top, Max{}, mask);
     if (top == -INFINITY) top = 0;
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) {
       const R e = exp(asked_logit(a.number_ids[k]) - top);
       total += e;
       away += e * far[k];
     }
-#pragma unroll
-    for (int offset = kStep / 2; offset; offset /= 2) {
-      total += __shfl_xor_sync(mask, total, offset);
-      away += __shfl_xor_sync(mask, away, offset);
-    }
+    warp_reduce_all<kStep>(sums, Sum{}, mask);
     number = loss.numbers.term(weight, *static_cast<const R*>(a.number_worst), away / total, top, total,
                                row.m, row.log_sum);
     return number.value;

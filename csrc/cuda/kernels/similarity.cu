@@ -4,6 +4,7 @@
 #include "../../losses/similarity.h"
 #include "../launch.cuh"
 #include "../launchers.h"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -152,22 +153,6 @@ struct Extremes {
   }
 };
 
-// The threads' parts joined in a tree; thread 0 gets the whole.
-template <class S>
-__device__ __forceinline__ S joined(S mine) {
-  FL_SHARED(S, part, kRowThreads);
-  part[threadIdx.x] = mine;
-  for (int width = kRowThreads / 2; width; width /= 2) {
-    __syncthreads();
-    if (threadIdx.x < width) {
-      S whole = part[threadIdx.x];
-      whole.merge(part[threadIdx.x + width]);
-      part[threadIdx.x] = whole;
-    }
-  }
-  return part[threadIdx.x];
-}
-
 // part: of each span the rows' maxima, sums of exponentials and sums of positives, of each band the columns'
 // maxima and sums.
 template <class R>
@@ -228,18 +213,15 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
         most[q] = max(most[q], v[q][k]);
       }
     }
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2)
-#pragma unroll
-      for (int q = 0; q < 2; ++q) most[q] = max(most[q], __shfl_xor_sync(0xffffffffu, most[q], offset));
+    warp_reduce_all(most, [](R mine, R other) { return max(mine, other); });  // another's NaN stays
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       const R base = base_of(most[q]);
       share[q] = 0;
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) share[q] += exp(v[q][k] - base);
-      share[q] = sum_of_warp(share[q]);
-      if constexpr (kIds) drawn[q] = sum_of_warp(drawn[q]);
+      share[q] = warp_sum(share[q]);
+      if constexpr (kIds) drawn[q] = warp_sum(drawn[q]);
       if (threadIdx.x % 32 == 0 && r + q < count) {
         tops[warp * kBand + r + q] = most[q];
         sums[warp * kBand + r + q] = share[q];
@@ -350,7 +332,7 @@ __global__ void __launch_bounds__(kRowThreads, 8) pairs_kernel(TileChunk a) {
     sums.first += softplus((m - c.value(c.row(r)[j])) + log_sum, slope);
     sums.second += slope;
   }
-  sums = joined(sums);
+  sums = block_merge_tree<kRowThreads>(sums);
   if (threadIdx.x) return;
   c.at(a.positive, i) = (a.col ? c.at(a.positive, i) : R(0)) + sums.first;
   c.at(a.row_grad, i) = (a.col ? c.at(a.row_grad, i) : R(0)) + sums.second;
@@ -413,9 +395,9 @@ __global__ void __launch_bounds__(kWarps * 32) sigmoid_kernel(TileChunk a, int b
       }
       if (there && a.row_grad)
         T::store(static_cast<G*>(a.g) + (begin + r + q) * a.g_pitch + first, left, v[q]);
-      loss[q] = sum_of_warp(loss[q]);
-      steep[q] = sum_of_warp(steep[q]);
-      if (a.dots) dot[q] = sum_of_warp(dot[q]);
+      loss[q] = warp_sum(loss[q]);
+      steep[q] = warp_sum(steep[q]);
+      if (a.dots) dot[q] = warp_sum(dot[q]);
       if (threadIdx.x % 32 == 0 && there) {
         losses[warp * kBand + r + q] = loss[q];
         slopes[warp * kBand + r + q] = steep[q];
@@ -463,7 +445,7 @@ __global__ void __launch_bounds__(kRowThreads, 8) hardest_kernel(TileChunk a) {
     if (e == Entry::positive) x.take_positive(key, j);
     if (e == Entry::negative) x.take_negative(key, j);
   }
-  x = joined(x);
+  x = block_merge_tree<kRowThreads>(x);
   if (threadIdx.x) return;
   a.hardest[i] = x.positive;
   a.hardest[a.m + i] = x.negative;
@@ -562,7 +544,7 @@ __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int 
       }
       T::store(static_cast<G*>(a.g) + (begin + at) * a.g_pitch + first, left, v[q]);
       if (!a.dots) continue;
-      dot = sum_of_warp(dot);
+      dot = warp_sum(dot);
       if (threadIdx.x % 32 == 0) dots[threadIdx.x / 32 * kBand + at] = dot;
     }
   }
