@@ -19,12 +19,4 @@ FL_FN F softplus(F u, F& slope) {
   return max(u, F{}) + log1p_unit(e);
 }
 
-// The merged sum of two groups that were summed relative to m and to `other`, relative to `base`, which is at
-// least the maximum of each that is not empty.
-template <class F>
-FL_FN F merged_sum(F sum, F m, F other_sum, F other, F base) {
-  const F most = F{} + 50;  // an empty group may have been summed relative to anything
-  return sum * exp(min(m - base, most)) + other_sum * exp(min(other - base, most));
-}
-
 }  // namespace fastloss::inline FL_ISA

@@ -5,7 +5,7 @@
 #include "../../drivers/row_loss.h"
 #include "../../drivers/rows.h"
 #include "../../losses/number_token.h"
-#include "../../math/math.h"
+#include "../../math/online_softmax.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -116,7 +116,6 @@ class RowBase {
     base = top;
     return true;
   }
-  FL_FN static R finite(R base) { return base == -INFINITY ? 0 : base; }
 
   // ---- results of a loss with planes
   FL_FN Planes<R> results(int64_t r) const { return {static_cast<R*>(a_.loss) + r, a_.rows}; }
@@ -164,7 +163,7 @@ class RowBase {
       top = max(number_logits_[k], top);
     }
     for (int64_t k = count; k % W; ++k) number_logits_[k] = -INFINITY;
-    const R base = finite(top);
+    const R base = softmax_base(top);
     F total{}, away{};
     for (int64_t k = 0; k < count; k += W) {
       const F e = exp(load(number_logits_ + k) - base);

@@ -19,7 +19,7 @@ class RowWalker : RowBase<Loss, T> {
   using Base = RowBase<Loss, T>;
   using Base::a_, Base::loss_, Base::n_, Base::scale_, Base::cap_, Base::W, Base::kUnroll;
   using Base::number_logits_, Base::number_shared_, Base::number_own_;
-  using Base::raise, Base::finite, Base::logit, Base::slope, Base::below, Base::power, Base::powers;
+  using Base::raise, Base::logit, Base::slope, Base::below, Base::power, Base::powers;
   using Base::side, Base::side_part, Base::block_max;
   using typename Base::R, typename Base::F, typename Base::Coef, typename Base::Row, typename Base::Side;
   using Lane = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
@@ -247,11 +247,11 @@ class RowWalker : RowBase<Loss, T> {
       if (keep) {
         if constexpr (kMayWait)
           if (waits_) lines = waiting_block(begin, end, b);
-        add_block<true>(row, begin, end, finite(base), acc, lines);
+        add_block<true>(row, begin, end, softmax_base(base), acc, lines);
         if constexpr (kMayWait)
           if (waits_) finish_block(lines, end);
       } else {
-        add_block<false>(row, begin, end, finite(base), acc, lines);
+        add_block<false>(row, begin, end, softmax_base(base), acc, lines);
       }
       for (int u = 0; u < kUnroll; ++u) {
         total[u].s += acc[u].s;
@@ -261,7 +261,7 @@ class RowWalker : RowBase<Loss, T> {
     if constexpr (kMayWait)
       if (waits_) write_target(waiting_);
     waits_ = false;
-    base = finite(base);
+    base = softmax_base(base);
     const R others = horizontal_sum((total[0].s + total[1].s) + (total[2].s + total[3].s));
     typename Loss::template Sums<R> sums{};
     for (int f = 0; f < kFields; ++f) {
@@ -351,7 +351,7 @@ class RowWalker : RowBase<Loss, T> {
     const bool capped = Loss::kSoftcap && cap_ > 0;
     const Row& row = now.row;
     T* const dx = now.dx;
-    const R share = exp((base - row.state.m) - row.state.log_sum), from = finite(base);
+    const R share = exp((base - row.state.m) - row.state.log_sum), from = softmax_base(base);
     const R factor = proportion(now, base);
     auto finished = [&](F e, F x, const Side& s) __attribute__((always_inline)) {
       if constexpr (Loss::kProportional) return e * factor;

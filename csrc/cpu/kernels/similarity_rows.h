@@ -1,7 +1,7 @@
 // What the passes over a tile of similarities share: its rows and columns, and which entries count.
 #pragma once
 #include "../../losses/similarity.h"
-#include "../../math/math.h"
+#include "../../math/online_softmax.h"
 #include "similarity.h"
 
 namespace fastloss::inline FL_ISA {
@@ -82,7 +82,6 @@ class TileRows {
       if (positive && !a_.same_is_positive) positive[r] = kept;
     }
   }
-  FL_FN static F nothing_is_zero(F m) { return select(m == kNone, F{}, m); }
 
   const cpu::TileCall& a_;
   int64_t row_ = 0, rows_ = 0;

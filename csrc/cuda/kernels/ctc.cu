@@ -41,7 +41,7 @@ struct Sequence : AlignedTarget {
 template <class R>
 __device__ __forceinline__ R max_of_warp(R top) {
   top = warp_reduce(top, Max{});
-  return top > -R(INFINITY) ? top : R(0);
+  return top > -R(INFINITY) ? top : R(0);  // 0 of NaN too
 }
 
 // A warp a row of the input: its maximum over the target, and of logits the log of the sum of e^input.

@@ -12,6 +12,7 @@
 #include "../../drivers/row_loss.h"
 #include "../../drivers/rows.h"
 #include "../../losses/number_token.h"
+#include "../../math/online_softmax.h"
 #include "../launch.cuh"
 #include "../ptx.cuh"
 #include "../reduce.cuh"
@@ -51,7 +52,7 @@ struct Online {
   // Whether what the loss adds up holds the sum of exponentials already: then s is left alone.
   static constexpr bool kOwnTotal = requires(const Sums& sums) { sums.total(); };
 
-  __device__ __forceinline__ R base() const { return m == -INFINITY ? R(0) : m; }
+  __device__ __forceinline__ R base() const { return softmax_base(m); }
   __device__ __forceinline__ void follow(R top, const Unit<R>& unit) {
     if (!(top > m)) return;
     if (m != -INFINITY) {
@@ -643,7 +644,7 @@ struct RowTeam {
     R top = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &away = sums[1];
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) top = max(asked_logit(a.number_ids[k]), top);
     top = warp_reduce<kStep>(top, Max{}, mask);
-    if (top == -INFINITY) top = 0;
+    top = softmax_base(top);
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) {
       const R e = exp(asked_logit(a.number_ids[k]) - top);
       total += e;

@@ -2,6 +2,7 @@
 // columns add up and for gradients, and a second kernel that puts bands and spans together; a row each for
 // what few losses ask. What is summed in which order, the shape of the block alone says.
 #include "../../losses/similarity.h"
+#include "../../math/online_softmax.h"
 #include "../launch.cuh"
 #include "../launchers.h"
 #include "../reduce.cuh"
@@ -119,12 +120,6 @@ Grid element_grid(const TileChunk& a) {
   return grid_of<R, 2>(a, 32);
 }
 
-// A maximum as that to which exponentials are relative: 0 where there is nothing.
-template <class R>
-__device__ __forceinline__ R base_of(R most) {
-  return most == -INFINITY ? R(0) : most;
-}
-
 // What a row adds up in one pass.
 template <class R>
 struct RowSums {
@@ -180,12 +175,10 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
   FL_SHARED(R, sums, kWarps * kBand);
   FL_SHARED(R, positives, kWarps * kBand);
 
-  R high[kColumns], sum[kColumns];
+  OnlineSoftmax<R> column[kColumns];
   int64_t id[kIds ? kColumns : 1];
 #pragma unroll
   for (int k = 0; k < kColumns; ++k) {
-    high[k] = -INFINITY;
-    sum[k] = 0;
     if constexpr (kIds) id[k] = T::offset(k) < left ? a.col_ids[a.col + first + T::offset(k)] : 0;
   }
   for (int r = 0; r < count; r += 2) {
@@ -216,7 +209,7 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
     warp_reduce_all(most, [](R mine, R other) { return max(mine, other); });  // another's NaN stays
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      const R base = base_of(most[q]);
+      const R base = softmax_base(most[q]);
       share[q] = 0;
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) share[q] += exp(v[q][k] - base);
@@ -230,25 +223,22 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
     }
     if (!a.col_max) continue;
 #pragma unroll
-    for (int k = 0; k < kColumns; ++k) {
-      const R top = max(high[k], max(v[0][k], v[1][k])), base = base_of(top);
-      sum[k] = sum[k] * exp(high[k] - base) + (exp(v[0][k] - base) + exp(v[1][k] - base));
-      high[k] = top;
-    }
+    for (int k = 0; k < kColumns; ++k) column[k].push_two(v[0][k], v[1][k]);
   }
   __syncthreads();
   const Parts<R> part(a, gridDim.y, gridDim.x);
   const int warps = blockDim.x / 32;
   for (int r = threadIdx.x; r < count; r += blockDim.x) {
     const int64_t to = blockIdx.y * a.rows + begin + r;
-    R most = -INFINITY, all = 0, drawn = 0;
-    for (int w = 0; w < warps; ++w) most = max(most, tops[w * kBand + r]);
+    OnlineSoftmax<R> row;
+    R drawn = 0;
+    for (int w = 0; w < warps; ++w) row.top = max(row.top, tops[w * kBand + r]);
     for (int w = 0; w < warps; ++w) {
-      all += sums[w * kBand + r] * exp(tops[w * kBand + r] - base_of(most));
+      row.add(tops[w * kBand + r], sums[w * kBand + r]);
       if constexpr (kIds) drawn += positives[w * kBand + r];
     }
-    part.row_max[to] = most;
-    part.row_sum[to] = all;
+    part.row_max[to] = row.top;
+    part.row_sum[to] = row.sum;
     if constexpr (kIds) part.row_positive[to] = drawn;
   }
   if (!a.col_max) return;
@@ -256,8 +246,8 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
   for (int k = 0; k < kColumns; ++k)
     if (T::offset(k) < left) {
       const int64_t to = blockIdx.x * a.cols + first + T::offset(k);
-      part.col_max[to] = high[k];
-      part.col_sum[to] = sum[k];
+      part.col_max[to] = column[k].top;
+      part.col_sum[to] = column[k].sum;
     }
 }
 
@@ -278,18 +268,18 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(TileChunk a, int64
   FL_SHARED(R, tops, kMergeThreads);
   FL_SHARED(R, sums, kMergeThreads);
   FL_SHARED(R, positives, kMergeThreads);
-  R most = -INFINITY, sum = 0, drawn = 0;
+  OnlineSoftmax<R> mine;
+  R drawn = 0;
   if (k < count) {
 #pragma unroll 4
-    for (int64_t p = group; p < parts; p += kGroups) most = max(most, max_of[p * count + k]);
+    for (int64_t p = group; p < parts; p += kGroups) mine.top = max(mine.top, max_of[p * count + k]);
 #pragma unroll 4
-    for (int64_t p = group; p < parts; p += kGroups)
-      sum += sum_of[p * count + k] * exp(max_of[p * count + k] - base_of(most));
+    for (int64_t p = group; p < parts; p += kGroups) mine.add(max_of[p * count + k], sum_of[p * count + k]);
     if (add_positives)
       for (int64_t p = group; p < parts; p += kGroups) drawn += part.row_positive[p * count + k];
   }
-  tops[threadIdx.x] = most;
-  sums[threadIdx.x] = sum;
+  tops[threadIdx.x] = mine.top;
+  sums[threadIdx.x] = mine.sum;
   positives[threadIdx.x] = drawn;
   __syncthreads();
   if (group || k >= count) return;
@@ -299,13 +289,13 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(TileChunk a, int64
   const bool begun = is_row ? a.col > 0 : a.row > 0;
   const bool last = is_row ? a.col + a.cols == a.n : a.row + a.rows == a.m;
   const R former = begun && top_to ? c.at(top_to, to) : R(-INFINITY);
-  most = former;
-  for (int g = 0; g < kGroups; ++g) most = max(most, tops[g * 32 + lane]);
-  sum = begun && top_to ? c.at(sum_to, to) * exp(former - base_of(most)) : R(0);
-  for (int g = 0; g < kGroups; ++g) sum += sums[g * 32 + lane] * exp(tops[g * 32 + lane] - base_of(most));
+  OnlineSoftmax<R> all{former, 0};
+  for (int g = 0; g < kGroups; ++g) all.top = max(all.top, tops[g * 32 + lane]);
+  all.sum = begun && top_to ? c.at(sum_to, to) * exp(former - all.base()) : R(0);
+  for (int g = 0; g < kGroups; ++g) all.add(tops[g * 32 + lane], sums[g * 32 + lane]);
   if (top_to) {
-    c.at(top_to, to) = last ? base_of(most) : most;
-    c.at(sum_to, to) = last ? log(sum) : sum;
+    c.at(top_to, to) = last ? all.base() : all.top;
+    c.at(sum_to, to) = last ? all.log_sum() : all.sum;
   }
   if (!is_row || !a.positive) return;
   drawn = begun ? c.at(a.positive, to) : R(0);
