@@ -7,6 +7,8 @@
 namespace fastloss::inline FL_ISA {
 
 // What exponentials are relative to where `top` is the maximum: 0 if nothing was counted.
+FL_FN float softmax_base(float top) { return top == -INFINITY ? 0 : top; }
+FL_FN double softmax_base(double top) { return top == -INFINITY ? 0 : top; }
 template <class F>
 FL_FN F softmax_base(F top) {
   return select(top == -scalar_t<F>(INFINITY), F{}, top);

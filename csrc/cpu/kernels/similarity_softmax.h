@@ -23,7 +23,7 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
   }
 
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
-    this->sort_out(s, column, columns, a_.positive ? this->of_rows(a_.positive) : nullptr);
+    this->mask_entries(s, column, columns, a_.positive ? this->of_rows(a_.positive) : nullptr, this->rule());
     a_.col_max ? rows_and_columns(s, columns) : rows_alone(s, columns);
     const R *const top = array_[2], *const sum = array_[3];
     for (int64_t i = 0; i < kTile; i += W) {
@@ -226,18 +226,24 @@ class TileEpilogue<R, TilePass::softmax_gradient> : public SoftmaxGradient<R> {
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
     R* const col_up = array_[4];
     this->of_columns(a_.col_positive_grad, column, columns, col_up);
-    this->sort_out(s, column, columns, nullptr);
+    const EntryRule rule = this->rule();
+    this->mask_entries(s, column, columns, nullptr, rule);
     const R* const up = a_.positive_grad ? this->of_rows(a_.positive_grad) : nullptr;
-    if (up && a_.same_is_positive) {
+    if (up && rule(false, true) == Entry::positive) {
       this->gradient(s, column, columns, [&](F, F g, int64_t r, int64_t j) {
         return g + select(this->same(r, column + j), load(col_up + j) + up[r], F{});
       });
     } else {
       this->gradient(s, column, columns, [](F, F g, int64_t, int64_t) { return g; });
     }
+    const bool marked_is_positive = rule(true, false) == Entry::positive;
+    const bool keep_marked = rule.summed(rule(true, false));
     for (int64_t r = 0; a_.mark && r < rows_; ++r) {
       const int64_t at = this->marked(r, column, columns);
-      if (at >= 0) s[r * kTile + at] = up && !a_.same_is_positive ? up[r] + col_up[at] : R(0);
+      if (at < 0) continue;
+      R& g = s[r * kTile + at];
+      if (!keep_marked) g = 0;
+      if (up && marked_is_positive) g = keep_marked ? g + (up[r] + col_up[at]) : up[r] + col_up[at];
     }
     Base::pad(s, rows_, columns, 0);
   }

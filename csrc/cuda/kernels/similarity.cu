@@ -13,8 +13,6 @@ namespace {
 constexpr int kRowThreads = 128, kMergeThreads = 256;
 constexpr int kWarps = 8, kBand = 64;  // of a block at most: warps side by side, rows
 
-enum class Entry { left_out, positive, negative };
-
 // Rounded on their own, so that all passes see the same similarity.
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
@@ -42,15 +40,10 @@ struct Chunk {
     const int64_t j = a.mark[a.row + r] - a.col;
     return j >= 0 && j < a.cols ? static_cast<int>(j) : -1;
   }
-  // Of an entry that is marked or not and, if there are ids, of the same or not.
-  __device__ __forceinline__ Entry entry(bool marked, bool same) const {
-    if (marked) return a.same_is_positive ? Entry::left_out : Entry::positive;
-    if (!same) return Entry::negative;
-    return a.same_is_positive ? Entry::positive : Entry::left_out;
-  }
-  __device__ __forceinline__ bool summed(Entry e) const {
-    return e == Entry::negative || (e == Entry::positive && a.with_positives);
-  }
+  // Of an entry that is marked or not and, if there are ids, equal or not.
+  __device__ __forceinline__ Entry entry(bool marked, bool equal) const { return rule()(marked, equal); }
+  __device__ __forceinline__ bool summed(Entry e) const { return rule().summed(e); }
+  __device__ __forceinline__ EntryRule rule() const { return {a.same_is_positive, a.with_positives}; }
 };
 
 // How a block is cut: each thread of a warp has kVectors times 16 bytes of a row, each warp its own columns,
@@ -170,7 +163,7 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
   const int first = T::first(), left = static_cast<int>(a.cols) - first, warp = threadIdx.x / 32;
   const int64_t begin = int64_t{blockIdx.x} * band;
   const int count = a.rows - begin < band ? static_cast<int>(a.rows - begin) : band;
-  const bool marked_counts = !a.same_is_positive && a.with_positives;
+  const bool marked_counts = c.summed(c.entry(true, false));
   FL_SHARED(R, tops, kWarps * kBand);
   FL_SHARED(R, sums, kWarps * kBand);
   FL_SHARED(R, positives, kWarps * kBand);
@@ -324,8 +317,8 @@ __global__ void __launch_bounds__(kRowThreads, 8) pairs_kernel(TileChunk a) {
   }
   sums = block_merge_tree<kRowThreads>(sums);
   if (threadIdx.x) return;
-  c.at(a.positive, i) = (a.col ? c.at(a.positive, i) : R(0)) + sums.first;
-  c.at(a.row_grad, i) = (a.col ? c.at(a.row_grad, i) : R(0)) + sums.second;
+  c.at(a.pairs_loss(), i) = (a.col ? c.at(a.pairs_loss(), i) : R(0)) + sums.first;
+  c.at(a.pairs_slope(), i) = (a.col ? c.at(a.pairs_slope(), i) : R(0)) + sums.second;
 }
 
 // Of each row the sum over the warps that have it, at `place` of the parts of this span.
@@ -415,8 +408,8 @@ __global__ void __launch_bounds__(kRowThreads) spans_kernel(TileChunk a, int64_t
     to = sum;
   };
   if (sigmoid) {
-    add_up(a.positive, 0);
-    add_up(a.row_log_sum, 1);
+    add_up(a.sigmoid_loss(), 0);
+    add_up(a.sigmoid_slope(), 1);
   }
   add_up(a.dots, sigmoid ? 2 : 0);
 }
@@ -431,7 +424,7 @@ __global__ void __launch_bounds__(kRowThreads, 8) hardest_kernel(TileChunk a) {
   Extremes<R> x;
   for (int j = threadIdx.x; j < a.cols; j += kRowThreads) {
     const Entry e = c.entry(j == mark, a.row_ids && a.col_ids[j] == own);
-    const R key = c.value(c.row(r)[j]) + c.at(a.col_max, j);
+    const R key = c.value(c.row(r)[j]) + c.at(a.hardest_offset(), j);
     if (e == Entry::positive) x.take_positive(key, j);
     if (e == Entry::negative) x.take_negative(key, j);
   }
