@@ -40,7 +40,8 @@ struct OnlineSoftmax {
   // Counts what another has counted.
   FL_FN void merge(const OnlineSoftmax& o) {
     const R joint = max(o.top, top), to = softmax_base(joint);
-    sum = sum * (top == -INFINITY ? R(1) : exp(top - to)) + o.sum * (o.top == -INFINITY ? R(1) : exp(o.top - to));
+    sum = sum * (top == -INFINITY ? R(1) : exp(top - to)) +
+          o.sum * (o.top == -INFINITY ? R(1) : exp(o.top - to));
     top = joint;
   }
   // The same in two steps: this one's maximum is that of all already.

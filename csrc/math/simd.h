@@ -192,7 +192,7 @@ FL_FN auto exp_reduced(V&& r) {
   return polynomial(r, 1.38145394e-3f, 8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f, 4.99999940e-1f, 1.f,
                     1.f);
 }
-inline constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
+inline constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
 // Added to a float of moderate size, it leaves the nearest integer in the last bits.
 inline constexpr float kToInteger = 12582912.f;
 // The same, and it leaves the bits of 2^(n + 64); and from where on exp is 0.
@@ -203,9 +203,9 @@ inline constexpr float kShift = kToInteger + 127 + 64, kLowest = -104.f;
 FL_FN f32v exp(f32v x) {
   const f32v bounded = at_least(kLowest, at_most(89.f, x));
 #if defined(__AVX512F__)
-  const f32v n = _mm512_roundscale_ps(bounded * kLog2e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const f32v n = _mm512_roundscale_ps(bounded * kLog2e<float>, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const f32v n = fma(bounded, fill<f32v>(kLog2e), fill<f32v>(kToInteger)) - kToInteger;
+  const f32v n = fma(bounded, fill<f32v>(kLog2e<float>), fill<f32v>(kToInteger)) - kToInteger;
 #endif
   const f32v p = exp_reduced(fma(n, fill<f32v>(-kLn2Low), fma(n, fill<f32v>(-kLn2High), bounded)));
 #if defined(__AVX512F__)
@@ -220,7 +220,7 @@ FL_FN f64v exp(f64v x) {
   constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.4286068203094172e-6;
   constexpr double kToInteger = 6755399441055744.;
   const f64v bounded = x < -746. ? fill<f64v>(-746.) : (x > 710. ? fill<f64v>(710.) : x);
-  const f64v n = (bounded * 1.4426950408889634 + kToInteger) - kToInteger;
+  const f64v n = (bounded * kLog2e<double> + kToInteger) - kToInteger;
   const f64v r = fma(n, fill<f64v>(-kLn2Low), fma(n, fill<f64v>(-kLn2High), bounded));
   f64v p = fill<f64v>(1. / 6227020800.);  // Taylor to r^13: |r| <= 0.347, remainder 4e-18
   constexpr double kInverseFactorial[] = {
@@ -246,7 +246,7 @@ FL_FN void exp_down(const f32v (&x)[N], f32v (&e)[N]) {
 #else
   f32v shifted[N], n[N], r[N];
   for (int u = 0; u < N; ++u) r[u] = at_least(kLowest, x[u]);
-  for (int u = 0; u < N; ++u) shifted[u] = fma(r[u], fill<f32v>(kLog2e), fill<f32v>(kShift));
+  for (int u = 0; u < N; ++u) shifted[u] = fma(r[u], fill<f32v>(kLog2e<float>), fill<f32v>(kShift));
   for (int u = 0; u < N; ++u) n[u] = shifted[u] - kShift;
   for (int u = 0; u < N; ++u) r[u] = fma(n[u], fill<f32v>(-kLn2High), r[u]);
   for (int u = 0; u < N; ++u) r[u] = fma(n[u], fill<f32v>(-kLn2Low), r[u]);
@@ -267,7 +267,7 @@ template <int N>
 FL_FN void exp_for_half(const f32v (&x)[N], f32v (&e)[N]) {
 #if defined(__AVX512DQ__)
   for (int u = 0; u < N; ++u) {
-    const f32v t = _mm512_max_ps(fill<f32v>(-160.f), x[u] * kLog2e);
+    const f32v t = _mm512_max_ps(fill<f32v>(-160.f), x[u] * kLog2e<float>);
     const f32v f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     const f32v p =
         polynomial(f, 1.86711829e-3f, 9.01705492e-3f, 5.57998940e-2f, 2.40164459e-1f, 6.93151295e-1f, 1.f);
@@ -276,8 +276,8 @@ FL_FN void exp_for_half(const f32v (&x)[N], f32v (&e)[N]) {
 #else
   f32v shifted[N], f[N];
   for (int u = 0; u < N; ++u) f[u] = at_least(kLowest, x[u]);
-  for (int u = 0; u < N; ++u) shifted[u] = fma(f[u], fill<f32v>(kLog2e), fill<f32v>(kShift));
-  for (int u = 0; u < N; ++u) f[u] = fma(f[u], fill<f32v>(kLog2e), kShift - shifted[u]);
+  for (int u = 0; u < N; ++u) shifted[u] = fma(f[u], fill<f32v>(kLog2e<float>), fill<f32v>(kShift));
+  for (int u = 0; u < N; ++u) f[u] = fma(f[u], fill<f32v>(kLog2e<float>), kShift - shifted[u]);
   polynomial(f, 1.32647273e-3f, 9.67151299e-3f, 5.55073358e-2f, 2.40222424e-1f, 6.93147004e-1f, 1.f);
   for (int u = 0; u < N; ++u) e[u] = f[u] * (f32v)((i32v)shifted[u] << 23) * 0x1p-64f;
 #endif

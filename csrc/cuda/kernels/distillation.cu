@@ -9,6 +9,8 @@
 namespace fastloss::cuda {
 namespace {
 
+constexpr int kBlockTeam = 512;  // threads for a long row
+
 // Of student and teacher.
 template <class R>
 struct Normalisers {
