@@ -23,8 +23,8 @@ enum class TilePass : int {
 inline constexpr int kTilePasses = 6;
 
 // Arrays are of the accumulation type; null where there is none, or where a result is not wanted. What they
-// hold depends on the pass: `stat` are results of the pass `statistics`, `grad` gradients of the loss by them;
-// in capitals what the pass writes.
+// hold depends on the pass. `stat`: what the pass `statistics` gave; `grad`: the loss's gradient by that; in
+// capitals: what the pass writes.
 //
 //   array              statistics  softmax_gradient  pairs   pairs_gradient  sigmoid  hardest
 //   row_max            MAX         stat              stat    stat

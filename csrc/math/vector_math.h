@@ -1,7 +1,7 @@
 // Logarithms and their relatives for vectors, and what formulas need beside them. About one unit in the last
 // place; infinities, zeros, negative numbers and NaN give what the C library gives.
 #pragma once
-#include "simd.h"
+#include "vector_memory.h"
 
 namespace fastloss::inline FL_ISA {
 

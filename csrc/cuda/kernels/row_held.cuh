@@ -1,4 +1,4 @@
-// A short row that a team holds in its registers: read once, summed and, for the gradient, gone through again.
+// A short row that a team holds in its registers: read once, summed, and written from there.
 #pragma once
 #include "row_staying.cuh"
 

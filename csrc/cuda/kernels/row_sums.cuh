@@ -1,5 +1,5 @@
-// The sums of a row of logits on CUDA: relative to a running maximum in each thread of a team, then merged in an
-// order that depends on the team alone.
+// The sums of a row of logits on CUDA: relative to a running maximum in each thread of a team, then merged
+// in an order that depends on the team alone.
 #pragma once
 #include "../../drivers/row_loss.h"
 #include "../../math/online_softmax.h"
@@ -78,8 +78,8 @@ struct Online {
   }
 };
 
-// A team merges in two steps, in which each thread takes one exponential: all agree on the maximum, then, each
-// having followed it, add up.
+// A team merges in two steps, in which each thread takes one exponential: all agree on the maximum, then,
+// each having followed it, add up.
 template <int kTeam, class R>
 __device__ __forceinline__ R team_max(R top) {
   constexpr int kWarps = kTeam / 32;

@@ -1,5 +1,5 @@
-// A row of any length, of which what does not stay on the chip is swept over in memory: 16 bytes a thread at a
-// time, several of them on their way together.
+// A row of any length, of which what does not stay on the chip is swept over in memory: 16 bytes a thread
+// at a time, several of them on their way together.
 #pragma once
 #include "row_held.cuh"
 
