@@ -14,7 +14,7 @@ class RowBase {
  protected:
   using R = acc_t<T>;
   using F = vector_t<R>;
-  using Coef = typename Loss::Coef;
+  using GradCoef = typename Loss::GradCoef;
   static constexpr int W = kLanes<F>, kUnroll = 4;
 
   FL_FN RowBase(const RowArgs& args, const Loss& loss)
@@ -133,7 +133,7 @@ class RowBase {
     }
   }
   FL_NOINLINE void asked_gradient(const Row& row, int64_t r, T* dx) const {
-    const auto coef = loss_.coef(row.state, upstream(r), a_.asked_each, scale_);
+    const auto coef = loss_.grad_coef(row.state, upstream(r), a_.asked_each, scale_);
     for (int64_t i = 0, count = a_.asked_each; i < count; ++i) {
       const int64_t j = asked(r)[i];
       R g = 0;  // a class may be asked for more than once
@@ -176,8 +176,8 @@ class RowBase {
     return row.number.value;
   }
   // Over the gradient of the number tokens' classes, which `coef` knows without their own share.
-  template <class Coef>
-  FL_NOINLINE void number_gradient(const Row& row, int64_t r, T* dx, const Coef& coef, R g,
+  template <class GradCoef>
+  FL_NOINLINE void number_gradient(const Row& row, int64_t r, T* dx, const GradCoef& coef, R g,
                                    R at_target) const {
     const int64_t count = a_.numbers, *ids = a_.number_ids;
     const R* far = number_far(r);

@@ -21,7 +21,7 @@ class RowWalker : RowBase<Loss, T> {
   using Base::number_logits_, Base::number_shared_, Base::number_own_;
   using Base::raise, Base::logit, Base::slope, Base::below, Base::power, Base::powers;
   using Base::side, Base::side_part, Base::block_max;
-  using typename Base::R, typename Base::F, typename Base::Coef, typename Base::Row, typename Base::Side;
+  using typename Base::R, typename Base::F, typename Base::GradCoef, typename Base::Row, typename Base::Side;
   using Lane = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
   using Sums = typename Loss::template Sums<F>;
   static constexpr int kStateHead = 3;  // state: m, log_sum, k, saved...
@@ -68,7 +68,7 @@ class RowWalker : RowBase<Loss, T> {
     int64_t r;
     T* dx;
     R g;
-    Coef coef;
+    GradCoef coef;
     R p_target, target_slope;
     const R *exps, *bases;
   };
@@ -273,7 +273,7 @@ class RowWalker : RowBase<Loss, T> {
     const R e = a_.target ? exp(row.target.d) : 0;
     row.state.m = base;
     row.state.log_sum = log(others + e);
-    return loss_.finish(row.state, sums, others, e, row.target);
+    return loss_.project(row.state, sums, others, e, row.target);
   }
 
   // ---- gradient
@@ -282,9 +282,9 @@ class RowWalker : RowBase<Loss, T> {
     Gradient now{.row = row, .r = r, .dx = dx, .g = g, .exps = exps_, .bases = bases_};
     const R to_x = capped ? 1 : scale_;
     if constexpr (Loss::kPlanes) {
-      now.coef = loss_.coef(row.state, this->upstream(r), a_.asked_each, to_x);
+      now.coef = loss_.grad_coef(row.state, this->upstream(r), a_.asked_each, to_x);
     } else {
-      now.coef = loss_.coef(row.state, row.target, g * to_x);
+      now.coef = loss_.grad_coef(row.state, row.target, g * to_x);
     }
     if constexpr (Loss::kNumbers) loss_.add(now.coef, g * scale_ * row.number.beside);
     now.p_target = exp(row.target.d - row.state.log_sum);  // both before dx, which may be x, is written
@@ -310,7 +310,7 @@ class RowWalker : RowBase<Loss, T> {
   }
   FL_FN void write_target(const Gradient& now) const {
     if (!a_.target) return;
-    const R dz = loss_.target(now.p_target, now.row.target.d, now.row.target.weight, now.coef);
+    const R dz = loss_.grad_at_target(now.p_target, now.row.target.d, now.row.target.weight, now.coef);
     if constexpr (Loss::kNumbers)
       if (now.row.number.total != 0)
         return this->number_gradient(now.row, now.r, now.dx, now.coef, now.g * scale_, dz);

@@ -46,7 +46,7 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
       const int64_t j = a.number_ids[k];
       if (j < 0 || j >= a.n || (k && a.number_ids[k - 1] == j)) continue;
       const R z = logit_of_class(j), d = z - s.m, p = exp(d - s.log_sum), e = exp(z - number.top);
-      R dz = j == t ? loss.target(p, d, R(1), s.coef) : loss.grad(p, d, R(1), R(0), s.coef);
+      R dz = j == t ? loss.grad_at_target(p, d, R(1), s.coef) : loss.grad(p, d, R(1), R(0), s.coef);
       for (int64_t same = k; same < a.numbers && a.number_ids[same] == j;
            ++same)  // it may stand there more than once
         dz += loss.numbers.own(number, e, p, far[same]) * g;

@@ -139,7 +139,7 @@ struct RowReader {
 
   // g * d loss / d x for one class
   struct Slope {
-    typename Loss::Coef coef;
+    typename Loss::GradCoef coef;
     R m, log_sum;  // of z
     R top, logs;   // the maximum of u, and log_sum as `share_of` takes it
   };
@@ -147,7 +147,7 @@ struct RowReader {
   __device__ __forceinline__ R slope_at(const Slope& s, int64_t j, R v) const {
     const R below = u_of(v) - s.top, p = unit.share_of(below, s.logs), d = unit.distance(below),
             w = weight(j);
-    R dz = kTarget && j == t ? loss.target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
+    R dz = kTarget && j == t ? loss.grad_at_target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
     if constexpr (Loss::kSoftcap)
       if (cap > 0) dz *= bend(v);
     return dz;

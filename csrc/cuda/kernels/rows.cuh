@@ -115,7 +115,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       target.d = unit.distance(ut - top);
       const R e = a.target ? unit.exp_of(ut - top) : R(0);
       row.log_sum = log(o.s + e);
-      R value = loss.finish(row, o.extra, o.s, e, target);
+      R value = loss.project(row, o.extra, o.s, e, target);
       if constexpr (Loss::kNumbers) value += number_term(row, number);
       value *= k;
       if (a.norm) k /= *static_cast<const R*>(a.norm);
@@ -138,12 +138,12 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
     if (!a.dx) return;
     T* dx = gradient();
     if constexpr (Loss::kPlanes) {
-      const Slope s{loss.coef(row, upstream(), a.asked_each, scale), row.m, row.log_sum, top,
+      const Slope s{loss.grad_coef(row, upstream(), a.asked_each, scale), row.m, row.log_sum, top,
                     unit.kept(row.log_sum)};
       write_row(s, dx, held, write_held, kept);
       asked_gradient(s, dx);
     } else {
-      Slope s{loss.coef(row, target, g * k * scale), row.m, row.log_sum, top, unit.kept(row.log_sum)};
+      Slope s{loss.grad_coef(row, target, g * k * scale), row.m, row.log_sum, top, unit.kept(row.log_sum)};
       if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.beside);
       write_row(s, dx, held, write_held, kept);
       if constexpr (Loss::kNumbers)
