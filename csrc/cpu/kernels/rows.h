@@ -18,7 +18,7 @@ template <class Loss, class T>
 class RowWalker : RowBase<Loss, T> {
   using Base = RowBase<Loss, T>;
   using Base::a_, Base::loss_, Base::n_, Base::scale_, Base::cap_, Base::W, Base::kUnroll;
-  using Base::number_logits_, Base::number_shared_, Base::number_own_;
+  using Base::number_logits_, Base::number_shared_, Base::number_self_;
   using Base::raise, Base::logit, Base::slope, Base::below, Base::power, Base::powers;
   using Base::side, Base::side_part, Base::block_max;
   using typename Base::R, typename Base::F, typename Base::GradCoef, typename Base::Row, typename Base::Side;
@@ -49,7 +49,7 @@ class RowWalker : RowBase<Loss, T> {
     staged_dx_ = reinterpret_cast<T*>(p + 2 * staged);
     number_logits_ = reinterpret_cast<R*>(p + 3 * staged);
     number_shared_ = number_logits_ + numbers / sizeof(R);
-    number_own_ = number_shared_ + numbers / sizeof(R);
+    number_self_ = number_shared_ + numbers / sizeof(R);
   }
 
   FL_FN void run(int64_t begin, int64_t end) {
@@ -286,7 +286,7 @@ class RowWalker : RowBase<Loss, T> {
     } else {
       now.coef = loss_.grad_coef(row.state, row.target, g * to_x);
     }
-    if constexpr (Loss::kNumbers) loss_.add(now.coef, g * scale_ * row.number.beside);
+    if constexpr (Loss::kNumbers) loss_.add(now.coef, g * scale_ * row.number.dense_coef);
     now.p_target = exp(row.target.d - row.state.log_sum);  // both before dx, which may be x, is written
     now.target_slope = capped && a_.target ? slope(fill<F>(widen(row.x[row.t])))[0] : 1;
     return now;

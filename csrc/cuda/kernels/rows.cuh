@@ -144,7 +144,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       asked_gradient(s, dx);
     } else {
       Slope s{loss.grad_coef(row, target, g * k * scale), row.m, row.log_sum, top, unit.kept(row.log_sum)};
-      if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.beside);
+      if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.dense_coef);
       write_row(s, dx, held, write_held, kept);
       if constexpr (Loss::kNumbers)
         if (number.total != 0) number_gradient(s, number, g * k * scale, dx);
