@@ -194,11 +194,11 @@ void run(const AlignmentArgs& a, cudaStream_t stream) {
   const bool in_shared = rows_bytes <= kMostShared;
   const size_t shared = in_shared ? rows_bytes : 0;
   if (a.backward) {
-    start<&posterior_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
-    return start<&gradient_kernel<T>>(rows, kRowThreads, 0, stream, a);
+    launch_1d<&posterior_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
+    return launch_1d<&gradient_kernel<T>>(rows, kRowThreads, 0, stream, a);
   }
-  start<&rows_kernel<T>>((rows * 32 + kRowThreads - 1) / kRowThreads, kRowThreads, 0, stream, a);
-  start<&alpha_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
+  launch_1d<&rows_kernel<T>>((rows * 32 + kRowThreads - 1) / kRowThreads, kRowThreads, 0, stream, a);
+  launch_1d<&alpha_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
 }
 
 }  // namespace

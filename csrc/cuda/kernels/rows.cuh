@@ -240,7 +240,8 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
     if (slots && blocks > stay) blocks = stay;
   }
   const size_t shared = 16 * static_cast<size_t>(slots > 0 ? slots : 1);  // none is no array to point at
-  start<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a, static_cast<int>(slots));
+  launch_1d<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a,
+                                                     static_cast<int>(slots));
 }
 template <class Loss, class T, bool kBackward>
 void launch_pass(const RowArgs& a, cudaStream_t stream) {
