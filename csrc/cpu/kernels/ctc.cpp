@@ -12,13 +12,13 @@ namespace fastloss::inline FL_ISA {
 namespace {
 
 template <class T>
-class AlignmentWalker {
+class AlignmentKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   static constexpr int W = kLanes<F>;
 
  public:
-  explicit AlignmentWalker(const AlignmentArgs& args) : a_(args), width_(2 * args.width + 1) {
+  explicit AlignmentKernel(const AlignmentArgs& args) : a_(args), width_(2 * args.width + 1) {
     const int64_t row = (width_ + 3 * W) / W * W, classes = (a_.classes + W) / W * W;
     R* p = static_cast<R*>(cpu::thread_scratch((5 * row + classes) * sizeof(R)));
     row_[0] = p + W, row_[1] = p + row + W;  // before and behind them nothing
@@ -155,7 +155,7 @@ class AlignmentWalker {
 };
 
 void run(const AlignmentArgs& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T> { AlignmentWalker<T>(a).run(begin, end); });
+  with_type(a.dtype, [&]<class T> { AlignmentKernel<T>(a).run(begin, end); });
 }
 
 }  // namespace

@@ -114,7 +114,7 @@ FL_FN double log1p_sum(const R* u, int64_t count) {
 }
 
 template <class T>
-class ElementWalker {
+class ElementKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   using Map = void (*)(const double*, const Block<R>&);
@@ -122,7 +122,7 @@ class ElementWalker {
   static constexpr int64_t kBlock = kElementBlock;
 
  public:
-  ElementWalker(const ElementArgs& args, int inputs, bool log_sum, Map map)
+  ElementKernel(const ElementArgs& args, int inputs, bool log_sum, Map map)
       : a_(args), inputs_(inputs), map_(map), sum_logs_(log_sum && args.partial && !args.weight.p) {
     stage_ = static_cast<R*>(cpu::thread_scratch((2 * kMaxInputs + 4) * kBlock * sizeof(R)));
   }
@@ -260,13 +260,13 @@ class ElementWalker {
 };
 
 template <template <class, int> class Loss, int kVariant, class T>
-void walk_elements(const ElementArgs& a, int64_t begin, int64_t end) {
+void run_elements(const ElementArgs& a, int64_t begin, int64_t end) {
   using R = acc_t<T>;
   using L = Loss<R, kVariant>;
   unsigned wanted = 0;
   for (int j = 0; j < L::kInputs; ++j) wanted |= a.dx[j] ? 1u << j : 0;
   const auto map = Mapping<L, R>::choose(a.out || a.partial, wanted);
-  ElementWalker<T>(a, L::kInputs, L::kLogSum, map).run(begin, end);
+  ElementKernel<T>(a, L::kInputs, L::kLogSum, map).run(begin, end);
 }
 
 }  // namespace fastloss::inline FL_ISA

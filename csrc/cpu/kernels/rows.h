@@ -15,7 +15,7 @@
 namespace fastloss::inline FL_ISA {
 
 template <class Loss, class T>
-class RowWalker : RowBase<Loss, T> {
+class RowKernel : RowBase<Loss, T> {
   using Base = RowBase<Loss, T>;
   using Base::a_, Base::loss_, Base::n_, Base::scale_, Base::cap_, Base::W, Base::kUnroll;
   using Base::number_logits_, Base::number_shared_, Base::number_self_;
@@ -32,7 +32,7 @@ class RowWalker : RowBase<Loss, T> {
   static constexpr int kFields = std::is_empty_v<Sums> ? 0 : sizeof(Sums) / sizeof(F);
 
  public:
-  FL_FN RowWalker(const RowArgs& args, const Loss& loss) : Base(args, loss) {
+  FL_FN RowKernel(const RowArgs& args, const Loss& loss) : Base(args, loss) {
     const int64_t blocks = (n_ + kBlock - 1) / kBlock, padded = (n_ + 2 * W) / W * W;
     const int64_t exps = args.pass == RowPass::forward_gradient ? padded * sizeof(R) : 0;
     const int64_t kept = exps + blocks * sizeof(R);
@@ -422,8 +422,8 @@ class RowWalker : RowBase<Loss, T> {
 };
 
 template <class Loss, class T>
-FL_FN void walk_rows(const RowArgs& args, int64_t begin, int64_t end) {
-  RowWalker<Loss, T>(args, Loss(args.options, args.n)).run(begin, end);
+FL_FN void run_rows(const RowArgs& args, int64_t begin, int64_t end) {
+  RowKernel<Loss, T>(args, Loss(args.options, args.n)).run(begin, end);
 }
 
 }  // namespace fastloss::inline FL_ISA

@@ -16,13 +16,13 @@ using cpu::TileCall;
 FL_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class R, TilePass kPass>
-class TileWalker {
+class TileKernel {
   using G = Gemm<R>;
   using Pass = TileEpilogue<R, kPass>;
   static_assert(kTile % G::kLeft == 0 && kTile % G::kRight == 0);
 
  public:
-  explicit TileWalker(const TileCall& a) : a_(a), width_(round_up(a.d, G::kRight)), pass_(a) {
+  explicit TileKernel(const TileCall& a) : a_(a), width_(round_up(a.d, G::kRight)), pass_(a) {
     const int64_t rows = round_up(a.row_step, G::kLeft), left = rows * a.d, right = a.row_step * width_;
     R* at = static_cast<R*>(
         cpu::thread_scratch((left + right + 2 * kTile * kTile + kTile + Pass::kScratch) * sizeof(R)));
@@ -40,7 +40,7 @@ class TileWalker {
     left_ = take(left);
   }
 
-  void walk() {
+  void run() {
     for (;;) {
       const int64_t block = __atomic_fetch_add(a_.next, 1, __ATOMIC_RELAXED);
       if (block * a_.row_step >= a_.m) return;
@@ -132,17 +132,17 @@ template <class R>
 void walk(const TileCall& a) {
   switch (a.pass) {
     case TilePass::statistics:
-      return TileWalker<R, TilePass::statistics>(a).walk();
+      return TileKernel<R, TilePass::statistics>(a).run();
     case TilePass::softmax_gradient:
-      return TileWalker<R, TilePass::softmax_gradient>(a).walk();
+      return TileKernel<R, TilePass::softmax_gradient>(a).run();
     case TilePass::pairs:
-      return TileWalker<R, TilePass::pairs>(a).walk();
+      return TileKernel<R, TilePass::pairs>(a).run();
     case TilePass::pairs_gradient:
-      return TileWalker<R, TilePass::pairs_gradient>(a).walk();
+      return TileKernel<R, TilePass::pairs_gradient>(a).run();
     case TilePass::sigmoid:
-      return TileWalker<R, TilePass::sigmoid>(a).walk();
+      return TileKernel<R, TilePass::sigmoid>(a).run();
     case TilePass::hardest:
-      return TileWalker<R, TilePass::hardest>(a).walk();
+      return TileKernel<R, TilePass::hardest>(a).run();
   }
 }
 
