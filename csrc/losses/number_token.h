@@ -14,8 +14,8 @@ namespace fastloss::inline FL_ISA {
 
 template <class R>
 struct NumberTerm {
-  R value;       // added to the row's loss
-  R dense_coef;  // d value / d z_j is p_j dense_coef, and for number k also q_k (table_ik - mean) of_q + p_k of_p
+  // d value / d z_j is p_j dense_coef, and for number k also q_k (table_ik - mean) of_q + p_k of_p
+  R value, dense_coef;  // the first is added to the row's loss
   R of_q, of_p;
   R mean, top, total;  // S; q_k = exp(z_k - top) / total
 };

@@ -78,10 +78,10 @@ class AlignmentKernel {
     const AlignedTarget target(a_, n);
     mark_skips(target, 0);
     R *now = row_[0], *before = row_[1];
-    double rest = 0;
+    double log_scale = 0;
     for (int64_t t = 0; t < target.steps; ++t) {
-      rest -= taken_off(t, n) = largest_of(target, input(t, n));
-      if (a_.from_logits) rest += normalizer(t, n) = log_sum_exp(input(t, n));
+      log_scale -= taken_off(t, n) = largest_of(target, input(t, n));
+      if (a_.from_logits) log_scale += normalizer(t, n) = log_sum_exp(input(t, n));
       gather(target, t, n);
       clear(before, target.positions);
       if (t == 0) {
@@ -95,7 +95,7 @@ class AlignmentKernel {
       R* const swap = now;
       now = before, before = swap;
     }
-    R loss = R(rest - target.likelihood(before));
+    R loss = R(log_scale - target.likelihood(before));
     if (a_.zero_infinity && loss == R(INFINITY)) loss = 0;
     static_cast<R*>(a_.loss)[n] = loss;
   }

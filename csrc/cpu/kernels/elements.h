@@ -6,6 +6,8 @@
 // but its inputs is read and nothing but its results is written. A block's sum has a fixed order and does not
 // depend on who computes it.
 #pragma once
+#include <bit>
+
 #include "../../drivers/elements.h"
 #include "../../math/math.h"
 #include "../scratch.h"
@@ -21,8 +23,6 @@ struct Block {
   R *value, *u;                // value only, or value and u of a log-sum
   R* dx[kMaxInputs];
 };
-
-constexpr int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
 
 // A step of the loss for the whole block, then the next.
 template <int kStep = 0, class F, class Loss, class R>
@@ -74,7 +74,7 @@ FL_NOINLINE void map_block(const double* options, const Block<R>& b) {
 
 template <class Loss, class R>
 struct Mapping {
-  static constexpr unsigned kFirst = 1u << lowest_bit(Loss::kWrt);
+  static constexpr unsigned kFirst = 1u << std::countr_zero(Loss::kWrt);
   // for want = 1: value, 2: gradient of the first differentiable input, 4: of more
   static auto choose(bool value, unsigned grad) {
     using Function = void (*)(const double*, const Block<R>&);

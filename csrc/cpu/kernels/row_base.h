@@ -96,7 +96,8 @@ class RowBase {
   }
   FL_NOINLINE R block_max(const T* x, int64_t begin, int64_t end) const {
     if constexpr (sizeof(T) == 2)
-      if (scale_ > 0 && !(Loss::kSoftcap && cap_ > 0)) return widen(largest(x + begin, end - begin)) * scale_;
+      if (scale_ > 0 && !(Loss::kSoftcap && cap_ > 0))
+        return widen(max_half(x + begin, end - begin)) * scale_;
     F top[kUnroll];
     for (F& v : top) v = fill<F>(-INFINITY);
     int64_t j = begin;

@@ -3,6 +3,8 @@
 
 #include <sched.h>
 
+#include <algorithm>
+
 #include "../scratch.h"
 #include "gemm.h"
 #include "similarity_passes.h"
@@ -12,8 +14,6 @@ namespace {
 
 using cpu::kTile;
 using cpu::TileCall;
-
-FL_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class R, TilePass kPass>
 class TileKernel {
@@ -50,7 +50,7 @@ class TileKernel {
 
  private:
   void rows(int64_t block) {
-    const int64_t row = block * a_.row_step, count = least(a_.row_step, a_.m - row);
+    const int64_t row = block * a_.row_step, count = std::min<int64_t>(a_.row_step, a_.m - row);
     const bool last = row + count == a_.m;
     const R* x = static_cast<const R*>(a_.x) + row * a_.d;
     const bool itself = a_.x == a_.y;
@@ -59,7 +59,7 @@ class TileKernel {
     pass_.begin_rows(row, count);
     int64_t column = 0;
     for (int64_t c = 0; column < a_.n; ++c, column += kTile) {
-      const int64_t columns = least(kTile, a_.n - column);
+      const int64_t columns = std::min<int64_t>(kTile, a_.n - column);
       multiply<R>(packed<R, G::kLeft>(left_, a_.d),
                   packed<R, G::kRight>(static_cast<const R*>(a_.panels) + column * a_.d, a_.d), count,
                   columns, a_.d, tile_, kTile, false);
@@ -121,7 +121,7 @@ template <class R>
 void pack_y(const TileCall& a, int64_t begin, int64_t end) {
   constexpr int kRight = Gemm<R>::kRight;
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = b * kTile, count = least(kTile, a.n - first);
+    const int64_t first = b * kTile, count = std::min<int64_t>(kTile, a.n - first);
     const R* y = static_cast<const R*>(a.y) + first * a.d;
     pack<kRight>(y, a.d, 1, count, a.d, static_cast<R*>(a.panels) + first * a.d);
     if (a.depth_panels)

@@ -234,8 +234,8 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
   if (kStays<Loss, T, kTeam, kBackward> && on_vectors<T>(a.x, a.x_layout) &&
       (!a.dx || on_vectors<T>(a.dx, a.dx_layout))) {
     const int64_t row = a.n / Vec<T>::kSize,
-                  room = (most_shared() - kSharedBeside) * kTeam / kResident<Loss> / 16;
-    slots = (row < room ? row : room) / kTeam * kTeam;
+                  capacity = (max_shared() - kSharedBeside) * kTeam / kResident<Loss> / 16;
+    slots = (row < capacity ? row : capacity) / kTeam * kTeam;
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
     if (slots && blocks > stay) blocks = stay;
   }
