@@ -41,7 +41,7 @@ FL_FN void step_block(const Loss& loss, const Block<R>& b, R (*steps)[kElementBl
 // kGrad: the inputs to differentiate, a bit for each.
 template <class Loss, class R, bool kValue, unsigned kGrad>
 FL_NOINLINE void map_block(const double* options, const Block<R>& b) {
-  using F = Pair<vector_t<R>>;
+  using F = VectorPair<vector_t<R>>;
   const Loss loss(options);
   const F k = fill<F>(b.k);
   alignas(64) R steps[kStepsOf<Loss> + 1][kElementBlock];
