@@ -4,9 +4,9 @@
     python tests/hash_registry.py --out after.json
     python tests/hash_registry.py --compare before.json after.json
 
-Hashes every loss, case and dtype at a few shapes of its registry entry, with an upstream gradient other than 1 and, for
-a scalar, also with 1 (the gradients made in forward), in one process for each `FASTLOSS_CPU_CAPABILITY` that this machine has,
-plus the CUDA kernels executed on the CPU with `--simt`. The hash of a call covers dtype, shape and every bit.
+Hashes every loss, case and dtype at a few shapes of its registry entry, with an upstream gradient other than 1 and with
+1 (the gradients made in forward), in one process for each `FASTLOSS_CPU_CAPABILITY` that this machine has, and with
+`--simt` the CUDA kernels executed on the CPU. The hash of a call covers dtype, shape and every bit.
 `--compare` lists what differs and what only one side has, and exits with 1 if a hash differs.
 """
 
@@ -64,7 +64,8 @@ def hash_all(simt: bool, names: list[str]) -> dict[str, str]:
             for dtype in DTYPES:
                 for shape in shapes:
                     for unit in (False, True):
-                        key = f"{entry.name}/{case}/{dtype_id(dtype)}/{'x'.join(map(str, shape))}/{'1' if unit else 'g'}"
+                        size, upstream = "x".join(map(str, shape)), "1" if unit else "g"
+                        key = f"{entry.name}/{case}/{dtype_id(dtype)}/{size}/{upstream}"
                         try:
                             found[key] = one(entry, case, dtype, shape, unit)
                         except (
