@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,8 +171,21 @@ def show(progress: Progress, task: TaskID, label: str, done: float, what: str) -
     progress.update(task, completed=done, description=f"{label}: {what}")
 
 
+def write(folder: Path, report: dict[str, Any]) -> None:
+    """The folder of a report: numbers, tables, one plot."""
+    from fastloss import _plot
+
+    _report.write_folder(folder, report)
+    if any("times" in row for row in report["rows"]):
+        _plot.draw(report["rows"], folder / _report.PLOT)
+
+
 def main(args: argparse.Namespace) -> int:
     """`python -m fastloss bench`: returns 1 if a result of fastloss was refused as wrong."""
+    if args.again:
+        write(args.again, json.loads((args.again / "results.json").read_text()))
+        return 0
+
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -204,9 +218,9 @@ def main(args: argparse.Namespace) -> int:
                         f"{row['candidate']} is not timed: {row['refused']}", style="red", highlight=False
                     )
             if args.out:  # after every loss, so that an interrupted run leaves what it has
-                _report.write_folder(args.out, report, specs[: i + 1])
-                if any("times" in row for row in rows):
-                    _plot.draw(rows, args.out / f"{_report.slug(spec)}.png")
+                _report.write_folder(args.out, report)
+    if args.out:
+        write(args.out, report)
     if args.json:
         _report.write_json(args.json, report)
     if args.plot:
