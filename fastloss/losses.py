@@ -4,20 +4,53 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 
 from fastloss._registry import Loss, entries
 
+FAMILIES = (
+    "token",
+    "linear",
+    "statistics",
+    "number_token",
+    "divergence",
+    "regression",
+    "pointwise",
+    "preference",
+    "policy",
+    "returns",
+    "rewards",
+    "contrastive",
+    "metric",
+    "margin",
+    "alignment",
+    "survival",
+    "aggregate",
+)
+"""Families in the order of the table; a family that is not listed comes last."""
+
+
+def cell(text: str) -> str:
+    """Docstring markup as GitHub's Markdown: math in its syntax, without the bar that would end a table cell."""
+    return re.sub(
+        r":math:`([^`]*)`", lambda math: "$`" + re.sub(r"\|\s*", r"\\vert ", math[1]).strip() + "`$", text
+    )
+
+
+def place(loss: Loss) -> int:
+    return FAMILIES.index(loss.family) if loss.family in FAMILIES else len(FAMILIES)
+
 
 def row(loss: Loss) -> str:
-    summary = inspect.getdoc(loss.function).splitlines()[0].rstrip(".")
+    summary = cell((inspect.getdoc(loss.function) or "").splitlines()[0].rstrip("."))
     replaces = f"`{loss.replaces}`" if loss.replaces else ""
     return f"| `{loss.name}` | {loss.family} | {replaces} | {summary} |"
 
 
 def table() -> str:
-    """One line for each loss and each estimator."""
-    head = ["| function | family | replaces | what it is |", "|---|---|---|---|"]
-    return "\n".join(head + [row(loss) for loss in entries()])
+    """One line for each loss and each estimator, by family."""
+    head = ["| function | family | replaces | description |", "|---|---|---|---|"]
+    return "\n".join(head + [row(loss) for loss in sorted(entries(), key=place)])
 
 
 def main(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ __all__ = ["group_advantages", "n_step_returns", "ride_reward"]
 def group_advantages(
     rewards: Tensor, group_ids: Tensor, kind: str = "grpo", *, epsilon: float = 1e-4
 ) -> Tensor:
-    r"""Advantages of answers relative to those to the same prompt.
+    r"""Group-relative advantages of the completions of each prompt.
 
     With the mean :math:`\bar r` and the (unbiased) standard deviation :math:`s` of the rewards of a group of
     :math:`n` answers, :math:`(r - \bar r) / (s + \varepsilon)` (grpo), :math:`r - \bar r` (dr_grpo), or
@@ -79,7 +79,7 @@ def n_step_returns(
     next_values: Tensor | None = None,
     bootstrap_value: Tensor | None = None,
 ) -> Tensor:
-    r"""Returns of n steps: rewards as they came, then the value of where they led to.
+    r"""n-step returns: discounted rewards, then the bootstrapped value.
 
     .. math:: G_t = \sum_{k=0}^{n-1} \gamma^k r_{t+k} + \gamma^n V_{t+n}
 
@@ -157,7 +157,7 @@ def n_step_returns(
 def ride_reward(
     embeddings: Tensor, next_embeddings: Tensor, counts: Tensor, kind: str = "next_sqrt"
 ) -> Tensor:
-    r"""Reward for changing the world (RIDE): how far an action moved the embedding of the state.
+    r"""RIDE exploration bonus: embedding distance between consecutive states.
 
     .. math:: \frac{\lVert \phi(s_{t+1}) - \phi(s_t) \rVert_2}{\sqrt{N}}
 

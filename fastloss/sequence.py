@@ -204,7 +204,7 @@ def discounted_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    r"""Discounted sums of the rewards to come (reward to go).
+    r"""Discounted sums of future rewards (reward to go).
 
     .. math:: G_t = r_t + \gamma (1 - \mathrm{terminated}_t)\, G_{t+1}
 
