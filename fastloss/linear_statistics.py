@@ -184,7 +184,7 @@ def linear_dpo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    r"""Direct preference optimisation from hidden states, without materialising the logits.
+    r"""Direct preference optimisation from hidden states, the logits computed in chunks.
 
     `dpo_loss` of the log-probabilities of whole answers, :math:`\sum_t \log \mathrm{softmax}(W h_t + b)_{y_t}` over
     the labels that are not ignored. Logits are made for a chunk of tokens, forward and again backward, chosen and
