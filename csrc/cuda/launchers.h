@@ -6,17 +6,14 @@
 #include "../drivers/similarity.h"
 #include "../losses/aggregation_args.h"
 #include "../losses/classification.h"
+#include "../losses/ctc_args.h"
 #include "../losses/distillation.h"
 #include "../losses/elements.h"
 #include "../losses/feature_sums_args.h"
 #include "../losses/returns.h"
 #include "../losses/reward_model_args.h"
+#include "../losses/survival_args.h"
 #include "../losses/triplets_args.h"
-
-namespace fastloss {
-struct SurvivalArgs;
-struct AlignmentArgs;
-}  // namespace fastloss
 
 namespace fastloss::cuda {
 

@@ -20,7 +20,7 @@ struct Ops {
     if (row_weight) {
       STD_TORCH_CHECK(row_weight->numel() == a.rows, "sample_weight: expected ", a.rows, " numbers, got ",
                       row_weight->numel());
-      row_weight = as_type(*row_weight, call.accumulation);
+      row_weight = contiguous_as(*row_weight, call.accumulation);
       a.row_weight = row_weight->const_data_ptr();
     }
     return forward_results(kLoss, call, reduction, wide);
@@ -50,8 +50,6 @@ struct Ops {
   }
 };
 
-}  // namespace
-
 #define FASTLOSS_DEFINE(name, Loss)                                                                         \
   m.def(#name                                                                                               \
         "_fwd(Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "          \
@@ -69,13 +67,11 @@ struct Ops {
   m.impl(#name "_bwd", TORCH_BOX(&Ops<name##_loss>::backward)); \
   m.impl(#name "_bwd_into", TORCH_BOX(&Ops<name##_loss>::backward_into));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m){
-    FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)}
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
-}
-#endif
+void define(StableLibrary& m) { FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE) }
+void implement(StableLibrary& m) { FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT) }
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

@@ -8,19 +8,15 @@
 // number.
 #include <algorithm>
 #include <bit>
-#include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "../cpu/dispatch.h"
-#include "device.h"
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
 
-enum Reduction : int64_t { kNone, kMean, kSum };
-using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kGrain = 32;  // blocks that are worth a thread
@@ -65,9 +61,6 @@ ElementInput place(Tensor& t, Source source) {
   }
   x.p = t.const_data_ptr();
   return x;
-}
-Tensor as_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
 bool same_sizes(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
@@ -138,7 +131,6 @@ struct ElementCall {
     t = as_type(t, type);
     return place(t, Source::element);
   }
-  bool on_cuda() const { return runs_on_cuda(inputs[0]); }
   ScalarType result_type() const { return args.out_wide ? accumulation : type; }
 
   void set_gradients(const Tensors& dx) {
@@ -164,8 +156,8 @@ struct ElementCall {
   }
 
   void run() {
-    if (on_cuda()) {
-      if (args.n || args.partial) launch_on(inputs[0], loss.cuda_kernel, args);
+    if (on_cuda(inputs[0])) {
+      if (args.n || args.partial) launch_on_cuda(inputs[0], loss.cuda_kernel, args);
       return;
     }
     int64_t bytes = args.out ? args.n * inputs[0].element_size() : 0;
@@ -173,13 +165,11 @@ struct ElementCall {
     args.past_cache = bytes > kPastCache;
     const cpu::ElementKernel kernel = cpu::element_kernels().*loss.cpu_kernel;
     const int64_t blocks = element_blocks(args.n);
-    if (blocks <= kGrain) return kernel(args, 0, blocks);
-    torch::stable::parallel_for(0, blocks, kGrain,
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    in_parallel(blocks, kGrain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
   void check_classes() const {
-    if (!classes || on_cuda()) return;
+    if (!classes || on_cuda(inputs[0])) return;
     const int64_t* c = static_cast<const int64_t*>(classes->const_data_ptr());
     const int64_t columns = inputs[0].size(-1);
     for (int64_t i = 0; i < classes->numel(); ++i)
@@ -192,16 +182,13 @@ struct ElementCall {
   // A number: the sum of all losses, divided.
   Tensor reduced() {
     const Tensor result = empty(inputs[0], {}, result_type());
-    if (on_cuda()) {
-#if defined(FASTLOSS_HAS_CUDA)
-      const int64_t count[] = {std::max<int64_t>(1, cuda::element_partials(args.dtype, args.n))};
+    if (on_cuda(inputs[0])) {
+      const int64_t partials = call_cuda(FASTLOSS_CUDA_FUNCTION(element_partials), args.dtype, args.n);
+      const int64_t count[] = {std::max<int64_t>(1, partials)};
       const Tensor partial = empty(inputs[0], count, ScalarType::Double);
       args.partial = static_cast<double*>(partial.mutable_data_ptr());
       args.result = result.mutable_data_ptr();
       run();
-#else
-      run();  // which says that there are no CUDA kernels
-#endif
       return result;
     }
     std::vector<double> partial(std::max<int64_t>(1, element_blocks(args.n)));
@@ -233,7 +220,7 @@ struct ElementCall {
     Tensor g = as_type(grad, result_type());
     args.upstream = place(g, result_type() == type ? Source::element : Source::wide);
     STD_TORCH_CHECK(g.numel() == 1 || g.numel() == args.n, "grad: expected 1 or ", args.n, " numbers");
-    if (skip_unit && !on_cuda() && g.numel() == 1 && is_one(g)) return;
+    if (skip_unit && !on_cuda(inputs[0]) && g.numel() == 1 && is_one(g)) return;
     args.skip_unit_upstream = skip_unit;
     run();
   }
@@ -295,7 +282,7 @@ std::string repeated(const char* before, int count, const char* after) {
   for (int i = 0; i < count; ++i) s += before + std::to_string(i) + after;
   return s;
 }
-void define(torch::stable::detail::StableLibrary& m, const ElementLoss& loss) {
+void define(StableLibrary& m, const ElementLoss& loss) {
   const int gradients = std::popcount(loss.wrt);
   const std::string name = loss.name, inputs = repeated("Tensor input", loss.inputs, ", ");
   const std::string options =
@@ -318,10 +305,8 @@ void define(torch::stable::detail::StableLibrary& m, const ElementLoss& loss) {
                                     Loss<float, 0>::kWrt,       \
                                     &Loss<float, 0>::variant,   \
                                     &cpu::ElementKernels::name, \
-                                    FASTLOSS_CUDA_KERNEL(name)};
+                                    FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DESCRIBE)
-
-}  // namespace
 
 #define FASTLOSS_DEFINE(name, Loss) define(m, name##_loss);
 #define FASTLOSS_IMPLEMENT(name, Loss)                            \
@@ -329,13 +314,11 @@ FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DESCRIBE)
   m.impl(#name "_bwd", TORCH_BOX(&OpsOf<name##_loss>::backward)); \
   m.impl(#name "_bwd_into", TORCH_BOX(&OpsOf<name##_loss>::backward_into));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m){
-    FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT)}
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT)
-}
-#endif
+void define_all(StableLibrary& m) { FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DEFINE) }
+void implement(StableLibrary& m) { FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT) }
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define_all, implement)
 
 }  // namespace fastloss

@@ -12,11 +12,11 @@ struct Numbers {
 
   Numbers(Call& call, const Tensor& ids_, const Tensor& table_, const Tensor& worst_, const Tensor& position_,
           const Tensor& weight_)
-      : ids(as_type(ids_, ScalarType::Long)),
-        table(as_type(table_, call.accumulation)),
-        worst(as_type(worst_, call.accumulation)),
-        position(as_type(position_, ScalarType::Long)),
-        weight(as_type(weight_, call.accumulation)) {
+      : ids(contiguous_as(ids_, ScalarType::Long)),
+        table(contiguous_as(table_, call.accumulation)),
+        worst(contiguous_as(worst_, call.accumulation)),
+        position(contiguous_as(position_, ScalarType::Long)),
+        weight(contiguous_as(weight_, call.accumulation)) {
     RowArgs& a = call.args;
     a.numbers = ids.numel();
     STD_TORCH_CHECK(table.numel() == a.numbers * a.numbers && worst.numel() == 1,
@@ -63,9 +63,7 @@ Tensor backward(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor tab
   return dx;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def(
       "cross_entropy_numbers_fwd(Tensor input, Tensor target, Tensor ids, Tensor table, Tensor worst, "
       "Tensor position, Tensor number_weight, int ignore_index, int reduction, float[] options, bool wide, "
@@ -78,17 +76,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
       "Tensor table, Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] options, "
       "bool skip_unit) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("cross_entropy_numbers_fwd", TORCH_BOX(&forward));
   m.impl("cross_entropy_numbers_bwd", TORCH_BOX(&backward));
   m.impl("cross_entropy_numbers_bwd_into", TORCH_BOX(&backward_into));
 }
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("cross_entropy_numbers_fwd", TORCH_BOX(&forward));
-  m.impl("cross_entropy_numbers_bwd", TORCH_BOX(&backward));
-  m.impl("cross_entropy_numbers_bwd_into", TORCH_BOX(&backward_into));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

@@ -2,15 +2,13 @@
 // FASTLOSS_SCANS.
 #include <algorithm>
 #include <tuple>
-#include <vector>
 
 #include "../cpu/dispatch.h"
-#include "device.h"
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using Options = std::vector<double>;
 
 struct Scan {
@@ -40,7 +38,7 @@ struct ScanCall {
       STD_TORCH_CHECK(x.dim() == 1, "rewards: expected one dimension with cu_seqlens");
       args.rows = cu_seqlens->numel() - 1;
       args.offsets = static_cast<const int64_t*>(hold(*cu_seqlens, ScalarType::Long));
-      if (!runs_on_cuda(x)) check_offsets();
+      if (!on_cuda(x)) check_offsets();
     }
     args.in[0] = x.const_data_ptr();
     args.in[1] = step_input(values, "values", type);
@@ -79,13 +77,11 @@ struct ScanCall {
   }
   void run(const Scan& scan) const {
     if (args.rows <= 0) return;
-    if (runs_on_cuda(x)) return launch_on(x, scan.cuda_kernel, args);
+    if (on_cuda(x)) return launch_on_cuda(x, scan.cuda_kernel, args);
     const cpu::ScanKernel kernel = cpu::scan_kernels().*scan.cpu_kernel;
     const int64_t mean = std::max<int64_t>(args.offsets ? args.n / args.rows : args.n, 1);
     const int64_t grain = std::max<int64_t>(16, 32768 / mean / 16 * 16);
-    if (args.rows <= grain) return kernel(args, 0, args.rows);
-    torch::stable::parallel_for(0, args.rows, grain,
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    in_parallel(args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 };
 
@@ -132,13 +128,11 @@ struct ScanOps {
 };
 
 #define FASTLOSS_DESCRIBE(name, Loss) \
-  constexpr Scan name##_scan{&cpu::ScanKernels::name, FASTLOSS_CUDA_KERNEL(name)};
+  constexpr Scan name##_scan{&cpu::ScanKernels::name, FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_SCANS(FASTLOSS_DESCRIBE)
 
 template <template <class> class Loss>
 inline constexpr bool differentiates = Loss<float>::kBackward;
-
-}  // namespace
 
 #define FASTLOSS_SCAN_TENSORS                                                                        \
   "Tensor rewards, Tensor? values, Tensor? next_values, Tensor? bootstrap_value, Tensor? log_rhos, " \
@@ -152,13 +146,11 @@ inline constexpr bool differentiates = Loss<float>::kBackward;
   m.impl(#name "_fwd", TORCH_BOX(&ScanOps<name##_scan>::forward)); \
   if (differentiates<Loss>) m.impl(#name "_bwd", TORCH_BOX(&ScanOps<name##_scan>::backward));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_SCANS(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU,
-                                                               m){FASTLOSS_SCANS(FASTLOSS_IMPLEMENT)}
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  FASTLOSS_SCANS(FASTLOSS_IMPLEMENT)
-}
-#endif
+void define(StableLibrary& m) { FASTLOSS_SCANS(FASTLOSS_DEFINE) }
+void implement(StableLibrary& m) { FASTLOSS_SCANS(FASTLOSS_IMPLEMENT) }
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

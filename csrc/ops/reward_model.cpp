@@ -1,11 +1,10 @@
 // ranking: the loss of each row of rewards [rows, n] with ranks [rows, n], see losses/reward_model.h. `state`
 // is what backward needs of each row.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
 #include "../cpu/dispatch.h"
-#include "device.h"
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -32,13 +31,10 @@ struct RankingCall {
   }
   void run() const {
     if (args.rows == 0) return;
-    void (*const launcher)(const RankingArgs&, void*) = FASTLOSS_CUDA_KERNEL(ranking);
-    if (runs_on_cuda(rewards)) return launch_on(rewards, launcher, args);
+    if (on_cuda(rewards)) return launch_on_cuda(rewards, FASTLOSS_CUDA_FUNCTION(ranking), args);
     const cpu::RankingKernel kernel = cpu::ranking_kernel();
     const int64_t grain = 16 * std::max<int64_t>(1, 2048 / std::max<int64_t>(args.n * args.n, 1));
-    if (args.rows <= grain) return kernel(args, 0, args.rows);
-    torch::stable::parallel_for(0, args.rows, grain,
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    in_parallel(args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 };
 
@@ -57,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor rewards, Tensor ranks, int64_t
 }
 
 // The number of pairs has no gradient.
-Tensor backward(Tensor grad, std::optional<Tensor> /*grad_pairs*/, Tensor rewards, Tensor ranks, Tensor state,
+Tensor backward(Tensor grad, OptionalTensor /*grad_pairs*/, Tensor rewards, Tensor ranks, Tensor state,
                 int64_t kind) {
   RankingCall call(rewards, ranks, kind);
   RankingArgs& a = call.args;
@@ -72,23 +68,19 @@ Tensor backward(Tensor grad, std::optional<Tensor> /*grad_pairs*/, Tensor reward
   return gradient;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def("ranking_fwd(Tensor rewards, Tensor ranks, int kind) -> (Tensor loss, Tensor pairs, Tensor state)");
   m.def(
       "ranking_bwd(Tensor grad, Tensor? grad_pairs, Tensor rewards, Tensor ranks, Tensor state, int kind) -> "
       "Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("ranking_fwd", TORCH_BOX(&forward));
   m.impl("ranking_bwd", TORCH_BOX(&backward));
 }
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("ranking_fwd", TORCH_BOX(&forward));
-  m.impl("ranking_bwd", TORCH_BOX(&backward));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

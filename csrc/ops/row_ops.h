@@ -2,21 +2,13 @@
 // rows. Shared by all operators that run the row kernels.
 #pragma once
 #include <algorithm>
-#include <optional>
-#include <stdexcept>
 #include <tuple>
-#include <vector>
 
 #include "../cpu/dispatch.h"
-#include "library.h"
-#if defined(FASTLOSS_CUDA) || defined(FL_SIMT)
-#define FASTLOSS_HAS_CUDA 1
-#include "../cuda/launchers.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
-enum Reduction : int64_t { kNone, kMean, kSum };
-using OptionalTensor = std::optional<Tensor>;
+
 using Options = std::vector<double>;
 
 // Gradients of shorter rows, in bytes, are never written past the caches.
@@ -28,9 +20,7 @@ struct TokenLoss {
   int saved;
   bool norm_counts_rows;
   cpu::RowKernel cpu::Kernels::* cpu_kernel;
-#if defined(FASTLOSS_HAS_CUDA)
   void (*cuda_kernel)(const RowArgs&, void* stream);
-#endif
 };
 
 // The same for all variants of a loss, so that the state's shape depends on nothing but the loss.
@@ -75,10 +65,6 @@ inline std::optional<RowLayout> row_layout_last(const Tensor& t) {
   return RowLayout{count[0], stride[1], stride[0], strides[classes]};
 }
 inline Tensor as_rows(const Tensor& t) { return row_layout(t) ? t : torch::stable::contiguous(t); }
-inline Tensor as_type(const Tensor& t, ScalarType type) {
-  const Tensor typed = t.scalar_type() == type ? t : torch::stable::to(t, type);
-  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
-}
 
 // What forward and backward tell the kernels alike; holds the tensors that `args` points into.
 struct Call {
@@ -106,7 +92,7 @@ struct Call {
     if (target.scalar_type() == ScalarType::Long) {
       STD_TORCH_CHECK(target.numel() == args.rows, "target: expected ", args.rows, " class indices, got ",
                       target.numel());
-      target = as_type(target, ScalarType::Long);
+      target = contiguous_as(target, ScalarType::Long);
       args.target = static_cast<const int64_t*>(target.const_data_ptr());
     } else {
       STD_TORCH_CHECK(target.numel() == x.numel(), "target: expected a probability for each class");
@@ -117,7 +103,7 @@ struct Call {
     if (weight_) {
       STD_TORCH_CHECK(weight_->numel() == args.n, "weight: expected ", args.n, " numbers, got ",
                       weight_->numel());
-      weight = as_type(*weight_, accumulation);
+      weight = contiguous_as(*weight_, accumulation);
       args.class_weight = weight->const_data_ptr();
     }
     args.logit_scale = logit_scale;
@@ -144,40 +130,13 @@ struct Call {
 
 // ---- where a kernel runs
 
-#if defined(FL_SIMT)
-inline bool on_cuda(const Tensor&) { return true; }  // the CUDA kernels, executed on the CPU
-struct DeviceScope {
-  explicit DeviceScope(const Tensor&) {}
-};
-#else
-inline bool on_cuda(const Tensor& t) { return !t.is_cpu(); }
-struct DeviceScope {
-  torch::stable::accelerator::DeviceGuard guard;
-  explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()) {}
-};
-#endif
-
-#if defined(FASTLOSS_HAS_CUDA)
-inline void run_cuda(const TokenLoss& loss, const Call& call) {
-  const DeviceScope scope(call.x);
-  loss.cuda_kernel(call.args, current_stream(call.x));
-}
-#else
-[[noreturn]] inline void run_cuda(const TokenLoss&, const Call&) {
-  throw std::runtime_error(
-      "fastloss was built without CUDA kernels: install nvcc and rebuild with FASTLOSS_CUDA=1 pip install "
-      "--no-build-isolation --force-reinstall --no-deps .");
-}
-#endif
-
 inline void run(const TokenLoss& loss, const Call& call) {
   const RowArgs& a = call.args;
   if (a.rows == 0) return;
-  if (on_cuda(call.x)) return run_cuda(loss, call);
+  if (on_cuda(call.x)) return launch_on_cuda(call.x, loss.cuda_kernel, a);
   const cpu::RowKernel kernel = cpu::kernels().*loss.cpu_kernel;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(a.n, 1));
-  if (a.rows <= grain) return kernel(a, 0, a.rows);
-  torch::stable::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  in_parallel(a.rows, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
 // ---- reduction on the CPU: in double, in the order of the rows
@@ -222,8 +181,7 @@ Tensor reduced_as(const TokenLoss& loss, Call& call, int64_t reduction) {
   reduce(call.args, static_cast<R*>(result.mutable_data_ptr()));
   return result;
 }
-inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, [[maybe_unused]] int64_t reduction) {
-#if defined(FASTLOSS_HAS_CUDA)
+inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, int64_t reduction) {
   RowArgs& a = call.args;
   const int64_t number = a.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   const int64_t partials = a.rows > kRowsOfBlock ? kRowPartials * sizeof(double) / number : 0;
@@ -235,14 +193,10 @@ inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, [[maybe_unused]
   if (partials) a.partial = reinterpret_cast<double*>(result + 2 * number);
   if (reduction == kMean) a.norm = norm;
   const DeviceScope scope(call.x);
-  void* stream = current_stream(call.x);
-  if (a.norm) cuda::row_norm(a, norm, stream);
-  if (a.rows) loss.cuda_kernel(a, stream);
-  cuda::row_reduce(a, result, stream);
+  if (a.norm) scope.launch(FASTLOSS_CUDA_FUNCTION(row_norm), a, norm);
+  if (a.rows) scope.launch(loss.cuda_kernel, a);
+  scope.launch(FASTLOSS_CUDA_FUNCTION(row_reduce), a, result);
   return torch::stable::select(numbers, 0, 0);
-#else
-  run_cuda(loss, call);
-#endif
 }
 // Runs the loss and adds its rows up.
 inline Tensor reduced(const TokenLoss& loss, Call& call, int64_t reduction) {
@@ -277,7 +231,7 @@ inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind,
 inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upstream, const Tensor& state,
                            const Tensor& dx, bool skip_unit) {
   RowArgs& a = call.args;
-  const Tensor g = as_type(upstream, call.accumulation);
+  const Tensor g = contiguous_as(upstream, call.accumulation);
   STD_TORCH_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
   a.upstream = g.const_data_ptr();
   a.upstream_stride = g.dim() == 0 || a.rows == 1 ? 0 : 1;
@@ -294,17 +248,11 @@ inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upst
 
 // ---- what there is to run: `<name>_loss`
 
-#if defined(FASTLOSS_HAS_CUDA)
-#define FASTLOSS_CUDA_FIELD(name) &cuda::name
-#else
-#define FASTLOSS_CUDA_FIELD(name)
-#endif
 #define FASTLOSS_DESCRIBE(name, Loss)                                                          \
   inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(),              \
                                          Loss<float, 0>::kNormCountsRows, &cpu::Kernels::name, \
-                                         FASTLOSS_CUDA_FIELD(name)};
+                                         FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_ROW_KERNELS(FASTLOSS_DESCRIBE)
 #undef FASTLOSS_DESCRIBE
-#undef FASTLOSS_CUDA_FIELD
 
 }  // namespace fastloss
