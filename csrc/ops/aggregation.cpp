@@ -47,7 +47,7 @@ struct AggregateCall {
     const Tensor partial = empty(losses, shape, ScalarType::Double);
     args.partial = static_cast<double*>(partial.mutable_data_ptr());
     if (gpu) return launch_on_cuda(losses, FASTLOSS_CUDA_FUNCTION(aggregate), args);
-    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels();
+    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels.best();
     for (int i = 0; i < args.passes; ++i) {
       const AggregatePass pass = args.plan[i];
       in_parallel(args.partials, 1, [&](int64_t begin, int64_t end) { kernels.sum(args, pass, begin, end); });
@@ -56,7 +56,7 @@ struct AggregateCall {
   }
   void backward() {
     if (on_cuda(losses)) return launch_on_cuda(losses, FASTLOSS_CUDA_FUNCTION(aggregate_gradient), args);
-    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels();
+    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels.best();
     if (args.n == 0) return kernels.gradient(args, 0, 0);
     in_parallel(cpu_parts(), 1, [&](int64_t begin, int64_t end) { kernels.gradient(args, begin, end); });
   }

@@ -3,11 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../losses/ctc_args.h"
-#include "runtime.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/ctc.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -66,10 +63,8 @@ struct AlignmentCall {
   void run() const {
     if (args.batch == 0) return;
     if (on_cuda(input)) return launch_on_cuda(input, FASTLOSS_CUDA_FUNCTION(alignment), args);
-#if !defined(FL_SIMT)
-    const cpu::AlignmentKernel kernel = cpu::alignment_kernel();
+    const cpu::AlignmentKernel kernel = cpu::alignment_kernel.best();
     in_parallel(args.batch, 1, [&](int64_t b, int64_t e) { kernel(args, b, e); });
-#endif
   }
 };
 

@@ -74,11 +74,9 @@ struct Divergences {
     const RowArgs& a = args.rows;
     if (a.rows == 0) return;
     if (on_cuda(student)) return launch_on_cuda(student, FASTLOSS_CUDA_FUNCTION(divergence), args);
-#if !defined(FL_SIMT)
-    const cpu::DivergenceKernel kernel = cpu::divergence_kernel();
+    const cpu::DivergenceKernel kernel = cpu::divergence_kernel.best();
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(a.n, 1));
     in_parallel(a.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
-#endif
   }
   template <class R>
   Tensor reduced(int64_t reduction) {

@@ -11,7 +11,7 @@
 #include <tuple>
 #include <utility>
 
-#include "../cpu/dispatch.h"
+#include "../cpu/kernels/tables.h"
 #include "runtime.h"
 
 namespace fastloss {
@@ -26,7 +26,7 @@ struct ElementLoss {
   int inputs;
   unsigned wrt;
   int (*variant)(const double*);
-  cpu::ElementKernel cpu::ElementKernels::* cpu_kernel;
+  cpu::ElementKernels::Kernel cpu::ElementKernels::* cpu_kernel;
   void (*cuda_kernel)(const ElementArgs&, void* stream);
 };
 
@@ -163,7 +163,7 @@ struct ElementCall {
     int64_t bytes = args.out ? args.n * inputs[0].element_size() : 0;
     for (void* d : args.dx) bytes += d ? args.n * inputs[0].element_size() : 0;
     args.past_cache = bytes > kPastCache;
-    const cpu::ElementKernel kernel = cpu::element_kernels().*loss.cpu_kernel;
+    const cpu::ElementKernels::Kernel kernel = cpu::element_kernels.best().*loss.cpu_kernel;
     const int64_t blocks = element_blocks(args.n);
     in_parallel(blocks, kGrain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }

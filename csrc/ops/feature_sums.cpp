@@ -3,11 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../losses/feature_sums_args.h"
-#include "runtime.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/feature_sums.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -38,11 +35,9 @@ struct Pairs {
   void run() const {
     if (args.rows == 0) return;
     if (on_cuda(a)) return launch_on_cuda(a, FASTLOSS_CUDA_FUNCTION(feature_pairs), args);
-#if !defined(FL_SIMT)
-    const cpu::FeatureKernel kernel = cpu::feature_kernel();
+    const cpu::FeatureKernel kernel = cpu::feature_kernel.best();
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(args.n, 1));
     in_parallel(args.rows, grain, [&](int64_t i, int64_t e) { kernel(args, i, e); });
-#endif
   }
 };
 

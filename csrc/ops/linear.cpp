@@ -3,10 +3,8 @@
 // products.
 #include <tuple>
 
-#include "row_ops.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/linear.h"
-#endif
+#include "row_ops.h"
 
 namespace fastloss {
 namespace {
@@ -145,14 +143,14 @@ Tensor packing_room(cpu::LinearArgs& a, const Tensor& x) {
   check_chunk(a, x, "x");
   a.x = x.const_data_ptr();
   const int64_t number = x.element_size();
-  const Tensor room = scratch(x, {blocks(cpu::linear_kernels().packed_bytes(a), number)});
+  const Tensor room = scratch(x, {blocks(cpu::best_linear_kernels().packed_bytes(a), number)});
   a.panels = room.mutable_data_ptr();
   return room;
 }
 
 // logits = x w^T + bias
 void linear_logits(Tensor logits, Tensor x, Tensor w, OptionalTensor bias) {
-  const cpu::LinearKernels& kernels = cpu::linear_kernels();
+  const cpu::LinearKernels& kernels = cpu::best_linear_kernels();
   cpu::LinearArgs a = products(w, logits);
   const Tensor room = packing_room(a, x);
   if (bias) {
@@ -176,12 +174,12 @@ void linear_dx(Tensor dx, Tensor g, Tensor w) {
   const auto tiles = [&] { return blocks(a.rows, a.tile_rows) * blocks(a.features, a.tile_columns); };
   while (tiles() < threads && a.tile_columns > 64) a.tile_columns /= 2;
   while (tiles() < threads && a.tile_rows > 48) a.tile_rows /= 2;
-  run_tasks(cpu::linear_kernels().dx, a, tiles());
+  run_tasks(cpu::best_linear_kernels().dx, a, tiles());
 }
 
 // dw (+)= g^T x, db (+)= sum over rows of g; either may be left out. w is not read.
 void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, Tensor w, bool add) {
-  const cpu::LinearKernels& kernels = cpu::linear_kernels();
+  const cpu::LinearKernels& kernels = cpu::best_linear_kernels();
   cpu::LinearArgs a = products(w, g);
   const Tensor room = packing_room(a, x);
   if (dw) {
@@ -208,7 +206,7 @@ Tensor linear_scaled(Tensor d, Tensor factor, Tensor like) {
   const Tensor out = empty_pooled(d, d.sizes(), like.scalar_type());
   const void* from = d.const_data_ptr();
   void* to = out.mutable_data_ptr();
-  const auto kernel = cpu::linear_kernels().scale;
+  const auto kernel = cpu::best_linear_kernels().scale;
   in_parallel(d.numel(), 1 << 16,
               [&](int64_t begin, int64_t end) { kernel(from, f, dtype, to, begin, end); });
   return out;

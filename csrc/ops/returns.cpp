@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../cpu/dispatch.h"
+#include "../cpu/kernels/tables.h"
 #include "runtime.h"
 
 namespace fastloss {
@@ -12,7 +12,7 @@ namespace {
 using Options = std::vector<double>;
 
 struct Scan {
-  cpu::ScanKernel cpu::ScanKernels::* cpu_kernel;
+  cpu::ScanKernels::Kernel cpu::ScanKernels::* cpu_kernel;
   void (*cuda_kernel)(const ScanArgs&, void* stream);
 };
 
@@ -78,7 +78,7 @@ struct ScanCall {
   void run(const Scan& scan) const {
     if (args.rows <= 0) return;
     if (on_cuda(x)) return launch_on_cuda(x, scan.cuda_kernel, args);
-    const cpu::ScanKernel kernel = cpu::scan_kernels().*scan.cpu_kernel;
+    const cpu::ScanKernels::Kernel kernel = cpu::scan_kernels.best().*scan.cpu_kernel;
     const int64_t mean = std::max<int64_t>(args.offsets ? args.n / args.rows : args.n, 1);
     const int64_t grain = std::max<int64_t>(16, 32768 / mean / 16 * 16);
     in_parallel(args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../cpu/dispatch.h"
+#include "../cpu/kernels/reward_model.h"
 #include "runtime.h"
 
 namespace fastloss {
@@ -32,7 +32,7 @@ struct RankingCall {
   void run() const {
     if (args.rows == 0) return;
     if (on_cuda(rewards)) return launch_on_cuda(rewards, FASTLOSS_CUDA_FUNCTION(ranking), args);
-    const cpu::RankingKernel kernel = cpu::ranking_kernel();
+    const cpu::RankingKernel kernel = cpu::ranking_kernel.best();
     const int64_t grain = 16 * std::max<int64_t>(1, 2048 / std::max<int64_t>(args.n * args.n, 1));
     in_parallel(args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../cpu/dispatch.h"
+#include "../cpu/kernels/tables.h"
 #include "runtime.h"
 
 namespace fastloss {
@@ -19,7 +19,7 @@ struct TokenLoss {
   int (*variant)(const RowArgs&);
   int saved;
   bool norm_counts_rows;
-  cpu::RowKernel cpu::Kernels::* cpu_kernel;
+  cpu::RowKernels::Kernel cpu::RowKernels::* cpu_kernel;
   void (*cuda_kernel)(const RowArgs&, void* stream);
 };
 
@@ -134,7 +134,7 @@ inline void run(const TokenLoss& loss, const Call& call) {
   const RowArgs& a = call.args;
   if (a.rows == 0) return;
   if (on_cuda(call.x)) return launch_on_cuda(call.x, loss.cuda_kernel, a);
-  const cpu::RowKernel kernel = cpu::kernels().*loss.cpu_kernel;
+  const cpu::RowKernels::Kernel kernel = cpu::row_kernels.best().*loss.cpu_kernel;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(a.n, 1));
   in_parallel(a.rows, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
@@ -248,9 +248,9 @@ inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upst
 
 // ---- what there is to run: `<name>_loss`
 
-#define FASTLOSS_DESCRIBE(name, Loss)                                                          \
-  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(),              \
-                                         Loss<float, 0>::kNormCountsRows, &cpu::Kernels::name, \
+#define FASTLOSS_DESCRIBE(name, Loss)                                                             \
+  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(),                 \
+                                         Loss<float, 0>::kNormCountsRows, &cpu::RowKernels::name, \
                                          FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_ROW_KERNELS(FASTLOSS_DESCRIBE)
 #undef FASTLOSS_DESCRIBE

@@ -4,11 +4,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "../drivers/similarity.h"
-#include "runtime.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/similarity.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -143,7 +140,7 @@ void walk(cpu::TileCall& a, const Tensor& x, const Tensor& y, const OptionalTens
     a.row_ids = codes->row.data();
     a.col_ids = codes->col.data();
   }
-  const cpu::TileKernels& kernels = cpu::tile_kernels();
+  const cpu::TileKernels& kernels = cpu::tile_kernels.best();
   const int64_t size[] = {kernels.packed_size(a)};
   const Tensor panels = empty_pooled(y, size, y.scalar_type());
   std::optional<Tensor> depth_panels;

@@ -3,11 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../losses/survival_args.h"
-#include "runtime.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/survival.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -55,14 +52,12 @@ struct SurvivalCall {
   }
   void run() const {
     if (on_cuda(score)) return launch_on_cuda(score, FASTLOSS_CUDA_FUNCTION(survival), args);
-#if !defined(FL_SIMT)
-    const cpu::SurvivalKernel kernel = cpu::survival_kernel();
+    const cpu::SurvivalKernel kernel = cpu::survival_kernel.best();
     const int64_t grain = std::max<int64_t>(1, 4096 / args.n);
     in_parallel(args.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
     if (!args.total) return;
     *args.total = 0;
     for (int64_t r = 0; r < args.rows; ++r) *args.total += args.partial[r];
-#endif
   }
 };
 

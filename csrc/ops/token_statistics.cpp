@@ -41,7 +41,7 @@ struct Stats {
   void run() const {
     if (args.rows == 0) return;
     if (on_cuda(x)) return launch_on_cuda(x, FASTLOSS_CUDA_FUNCTION(token_stats), args);
-    const cpu::RowKernel kernel = cpu::kernels().token_stats;
+    const cpu::RowKernels::Kernel kernel = cpu::row_kernels.best().token_stats;
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(args.n, 1));
     in_parallel(args.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
   }

@@ -2,11 +2,8 @@
 // m].
 #include <algorithm>
 
-#include "../losses/triplets_args.h"
-#include "runtime.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/triplets.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -60,8 +57,7 @@ struct TripletCall {
       return chunks(kCudaBudget, row_bytes,
                     [&] { launch_on_cuda(x, FASTLOSS_CUDA_FUNCTION(triplets), args); });
     }
-#if !defined(FL_SIMT)
-    const cpu::TripletKernels& kernels = cpu::triplet_kernels();
+    const cpu::TripletKernels& kernels = cpu::triplet_kernels.best();
     const int64_t groups = (args.m + cpu::kTripletRows - 1) / cpu::kTripletRows;
     args.step = groups * cpu::kTripletRows;
     const int64_t size[] = {args.step * std::max<int64_t>(args.d, 1)};
@@ -78,7 +74,6 @@ struct TripletCall {
       parallel(args.rows, args.m * args.d, kernels.draw_anchors);
       parallel(args.m, args.rows * args.d, kernels.draw_others);
     });
-#endif
   }
 };
 

@@ -181,9 +181,6 @@ void run(const DivergenceArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const DivergenceKernel FASTLOSS_JOIN(divergence_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(DivergenceKernel, divergence_kernel) = &run;
 }  // namespace fastloss::cpu

@@ -4,7 +4,7 @@
 #include "../scratch.h"
 // after the vector overloads, which must be known where the losses are defined
 #include "../../losses/reward_model.h"
-#include "../dispatch.h"
+#include "reward_model.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {
@@ -95,9 +95,6 @@ void run(const RankingArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const RankingKernel FASTLOSS_JOIN(ranking_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(RankingKernel, ranking_kernel) = &run;
 }  // namespace fastloss::cpu
