@@ -85,8 +85,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
   if (error != cudaSuccess) throw_launch_error(error, "launch", entry, grid, block, smem);
 }
 
-// The device's attribute, or what is given where it cannot be asked: the launch that follows says what is
-// wrong.
+// An attribute of the device, or `otherwise` where it cannot be asked: the launch to follow says why.
 inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) == cudaSuccess &&

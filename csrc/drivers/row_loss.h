@@ -1,12 +1,11 @@
 // What a driver that walks rows of logits (cpu/kernels/rows.h, cuda/kernels/rows.cuh) and a loss
 // (losses/classification.h) say to each other.
 //
-// A driver reads a row once and keep, relative to a running maximum m, the sum of
-// exp(z - m) over all classes but the target: what is left when the target wins by a wide margin is then
-// still exact. A loss says the rest:
+// A driver reads a row once and keeps, relative to a running maximum m, the sum of exp(z - m) over all
+// classes but the target: what is left when the target wins by a wide margin is then still exact.
+// A loss says the rest:
 //   Sums      what else to add up over the row, from e = exp(z - m) (0 at the target), d = z - m, the class
-//   weight
-//             w and the soft target q; `move` follows m to a new maximum: d += shift, e *= factor
+//             weight w and the soft target q; `move` follows m to a new maximum: d += shift, e *= factor
 //   finish    all that -> the row's loss and the kSaved numbers that its gradient needs
 //   coef      what `grad` needs of one row, times the row's upstream gradient g
 //   grad      g * d loss / d z_j for every class, from p = softmax(z)_j

@@ -6,9 +6,9 @@
 
 namespace fastloss {
 
-// Where the rows of a tensor lie, in elements: row r starts at (r / inner) * outer_stride + (r % inner) *
-// inner_stride and its classes are class_stride apart. [N, C] has inner = 1; [N, C, d1, ...] has inner = d1 *
-// ...
+// Where the rows of a tensor lie, in elements: row r starts at
+//   (r / inner) * outer_stride + (r % inner) * inner_stride
+// and its classes are class_stride apart. [N, C] has inner = 1; [N, C, d1, ...] has inner = d1 * ...
 struct RowLayout {
   int64_t inner = 1, outer_stride = 0, inner_stride = 0, class_stride = 1;
 #if defined(__CUDACC__)

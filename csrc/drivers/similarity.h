@@ -2,10 +2,12 @@
 //
 //   s[i, j] = scale <x_i, y_j> + bias,   i < m, j < n
 //
-// exists only as tiles (CPU) or as blocks (CUDA). What an entry counts as, `mark` and ids say: an
-// entry is marked if j == mark[i], else it is equal if row_ids[i] == col_ids[j], else a negative.
-//   same_is_positive false   the marked entry is the row's positive, equal ones (false negatives) are left
-//   out same_is_positive true    the marked entry (itself) is left out, equal ones (its class) are positives
+// exists only as tiles (CPU) or as blocks (CUDA). What an entry counts as, `mark` and ids say: an entry is
+// marked if j == mark[i], else it is equal if row_ids[i] == col_ids[j], else it is a negative.
+//
+//   same_is_positive   marked entry              equal entries                  all others
+//   false              the row's positive        left out (false negatives)     negatives
+//   true               left out (itself)         positives (of its class)       negatives
 #pragma once
 #include <cstdint>
 

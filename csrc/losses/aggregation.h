@@ -5,7 +5,7 @@
 //   chi2_at   theta + sqrt((1 + 2 rho) sum(w e^2) / W)
 //   soft_ad   eta theta + sigma^2 sum(w r(u)) / W,  u = (x - theta) / sigma,  r(u) = sqrt(1 + u^2) - 1
 //   tilted    log(sum(w exp(t x)) / W) / t
-//   cvar, chi2    the two above at their smallest, see aggregate_search.h
+//   cvar, chi2    the two above at their smallest, see aggregation_search.h
 // and, where there is a level b of flooding, |value - b| + b of it.
 //
 // A pass is a struct over R, float or double, with the numbers of its sums and maxima, add(x, w, sums, tops)

@@ -1,5 +1,5 @@
-// What a kernel that reduces the losses of samples to one number is told, on CPU and CUDA alike. Plain data:
-// no torch.
+// What a kernel that reduces the losses of samples to one number is told, on CPU and CUDA alike.
+// Plain data: no torch.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// The theta at which cvar and chi2 are smallest, see aggregate.h. Both are smallest at a theta up to which a
-// condition holds, that is monotone in theta:
+// The theta at which cvar and chi2 are smallest, see aggregation.h. Both are smallest at a theta up to
+// which a condition holds, that is monotone in theta:
 //   cvar   the weights of the losses above theta are at least (1 - q) W
 //   chi2   W sum(w e^2) <= (1 + 2 rho) sum(w e)^2, the derivative is negative
 // Numbers of a type are in the order of their bits, taken as integers (those of negative ones inverted), so

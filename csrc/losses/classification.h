@@ -164,8 +164,7 @@ struct Focal : RowLossDefaults {
 
 }  // namespace fastloss::inline FL_ISA
 
-// The token losses: name of the operator and struct. A new loss is its struct, its line here and its Python
-// function.
+// The token losses: name of the operator and struct. A new loss is a struct, a line here, a Python function.
 #define FASTLOSS_TOKEN_LOSSES(X) \
   X(cross_entropy, CrossEntropy) \
   X(softmax_focal_loss, Focal)

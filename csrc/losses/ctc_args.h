@@ -18,10 +18,10 @@ struct AlignmentArgs {
   const void* input;                              // [steps, batch, classes]
   const int64_t* targets;                         // [batch, width]
   const int64_t *input_lengths, *target_lengths;  // [batch]
-  void* rows;   // [2 if from_logits else 1, steps, batch]: what is taken off the input, the log of the sum of
-                // e^input
-  void* alpha;  // [batch, steps, 2 width + 1]
-  void* loss;   // [batch]
+  void* rows;            // [2 if from_logits else 1, steps, batch]: what is taken off the input, and
+                         //   the log of the sum of e^input
+  void* alpha;           // [batch, steps, 2 width + 1]
+  void* loss;            // [batch]
   const void* upstream;  // backward: [batch]
   void* posterior;       // backward, on a GPU: like alpha, scratch
   void* betas;           // backward, on a GPU: [batch, 2, 2 width + 1], scratch

@@ -172,9 +172,9 @@ struct DirectPreference {
   }
 };
 
-// KTO: inputs are log-probabilities, those of the reference model, 1 where the answer is desirable (else 0),
-// and the reference point z: w sigmoid(-s beta (log-ratio - z)) with s = 1 and its weight, or s = -1 and the
-// other.
+// KTO: w sigmoid(-s beta (log-ratio - z)), with s = 1 and its weight w where the answer is desirable, else
+// s = -1 and the other weight. Inputs are log-probabilities, those of the reference model, 1 where the answer
+// is desirable (else 0), and the reference point z.
 template <class R, int>
 struct Kto {
   static constexpr int kInputs = 4, kVariants = 1;

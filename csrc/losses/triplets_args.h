@@ -1,5 +1,5 @@
-// What a kernel that goes through all triplets of a batch is told, on CPU and CUDA alike. Plain data: no
-// torch.
+// What a kernel that goes through all triplets of a batch is told, on CPU and CUDA alike.
+// Plain data: no torch.
 //
 // Anchor i has the sum over its positives p and negatives n of max(0, d_ip - d_in + margin), and the number
 // of terms that are greater than 0. Distances of a chunk of anchors lie in memory; the fewer of an anchor's

@@ -26,8 +26,7 @@ struct Ops {
     return forward_results(kLoss, call, reduction, wide);
   }
 
-  // Row weights are in the state already; they stand in the schema because backward takes all of forward's
-  // tensors.
+  // Row weights are in the state already; they are in the schema as are all of forward's tensors.
   static Tensor backward(Tensor grad, Tensor input, Tensor target, OptionalTensor weight,
                          OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap,
                          Options options) {

@@ -136,8 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor student, Tensor teache
   return {loss, state, dx, dq};
 }
 
-// Row weights are in the state already; they stand in the schema because backward takes all of forward's
-// tensors.
+// Row weights are in the state already; they are in the schema as are all of forward's tensors.
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor student, Tensor teacher,
                                     OptionalTensor /*row_weight*/, Tensor state, double logit_scale,
                                     double beta, int64_t wanted) {

@@ -1,11 +1,10 @@
 // The operators of the elementwise losses: one way from tensors to ElementArgs for all. A loss adds only its
-// line in FASTLOSS_ELEMENT_LOSSES; its number of inputs and the set of those that can be differentiated shape
-// its schema.
+// line in FASTLOSS_ELEMENT_LOSSES; its schema follows from kInputs and kWrt.
 //
 // Inputs have one shape; what is broadcast comes expanded and is read where it lies. An int64 input holds
 // classes [...] and stands for their one-hot encoding [..., C]. A weight of 0 leaves an element out. The
-// result is the loss of each element, or their weighted sum, divided by `norm` and, for the mean, by their
-// number.
+// result is the loss of each element, or their weighted sum: divided by `norm` and, for the mean, by the
+// number of elements.
 #include <algorithm>
 #include <bit>
 #include <tuple>

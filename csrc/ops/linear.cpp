@@ -1,6 +1,5 @@
 // What a row loss from hidden states is made of (fastloss/_ops/chunked_linear.py puts it together, chunk by
-// chunk): the row losses on a chunk of logits in place, sums over all rows, and on the CPU the matrix
-// products.
+// chunk): the row losses on a chunk of logits in place, sums over rows, and on the CPU the matrix products.
 #include <tuple>
 
 #include "../cpu/kernels/linear.h"

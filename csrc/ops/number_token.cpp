@@ -1,7 +1,6 @@
 // Cross-entropy with a term for labels that are numbers, see losses/number_token.h: the operator of the token
-// losses (ops/classification.cpp) with the number tokens `ids` (ascending), their table of distances, the
-// largest one, and for every row its label's place among them and the weight of its term, 0 where it is no
-// number.
+// losses (ops/classification.cpp) with the number tokens `ids` (ascending), their table of distances and the
+// largest one, and for every row its label's place among them and its term's weight, 0 where it is no number.
 #include "row_ops.h"
 
 namespace fastloss {

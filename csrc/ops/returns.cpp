@@ -1,5 +1,4 @@
-// The operators of the recursions in time. All share one schema; a recursion adds only its line in
-// FASTLOSS_SCANS.
+// The operators of the recursions in time. All share one schema: a new one is a line in FASTLOSS_SCANS.
 #include <algorithm>
 #include <tuple>
 

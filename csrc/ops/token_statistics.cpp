@@ -1,6 +1,5 @@
 // token_stats: several statistics of every row of logits [..., V], and log-probabilities of the classes
-// `index`
-// [..., K]. The results are planes [4 + 2 K, ...], see losses/token_statistics.h.
+// `index` [..., K]. The results are planes [4 + 2 K, ...], see losses/token_statistics.h.
 #include <tuple>
 
 #include "row_ops.h"

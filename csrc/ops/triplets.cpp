@@ -1,5 +1,4 @@
-// triplets: of each row x_i [m, d] as an anchor the sum over its triplets, and how many of them count, [2,
-// m].
+// triplets: of each row of x [m, d] as an anchor the sum over its triplets, and how many count: [2, m].
 #include <algorithm>
 
 #include "../cpu/kernels/triplets.h"

@@ -1,7 +1,6 @@
 // Two rows of logits at a time, from memory once: maxima and sums, then the divergence, then the gradients,
 // which go around the caches where they are large. Between the sweeps the exponentials and the logarithms of
-// a mixture lie in scratch memory, in the second-level cache. Padding has a logit of -infinity and counts
-// nothing.
+// a mixture lie in scratch memory, in the second-level cache. Padding is a logit of -infinity.
 //
 // Gradients are made by two passes that must agree in every bit: no contraction where one of them allows it.
 #pragma GCC optimize("fp-contract=off")

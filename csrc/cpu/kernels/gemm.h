@@ -1,5 +1,4 @@
-// Matrix multiplication of what lies in the caches: packed panels, and the register tile that multiplies
-// them.
+// Matrix multiplication in the caches: packed panels, and the register tile that multiplies them.
 //
 //   c[m, n] (+)= left[m, depth] right[depth, n]
 //

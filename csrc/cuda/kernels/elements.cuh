@@ -198,8 +198,7 @@ int64_t tiles(int64_t n) {
   return (n + kTile<T> - 1) / kTile<T>;
 }
 
-// A loss of which no gradient but that of the first input is wanted: what the others would take is not
-// computed.
+// A loss of which the first input's gradient alone is wanted: what others would take is not computed.
 template <class Loss>
 struct FirstAlone : Loss {
   static constexpr unsigned kWrt = Loss::kWrt & -Loss::kWrt;

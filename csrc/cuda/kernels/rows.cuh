@@ -579,8 +579,7 @@ struct RowTeam {
       if (kStay && slots) refill_all();
       return;
     }
-    // of a row that does not start on 16 bytes many vectors would take too many registers while they are
-    // loaded
+    // of a row that does not start on 16 bytes many vectors would take too many registers while being loaded
     const bool holds = kHold && (kTeam <= 32 || reinterpret_cast<uintptr_t>(x) % 16 == 0);
     const bool write_held =
         holds && a.dx && a.dx_layout.class_stride == 1 && reinterpret_cast<uintptr_t>(gradient()) % 16 == 0;
@@ -805,8 +804,8 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
   }
 }
 
-// Bytes of the longest rows for a warp, and that a block of half and of all of a multiprocessor's threads
-// keeps.
+// Bytes of the longest rows for a warp, and of the longest that a block of half a multiprocessor's threads is
+// given: longer ones go to a block of all its threads.
 constexpr int64_t kWarpRowBytes = 4 << 10, kHalfRowBytes = 128 << 10;
 // Threads for the shortest rows, if they hold them.
 constexpr int kSmallTeam = 8;

@@ -470,8 +470,7 @@ __global__ void __launch_bounds__(kRowThreads, 8) hardest_kernel(TileChunk a) {
   a.hardest[a.m + i] = x.negative;
 }
 
-// softmax_share of a gradient that is rounded to G: a half type does not see the last digits of an
-// exponential.
+// softmax_share, for a gradient that is rounded to G: a half type does not see an exponential's last digits.
 template <class G, class R>
 __device__ __forceinline__ R share(R s, R m, R log_sum) {
   if constexpr (std::is_same_v<G, R>) return softmax_share(s, m, log_sum);
