@@ -3,12 +3,13 @@
 #pragma once
 #include <cstdint>
 
+#include "../drivers/names.h"
 #include "../math/dtype.h"
 
 namespace fastloss {
 
 // cvar and chi2 find the theta that minimises them, cvar_at and chi2_at are given it.
-enum class Aggregate : int { mean, cvar, cvar_at, chi2, chi2_at, soft_ad, tilted };
+FL_ENUM(Aggregate, mean, cvar, cvar_at, chi2, chi2_at, soft_ad, tilted)
 
 // A pass over the samples adds up a few numbers, from which the state is brought up to date.
 enum class AggregatePass : int { extremes, tail_search, excess_search, moments, spread };

@@ -2,12 +2,13 @@
 #pragma once
 #include <cstdint>
 
+#include "../drivers/names.h"
 #include "../math/dtype.h"
 #include "../math/scalar_math.h"
 
 namespace fastloss {
 
-enum class Ranking : int { bradley_terry, plackett_luce };
+FL_ENUM(Ranking, bradley_terry, plackett_luce)
 
 struct RankingArgs {
   Ranking kind;
@@ -20,9 +21,9 @@ struct RankingArgs {
   void* state;           // [rows, state_width] in it: what backward needs
   const void* upstream;  // backward: [rows] in it
   void* gradient;        // backward: [rows, n]
-};
 
-// The number of pairs of a row, and before it for plackett_luce what each item gave.
-FL_FN int64_t state_width(const RankingArgs& a) { return a.kind == Ranking::plackett_luce ? a.n + 1 : 1; }
+  // The number of pairs of a row, and before it for plackett_luce what each item gave.
+  FL_FN int64_t state_width() const { return kind == Ranking::plackett_luce ? n + 1 : 1; }
+};
 
 }  // namespace fastloss

@@ -15,7 +15,7 @@ struct Cohort {
   FL_FN int64_t individual(int64_t p) const { return base + a.order[base + p]; }
   FL_FN bool event(int64_t p) const { return a.events[individual(p)] != 0; }
   FL_FN double upstream(int64_t p) const { return a.upstream[a.each ? individual(p) : 0]; }
-  FL_FN double* state(int64_t p) const { return a.state + (base + p) * state_width(a); }
+  FL_FN double* state(int64_t p) const { return a.state + (base + p) * a.state_width(); }
   FL_FN double* slope(int64_t p) const { return a.slope + (base + p) * 2; }
   FL_FN bool same_group(int64_t p, int64_t q) const { return a.group[base + p] == a.group[base + q]; }
   FL_FN bool same_stratum(int64_t p, int64_t q) const {

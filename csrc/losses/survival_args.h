@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../drivers/names.h"
 #include "../math/dtype.h"
 #include "../math/scalar_math.h"
 
@@ -9,7 +10,7 @@ namespace fastloss {
 
 inline constexpr int kSurvivalItem = 5;  // words of an element of a scan, at most
 
-enum class Survival : int { cox, dart };
+FL_ENUM(Survival, cox, dart)
 
 // Cohorts of n individuals each. `order` sorts a cohort; in that order, equals stand together and bear the
 // same number in `group`, and so do the members of a stratum. Whatever the type of `score`, sums over a
@@ -32,10 +33,10 @@ struct SurvivalArgs {
   double* slope;                           // backward: [rows, n, 2], scratch; a row's on the CPU
   void* gradient;                          // backward: [rows, n]
   double *partial, *items;                 // scratch, see survival_tiles
-};
 
-// How many numbers of each individual backward needs.
-FL_FN int64_t state_width(const SurvivalArgs& a) { return a.kind == Survival::dart ? 1 : (a.efron ? 4 : 2); }
+  // How many numbers of each individual backward needs.
+  FL_FN int64_t state_width() const { return kind == Survival::dart ? 1 : (efron ? 4 : 2); }
+};
 
 // A GPU takes a cohort in tiles: `partial` has one number for each, `items` kSurvivalItem.
 inline constexpr int kSurvivalThreads = 256, kSurvivalSteps = 8;

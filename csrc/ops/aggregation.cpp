@@ -18,7 +18,7 @@ struct AggregateCall {
       : losses(contiguous_as(losses_, losses_.scalar_type())),
         accumulation(accumulation_type(dtype_of(losses_, "losses"))) {
     STD_TORCH_CHECK(losses.dim() == 1, "losses: expected one dimension");
-    args.kind = static_cast<Aggregate>(kind);
+    args.kind = enum_of<Aggregate>(kind, "kind");
     args.dtype = dtype_of(losses, "losses");
     args.n = losses.numel();
     args.losses = losses.const_data_ptr();

@@ -38,8 +38,11 @@ struct Divergences {
     a.q = teacher.const_data_ptr();
     a.q_layout = *row_layout_last(teacher);
     a.logit_scale = logit_scale;
-    const double options[] = {beta, (1 - beta) / beta, std::log(beta), std::log1p(-beta)};
-    std::copy(std::begin(options), std::end(options), a.options);
+    using H = LogitDivergence<double, kMixture>::H;
+    a.hparams[H::beta] = beta;
+    a.hparams[H::odds] = (1 - beta) / beta;
+    a.hparams[H::log_p] = std::log(beta);
+    a.hparams[H::log_q] = std::log1p(-beta);
     a.variant = divergence_kind(beta);
   }
   static Tensor rows_of(const Tensor& t) {
@@ -79,11 +82,11 @@ struct Divergences {
     in_parallel(a.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
   }
   template <class R>
-  Tensor reduced(int64_t reduction) {
+  Tensor reduced(Reduction reduction) {
     RowArgs& a = args.rows;
     const Tensor result = empty(student, {}, accumulation);
     R norm;
-    if (reduction == kMean) {
+    if (reduction == Reduction::mean) {
       norm = static_cast<R>(norm_of<R>(a));
       a.norm = &norm;
     }
@@ -91,13 +94,13 @@ struct Divergences {
     reduce(a, static_cast<R*>(result.mutable_data_ptr()));
     return result;
   }
-  Tensor reduced_on_cuda(int64_t reduction) {
+  Tensor reduced_on_cuda(Reduction reduction) {
     RowArgs& a = args.rows;
     const int64_t two[] = {2};  // the result, the norm: where the kernels can read them
     const Tensor numbers = empty(student, two, accumulation);
     char* result = static_cast<char*>(numbers.mutable_data_ptr());
     void* norm = result + (a.dtype == DType::f64 ? sizeof(double) : sizeof(float));
-    if (reduction == kMean) a.norm = norm;
+    if (reduction == Reduction::mean) a.norm = norm;
     const DeviceScope scope(student);
     if (a.norm) scope.launch(FASTLOSS_CUDA_FUNCTION(row_norm), a, norm);
     if (a.rows) scope.launch(FASTLOSS_CUDA_FUNCTION(divergence), args);
@@ -118,6 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor student, Tensor teache
     call.weight = contiguous_as(*row_weight, call.accumulation);
     a.row_weight = call.weight->const_data_ptr();
   }
+  const Reduction mode = enum_of<Reduction>(reduction, "reduction");
   const int64_t state_shape[] = {a.rows, kDivergenceState};
   const Tensor state = empty(call.student, state_shape, call.accumulation);
   Tensor loss = empty(call.student, call.row_shape, call.accumulation);
@@ -126,12 +130,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor student, Tensor teache
   a.state = state.mutable_data_ptr();
   a.loss = loss.mutable_data_ptr();
   call.set_gradients(dx, dq);
-  if (reduction == kNone) {
+  if (mode == Reduction::none) {
     call.run();
   } else if (on_cuda(call.student)) {
-    loss = call.reduced_on_cuda(reduction);
+    loss = call.reduced_on_cuda(mode);
   } else {
-    loss = a.dtype == DType::f64 ? call.reduced<double>(reduction) : call.reduced<float>(reduction);
+    loss = a.dtype == DType::f64 ? call.reduced<double>(mode) : call.reduced<float>(mode);
   }
   return {loss, state, dx, dq};
 }

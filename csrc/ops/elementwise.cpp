@@ -24,14 +24,16 @@ struct ElementLoss {
   const char* name;
   int inputs;
   unsigned wrt;
+  int hparams;
+  std::span<const Choice> choices;
   int (*variant)(const double*);
   cpu::ElementKernels::Kernel cpu::ElementKernels::* cpu_kernel;
   void (*cuda_kernel)(const ElementArgs&, void* stream);
 };
 
 struct Options {
-  int64_t reduction;
-  std::vector<double> numbers;
+  Reduction reduction;
+  Hparams hparams;
   int64_t ignore_index, background_index;
   bool wide;
   int64_t wanted;  // the differentiable inputs whose gradients are, a bit for each input
@@ -69,6 +71,7 @@ bool same_sizes(const Tensor& a, const Tensor& b) {
 // What forward and backward tell the kernels alike; holds the tensors that `args` points into.
 struct ElementCall {
   const ElementLoss& loss;
+  const Reduction reduction;
   ElementArgs args{};
   Tensors inputs;
   OptionalTensor weight, norm, classes;
@@ -77,6 +80,7 @@ struct ElementCall {
   ElementCall(const ElementLoss& loss_, Tensors given, const OptionalTensor& weight_,
               const OptionalTensor& norm_, const Options& o)
       : loss(loss_),
+        reduction(o.reduction),
         inputs(std::move(given)),
         weight(weight_),
         norm(norm_),
@@ -117,12 +121,13 @@ struct ElementCall {
       norm = as_type(*norm, accumulation);
       args.norm = norm->const_data_ptr();
     }
-    args.divisor = o.reduction == kMean ? double(args.n) : 1.0;
+    args.divisor = o.reduction == Reduction::mean ? double(args.n) : 1.0;
     args.scale = 1 / args.divisor;
     args.out_wide = o.wide;
-    STD_TORCH_CHECK(o.numbers.size() <= kMaxOptions, "options: too many");
-    std::copy(o.numbers.begin(), o.numbers.end(), args.options);
-    args.variant = loss.variant(args.options);
+    check_hparams(o.hparams, loss.hparams);
+    for (const Choice& c : loss.choices) check_choice(o.hparams[c.hparam], c.names, "hparams");
+    std::copy(o.hparams.begin(), o.hparams.end(), args.hparams);
+    args.variant = loss.variant(args.hparams);
   }
 
   ElementInput place_number(Tensor& t) const {
@@ -233,14 +238,15 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
   using Each = Tensor;
 
   static std::tuple<Tensor, Each<G>...> forward(Each<I>... inputs, OptionalTensor weight, OptionalTensor norm,
-                                                int64_t reduction, std::vector<double> numbers,
-                                                int64_t ignore_index, int64_t background_index, bool wide,
-                                                int64_t wanted, bool with_gradient) {
-    ElementCall call(kLoss, {inputs...}, weight, norm,
-                     {reduction, numbers, ignore_index, background_index, wide, wanted});
+                                                int64_t reduction, Hparams hparams, int64_t ignore_index,
+                                                int64_t background_index, bool wide, int64_t wanted,
+                                                bool with_gradient) {
+    ElementCall call(
+        kLoss, {inputs...}, weight, norm,
+        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
     call.check_classes();
     const Tensors dx = call.empty_gradients(with_gradient ? wanted : 0);
-    if (reduction != kNone) {
+    if (call.reduction != Reduction::none) {
       const Tensor loss = call.reduced();
       return {loss, dx[G]...};
     }
@@ -251,11 +257,12 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
   }
 
   static std::tuple<Each<G>...> backward(Tensor grad, Each<I>... inputs, OptionalTensor weight,
-                                         OptionalTensor norm, int64_t reduction, std::vector<double> numbers,
+                                         OptionalTensor norm, int64_t reduction, Hparams hparams,
                                          int64_t ignore_index, int64_t background_index, bool wide,
                                          int64_t wanted) {
-    ElementCall call(kLoss, {inputs...}, weight, norm,
-                     {reduction, numbers, ignore_index, background_index, wide, wanted});
+    ElementCall call(
+        kLoss, {inputs...}, weight, norm,
+        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
     const Tensors dx = call.empty_gradients(wanted);
     call.backward(grad, false);
     return {dx[G]...};
@@ -263,11 +270,11 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
 
   // Into the buffers that the forward pass filled for an upstream gradient of 1.
   static void backward_into(Tensor grad, Each<G>... dx, Each<I>... inputs, OptionalTensor weight,
-                            OptionalTensor norm, int64_t reduction, std::vector<double> numbers,
-                            int64_t ignore_index, int64_t background_index, bool wide, int64_t wanted,
-                            bool skip_unit) {
-    ElementCall call(kLoss, {inputs...}, weight, norm,
-                     {reduction, numbers, ignore_index, background_index, wide, wanted});
+                            OptionalTensor norm, int64_t reduction, Hparams hparams, int64_t ignore_index,
+                            int64_t background_index, bool wide, int64_t wanted, bool skip_unit) {
+    ElementCall call(
+        kLoss, {inputs...}, weight, norm,
+        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
     call.set_gradients({dx...});
     call.backward(grad, skip_unit);
   }
@@ -285,7 +292,7 @@ void define(StableLibrary& m, const ElementLoss& loss) {
   const int gradients = std::popcount(loss.wrt);
   const std::string name = loss.name, inputs = repeated("Tensor input", loss.inputs, ", ");
   const std::string options =
-      "Tensor? weight, Tensor? norm, int reduction, float[] options, int ignore_index, int background_index, "
+      "Tensor? weight, Tensor? norm, int reduction, float[] hparams, int ignore_index, int background_index, "
       "bool wide, int wanted";
   std::string results = repeated("Tensor d", gradients, ", ");
   results.resize(results.size() - 2);
@@ -298,12 +305,14 @@ void define(StableLibrary& m, const ElementLoss& loss) {
   m.def((name + "_bwd_into(Tensor grad, " + buffers + inputs + options + ", bool skip_unit) -> ()").c_str());
 }
 
-#define FASTLOSS_DESCRIBE(name, Loss)                           \
-  constexpr ElementLoss name##_loss{#name,                      \
-                                    Loss<float, 0>::kInputs,    \
-                                    Loss<float, 0>::kWrt,       \
-                                    &Loss<float, 0>::variant,   \
-                                    &cpu::ElementKernels::name, \
+#define FASTLOSS_DESCRIBE(name, Loss)                             \
+  constexpr ElementLoss name##_loss{#name,                        \
+                                    Loss<float, 0>::kInputs,      \
+                                    Loss<float, 0>::kWrt,         \
+                                    Loss<float, 0>::H::count,     \
+                                    choices_of<Loss<float, 0>>(), \
+                                    &Loss<float, 0>::variant,     \
+                                    &cpu::ElementKernels::name,   \
                                     FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DESCRIBE)
 

@@ -13,10 +13,10 @@ namespace {
 // loss[r] = row_weight[r] * (loss of the row) and, if wanted, logits = gradient of sum loss[r] / norm.
 template <const TokenLoss& kLoss>
 void rows(Tensor logits, Tensor loss, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
-          OptionalTensor norm, int64_t ignore_index, double logit_scale, double softcap, Options options,
+          OptionalTensor norm, int64_t ignore_index, double logit_scale, double softcap, Hparams hparams,
           bool with_gradient) {
   Call call(kLoss, with_gradient ? RowPass::forward_gradient : RowPass::forward, logits, target, weight,
-            logit_scale, softcap, options);
+            logit_scale, softcap, hparams);
   RowArgs& a = call.args;
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected rows without gaps");
   STD_TORCH_CHECK(loss.numel() == a.rows && loss.is_contiguous() && loss.scalar_type() == call.accumulation,
@@ -216,7 +216,7 @@ Tensor linear_scaled(Tensor d, Tensor factor, Tensor like) {
 #define FASTLOSS_DEFINE(name, Loss)                                                                     \
   m.def(#name                                                                                           \
         "_rows(Tensor(a!) logits, Tensor(b!) loss, Tensor target, Tensor? weight, Tensor? row_weight, " \
-        "Tensor? norm, int ignore_index, float logit_scale, float softcap, float[] options, "           \
+        "Tensor? norm, int ignore_index, float logit_scale, float softcap, float[] hparams, "           \
         "bool with_gradient) -> ()");
 #define FASTLOSS_IMPLEMENT(name, Loss) m.impl(#name "_rows", TORCH_BOX(&rows<name##_loss>));
 

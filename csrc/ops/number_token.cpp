@@ -37,42 +37,42 @@ constexpr const TokenLoss& kLoss = cross_entropy_numbers_loss;
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, Tensor target, Tensor ids, Tensor table,
                                            Tensor worst, Tensor position, Tensor number_weight,
-                                           int64_t ignore_index, int64_t reduction, Options options,
+                                           int64_t ignore_index, int64_t reduction, Hparams hparams,
                                            bool wide, bool with_gradient) {
   Call call(kLoss, with_gradient ? RowPass::forward_gradient : RowPass::forward, input, target, std::nullopt,
-            1, 0, options);
+            1, 0, hparams);
   const Numbers numbers(call, ids, table, worst, position, number_weight);
   call.args.ignore_index = ignore_index;
-  return forward_results(kLoss, call, reduction, wide);
+  return forward_results(kLoss, call, enum_of<Reduction>(reduction, "reduction"), wide);
 }
 
 void backward_into(Tensor grad, Tensor dx, Tensor input, Tensor target, Tensor ids, Tensor table,
-                   Tensor worst, Tensor position, Tensor number_weight, Tensor state, Options options,
+                   Tensor worst, Tensor position, Tensor number_weight, Tensor state, Hparams hparams,
                    bool skip_unit) {
-  Call call(kLoss, RowPass::backward, input, target, std::nullopt, 1, 0, options);
+  Call call(kLoss, RowPass::backward, input, target, std::nullopt, 1, 0, hparams);
   const Numbers numbers(call, ids, table, worst, position, number_weight);
   STD_TORCH_CHECK(row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
                   "dx: expected a tensor like input with rows of one stride");
   write_gradient(kLoss, call, grad, state, dx, skip_unit);
 }
 Tensor backward(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor table, Tensor worst,
-                Tensor position, Tensor number_weight, Tensor state, Options options) {
+                Tensor position, Tensor number_weight, Tensor state, Hparams hparams) {
   const Tensor dx = empty_like_pooled(as_rows(input));
-  backward_into(grad, dx, input, target, ids, table, worst, position, number_weight, state, options, false);
+  backward_into(grad, dx, input, target, ids, table, worst, position, number_weight, state, hparams, false);
   return dx;
 }
 
 void define(StableLibrary& m) {
   m.def(
       "cross_entropy_numbers_fwd(Tensor input, Tensor target, Tensor ids, Tensor table, Tensor worst, "
-      "Tensor position, Tensor number_weight, int ignore_index, int reduction, float[] options, bool wide, "
+      "Tensor position, Tensor number_weight, int ignore_index, int reduction, float[] hparams, bool wide, "
       "bool with_gradient) -> (Tensor loss, Tensor state, Tensor dx)");
   m.def(
       "cross_entropy_numbers_bwd(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor table, "
-      "Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] options) -> Tensor");
+      "Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] hparams) -> Tensor");
   m.def(
       "cross_entropy_numbers_bwd_into(Tensor grad, Tensor(a!) dx, Tensor input, Tensor target, Tensor ids, "
-      "Tensor table, Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] options, "
+      "Tensor table, Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] hparams, "
       "bool skip_unit) -> ()");
 }
 void implement(StableLibrary& m) {

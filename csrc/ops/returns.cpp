@@ -8,9 +8,8 @@
 namespace fastloss {
 namespace {
 
-using Options = std::vector<double>;
-
 struct Scan {
+  int hparams;
   cpu::ScanKernels::Kernel cpu::ScanKernels::* cpu_kernel;
   void (*cuda_kernel)(const ScanArgs&, void* stream);
 };
@@ -22,10 +21,10 @@ struct ScanCall {
   ScalarType type;
   std::vector<Tensor> held;
 
-  ScanCall(const Tensor& rewards, const OptionalTensor& values, const OptionalTensor& next_values,
-           const OptionalTensor& bootstrap_value, const OptionalTensor& log_rhos,
-           const OptionalTensor& terminated, const OptionalTensor& truncated, const OptionalTensor& mask,
-           const OptionalTensor& cu_seqlens, const Options& options)
+  ScanCall(const Scan& scan, const Tensor& rewards, const OptionalTensor& values,
+           const OptionalTensor& next_values, const OptionalTensor& bootstrap_value,
+           const OptionalTensor& log_rhos, const OptionalTensor& terminated, const OptionalTensor& truncated,
+           const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const Hparams& hparams)
       : x(rewards.is_contiguous() ? rewards : torch::stable::contiguous(rewards)), type(x.scalar_type()) {
     STD_TORCH_CHECK(x.dim() >= 1, "rewards: expected at least one dimension");
     held.reserve(10);
@@ -51,8 +50,8 @@ struct ScanCall {
                       " numbers, got ", bootstrap_value->numel());
       args.initial = hold(*bootstrap_value, type);
     }
-    STD_TORCH_CHECK(options.size() <= std::size(args.options), "options: too many");
-    std::copy(options.begin(), options.end(), args.options);
+    check_hparams(hparams, scan.hparams);
+    std::copy(hparams.begin(), hparams.end(), args.hparams);
   }
 
   const void* hold(const Tensor& t, ScalarType as) {
@@ -89,9 +88,9 @@ struct ScanOps {
   static std::tuple<Tensor, Tensor> forward(Tensor rewards, OptionalTensor values, OptionalTensor next_values,
                                             OptionalTensor bootstrap_value, OptionalTensor log_rhos,
                                             OptionalTensor terminated, OptionalTensor truncated,
-                                            OptionalTensor mask, OptionalTensor cu_seqlens, Options options) {
-    ScanCall call(rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
-                  cu_seqlens, options);
+                                            OptionalTensor mask, OptionalTensor cu_seqlens, Hparams hparams) {
+    ScanCall call(kScan, rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
+                  cu_seqlens, hparams);
     const Tensor first = empty_pooled(call.x, call.x.sizes(), call.type);
     const Tensor second = empty_pooled(call.x, call.x.sizes(), call.type);
     call.args.out[0] = first.mutable_data_ptr();
@@ -105,9 +104,9 @@ struct ScanOps {
       OptionalTensor grad_first, OptionalTensor grad_second, Tensor rewards, OptionalTensor values,
       OptionalTensor next_values, OptionalTensor bootstrap_value, OptionalTensor log_rhos,
       OptionalTensor terminated, OptionalTensor truncated, OptionalTensor mask, OptionalTensor cu_seqlens,
-      Options options) {
-    ScanCall call(rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
-                  cu_seqlens, options);
+      Hparams hparams) {
+    ScanCall call(kScan, rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
+                  cu_seqlens, hparams);
     ScanArgs& a = call.args;
     a.backward = true;
     a.grad[0] = call.step_input(grad_first, "gradient", call.type);
@@ -127,7 +126,7 @@ struct ScanOps {
 };
 
 #define FASTLOSS_DESCRIBE(name, Loss) \
-  constexpr Scan name##_scan{&cpu::ScanKernels::name, FASTLOSS_CUDA_FUNCTION(name)};
+  constexpr Scan name##_scan{Loss<float>::H::count, &cpu::ScanKernels::name, FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_SCANS(FASTLOSS_DESCRIBE)
 
 template <template <class> class Loss>
@@ -135,7 +134,7 @@ inline constexpr bool differentiates = Loss<float>::kBackward;
 
 #define FASTLOSS_SCAN_TENSORS                                                                        \
   "Tensor rewards, Tensor? values, Tensor? next_values, Tensor? bootstrap_value, Tensor? log_rhos, " \
-  "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, float[] options"
+  "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, float[] hparams"
 #define FASTLOSS_DEFINE(name, Loss)                                                    \
   m.def(#name "_fwd(" FASTLOSS_SCAN_TENSORS ") -> (Tensor, Tensor)");                  \
   if (differentiates<Loss>)                                                            \

@@ -22,7 +22,7 @@ struct RankingCall {
                         ranks_.size(1) == rewards.size(1),
                     "ranks: expected the shape of rewards, two dimensions");
     ranks = contiguous_as(ranks_, accumulation);
-    args.kind = static_cast<Ranking>(kind);
+    args.kind = enum_of<Ranking>(kind, "kind");
     args.dtype = dtype_of(rewards, "rewards");
     args.rows = rewards.size(0);
     args.n = rewards.size(1);
@@ -41,7 +41,7 @@ struct RankingCall {
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor rewards, Tensor ranks, int64_t kind) {
   RankingCall call(rewards, ranks, kind);
   RankingArgs& a = call.args;
-  const int64_t rows[] = {a.rows}, state_shape[] = {a.rows, state_width(a)};
+  const int64_t rows[] = {a.rows}, state_shape[] = {a.rows, a.state_width()};
   const Tensor loss = empty(call.rewards, rows, call.accumulation);
   const Tensor pairs = empty(call.rewards, rows, call.accumulation);
   const Tensor state = empty(call.rewards, state_shape, call.accumulation);

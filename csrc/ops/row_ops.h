@@ -9,27 +9,16 @@
 
 namespace fastloss {
 
-using Options = std::vector<double>;
-
 // Gradients of shorter rows, in bytes, are never written past the caches.
 constexpr int64_t kRowPastCache = 2048;
-constexpr int kStateHead = 3;  // m, log_sum, k; then what the loss saves
 
 struct TokenLoss {
   int (*variant)(const RowArgs&);
-  int saved;
+  int saved, hparams;
   bool norm_counts_rows;
   cpu::RowKernels::Kernel cpu::RowKernels::* cpu_kernel;
   void (*cuda_kernel)(const RowArgs&, void* stream);
 };
-
-// The same for all variants of a loss, so that the state's shape depends on nothing but the loss.
-template <template <class, int> class Loss, int kVariant = 0>
-constexpr int saved() {
-  if constexpr (kVariant + 1 < Loss<float, 0>::kVariants)
-    return std::max(Loss<float, kVariant>::kSaved, saved<Loss, kVariant + 1>());
-  return Loss<float, kVariant>::kSaved;
-}
 
 // ---- tensors as rows
 
@@ -75,7 +64,7 @@ struct Call {
   std::vector<int64_t> row_shape;
 
   Call(const TokenLoss& loss, RowPass pass, const Tensor& input, const Tensor& target_,
-       const OptionalTensor& weight_, double logit_scale, double softcap, const Options& options)
+       const OptionalTensor& weight_, double logit_scale, double softcap, const Hparams& hparams)
       : x(as_rows(input)), target(target_), accumulation(accumulation_type(dtype_of(input, "input"))) {
     STD_TORCH_CHECK(input.dim() >= 1, "input: expected at least one dimension");
     const auto sizes = x.sizes();
@@ -108,8 +97,8 @@ struct Call {
     }
     args.logit_scale = logit_scale;
     args.softcap = softcap;
-    STD_TORCH_CHECK(options.size() <= kMaxOptions, "options: too many");
-    std::copy(options.begin(), options.end(), args.options);
+    check_hparams(hparams, loss.hparams);
+    std::copy(hparams.begin(), hparams.end(), args.hparams);
     args.norm_counts_rows = loss.norm_counts_rows;
     args.variant = loss.variant(args);
   }
@@ -170,9 +159,9 @@ void reduce(const RowArgs& a, R* out) {
 // ---- a call of a loss with one result a row
 
 template <class R>
-Tensor reduced_as(const TokenLoss& loss, Call& call, int64_t reduction) {
+Tensor reduced_as(const TokenLoss& loss, Call& call, Reduction reduction) {
   R norm;
-  if (reduction == kMean) {
+  if (reduction == Reduction::mean) {
     norm = static_cast<R>(norm_of<R>(call.args));
     call.args.norm = &norm;
   }
@@ -181,7 +170,7 @@ Tensor reduced_as(const TokenLoss& loss, Call& call, int64_t reduction) {
   reduce(call.args, static_cast<R*>(result.mutable_data_ptr()));
   return result;
 }
-inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, int64_t reduction) {
+inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, Reduction reduction) {
   RowArgs& a = call.args;
   const int64_t number = a.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   const int64_t partials = a.rows > kRowsOfBlock ? kRowPartials * sizeof(double) / number : 0;
@@ -191,7 +180,7 @@ inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, int64_t reducti
   char* result = static_cast<char*>(numbers.mutable_data_ptr());
   void* norm = result + number;
   if (partials) a.partial = reinterpret_cast<double*>(result + 2 * number);
-  if (reduction == kMean) a.norm = norm;
+  if (reduction == Reduction::mean) a.norm = norm;
   const DeviceScope scope(call.x);
   if (a.norm) scope.launch(FASTLOSS_CUDA_FUNCTION(row_norm), a, norm);
   if (a.rows) scope.launch(loss.cuda_kernel, a);
@@ -199,7 +188,7 @@ inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, int64_t reducti
   return torch::stable::select(numbers, 0, 0);
 }
 // Runs the loss and adds its rows up.
-inline Tensor reduced(const TokenLoss& loss, Call& call, int64_t reduction) {
+inline Tensor reduced(const TokenLoss& loss, Call& call, Reduction reduction) {
   if (on_cuda(call.x)) return reduced_on_cuda(loss, call, reduction);
   if (call.args.dtype == DType::f64) return reduced_as<double>(loss, call, reduction);
   return reduced_as<float>(loss, call, reduction);
@@ -208,7 +197,7 @@ inline Tensor reduced(const TokenLoss& loss, Call& call, int64_t reduction) {
 // What the forward operators give: the loss, the state of the rows, their gradient or nothing. `call` is
 // ready but for where these lie.
 inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind, Call& call,
-                                                          int64_t reduction, bool wide) {
+                                                          Reduction reduction, bool wide) {
   RowArgs& a = call.args;
   if (!on_cuda(call.x)) check_targets(a);
   const bool with_gradient = a.pass == RowPass::forward_gradient;
@@ -219,7 +208,7 @@ inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind,
   call.set_state(state);
   a.loss = loss.mutable_data_ptr();
   if (with_gradient) call.set_gradient(dx);
-  if (reduction == kNone) {
+  if (reduction == Reduction::none) {
     run(kind, call);
   } else {
     loss = reduced(kind, call, reduction);
@@ -248,10 +237,10 @@ inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upst
 
 // ---- what there is to run: `<name>_loss`
 
-#define FASTLOSS_DESCRIBE(name, Loss)                                                             \
-  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(),                 \
-                                         Loss<float, 0>::kNormCountsRows, &cpu::RowKernels::name, \
-                                         FASTLOSS_CUDA_FUNCTION(name)};
+#define FASTLOSS_DESCRIBE(name, Loss)                                                               \
+  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved_numbers<Loss>(),           \
+                                         Loss<float, 0>::H::count, Loss<float, 0>::kNormCountsRows, \
+                                         &cpu::RowKernels::name,   FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_ROW_KERNELS(FASTLOSS_DESCRIBE)
 #undef FASTLOSS_DESCRIBE
 

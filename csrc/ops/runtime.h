@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../cuda/launchers.h"
+#include "../drivers/names.h"
 #include "../math/dtype.h"
 
 #ifndef FASTLOSS_NAMESPACE
@@ -25,7 +26,8 @@ using ScalarType = torch::headeronly::ScalarType;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using OptionalTensor = std::optional<Tensor>;
 
-enum Reduction : int64_t { kNone, kMean, kSum };
+FL_ENUM(Reduction, none, mean, sum)
+using Hparams = std::vector<double>;
 
 // ---- dtypes
 
@@ -54,6 +56,22 @@ inline Tensor as_type(const Tensor& t, ScalarType type) {
 inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
   const Tensor typed = as_type(t, type);
   return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
+// ---- what Python passes as numbers
+
+inline void check_choice(double value, const char* names, const char* argument) {
+  STD_TORCH_CHECK(value >= 0 && value < count_of(names) && value == static_cast<int>(value), argument,
+                  ": expected the place of one of ", names, ", got ", value);
+}
+template <class Enum>
+Enum enum_of(int64_t value, const char* argument) {
+  check_choice(static_cast<double>(value), names_of(Enum{}), argument);
+  return static_cast<Enum>(value);
+}
+inline void check_hparams(const Hparams& hparams, int count) {
+  STD_TORCH_CHECK(static_cast<int>(hparams.size()) == count, "hparams: expected ", count, " numbers, got ",
+                  hparams.size());
 }
 
 // ---- memory

@@ -31,8 +31,7 @@ void* data(const OptionalTensor& t, const char* name, ScalarType type, int64_t c
 template <class Args>
 void fill(Args& a, int64_t pass, bool same_is_positive, bool with_positives, int64_t m, int64_t n,
           ScalarType type, const OptionalTensor& mark, const Arrays& t) {
-  STD_TORCH_CHECK(pass >= 0 && pass < kTilePasses, "pass: unknown");
-  a.pass = static_cast<TilePass>(pass);
+  a.pass = enum_of<TilePass>(pass, "kind");
   a.same_is_positive = same_is_positive;
   a.with_positives = with_positives;
   a.m = m;

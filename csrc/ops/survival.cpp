@@ -28,7 +28,7 @@ struct SurvivalCall {
     STD_TORCH_CHECK(score.dim() == 2, "score: expected two dimensions");
     for (const Tensor& t : {log_time, events, order, group, stratum})
       STD_TORCH_CHECK(t.numel() == score.numel(), "expected as many numbers as scores");
-    args.kind = static_cast<Survival>(kind);
+    args.kind = enum_of<Survival>(kind, "kind");
     args.efron = efron;
     args.alpha = alpha;
     args.beta = beta;
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> forward(Tensor score, OptionalTensor log_time, Tensor
   SurvivalArgs& a = call.args;
   Tensor loss = empty(call.score, each ? call.score.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(),
                       ScalarType::Double);
-  const int64_t state_shape[] = {a.rows, a.n, state_width(a)};
+  const int64_t state_shape[] = {a.rows, a.n, a.state_width()};
   const Tensor state = empty(call.score, state_shape, ScalarType::Double);
   (each ? a.loss : a.total) = static_cast<double*>(loss.mutable_data_ptr());
   a.state = static_cast<double*>(state.mutable_data_ptr());

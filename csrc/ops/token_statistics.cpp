@@ -26,7 +26,7 @@ struct Stats {
     args.x_layout = *row_layout_last(x);
     args.logit_scale = logit_scale;
     args.softcap = softcap;
-    args.options[0] = all;
+    args.hparams[TokenStats<float, 0>::H::all] = all;
     args.variant = all;
     if (index_) {
       index = contiguous_as(*index_, ScalarType::Long);

@@ -24,7 +24,7 @@ class DivergenceWalker {
   explicit DivergenceWalker(const DivergenceArgs& args)
       : a_(args.rows),
         dq_(static_cast<T*>(args.dq)),
-        loss_(args.rows.options),
+        loss_(args.rows.hparams),
         n_(args.rows.n),
         scale_(R(args.rows.logit_scale)) {
     const int64_t padded = (n_ + W - 1) / W * W;

@@ -25,7 +25,7 @@ class RankingWalker {
 
  public:
   explicit RankingWalker(const RankingArgs& args)
-      : a_(args), n_(args.n), width_(state_width(args)), chooses_(args.kind == Ranking::plackett_luce) {
+      : a_(args), n_(args.n), width_(args.state_width()), chooses_(args.kind == Ranking::plackett_luce) {
     char* p = static_cast<char*>(cpu::thread_scratch(3 * (n_ + 1) * sizeof(F) + 64));
     F* const first = reinterpret_cast<F*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
     rows_ = {first, first + n_, first + 2 * n_};
