@@ -10,8 +10,10 @@
 
 #if defined(FL_SIMT)
 
-#define FL_DEVICE_MATH  // math/scalar_math.h: take the approximate functions that the GPU takes
-#include "simt.h"       // defines FL_SHARED and FL_DYN_SHARED too
+#if !defined(FL_DEVICE_MATH)
+#error "kernels are built with FL_DEVICE_MATH, or formulas would take other functions than on a GPU"
+#endif
+#include "simt.h"  // defines FL_SHARED and FL_DYN_SHARED too
 
 namespace fastloss::cuda {
 using simt::launch;

@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 #include "names.h"
 #include "rows.h"
 

@@ -11,7 +11,7 @@
 //   grad      g * d loss / d z_j for every class, from p = softmax(z)_j
 //   target    the same for the target's class, where p - 1 would cancel
 #pragma once
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 

@@ -8,7 +8,7 @@
 #pragma once
 #include <cstring>
 
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 #include "aggregation_args.h"
 
 namespace fastloss::inline FL_ISA {

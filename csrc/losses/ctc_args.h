@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss {
 

@@ -9,7 +9,7 @@
 // two sweeps over a row in cache, and a third for the gradients.
 #pragma once
 #include "../drivers/rows.h"
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss {
 

@@ -1,7 +1,7 @@
 // Pointwise losses: of a prediction and a target, element by element. The protocol is in drivers/elements.h.
 #pragma once
 #include "../drivers/elements.h"
-#include "../math/logit.h"
+#include "../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 

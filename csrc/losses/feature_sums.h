@@ -1,7 +1,7 @@
 // The sums of a row a and another row b (losses/feature_sums_args.h), a feature x, y of them at a time, and
 // their gradients. What is d = x - y + eps of no feature is the caller's to say.
 #pragma once
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 #include "feature_sums_args.h"
 
 namespace fastloss::inline FL_ISA {

@@ -7,7 +7,7 @@
 //   loss m + worst (1 - m)   either of them, reweighed by the mass m that number tokens have among all
 // All it needs beyond the row's statistics are the logits of the number tokens, while the row is in cache.
 #pragma once
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 

@@ -4,7 +4,7 @@
 
 #include "../drivers/names.h"
 #include "../math/dtype.h"
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss {
 

@@ -19,7 +19,7 @@
 namespace fastloss {
 namespace {
 
-std::string quoted(std::string_view s) { return '"' + std::string(s) + '"'; }
+std::string in_quotes(std::string_view s) { return '"' + std::string(s) + '"'; }
 std::string joined(const std::vector<std::string>& parts, char open, char close) {
   std::string s;
   for (const std::string& part : parts) s += (s.empty() ? "" : ", ") + part;
@@ -38,14 +38,14 @@ std::vector<std::string> split(std::string_view names) {
 }
 std::string list(std::string_view names) {
   std::vector<std::string> parts = split(names);
-  for (std::string& part : parts) part = quoted(part);
+  for (std::string& part : parts) part = in_quotes(part);
   return list(parts);
 }
 
 struct Object {
   std::vector<std::string> fields;
   Object& set(std::string_view name, const std::string& json) {
-    fields.push_back(quoted(name) + ": " + json);
+    fields.push_back(in_quotes(name) + ": " + json);
     return *this;
   }
   Object& set(std::string_view name, int64_t number) { return set(name, std::to_string(number)); }
@@ -112,7 +112,7 @@ int64_t ranking_state(Ranking kind, int64_t items) {
 
 std::string describe() {
   std::vector<std::string> capabilities;
-  for (const char* name : cpu::kCapabilities) capabilities.push_back(quoted(name));
+  for (const char* name : cpu::kCapabilities) capabilities.push_back(in_quotes(name));
   Object constants;
   constants.set("state_head", kStateHead)
       .set("divergence_state", kDivergenceState)

@@ -1,9 +1,8 @@
 // Reductions of losses of samples for one instruction set: compiled once for each, with FL_ISA naming it.
 #include "aggregation.h"
 
-#include "../../math/vector_math.h"
-// after the vector overloads, which must be known where the losses are defined
 #include "../../losses/aggregation.h"
+#include "../../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {

@@ -4,9 +4,8 @@
 
 #include <cstring>
 
-#include "../../math/vector_math.h"
-// after the vector overloads, which must be known where the loss is defined
 #include "../../losses/ctc.h"
+#include "../../math/math.h"
 #include "../scratch.h"
 
 namespace fastloss::inline FL_ISA {

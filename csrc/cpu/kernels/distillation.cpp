@@ -6,9 +6,8 @@
 #pragma GCC optimize("fp-contract=off")
 #include <cstring>
 
-#include "../../math/vector_math.h"
+#include "../../math/math.h"
 #include "../scratch.h"
-// after vector_math.h: the vector overloads must be known where the formulas are defined
 #include "distillation.h"
 
 namespace fastloss::inline FL_ISA {

@@ -4,7 +4,6 @@
 // where one of them happens to allow it.
 #pragma GCC optimize("fp-contract=off")
 #include "elements.h"
-// after elements.h: the vector overloads must be known where the losses are defined
 #include "tables.h"
 
 namespace fastloss::inline FL_ISA {

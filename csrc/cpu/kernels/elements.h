@@ -7,7 +7,7 @@
 // depend on who computes it.
 #pragma once
 #include "../../drivers/elements.h"
-#include "../../math/vector_pair.h"
+#include "../../math/math.h"
 #include "../scratch.h"
 
 namespace fastloss::inline FL_ISA {

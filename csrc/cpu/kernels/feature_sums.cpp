@@ -3,7 +3,7 @@
 #include "feature_sums.h"
 
 #include "../../losses/feature_sums.h"
-#include "../../math/simd.h"
+#include "../../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {

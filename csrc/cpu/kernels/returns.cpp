@@ -1,7 +1,6 @@
 // The recursions in time for one instruction set: compiled once for each, with FL_ISA naming it.
-#include "scan.h"
-// after scan.h: the vector overloads must be known where the losses are defined
 #include "../../losses/returns.h"
+#include "scan.h"
 #include "tables.h"
 
 namespace fastloss::inline FL_ISA {

@@ -1,9 +1,8 @@
 // Losses of rankings for one instruction set: compiled once for each, with FL_ISA naming it. A vector holds
 // the same item of as many rows as it has lanes.
-#include "../../math/vector_math.h"
-#include "../scratch.h"
-// after the vector overloads, which must be known where the losses are defined
 #include "../../losses/reward_model.h"
+#include "../../math/math.h"
+#include "../scratch.h"
 #include "reward_model.h"
 
 namespace fastloss::inline FL_ISA {

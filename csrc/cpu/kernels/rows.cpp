@@ -1,6 +1,5 @@
 // The token losses for one instruction set: compiled once for each, with FL_ISA naming it.
 #include "rows.h"
-// after rows.h: the vector overloads must be known where the losses are defined
 #include "tables.h"
 
 namespace fastloss::inline FL_ISA {

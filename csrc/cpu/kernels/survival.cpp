@@ -3,7 +3,7 @@
 #include "survival.h"
 
 #include "../../losses/survival.h"
-#include "../../math/simd.h"
+#include "../../math/math.h"
 #include "../scratch.h"
 
 namespace fastloss::inline FL_ISA {

@@ -3,8 +3,7 @@
 #include "triplets.h"
 
 #include "../../losses/triplets.h"
-#include "../../math/simd.h"
-#include "../../math/vector_math.h"
+#include "../../math/math.h"
 #include "../scratch.h"
 #include "gemm.h"
 

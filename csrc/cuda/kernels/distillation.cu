@@ -1,10 +1,9 @@
 // Two rows of logits a team of threads: a warp for short rows, a block for long ones. The first sweep reads
 // both from device memory, the next ones, for the divergence and for the gradients, find them in L1 or L2.
 // Sums have an order that depends on the row's length alone.
-#include "rows.cuh"
-// after rows.cuh: cuda_or_shim.cuh decides which exponential the losses take
 #include "../../losses/distillation.h"
 #include "../launchers.h"
+#include "rows.cuh"
 
 namespace fastloss::cuda {
 namespace {

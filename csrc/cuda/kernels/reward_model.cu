@@ -1,7 +1,6 @@
 // Losses of rankings: a warp a row, a lane an item, which it compares with all others of the row.
-#include "../launch.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/reward_model.h"
+#include "../launch.cuh"
 #include "../launchers.h"
 
 namespace fastloss::cuda {

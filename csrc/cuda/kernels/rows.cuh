@@ -13,7 +13,6 @@
 #include "../../drivers/rows.h"
 #include "../../losses/number_token.h"
 #include "../launch.cuh"
-// after launch.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../ptx.cuh"
 
 namespace fastloss::cuda {

@@ -1,9 +1,8 @@
 // Passes over a block of a matrix of similarities: bands of rows by spans of columns for what rows and
 // columns add up and for gradients, and a second kernel that puts bands and spans together; a row each for
 // what few losses ask. What is summed in which order, the shape of the block alone says.
-#include "../launch.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/similarity.h"
+#include "../launch.cuh"
 #include "../launchers.h"
 
 namespace fastloss::cuda {
