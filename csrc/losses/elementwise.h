@@ -244,3 +244,7 @@ struct KLDivergence : Regression {
   X(weighted_binary_cross_entropy_with_logits, WeightedBinaryCrossEntropyWithLogits) \
   X(hinge_loss, Hinge)                                                               \
   X(kl_div, KLDivergence)
+
+// All losses of the elements driver: whoever asks for them includes preference.h and policy.h too.
+#define FASTLOSS_ELEMENT_LOSSES(X) \
+  FASTLOSS_POINTWISE_LOSSES(X) FASTLOSS_PREFERENCE_LOSSES(X) FASTLOSS_POLICY_LOSSES(X)

@@ -10,10 +10,10 @@
 #include <vector>
 
 #include "../cpu/kernels/linear.h"
-#include "../losses/aggregation_args.h"
+#include "../losses/aggregation.h"
 #include "../losses/distillation.h"
-#include "../losses/reward_model_args.h"
-#include "../losses/survival_args.h"
+#include "../losses/reward_model.h"
+#include "../losses/survival.h"
 #include "runtime.h"
 
 namespace fastloss {

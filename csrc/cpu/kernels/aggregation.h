@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../../losses/aggregation_args.h"
+#include "../../losses/aggregation.h"
 #include "../dispatch.h"
 
 namespace fastloss::cpu {

@@ -1,6 +1,6 @@
 // The CPU's kernels of alignments, for one instruction set each.
 #pragma once
-#include "../../losses/ctc_args.h"
+#include "../../losses/ctc.h"
 #include "../dispatch.h"
 
 namespace fastloss::cpu {

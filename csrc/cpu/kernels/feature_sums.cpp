@@ -1,4 +1,4 @@
-// Sums over pairs and triples of rows (losses/feature_sums_args.h) for one instruction set: compiled once for
+// Sums over pairs and triples of rows (losses/feature_sums.h) for one instruction set: compiled once for
 // each, with FL_ISA naming it.
 #include "feature_sums.h"
 

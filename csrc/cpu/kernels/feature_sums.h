@@ -1,6 +1,6 @@
 // The CPU's kernels for pairs of rows, for one instruction set each.
 #pragma once
-#include "../../losses/feature_sums_args.h"
+#include "../../losses/feature_sums.h"
 #include "../dispatch.h"
 
 namespace fastloss::cpu {

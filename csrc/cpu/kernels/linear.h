@@ -42,6 +42,8 @@ struct LinearKernels {
 
 FASTLOSS_PER_ISA(LinearKernels, linear_kernels)
 extern const LinearKernels linear_kernels_amx;  // beside those of avx512
-inline const LinearKernels& best_linear_kernels() { return amx() ? linear_kernels_amx : linear_kernels.best(); }
+inline const LinearKernels& best_linear_kernels() {
+  return amx() ? linear_kernels_amx : linear_kernels.best();
+}
 
 }  // namespace fastloss::cpu

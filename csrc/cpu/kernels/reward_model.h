@@ -1,6 +1,6 @@
 // The CPU's kernel of rankings.
 #pragma once
-#include "../../losses/reward_model_args.h"
+#include "../../losses/reward_model.h"
 #include "../dispatch.h"
 
 namespace fastloss::cpu {

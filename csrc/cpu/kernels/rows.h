@@ -24,7 +24,7 @@ class RowWalker : RowBase<Loss, T> {
   using typename Base::R, typename Base::F, typename Base::Coef, typename Base::Row, typename Base::Side;
   using Lane = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
   using Sums = typename Loss::template Sums<F>;
-  static constexpr int kTogether = 2;   // vectors whose exponentials are taken side by side
+  static constexpr int kTogether = 2;  // vectors whose exponentials are taken side by side
   static constexpr bool kMayWait = Loss::kProportional && !Loss::kPlanes;
   static constexpr int kLine = 64 / sizeof(T);  // elements
   static constexpr int64_t kBlock = 32768 / sizeof(R);

@@ -1,6 +1,6 @@
 // The CPU's kernels of survival losses, for one instruction set each.
 #pragma once
-#include "../../losses/survival_args.h"
+#include "../../losses/survival.h"
 #include "../dispatch.h"
 
 namespace fastloss::cpu {

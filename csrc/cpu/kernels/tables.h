@@ -6,7 +6,9 @@
 #include "../../drivers/rows.h"
 #include "../../drivers/scan.h"
 #include "../../losses/classification.h"
-#include "../../losses/elements.h"
+#include "../../losses/elementwise.h"
+#include "../../losses/policy.h"
+#include "../../losses/preference.h"
 #include "../../losses/returns.h"
 #include "../dispatch.h"
 

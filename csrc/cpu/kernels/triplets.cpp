@@ -1,4 +1,4 @@
-// All triplets of a batch (losses/triplets_args.h) for one instruction set: compiled once for each, with
+// All triplets of a batch (losses/triplets.h) for one instruction set: compiled once for each, with
 // FL_ISA naming it.
 #include "triplets.h"
 

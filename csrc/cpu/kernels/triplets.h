@@ -1,6 +1,6 @@
 // All triplets of a batch on the CPU, for one instruction set each.
 #pragma once
-#include "../../losses/triplets_args.h"
+#include "../../losses/triplets.h"
 #include "../dispatch.h"
 
 namespace fastloss::cpu {
