@@ -201,7 +201,7 @@ struct ReferenceFree {
   static constexpr int kInputs = 3, kVariants = 1;
   static constexpr unsigned kWrt = 0b111;
   static constexpr bool kLogSum = false;
-  FL_HPARAMS(type, beta, margin, label_smoothing, nll, alpha);
+  FL_HPARAMS(type, beta, margin, label_smoothing, nll_weight, alpha);
   static constexpr Choice kChoices[] = {{H::type, names_of(PairwiseType{})}};
   PairwiseType type;
   R beta, margin, smoothing, nll, alpha;
@@ -212,7 +212,7 @@ struct ReferenceFree {
         beta(R(hparams[H::beta])),
         margin(R(hparams[H::margin])),
         smoothing(R(hparams[H::label_smoothing])),
-        nll(R(hparams[H::nll])),
+        nll(R(hparams[H::nll_weight])),
         alpha(R(hparams[H::alpha])) {}
 
   template <class F>
@@ -246,11 +246,12 @@ struct OddsRatio {
   static constexpr int kInputs = 3, kVariants = 1;
   static constexpr unsigned kWrt = 0b111;
   static constexpr bool kLogSum = false;
-  FL_HPARAMS(beta, own);
+  FL_HPARAMS(beta, nll_from_logps);
   R beta, own;
 
   static int variant(const double*) { return 0; }
-  FL_FN explicit OddsRatio(const double* hparams) : beta(R(hparams[H::beta])), own(R(hparams[H::own])) {}
+  FL_FN explicit OddsRatio(const double* hparams)
+      : beta(R(hparams[H::beta])), own(R(hparams[H::nll_from_logps])) {}
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {

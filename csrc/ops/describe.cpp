@@ -2,7 +2,8 @@
 // (fastloss/_ops/abi.py reads it).
 //
 //   operators   by the name of a loss: its hyperparameters in their order, which of them are values of an enum,
-//               the number of inputs, which of these are differentiated, the numbers that a row saves
+//               the number of inputs, which of these are differentiated; of a row the numbers that it saves and
+//               the outputs where these are several
 //   enums       by name: their values in order
 //   constants   sizes of what operators return, blocks on which sums depend
 #include <string>
@@ -61,7 +62,10 @@ Object loss() {
 }
 template <template <class, int> class Loss>
 std::string row_loss() {
-  return loss<Loss<float, 0>>().set("saved", saved_numbers<Loss>()).json();
+  return loss<Loss<float, 0>>()
+      .set("saved", saved_numbers<Loss>())
+      .set("outputs", Loss<float, 0>::kPlanes)
+      .json();
 }
 template <template <class, int> class Loss>
 std::string element_loss() {

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastloss._ops import abi  # noqa: F401  registers the operators
+from fastloss._ops import abi
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTIONS = abi.enum("Reduction")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 _namespace = "fastloss"
