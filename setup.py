@@ -1,6 +1,6 @@
 """Builds two libraries into the package with ninja, incrementally.
 
-`_ops.so`   the operators and kernels, on torch's stable ABI: one build serves every torch >= 2.11 and Python
+`_library.so`   the operators and kernels, on torch's stable ABI: one build serves every torch >= 2.11 and Python
 `_C.*.so`   pybind11, for this Python: what was built, what the machine has
 
 CUDA kernels are compiled whenever nvcc is found, also beside a CPU-only torch; they know no torch.
@@ -121,16 +121,13 @@ class NinjaBuild(build_ext):
         objects = [
             compile_(f"ops/{p.name}", f"{stable} {cuda}") for p in sorted((CSRC / "ops").glob("*.cpp"))
         ]
-        once = {"dispatch.cpp", "pool.cpp", "scratch.cpp"}
-        for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            if source.name in once:
-                objects.append(compile_(f"cpu/{source.name}", ""))
-                continue
+        objects += [compile_(f"cpu/{p.name}", "") for p in sorted((CSRC / "cpu").glob("*.cpp"))]
+        for source in sorted((CSRC / "cpu" / "kernels").glob("*.cpp")):
             tiles = {"amx": TILES} if source.name == "linear.cpp" else {}
             for isa, march in (INSTRUCTION_SETS | tiles).items():
                 # immintrin.h of g++ 12 trips -Wuninitialized when its intrinsics are inlined
                 flags = f"-march={march} -DFL_ISA={isa} -Wno-uninitialized -Wno-maybe-uninitialized"
-                objects.append(compile_(f"cpu/{source.name}", flags, f"cpu_{source.stem}_{isa}"))
+                objects.append(compile_(f"cpu/kernels/{source.name}", flags, f"cpu_{source.stem}_{isa}"))
 
         link = ""
         facts = []
@@ -147,7 +144,7 @@ class NinjaBuild(build_ext):
                 deps="gcc",
                 description="nvcc $out",
             )
-            for source in sorted((CSRC / "cuda").glob("*.cu")):
+            for source in sorted((CSRC / "cuda").rglob("*.cu")):
                 n.build(f"cuda_{source.stem}.o", "nvcc", near(source))
                 objects.append(f"cuda_{source.stem}.o")
             libraries = next(d for d in (cuda_root(nvcc) / "lib64", cuda_root(nvcc) / "lib") if d.is_dir())
@@ -155,30 +152,30 @@ class NinjaBuild(build_ext):
             facts = [f"-DFASTLOSS_CUDA_ARCHS='\"{';'.join(archs)}\"'", f"-DFASTLOSS_NVCC='\"{version}\"'"]
         torch_lib = Path(torch.__file__).parent / "lib"
         n.build(
-            "_ops.so",
+            "_library.so",
             "link",
             objects,
             variables={"flags": f"{link} -L{near(torch_lib)} -Wl,--no-as-needed -ltorch_cpu -ltorch -lc10"},
         )
         python = f"-isystem {sysconfig.get_path('include')} -isystem {near(pybind11.get_include())}"
         module = compile_("module.cpp", " ".join([python, cuda, *facts]))
-        n.build("_C.so", "link", [module, "_ops.so"], variables={"flags": "-Wl,-rpath,'$$ORIGIN'"})
+        n.build("_C.so", "link", [module, "_library.so"], variables={"flags": "-Wl,-rpath,'$$ORIGIN'"})
         (build / "build.ninja").write_text(text.getvalue())
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         if subprocess.run([str(Path(BIN_DIR, "ninja")), *jobs], cwd=build).returncode:
             stop("the build failed; the compiler's message is above")
-        for extension, built in zip(self.extensions, ("_ops.so", "_C.so"), strict=True):
+        for extension, built in zip(self.extensions, ("_library.so", "_C.so"), strict=True):
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(build / built, target)
 
     def get_ext_filename(self, fullname):
-        if fullname.endswith("_ops"):  # not a Python module: no Python version in its name
+        if fullname.endswith("_library"):  # not a Python module: no Python version in its name
             return fullname.replace(".", os.sep) + ".so"
         return super().get_ext_filename(fullname)
 
 
 setup(
-    ext_modules=[Extension("fastloss._ops", []), Extension("fastloss._C", [])],
+    ext_modules=[Extension("fastloss._library", []), Extension("fastloss._C", [])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -1,6 +1,6 @@
 // Ways for a kernel of rows to keep a row between its two sweeps, held against each other: cross-entropy of
 // bfloat16 logits, forward and gradient, rows aligned. Standalone, to find out what a GPU likes before the row
-// driver (csrc/cuda/rows.cuh) is changed; what it found is in NOTES.md.
+// driver (csrc/cuda/kernels/rows.cuh) is changed; what it found is in NOTES.md.
 //
 //   nvcc -O3 -std=c++20 -arch=sm_90 cuda_row_variants.cu -o cuda_row_variants && ./cuda_row_variants
 //

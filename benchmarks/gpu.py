@@ -17,7 +17,7 @@ results.jsonl (a line a result), log.txt, counters.csv, tests.txt, sanitizer.txt
 `--report FOLDER` writes again. `--stages` runs some of them, `--device cpu` rehearses all of them in small where
 there is no GPU.
 
-A library that was carried along, `gpu-pack/_ops.so.xz` (`make gpu-pack`), is unpacked where none is built.
+A library that was carried along, `gpu-pack/_library.so.xz` (`make gpu-pack`), is unpacked where none is built.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SECTIONS = (
 """What Nsight Compute reads of each launch."""
 TESTS = (
     ("tests/test_cuda_graphs.py", "tests/test_large.py", "tests/test_row_lengths.py", "--large"),
-    ("tests/test_determinism.py", "tests/test_cross_entropy.py", "tests/test_cross_entropy_extremes.py",
+    ("tests/test_determinism.py", "tests/test_classification.py", "tests/test_classification_extremes.py",
      "tests/test_numerics.py"),
 )  # fmt: skip
 
@@ -278,7 +278,7 @@ def commit() -> str:
 def unpack(results: Results) -> None:
     """The carried libraries, where none are built."""
     for folder, tree in ((PACK, ROOT), (PACK / "beside", PACK / "beside")):
-        library, packed = tree / "fastloss" / "_ops.so", folder / "_ops.so.xz"
+        library, packed = tree / "fastloss" / "_library.so", folder / "_library.so.xz"
         if packed.exists() and not library.exists():
             with lzma.open(packed) as source, open(library, "wb") as target:
                 shutil.copyfileobj(source, target)
@@ -291,7 +291,7 @@ def pack(beside: Path | None) -> int:
     (PACK / "commit").write_text(commit())
     trees = {PACK: ROOT} | ({PACK / "beside": beside} if beside else {})
     for folder, tree in trees.items():
-        library = tree / "fastloss" / "_ops.so"
+        library = tree / "fastloss" / "_library.so"
         if not library.exists():
             print(f"{library} is not built", file=sys.stderr)
             return 1
@@ -303,8 +303,8 @@ def pack(beside: Path | None) -> int:
                 ignore=shutil.ignore_patterns("*.so", "__pycache__"),
             )
         data = lzma.compress(library.read_bytes(), preset=6)
-        (folder / "_ops.so.xz").write_bytes(data)
-        print(f"{folder / '_ops.so.xz'}: {len(data) / 1e6:.1f} MB", flush=True)
+        (folder / "_library.so.xz").write_bytes(data)
+        print(f"{folder / '_library.so.xz'}: {len(data) / 1e6:.1f} MB", flush=True)
     peers = ("liger-kernel", "cut-cross-entropy", "memeff", "inf-cl")  # pure Python
     target = ("--target", str(PACK / "peers"), "--upgrade", "--no-deps", "--quiet")
     return subprocess.run([sys.executable, "-m", "pip", "install", *target, *peers]).returncode

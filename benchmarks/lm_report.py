@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fastloss.info import machine
+from fastloss._cli.info import machine
 
 WARM_UP = 10  # steps left out of the medians
 # How far apart the curves may be, relative, up to which step. At the first step rounding is all that differs;

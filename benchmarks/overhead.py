@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from fastloss import _report
-from fastloss._registry import Draw, Loss, entries, losses
-from fastloss._steps import Step, captured
-from fastloss.check import differentiable, eager_of
+from fastloss._cli import report
+from fastloss._cli.check import differentiable, eager_of
+from fastloss._cli.timing import Step, captured
+from fastloss._registry import InputSampler, Loss, entries, losses
 
 REPEATS = 5
 
@@ -50,7 +50,7 @@ def one(step: Step) -> Callable[[], None]:
 def measure(loss: Loss, calls: int, device: str) -> dict[str, float | str | list[int]]:
     case = next(iter(loss.cases))
     shape = min((s for s in loss.shapes if min(s) > 1), key=math.prod, default=loss.shapes[0])
-    kwargs = loss.call(case, Draw(torch.float32, device), shape)
+    kwargs = loss.call(case, InputSampler(torch.float32, device), shape)
     wrt = differentiable(kwargs, loss.wrt)
     row: dict[str, float | str | list[int]] = {"loss": loss.name, "case": case, "shape": list(shape)}
     steps = {"eager": eager_of(loss, kwargs), "fastloss": loss.function}
@@ -74,17 +74,17 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=100, metavar="N", help="in a row")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers")
     args = parser.parse_args()
-    report = _report.header() | {"unit": "microseconds for forward + backward"}
+    results = report.header() | {"unit": "microseconds for forward + backward"}
     for loss in entries(*args.loss) if args.loss else losses():
         row = measure(loss, args.calls, args.device)
-        report["rows"].append(row)
+        results["rows"].append(row)
         found = [
             f"{k} {v:.1f}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items() if k != "loss"
         ]
         print(f"{loss.name}: {', '.join(found)}", flush=True)
         if args.out:
-            _report.write_json(args.out, report)
-    return int(any("not captured" in row for row in report["rows"]))
+            report.write_json(args.out, results)
+    return int(any("not captured" in row for row in results["rows"]))
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         if (args.all or args.table is not None) != (args.out is not None):
             top.error("--all or --table, and --out DIR go together")
     try:
-        return importlib.import_module(f"fastloss.{args.command}").main(args)
+        return importlib.import_module(f"fastloss._cli.{args.command}").main(args)
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "matplotlib"):
             raise

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._checks import check_number, check_reduction
-from fastloss._groups import Groups
-from fastloss.policy import policy_loss, value_loss
-from fastloss.regression import huber_loss, mse_loss
-from fastloss.statistics import sequence_log_probs
+from fastloss._ops.checks import check_number, check_reduction
+from fastloss._ops.groups import Groups
+from fastloss.losses.elementwise import huber_loss, mse_loss
+from fastloss.losses.policy import policy_loss, value_loss
+from fastloss.losses.token_statistics import sequence_log_probs
 
 __all__ = [
     "InitialBalance",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import EXCEPTIONS
 
-import fastloss._op
+import fastloss._ops.autograd
 
 # Results must not depend on the machine's mood: the same examples on every run.
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
@@ -83,7 +83,7 @@ def device(request: pytest.FixtureRequest):
     if request.param != "simt":
         yield request.param
         return
-    with fastloss._op.use_namespace(request.getfixturevalue("simt_library")):
+    with fastloss._ops.autograd.use_namespace(request.getfixturevalue("simt_library")):
         yield "cpu"
 
 

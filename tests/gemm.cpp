@@ -1,11 +1,11 @@
-// Panels and register tiles of csrc/cpu/gemm.h against the sum written out, for one instruction set.
+// Panels and register tiles of csrc/cpu/kernels/gemm.h against the sum written out, for one instruction set.
 // Prints each mistake; `gemm speed` prints GFLOP/s of one thread.
-#include "cpu/gemm.h"
+#include "cpu/kernels/gemm.h"
 #if defined(__AMX_BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "cpu/amx.h"
+#include "cpu/kernels/amx.h"
 #endif
 
 #include <chrono>

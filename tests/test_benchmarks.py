@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastloss._cli.check import compare
 from fastloss._registry import losses
-from fastloss.check import compare
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DEVICES = ("cpu", "cuda")

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastloss import _measure, _registry, check
+from fastloss import _registry
 from fastloss.__main__ import main
+from fastloss._cli import bench_worker, check
 from fastloss._registry import losses
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ RESULTS = [path.parent for path in sorted(ROOT.glob("benchmarks/results/*/*/resu
 LOSS = losses()[0]
 CASE = next(iter(LOSS.cases))
 SHAPE = next(s for s in LOSS.shapes if len(s) == 2 and min(s) > 1)
-SPEC = _measure.Spec(
+SPEC = bench_worker.Spec(
     loss=LOSS.name,
     case=CASE,
     shape=SHAPE,
@@ -97,7 +98,7 @@ def test_a_lost_row_is_found_in_every_dtype():
 @pytest.mark.parametrize(("function", "code"), [(LOSS.function, 0), (MISTAKES["gradient"], 1)])
 def test_exit_code_of_check(function, code, monkeypatch, capsys):
     planted = replace(LOSS, function=function, shapes=(SHAPE,))
-    monkeypatch.setitem(_registry._losses, LOSS.name, planted)
+    monkeypatch.setitem(_registry.spec._losses, LOSS.name, planted)
     assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == code
     assert ("FAIL" in capsys.readouterr().out) == bool(code)
 
@@ -106,7 +107,7 @@ def test_check_goes_on_after_a_loss_that_raises(monkeypatch, capsys):
     def raises(**kwargs):
         raise RuntimeError("planted")
 
-    monkeypatch.setitem(_registry._losses, LOSS.name, replace(LOSS, function=raises, shapes=(SHAPE,)))
+    monkeypatch.setitem(_registry.spec._losses, LOSS.name, replace(LOSS, function=raises, shapes=(SHAPE,)))
     assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == 1
     assert capsys.readouterr().out.count("planted") == len(LOSS.cases) * len(check.DTYPES)
 
@@ -114,10 +115,10 @@ def test_check_goes_on_after_a_loss_that_raises(monkeypatch, capsys):
 def test_bench_refuses_what_is_wrong(monkeypatch):
     planted = replace(LOSS, function=MISTAKES["gradient"])
     monkeypatch.setattr(
-        _measure, "candidates", lambda *_: {"eager": LOSS.reference, "fastloss": planted.function}
+        bench_worker, "candidates", lambda *_: {"eager": LOSS.reference, "fastloss": planted.function}
     )
-    measured = _measure.measure(planted, SPEC, 1, lambda **_: None)
-    assert set(measured["regimes"]) == set(_measure.REGIMES)
+    measured = bench_worker.measure(planted, SPEC, 1, lambda **_: None)
+    assert set(measured["regimes"]) == set(bench_worker.REGIMES)
     assert all(set(m["times"]) == {"eager", "copy"} for m in measured["regimes"].values())
     assert "wrong" in measured["refused"]["fastloss"]
     assert set(measured["peaks"]) == {"eager"}
@@ -131,36 +132,36 @@ def test_bench_does_not_wait_for_the_slow(monkeypatch, patience, seconds, reason
         time.sleep(seconds)
         return LOSS.reference(*args, **kwargs)
 
-    monkeypatch.setattr(_measure, "candidates", lambda *_: {"eager": LOSS.reference, "slow": slow})
-    measured = _measure.measure(LOSS, replace(SPEC, patience=patience), 1, lambda **_: None)
+    monkeypatch.setattr(bench_worker, "candidates", lambda *_: {"eager": LOSS.reference, "slow": slow})
+    measured = bench_worker.measure(LOSS, replace(SPEC, patience=patience), 1, lambda **_: None)
     assert reason in measured["refused"].pop("slow")
     assert not measured["refused"]
 
 
 def test_a_measuring_process_that_dies_is_named():
     with pytest.raises(RuntimeError, match="ended with -9"):
-        _measure.in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
+        bench_worker.in_fork(lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RuntimeError, match="KeyError: 'planted'"):
-        _measure.in_fork(lambda: {}["planted"])
+        bench_worker.in_fork(lambda: {}["planted"])
 
 
 def test_bench_sees_one_wrong_element_of_the_full_shape():
     right = {"value": torch.tensor(1.0), "input": torch.rand(2**22 + 5)}
     wrong = {k: v.clone() for k, v in right.items()}
     wrong["input"][-1] += 0.01
-    assert _measure.disagreement(right, right, torch.float32) == ""
-    assert "input" in _measure.disagreement(wrong, right, torch.float32)
+    assert bench_worker.disagreement(right, right, torch.float32) == ""
+    assert "input" in bench_worker.disagreement(wrong, right, torch.float32)
 
 
 def test_bench_knows_a_gradient_that_jumps(monkeypatch):
     """In bfloat16 eager PPO clips other ratios than float32 would, which is no mistake of who computes in float32."""
     (clipped,) = losses("policy_loss")
     functions = {"eager": clipped.reference, "fastloss": clipped.function}
-    monkeypatch.setattr(_measure, "candidates", lambda *_: functions)
+    monkeypatch.setattr(bench_worker, "candidates", lambda *_: functions)
     spec = replace(SPEC, loss=clipped.name, case="ppo", shape=(64, 4096), dtype="bfloat16")
-    contest = _measure.Contest(clipped, spec)
+    contest = bench_worker.Contest(clipped, spec)
     found = {name: contest.step(name).results() for name in functions}
-    assert _measure.disagreement(found["fastloss"], found["eager"], torch.bfloat16)
+    assert bench_worker.disagreement(found["fastloss"], found["eager"], torch.bfloat16)
     assert contest.refusals(lambda **_: None) == {}
 
 
@@ -170,7 +171,7 @@ def test_ratios_are_taken_within_rounds():
         "ceiling": "copy",
         "work": 6e6,
     }
-    assert _measure.summary(measured, "x") == {
+    assert bench_worker.summary(measured, "x") == {
         "ms": 6.0,
         "GB_per_s": 1.0,
         "rounds": 3,

@@ -14,7 +14,8 @@ import torch.nn.functional as TF
 from support import assert_right, evaluate, exact, fused, make, same_bits, some_dtypes
 
 import fastloss.functional as F
-from fastloss import _tiles, reference
+from fastloss import reference
+from fastloss._ops import similarity
 from fastloss._registry import losses
 
 NAMES = (
@@ -301,8 +302,8 @@ def test_several_blocks(loss, dtype, device, monkeypatch):
     for case in loss.cases:
         whole = assert_right(loss, make(loss, case, dtype, device, shape))
         with monkeypatch.context() as patch:
-            patch.setattr(_tiles, "BUDGET", 16 << 10)
-            rows, cols = _tiles.block_shape(131, 131, 4)
+            patch.setattr(similarity, "BUDGET", 16 << 10)
+            rows, cols = similarity.block_shape(131, 131, 4)
             assert 131 % rows and 131 % cols and rows < 66 and cols < 128
             kwargs = make(loss, case, dtype, device, shape)
             parts = assert_right(loss, kwargs)
@@ -313,14 +314,14 @@ def test_several_blocks(loss, dtype, device, monkeypatch):
 
 
 def test_shape_of_blocks():
-    assert _tiles.block_shape(65536, 65536, 4) == (8192, 8192)
-    assert _tiles.block_shape(1000, 3000, 4) == (1000, 3000)
+    assert similarity.block_shape(65536, 65536, 4) == (8192, 8192)
+    assert similarity.block_shape(1000, 3000, 4) == (1000, 3000)
     for m in (1, 5, 8191, 40000, 1 << 20):
         for n in (1, 7, 8193, 65537, 1 << 20):
             for itemsize in (4, 8):
-                rows, cols = _tiles.block_shape(m, n, itemsize)
-                assert rows <= m and cols <= n and rows * -(-cols // 8) * 8 * itemsize <= _tiles.BUDGET
+                rows, cols = similarity.block_shape(m, n, itemsize)
+                assert rows <= m and cols <= n and rows * -(-cols // 8) * 8 * itemsize <= similarity.BUDGET
                 assert rows == m or rows % 128 == 0
                 assert cols == n or cols % 8 == 0
-                rows, cols = _tiles.block_shape(m, n, itemsize, True)
+                rows, cols = similarity.block_shape(m, n, itemsize, True)
                 assert cols == n and 1 <= rows <= m

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from support import same_bits
 
 import fastloss
-from fastloss import _linear, memory, reference
+from fastloss import memory, reference
+from fastloss._ops import chunked_linear
 from fastloss.functional import linear_cross_entropy
 
 MiB = 1 << 20
@@ -108,7 +109,7 @@ def test_chunks_change_no_row(dtype, device, monkeypatch):
         assert same_bits(answer[0], answers[0][0])
         assert same_bits(answer[1], answers[0][1])
         torch.testing.assert_close(answer[2:], answers[0][2:])
-    if device == "cpu" and fastloss._op._namespace == "fastloss":
+    if device == "cpu" and fastloss._ops.autograd._namespace == "fastloss":
         assert same_bits(answers[-1][2], answers[-2][2]), "whole panels add up alike"
 
 
@@ -118,8 +119,8 @@ def test_frozen(frozen, device, monkeypatch):
     x, w, b, target = problem(device=device)
     all_ = gradients(linear_cross_entropy(x, w, target, linear_bias=b), x, w, b)
     wanted = []
-    real = _linear.rows_of_a_chunk
-    monkeypatch.setattr(_linear, "rows_of_a_chunk", lambda *a: wanted.append(a) or real(*a))
+    real = chunked_linear.rows_of_a_chunk
+    monkeypatch.setattr(chunked_linear, "rows_of_a_chunk", lambda *a: wanted.append(a) or real(*a))
     inputs = [t.detach().requires_grad_(i != frozen) for i, t in enumerate((x, w, b))]
     value = linear_cross_entropy(inputs[0], inputs[1], target, linear_bias=inputs[2])
     function = value.grad_fn
@@ -135,9 +136,11 @@ def test_ignored_rows_are_left_out(monkeypatch):
     x, w, _, target = problem(400, 8, 50)
     target[torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.5] = -100
     seen = []
-    real = _linear.PackedProducts.logits
+    real = chunked_linear.PackedProducts.logits
     monkeypatch.setattr(
-        _linear.PackedProducts, "logits", lambda self, out, x: seen.append(len(x)) or real(self, out, x)
+        chunked_linear.PackedProducts,
+        "logits",
+        lambda self, out, x: seen.append(len(x)) or real(self, out, x),
     )
     got = gradients(linear_cross_entropy(x, w, target), x, w)
     assert sum(seen) == int((target != -100).sum())
@@ -183,13 +186,13 @@ def test_weight_gradient_is_summed_in_float32():
 @pytest.mark.parametrize("size", [0, 7])
 def test_bfloat16_gradients(size, upstream, direct, device, monkeypatch):
     """On CUDA forward leaves that of a large weight divided and in bfloat16, of one product where one chunk does."""
-    monkeypatch.setattr(_linear, "DIRECT", direct)
+    monkeypatch.setattr(chunked_linear, "DIRECT", direct)
     x, w, b, target = problem(50, 16, 90, torch.bfloat16, device)
     options = (
         torch.nn.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None) if size else None
     )
     value = linear_cross_entropy(x, w, target, linear_bias=b, options=options)
-    if device == "cuda" or fastloss._op._namespace != "fastloss":
+    if device == "cuda" or fastloss._ops.autograd._namespace != "fastloss":
         assert value.grad_fn.plan.ready[2].dtype == (torch.float32 if direct else torch.bfloat16)
     scale = torch.tensor(upstream, dtype=torch.bfloat16, device=device)
     got = gradients(value, x, w, b, upstream=scale)
@@ -215,7 +218,7 @@ def test_chunks_on_cuda():
     """As large as the weight in float32, from 116 MiB to 1 GiB, and then at most 4096 rows."""
 
     def rows(classes, features, dtype=torch.bfloat16, asked=0):
-        return _linear.rows_of_a_chunk(classes, features, dtype, False, asked)
+        return chunked_linear.rows_of_a_chunk(classes, features, dtype, False, asked)
 
     assert rows(128256, 4096) == 4096
     assert rows(262144, 4096) == 2048

@@ -13,9 +13,9 @@ from support import same_bits
 
 import fastloss
 import fastloss.functional as F
-from fastloss import _op
 from fastloss.__main__ import main
-from fastloss.profile import profile
+from fastloss._ops import autograd
+from fastloss.profiler import profile
 
 ROWS, CLASSES = 512, 2048  # 4 MiB of float32
 
@@ -73,7 +73,9 @@ def test_nothing_changes_and_nothing_is_kept(device):
     expected = torch.autograd.grad(F.cross_entropy(logits, target[:8]), logits)[0]
     with fastloss.profile() as p:
         got = torch.autograd.grad(F.cross_entropy(logits, target[:8]), logits)[0]
-        with pytest.raises(IndexError if device == "cpu" and _op._namespace == "fastloss" else ValueError):
+        with pytest.raises(
+            IndexError if device == "cpu" and autograd._namespace == "fastloss" else ValueError
+        ):
             F.cross_entropy(logits, target[:8] + CLASSES)
             raise ValueError
         torch.func.grad(lambda x: F.cross_entropy(x, target[:8]))(logits)
@@ -81,7 +83,7 @@ def test_nothing_changes_and_nothing_is_kept(device):
         torch.autograd.grad(second.square().sum(), logits)
         late = F.cross_entropy(logits, target[:8])
     assert same_bits(got, expected)
-    assert _op.profiler is None
+    assert autograd.profiler is None
     seen = len(p.calls)
     assert late.requires_grad
     late.backward()  # after the block: not of interest
@@ -110,7 +112,7 @@ def test_equal_calls_are_one_line():
 def test_one_at_a_time():
     with fastloss.profile(), pytest.raises(RuntimeError, match="another profile"), fastloss.profile():
         pass
-    assert _op.profiler is None
+    assert autograd.profiler is None
 
 
 def test_files(tmp_path):
@@ -130,7 +132,7 @@ def test_nvtx(real_device):
     if not torch.backends.cuda.is_built():
         with pytest.raises(RuntimeError, match="NVTX"), fastloss.profile(nvtx=True):
             pass
-        assert _op.profiler is None
+        assert autograd.profiler is None
     else:
         with fastloss.profile(nvtx=True) as p:
             F.cross_entropy(logits, target).backward()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastloss.losses import table
+from fastloss._cli.losses import table
 
 README = Path(__file__).parents[1] / "README.md"
 

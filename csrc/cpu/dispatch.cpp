@@ -7,14 +7,14 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "aggregate.h"
-#include "alignment.h"
-#include "divergence.h"
-#include "feature_pairs.h"
-#include "linear.h"
-#include "survival.h"
-#include "tiles.h"
-#include "triplets.h"
+#include "kernels/aggregation.h"
+#include "kernels/ctc.h"
+#include "kernels/distillation.h"
+#include "kernels/feature_sums.h"
+#include "kernels/linear.h"
+#include "kernels/similarity.h"
+#include "kernels/survival.h"
+#include "kernels/triplets.h"
 
 namespace fastloss::cpu {
 namespace {

@@ -2,14 +2,14 @@
 #pragma once
 #include <cstdint>
 
-#include "../core/elements.h"
-#include "../core/export.h"
-#include "../core/ranking.h"
-#include "../core/rows.h"
-#include "../core/scan.h"
+#include "../drivers/elements.h"
+#include "../drivers/rows.h"
+#include "../drivers/scan.h"
+#include "../losses/classification.h"
 #include "../losses/elements.h"
-#include "../losses/sequence.h"
-#include "../losses/token.h"
+#include "../losses/returns.h"
+#include "../losses/reward_model_args.h"
+#include "../math/visibility.h"
 
 namespace fastloss::cpu {
 

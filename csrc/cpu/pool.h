@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../core/export.h"
+#include "../math/visibility.h"
 
 namespace fastloss::cpu {
 

@@ -1,6 +1,6 @@
 #include "attributes.h"
 
-#include "port.cuh"
+#include "cuda_or_shim.cuh"
 
 #if !defined(FL_SIMT)
 #include <cxxabi.h>

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "../core/export.h"
+#include "../math/visibility.h"
 
 namespace fastloss::cuda {
 

@@ -1,17 +1,17 @@
 // The kernels' launchers, as the operators see them: raw pointers and a stream, no torch.
 #pragma once
-#include "../core/aggregate.h"
-#include "../core/elements.h"
-#include "../core/feature_pairs.h"
-#include "../core/ranking.h"
-#include "../core/rows.h"
-#include "../core/scan.h"
-#include "../core/tiles.h"
-#include "../core/triplets.h"
-#include "../losses/divergence.h"
+#include "../drivers/elements.h"
+#include "../drivers/rows.h"
+#include "../drivers/scan.h"
+#include "../drivers/similarity.h"
+#include "../losses/aggregation_args.h"
+#include "../losses/classification.h"
+#include "../losses/distillation.h"
 #include "../losses/elements.h"
-#include "../losses/sequence.h"
-#include "../losses/token.h"
+#include "../losses/feature_sums_args.h"
+#include "../losses/returns.h"
+#include "../losses/reward_model_args.h"
+#include "../losses/triplets_args.h"
 
 namespace fastloss {
 struct SurvivalArgs;

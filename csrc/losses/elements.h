@@ -1,6 +1,6 @@
 // All losses of the elements driver, family by family.
 #pragma once
-#include "pointwise.h"
+#include "elementwise.h"
 #include "policy.h"
 #include "preference.h"
 

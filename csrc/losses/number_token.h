@@ -6,7 +6,7 @@
 // m). All it needs beyond the row's statistics are the logits of the number tokens, while the row is in
 // cache.
 #pragma once
-#include "../core/portable.h"
+#include "../math/scalar_math.h"
 
 namespace fastloss::inline FL_ISA {
 

@@ -1,4 +1,4 @@
-// Policy and value heads: of tokens. The protocol is in core/elements.h; masks and reductions are weights.
+// Policy and value heads: of tokens. The protocol is in drivers/elements.h; masks and reductions are weights.
 #pragma once
 #include "preference.h"
 

@@ -1,8 +1,8 @@
 // Preference and reward heads: of log-probabilities of whole answers, or of rewards, pair by pair. The
-// protocol is in core/elements.h. What kind of head a call wants is an option: heads are small and rows are
-// few, so a branch costs less than an instantiation each.
+// protocol is in drivers/elements.h. What kind of head a call wants is an option: heads are small and rows
+// are few, so a branch costs less than an instantiation each.
 #pragma once
-#include "pointwise.h"
+#include "elementwise.h"
 
 namespace fastloss::inline FL_ISA {
 

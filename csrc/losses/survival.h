@@ -3,7 +3,7 @@
 // to the first. After forward's, `value(p)` is the loss of the individual at place p; after back's,
 // `gradient(p)` its derivative. `Cohort` is one row of the arguments.
 #pragma once
-#include "../core/survival.h"
+#include "survival_args.h"
 
 namespace fastloss::inline FL_ISA {
 

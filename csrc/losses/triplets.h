@@ -1,7 +1,7 @@
 // Which triplets count: those with positive_key(d_ip) > negative_key(d_in). A distance that is NaN counts in
 // all of its triplets, so that it is not lost.
 #pragma once
-#include "../core/portable.h"
+#include "../math/scalar_math.h"
 
 namespace fastloss::inline FL_ISA {
 

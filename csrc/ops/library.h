@@ -8,7 +8,7 @@
 
 #include <string>
 
-#include "../core/dtype.h"
+#include "../math/dtype.h"
 
 #ifndef FASTLOSS_NAMESPACE
 #define FASTLOSS_NAMESPACE fastloss

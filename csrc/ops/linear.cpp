@@ -1,11 +1,11 @@
-// What a row loss from hidden states is made of (fastloss/_linear.py puts it together, chunk by chunk): the
+// What a row loss from hidden states is made of (fastloss/_ops/chunked_linear.py puts it together, chunk by chunk): the
 // row losses on a chunk of logits in place, sums over all rows, and on the CPU the matrix products.
 #include <tuple>
 
 #include "../cpu/pool.h"
-#include "rows.h"
+#include "row_ops.h"
 #if !defined(FL_SIMT)
-#include "../cpu/linear.h"
+#include "../cpu/kernels/linear.h"
 #endif
 
 namespace fastloss {

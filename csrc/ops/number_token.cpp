@@ -1,7 +1,8 @@
 // Cross-entropy with a term for labels that are numbers, see losses/number_token.h: the operator of the token
-// losses (ops/token.cpp) with the number tokens `ids` (ascending), their table of distances, the largest one,
-// and for every row its label's place among them and the weight of its term, 0 where it is no number.
-#include "rows.h"
+// losses (ops/classification.cpp) with the number tokens `ids` (ascending), their table of distances, the
+// largest one, and for every row its label's place among them and the weight of its term, 0 where it is no
+// number.
+#include "row_ops.h"
 
 namespace fastloss {
 namespace {

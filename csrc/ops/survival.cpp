@@ -4,10 +4,10 @@
 #include <optional>
 #include <tuple>
 
-#include "../core/survival.h"
+#include "../losses/survival_args.h"
 #include "device.h"
 #if !defined(FL_SIMT)
-#include "../cpu/survival.h"
+#include "../cpu/kernels/survival.h"
 #endif
 
 namespace fastloss {

@@ -2,10 +2,10 @@
 // m].
 #include <algorithm>
 
-#include "../core/triplets.h"
+#include "../losses/triplets_args.h"
 #include "device.h"
 #if !defined(FL_SIMT)
-#include "../cpu/triplets.h"
+#include "../cpu/kernels/triplets.h"
 #endif
 
 namespace fastloss {

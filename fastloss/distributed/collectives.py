@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fastloss._op import HALF_TYPES
+from fastloss._ops.autograd import HALF_TYPES
 
 __all__ = ["all_gather", "sum_of_gradients"]
 

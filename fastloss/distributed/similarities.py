@@ -1,6 +1,6 @@
 """The losses of a matrix of similarities of which each rank computes the rows that it holds, tile by tile.
 
-`softmax` and `sigmoid` are to several processes what `SoftmaxOp` and `SigmoidOp` of `fastloss._tiles` are to one:
+`softmax` and `sigmoid` are to several processes what `SoftmaxOp` and `SigmoidOp` of `fastloss._ops` are to one:
 marks and ids are those of all columns, what comes out and what goes in is of this rank's rows and columns.
 """
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastloss import _op
-from fastloss._features import softmax as alone
-from fastloss._linear import accumulation_type
-from fastloss._op import REDUCTIONS
-from fastloss._tiles import SIGMOID, SOFTMAX_GRADIENT, Matrix, Rows
+from fastloss._ops import autograd
+from fastloss._ops.autograd import REDUCTIONS
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.similarity import SIGMOID, SOFTMAX_GRADIENT, Matrix, Rows
 from fastloss.distributed.collectives import Ranks, check_once, in_order
 from fastloss.distributed.exchange import Block, Gathered, Ring
+from fastloss.losses.contrastive import contrastive_softmax as alone
 
 
 def _operators() -> Any:
-    return getattr(torch.ops, _op._namespace)
+    return getattr(torch.ops, autograd._namespace)
 
 
 def _matrix(
@@ -30,7 +30,7 @@ def _matrix(
 ) -> Matrix:
     mark = None if mark is None else mark - block.columns.start  # elsewhere nothing is marked
     col_ids = None if col_ids is None else col_ids[block.columns]
-    on_cpu = _op.runs_on_cpu(block.y)
+    on_cpu = autograd.runs_on_cpu(block.y)
     return Matrix(
         _operators(), on_cpu, x, block.y, scale, bias, mark, row_ids, col_ids, flags, normalize, inverse
     )
@@ -133,7 +133,7 @@ class _Sigmoid(Function):
         ctx.ready = bool(reduction) and gradient
         tensors = x, kept, scale, bias, mark
         norm = row_grad = None
-        high = accumulation_type(x.dtype)
+        high = accumulation_dtype(x.dtype)
         if reduction == REDUCTIONS["mean"]:
             norm = x.new_full((), rows.total, dtype=high)
             norm = norm if weights is None else _operators().row_reduce(weights, None)
@@ -184,7 +184,7 @@ class _Sigmoid(Function):
         check_once()
         tensors, ready = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         x, kept, *_ = tensors
-        grad = grad.to(accumulation_type(x.dtype))
+        grad = grad.to(accumulation_dtype(x.dtype))
         if not ctx.ready:
             _, ready = _Sigmoid.walk(ctx, tensors, grad.contiguous())
             ready, grad = (*ready, None), torch.ones_like(grad.sum())

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.token import cross_entropy
+from fastloss.reference.classification import cross_entropy
 
 __all__ = ["cross_entropy_with_number_token_loss", "gaussian_cross_entropy", "number_token_loss"]
 

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "port.cuh"
+#include "cuda_or_shim.cuh"
 
 namespace {
 

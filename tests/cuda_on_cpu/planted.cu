@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "port.cuh"
+#include "cuda_or_shim.cuh"
 
 namespace {
 

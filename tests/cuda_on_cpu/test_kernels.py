@@ -29,7 +29,7 @@ from support import (
     worst,
 )
 
-import fastloss._op
+import fastloss._ops.autograd
 from fastloss._registry import Loss, losses
 
 from . import build
@@ -45,7 +45,7 @@ SLACK, TYPICAL = 8, 0.1
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    with fastloss._op.use_namespace(build.load(MODE)):
+    with fastloss._ops.autograd.use_namespace(build.load(MODE)):
         yield
 
 

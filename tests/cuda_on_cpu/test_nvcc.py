@@ -19,7 +19,7 @@ from . import build
 
 ARCH = "sm_90"
 OUT = build.ROOT / "build" / "nvcc"
-SOURCES = sorted((build.CSRC / "cuda").glob("*.cu"))
+SOURCES = sorted((build.CSRC / "cuda").rglob("*.cu"))
 
 # Kernels that index a local array by a variable: a part of their name, and the bytes of stack they may use.
 STACK_ALLOWED: dict[str, int] = {}
@@ -47,7 +47,7 @@ def compile_log(source: Path, nvcc: str) -> str:
     from ninja import BIN_DIR
     from ninja.ninja_syntax import Writer
 
-    read = [p for folder in ("core", "losses", "cuda") for p in (build.CSRC / folder).iterdir()]
+    read = [p for folder in ("math", "drivers", "losses", "cuda") for p in (build.CSRC / folder).rglob("*.*")]
     newest = max(p.stat().st_mtime for p in read)
     for built in (build.ROOT / "build").glob(f"*/cuda_{source.stem}.o"):
         log = built.with_name(f"{built.name}.log")

@@ -1,0 +1,30 @@
+// The elementwise losses for one instruction set: compiled once for each, with FL_ISA naming it.
+//
+// One formula is compiled for several passes, which must agree in every bit: no contraction of a * b + c
+// where one of them happens to allow it.
+#pragma GCC optimize("fp-contract=off")
+#include "elements.h"
+// after elements.h: the vector overloads must be known where the losses are defined
+#include "../dispatch.h"
+
+namespace fastloss::inline FL_ISA {
+namespace {
+
+template <template <class, int> class Loss, int kVariant = 0>
+void run(const ElementArgs& a, int64_t begin, int64_t end) {
+  if constexpr (kVariant < Loss<float, 0>::kVariants) {
+    if (a.variant != kVariant) return run<Loss, kVariant + 1>(a, begin, end);
+    with_type(a.dtype, [&]<class T> { walk_elements<Loss, kVariant, T>(a, begin, end); });
+  }
+}
+
+}  // namespace
+}  // namespace fastloss::inline FL_ISA
+
+#define FASTLOSS_JOIN_(a, b) a##b
+#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
+
+namespace fastloss::cpu {
+#define FASTLOSS_ENTRY(name, Loss) .name = &run<Loss>,
+const ElementKernels FASTLOSS_JOIN(elements_, FL_ISA) = {FASTLOSS_ELEMENT_LOSSES(FASTLOSS_ENTRY)};
+}  // namespace fastloss::cpu

@@ -1,0 +1,31 @@
+// The token losses for one instruction set: compiled once for each, with FL_ISA naming it.
+#include "rows.h"
+// after rows.h: the vector overloads must be known where the losses are defined
+#include "../dispatch.h"
+
+namespace fastloss::inline FL_ISA {
+namespace {
+
+template <template <class, int> class Loss, int kVariant>
+void run_dtype(const RowArgs& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&]<class T> { walk_rows<Loss<acc_t<T>, kVariant>, T>(a, begin, end); });
+}
+
+template <template <class, int> class Loss, int kVariant = 0>
+void run(const RowArgs& a, int64_t begin, int64_t end) {
+  if constexpr (kVariant < Loss<float, 0>::kVariants) {
+    if (a.variant == kVariant) return run_dtype<Loss, kVariant>(a, begin, end);
+    run<Loss, kVariant + 1>(a, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace fastloss::inline FL_ISA
+
+#define FASTLOSS_JOIN_(a, b) a##b
+#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
+
+namespace fastloss::cpu {
+#define FASTLOSS_ENTRY(name, Loss) .name = &run<Loss>,
+const Kernels FASTLOSS_JOIN(kernels_, FL_ISA) = {FASTLOSS_ROW_KERNELS(FASTLOSS_ENTRY)};
+}  // namespace fastloss::cpu

@@ -1,0 +1,67 @@
+// Survival losses for one instruction set: compiled once for each, with FL_ISA naming it. A cohort is walked
+// by one thread.
+#include "survival.h"
+
+#include "../../losses/survival.h"
+#include "../../math/simd.h"
+#include "../scratch.h"
+
+namespace fastloss::inline FL_ISA {
+namespace {
+
+template <class T>
+struct Score {
+  const T* x;
+  FL_FN double operator()(int64_t i) const { return widen(x[i]); }
+};
+
+template <class Item, class Loss, class Read>
+FL_FN void scan(const Loss& loss, const Read& read) {
+  Item sum;
+  for (int64_t i = 0; i < loss.n; ++i) {
+    const int64_t p = Item::kReversed ? loss.n - 1 - i : i;
+    sum = sum.then(read(p));
+    loss.keep(p, sum);
+  }
+}
+
+template <template <class> class Loss, class T>
+FL_NOINLINE void walk(SurvivalArgs a, int64_t row) {
+  using L = Loss<Score<T>>;
+  if (a.backward)
+    a.slope = static_cast<double*>(cpu::thread_scratch(a.n * 2 * sizeof(double))) - row * a.n * 2;
+  const L loss(a, row, Score<T>{static_cast<const T*>(a.score)});
+  if (a.backward) {
+    scan<typename L::Back>(loss, [&](int64_t p) { return loss.back(p); });
+    for (int64_t p = 0; p < loss.n; ++p)
+      store_one(static_cast<T*>(a.gradient) + loss.individual(p), acc_t<T>(loss.gradient(p)));
+    return;
+  }
+  scan<typename L::Forward>(loss, [&](int64_t p) { return loss.forward(p); });
+  double total = 0;
+  for (int64_t p = 0; p < loss.n; ++p) {
+    const double v = loss.value(p);
+    total += v;
+    if (a.loss) a.loss[loss.individual(p)] = v;
+  }
+  a.partial[row] = total;
+}
+
+template <class T>
+void run_rows(const SurvivalArgs& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    a.kind == Survival::cox ? walk<Cox, T>(a, row) : walk<Dart, T>(a, row);
+}
+void run(const SurvivalArgs& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&]<class T> { run_rows<T>(a, begin, end); });
+}
+
+}  // namespace
+}  // namespace fastloss::inline FL_ISA
+
+#define FASTLOSS_JOIN_(a, b) a##b
+#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
+
+namespace fastloss::cpu {
+const SurvivalKernel FASTLOSS_JOIN(survival_, FL_ISA) = &run;
+}  // namespace fastloss::cpu

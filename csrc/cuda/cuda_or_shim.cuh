@@ -1,0 +1,105 @@
+// The only place that knows which compiler is looking: nvcc, or a C++ compiler for which tests/cuda_on_cpu
+// plays the GPU (FL_SIMT). Kernels declare shared memory and are launched through what stands here.
+//
+//   FL_SHARED(float, sums, 32);              a static block array; may stand in any device function
+//   FL_DYN_SHARED(float, tile);              the launch's dynamic shared memory, 16-byte aligned
+//   launch(&kernel<T>, grid, block, smem, stream, args...);
+//   most_shared()                            bytes of shared memory that a block may have on this device
+//   multiprocessors()                        of this device
+#pragma once
+
+#if defined(FL_SIMT)
+
+#define FL_DEVICE_MATH  // math/scalar_math.h: take the approximate functions that the GPU takes
+#include "simt.h"       // defines FL_SHARED and FL_DYN_SHARED too
+
+namespace fastloss::cuda {
+using simt::launch;
+inline int64_t most_shared() { return 227 << 10; }
+inline int multiprocessors() { return 2; }
+}  // namespace fastloss::cuda
+
+#else
+
+#include <cuda_pipeline_primitives.h>
+#include <cuda_runtime.h>
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+// Raw storage: T may have a constructor, which CUDA would not run for a __shared__ variable.
+#define FL_SHARED(T, name, n)                                          \
+  __shared__ alignas(T) unsigned char name##_storage[sizeof(T) * (n)]; \
+  T(&name)[n] = *reinterpret_cast<T(*)[n]>(name##_storage)
+#define FL_DYN_SHARED(T, name)                                       \
+  extern __shared__ __align__(16) unsigned char fl_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(fl_dynamic_shared)
+
+namespace fastloss::cuda {
+
+constexpr size_t kDefaultDynamicShared = 48 * 1024;  // more than this has to be asked for
+
+[[noreturn]] inline void throw_launch_error(cudaError_t error, const char* step, const void* kernel,
+                                            dim3 grid, dim3 block, size_t smem) {
+  (void)cudaGetLastError();  // reported here, not to the next caller who asks
+  std::string name = "a kernel";
+#if CUDART_VERSION >= 12030
+  const char* mangled = nullptr;
+  if (cudaFuncGetName(&mangled, kernel) == cudaSuccess && mangled) {
+    char* readable = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+    name = readable ? readable : mangled;
+    std::free(readable);
+  }
+#endif
+  auto text = [](dim3 d) {
+    return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+  };
+  throw std::runtime_error(std::string("fastloss: ") + step + " of " + name + " failed with " +
+                           cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + "); grid " +
+                           text(grid) + ", block " + text(block) + ", " + std::to_string(smem) +
+                           " bytes of dynamic shared memory");
+}
+
+// Launches `kernel` on `stream`; arguments are converted to the kernel's parameter types. Does not wait.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A&&... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "as many arguments as the kernel has parameters");
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  if (smem > kDefaultDynamicShared) {
+    cudaError_t error =
+        cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+    if (error != cudaSuccess) throw_launch_error(error, "shared memory attribute", entry, grid, block, smem);
+  }
+  std::tuple<std::decay_t<P>...> params(std::forward<A>(args)...);
+  cudaError_t error = std::apply(
+      [&](auto&... p) {
+        void* pointers[] = {const_cast<void*>(static_cast<const void*>(&p))..., nullptr};
+        return cudaLaunchKernel(entry, grid, block, pointers, smem, stream);
+      },
+      params);
+  if (error != cudaSuccess) throw_launch_error(error, "launch", entry, grid, block, smem);
+}
+
+// The device's attribute, or what is given where it cannot be asked: the launch that follows says what is
+// wrong.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess)
+    return value;
+  (void)cudaGetLastError();
+  return otherwise;
+}
+inline int64_t most_shared() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kDefaultDynamicShared);
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
+
+}  // namespace fastloss::cuda
+
+#endif

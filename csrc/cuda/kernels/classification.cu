@@ -1,0 +1,113 @@
+// Launcher of cross-entropy, and the small kernels around a reduction over rows.
+#include "classification.cuh"
+
+namespace fastloss::cuda {
+namespace {
+
+// Sums over rows, in double and in an order that depends on their number alone: few rows by one block, more
+// by several, each of which leaves the sum of its share in `a.partial` for a second kernel that adds them.
+constexpr int kSumThreads = 1024, kAtOnce = 8;  // kAtOnce loads of a thread are on their way together
+
+// The sum over i in [begin, end) of value(load(i)), for all threads of the block. load(-1) is to give what
+// has the value 0. Loads come apart from values so that no branch stands between two of them.
+template <class Load, class Value>
+__device__ __forceinline__ double sum_of_range(int64_t begin, int64_t end, Load load, Value value) {
+  double sum = 0;
+  for (int64_t i = begin + threadIdx.x; i < end; i += kAtOnce * kSumThreads) {
+    decltype(load(i)) loaded[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) loaded[u] = load(i + u * kSumThreads < end ? i + u * kSumThreads : -1);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) sum += value(loaded[u]);
+  }
+  return sum_of_block<kSumThreads>(sum);
+}
+
+// What a row adds to the norm, and to the result.
+template <class R>
+struct NormOfRow {
+  using Type = R;
+  struct Loaded {
+    int64_t target;
+    R weight;
+  };
+  static __device__ __forceinline__ Loaded load(const RowArgs& a, int64_t r) {
+    Loaded row{-1, R(r >= 0)};
+    if (a.target && r >= 0) row.target = a.target[r];
+    if (a.row_weight && r >= 0) row.weight = static_cast<const R*>(a.row_weight)[r];
+    return row;
+  }
+  static __device__ __forceinline__ double value(const RowArgs& a, const Loaded& row) {
+    if (a.target && row.target == a.ignore_index) return 0;
+    double w = row.weight;
+    if (a.class_weight && !a.norm_counts_rows && row.target >= 0 && row.target < a.n)
+      w *= double(static_cast<const R*>(a.class_weight)[row.target]);
+    return w;
+  }
+  static __device__ __forceinline__ double total(const RowArgs&, double sum) { return sum; }
+};
+template <class R>
+struct LossOfRow {
+  using Type = R;
+  static __device__ __forceinline__ R load(const RowArgs& a, int64_t r) {
+    return r >= 0 ? static_cast<const R*>(a.loss)[r] : R(0);
+  }
+  static __device__ __forceinline__ double value(const RowArgs&, R loss) { return double(loss); }
+  static __device__ __forceinline__ double total(const RowArgs& a, double sum) {
+    return a.norm ? sum / double(*static_cast<const R*>(a.norm)) : sum;
+  }
+};
+template <class Row>
+__device__ __forceinline__ double sum_of_rows(const RowArgs& a, int64_t begin, int64_t end) {
+  return sum_of_range(
+      begin, end, [&](int64_t r) { return Row::load(a, r); }, [&](auto row) { return Row::value(a, row); });
+}
+
+// One block: all rows.
+template <class Row>
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(RowArgs a, typename Row::Type* out) {
+  const double sum = sum_of_rows<Row>(a, 0, a.rows);
+  if (threadIdx.x == 0) *out = static_cast<typename Row::Type>(Row::total(a, sum));
+}
+// Each block: its share of the rows.
+template <class Row>
+__global__ void __launch_bounds__(kSumThreads) partial_kernel(RowArgs a) {
+  const int64_t each = (a.rows + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * each, end = begin + each;
+  const double sum = sum_of_rows<Row>(a, begin, end < a.rows ? end : a.rows);
+  if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
+}
+template <class Row>
+__global__ void __launch_bounds__(kSumThreads)
+    total_kernel(RowArgs a, int64_t partials, typename Row::Type* out) {
+  const double sum = sum_of_range(
+      0, partials, [&](int64_t i) { return i >= 0 ? a.partial[i] : 0.0; }, [](double x) { return x; });
+  if (threadIdx.x == 0) *out = static_cast<typename Row::Type>(Row::total(a, sum));
+}
+
+template <class Row>
+void sum_rows(const RowArgs& a, void* out, cudaStream_t stream) {
+  auto* const to = static_cast<typename Row::Type*>(out);
+  if (!a.partial) return start<&sum_kernel<Row>>(1, kSumThreads, 0, stream, a, to);
+  const int64_t wish = (a.rows + kSumThreads - 1) / kSumThreads;
+  const int64_t partials = wish < kRowPartials ? wish : kRowPartials;
+  start<&partial_kernel<Row>>(partials, kSumThreads, 0, stream, a);
+  start<&total_kernel<Row>>(1, kSumThreads, 0, stream, a, partials, to);
+}
+
+}  // namespace
+
+void row_norm(const RowArgs& a, void* norm, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (a.dtype == DType::f64) return sum_rows<NormOfRow<double>>(a, norm, s);
+  sum_rows<NormOfRow<float>>(a, norm, s);
+}
+void row_reduce(const RowArgs& a, void* out, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (a.dtype == DType::f64) return sum_rows<LossOfRow<double>>(a, out, s);
+  sum_rows<LossOfRow<float>>(a, out, s);
+}
+void cross_entropy(const RowArgs& a, void* stream) {
+  run_rows<CrossEntropy>(a, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace fastloss::cuda

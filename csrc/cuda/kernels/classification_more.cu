@@ -1,0 +1,16 @@
+// Launchers of the row losses beside cross-entropy, in a file of their own for the sake of compile time.
+#include "classification.cuh"
+
+namespace fastloss::cuda {
+
+void softmax_focal_loss(const RowArgs& a, void* stream) {
+  run_rows<Focal>(a, static_cast<cudaStream_t>(stream));
+}
+void token_stats(const RowArgs& a, void* stream) {
+  run_rows<TokenStats>(a, static_cast<cudaStream_t>(stream));
+}
+void cross_entropy_numbers(const RowArgs& a, void* stream) {
+  run_rows<CrossEntropyNumbers>(a, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace fastloss::cuda

@@ -1,0 +1,188 @@
+// Two rows of logits a team of threads: a warp for short rows, a block for long ones. The first sweep reads
+// both from device memory, the next ones, for the divergence and for the gradients, find them in L1 or L2.
+// Sums have an order that depends on the row's length alone.
+#include "rows.cuh"
+// after rows.cuh: cuda_or_shim.cuh decides which exponential the losses take
+#include "../../losses/distillation.h"
+#include "../launchers.h"
+
+namespace fastloss::cuda {
+namespace {
+
+// A maximum and the sum of exp(z - m), of student and teacher.
+template <class R>
+struct Normalisers {
+  R m[2] = {-INFINITY, -INFINITY}, s[2] = {0, 0};
+
+  __device__ __forceinline__ R base(int side) const { return m[side] == -INFINITY ? R(0) : m[side]; }
+  __device__ __forceinline__ void add(int side, R z) {
+    if (z > m[side]) {
+      if (m[side] != -INFINITY) s[side] *= exp(m[side] - z);
+      m[side] = z;
+    }
+    s[side] += full_exp(z - base(side));
+  }
+  __device__ __forceinline__ void merge(const Normalisers& o) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const R top = max(o.m[i], m[i]), to = top == -INFINITY ? R(0) : top;
+      s[i] = s[i] * (m[i] == -INFINITY ? R(1) : exp(m[i] - to)) +
+             o.s[i] * (o.m[i] == -INFINITY ? R(1) : exp(o.m[i] - to));
+      m[i] = top;
+    }
+  }
+  __device__ __forceinline__ Normalisers from_lane(int offset) const {
+    Normalisers o;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      o.m[i] = __shfl_xor_sync(kFullMask, m[i], offset);
+      o.s[i] = __shfl_xor_sync(kFullMask, s[i], offset);
+    }
+    return o;
+  }
+};
+template <class R>
+struct TwoSums {
+  R a = 0, b = 0;
+  __device__ __forceinline__ void merge(const TwoSums& o) {
+    a += o.a;
+    b += o.b;
+  }
+  __device__ __forceinline__ TwoSums from_lane(int offset) const {
+    TwoSums o;
+    o.a = __shfl_xor_sync(kFullMask, a, offset);
+    o.b = __shfl_xor_sync(kFullMask, b, offset);
+    return o;
+  }
+};
+
+// Calls body(index, student's element, teacher's element) for this thread's classes, in a fixed order.
+template <class T, int kTeam, class Body>
+__device__ __forceinline__ void each_class(const T* x, const T* q, int64_t n, int lane, Body body) {
+  constexpr int N = Vec<T>::kSize;
+  const int64_t whole = n / N * N;
+  for (int64_t j = int64_t{lane} * N; j < whole; j += kTeam * N) {
+    const Vec<T> student = load16_any(x + j, x, x + n), teacher = load16_any(q + j, q, q + n);
+#pragma unroll
+    for (int k = 0; k < N; ++k) body(j + k, student.v[k], teacher.v[k]);
+  }
+  for (int64_t j = whole + lane; j < n; j += kTeam) body(j, x[j], q[j]);
+}
+
+template <class T, int kKind, int kTeam>
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 : 4)
+    divergence_kernel(DivergenceArgs args) {
+  using R = acc_t<T>;
+  constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
+  const RowArgs& a = args.rows;
+  if (a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;
+  const int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam, n = a.n;
+  if (r >= a.rows) return;  // whole warps
+  const int lane = static_cast<int>(threadIdx.x % kTeam);
+  const T* x = static_cast<const T*>(a.x) + a.x_layout.start(r);
+  const T* q = static_cast<const T*>(a.q) + a.q_layout.start(r);
+  T* dx = a.dx ? static_cast<T*>(a.dx) + r * n : nullptr;
+  T* dq = args.dq ? static_cast<T*>(args.dq) + r * n : nullptr;
+  R* state = static_cast<R*>(a.state) + r * kDivergenceState;
+  const bool backward = a.pass == RowPass::backward, leader = lane == 0;
+  const R scale = R(a.logit_scale);
+  const LogitDivergence<R, kKind> loss(a.options);
+  R k = backward ? state[6] : a.row_weight ? static_cast<const R*>(a.row_weight)[r] : R(1);
+  if (k == 0) {
+    if (leader && !backward) {
+      for (int i = 0; i < kDivergenceState; ++i) state[i] = 0;
+      static_cast<R*>(a.loss)[r] = 0;
+    }
+    for (int64_t j = lane; j < n; j += kTeam) {
+      if (dx) dx[j] = narrow<T>(R(0));
+      if (dq) dq[j] = narrow<T>(R(0));
+    }
+    return;
+  }
+  R m[2], sum[2], sum_a, sum_b, g = 1;  // of student and teacher
+  const auto share = [&](int side, T v) {
+    return full_exp(rounded(widen(v) * scale) - m[side]) * (1 / sum[side]);
+  };
+  const auto shares = [&](T student, T teacher) {
+    const R apart = (m[1] - m[0]) + (log(sum[1]) - log(sum[0]));
+    return loss.shares((rounded(widen(teacher) * scale) - rounded(widen(student) * scale)) - apart);
+  };
+  if (backward) {
+    m[0] = state[0];
+    sum[0] = state[1];
+    m[1] = state[2];
+    sum[1] = state[3];
+    sum_a = state[4];
+    sum_b = state[5];
+    g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
+  } else {
+    Normalisers<R> o;
+    each_class<T, kTeam>(x, q, n, lane, [&](int64_t, T student, T teacher) {
+      o.add(0, widen(student) * scale);
+      o.add(1, widen(teacher) * scale);
+    });
+    o = team_merge<kTeam>(o);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      m[i] = o.base(i);
+      sum[i] = o.s[i];
+    }
+    TwoSums<R> sums;
+    each_class<T, kTeam>(x, q, n, lane, [&](int64_t, T student, T teacher) {
+      const auto s = shares(student, teacher);
+      if constexpr (kKind != kReverse) sums.a += loss.weighed(share(1, teacher), s.u);
+      if constexpr (kKind != kForward) sums.b += loss.weighed(share(0, student), s.v);
+    });
+    sums = team_merge<kTeam>(sums);
+    sum_a = sums.a;
+    sum_b = sums.b;
+    const R value = k * loss.loss(sum_a, sum_b);
+    if (a.norm) k /= *static_cast<const R*>(a.norm);
+    if (leader) {
+      static_cast<R*>(a.loss)[r] = value;
+      state[0] = m[0];
+      state[1] = sum[0];
+      state[2] = m[1];
+      state[3] = sum[1];
+      state[4] = sum_a;
+      state[5] = sum_b;
+      state[6] = k;
+    }
+  }
+  if (!dx && !dq) return;
+  g *= k * scale;
+  each_class<T, kTeam>(x, q, n, lane, [&](int64_t j, T student, T teacher) {
+    const R p = share(1, teacher), q_ = share(0, student);
+    const auto s = shares(student, teacher);
+    if (dx) dx[j] = narrow<T>(loss.by_student(p, q_, s.v, sum_b, g));
+    if (dq) dq[j] = narrow<T>(loss.by_teacher(p, q_, s.u, sum_a, g));
+  });
+}
+
+template <class T, int kKind, int kTeam>
+void launch_team(const DivergenceArgs& a, cudaStream_t stream) {
+  const int block = kTeam > 32 ? kTeam : kThreads;
+  const int64_t blocks = (a.rows.rows * kTeam + block - 1) / block;
+  start<&divergence_kernel<T, kKind, kTeam>>(blocks, block, 0, stream, a);
+}
+template <class T, int kKind>
+void launch_type(const DivergenceArgs& a, cudaStream_t stream) {
+  if constexpr (sizeof(T) < 8)
+    if (a.rows.n * int64_t{sizeof(T)} > kWarpRowBytes) return launch_team<T, kKind, kBlockTeam>(a, stream);
+  launch_team<T, kKind, 32>(a, stream);
+}
+template <int kKind>
+void launch_kind(const DivergenceArgs& a, cudaStream_t stream) {
+  with_device_type(a.rows.dtype, [&]<class T> { launch_type<T, kKind>(a, stream); });
+}
+
+}  // namespace
+
+void divergence(const DivergenceArgs& a, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (a.rows.variant == kForward) return launch_kind<kForward>(a, s);
+  if (a.rows.variant == kReverse) return launch_kind<kReverse>(a, s);
+  launch_kind<kMixture>(a, s);
+}
+
+}  // namespace fastloss::cuda

@@ -1,0 +1,72 @@
+// Losses of rankings: a warp a row, a lane an item, which it compares with all others of the row.
+#include "../launch.cuh"
+// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
+#include "../../losses/reward_model.h"
+#include "../launchers.h"
+
+namespace fastloss::cuda {
+namespace {
+
+constexpr int kRankingThreads = 128;
+
+template <class T>
+struct DeviceRow {
+  using R = acc_t<T>;
+  const T* rewards;
+  const R *ranks, *normalizers;
+  __device__ __forceinline__ R reward(int64_t j) const { return widen(rewards[j]); }
+  __device__ __forceinline__ R rank(int64_t j) const { return ranks[j]; }
+  __device__ __forceinline__ R normalizer(int64_t j) const { return normalizers[j]; }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kRankingThreads, 4) ranking_kernel(RankingArgs a) {
+  using R = acc_t<T>;
+  const int64_t r = (int64_t{blockIdx.x} * kRankingThreads + threadIdx.x) / 32, n = a.n;
+  if (r >= a.rows) return;  // whole warps
+  const int64_t width = state_width(a);
+  const bool chooses = a.kind == Ranking::plackett_luce;
+  R* const state = static_cast<R*>(a.state) + r * width;
+  const DeviceRow<T> row{static_cast<const T*>(a.rewards) + r * n, static_cast<const R*>(a.ranks) + r * n,
+                         state};
+  if (a.backward) {
+    const R g = static_cast<const R*>(a.upstream)[r] * loss_share(a.kind, state[width - 1]);
+    for (int64_t i = threadIdx.x % 32; i < n; i += 32) {
+      const R d = chooses ? choice_gradient<R>(row, n, i) : pairs_gradient<R>(row, n, i);
+      static_cast<T*>(a.gradient)[r * n + i] = narrow<T>(g * d);
+    }
+    return;
+  }
+  R value = 0, pairs = 0;
+  for (int64_t i = threadIdx.x % 32; i < n; i += 32) {
+    const RankedItem<R> item = chooses ? choice_of_item<R>(row, n, i) : pairs_of_item<R>(row, n, i);
+    if (chooses) state[i] = item.value;
+    value += item.value;
+    pairs += item.pairs;
+  }
+#pragma unroll
+  for (int offset = 16; offset; offset /= 2) {
+    value += __shfl_xor_sync(0xffffffffu, value, offset);
+    pairs += __shfl_xor_sync(0xffffffffu, pairs, offset);
+  }
+  if (threadIdx.x % 32 != 0) return;
+  static_cast<R*>(a.loss)[r] = value * loss_share(a.kind, pairs);
+  static_cast<R*>(a.pairs)[r] = pairs;
+  state[width - 1] = pairs;
+}
+
+template <class T>
+void run(const RankingArgs& a, cudaStream_t stream) {
+  constexpr int kRows = kRankingThreads / 32;
+  const int64_t blocks = (a.rows + kRows - 1) / kRows;
+  start<&ranking_kernel<T>>(blocks, kRankingThreads, 0, stream, a);
+}
+
+}  // namespace
+
+void ranking(const RankingArgs& args, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  with_device_type(args.dtype, [&]<class T> { run<T>(args, s); });
+}
+
+}  // namespace fastloss::cuda

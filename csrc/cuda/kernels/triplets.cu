@@ -1,0 +1,162 @@
+// All triplets of a batch (losses/triplets_args.h): a block an anchor, then a block a row that is drawn.
+// Integers are counted with atomics; sums have one order.
+#include "../launch.cuh"
+// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
+#include "../../losses/triplets.h"
+#include "../launchers.h"
+
+namespace fastloss::cuda {
+namespace {
+
+constexpr int kTripletThreads = 128;
+
+// d[j] = |x_i - x_j|, or its square: a warp a pair.
+template <class R>
+__device__ __forceinline__ void measure(const TripletArgs& a, int64_t i, R* d) {
+  const R *const x = static_cast<const R*>(a.x), *const own = x + i * a.d;
+  const int lane = threadIdx.x % 32;
+  for (int64_t j = threadIdx.x / 32; j < a.m; j += kTripletThreads / 32) {
+    R sum = 0;
+    for (int64_t k = lane; k < a.d; k += 32) {
+      const R gap = own[k] - x[j * a.d + k];
+      sum += gap * gap;
+    }
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (lane == 0) d[j] = a.root ? sqrt(sum) : sum;
+  }
+}
+
+// Bitonic, of a power of two of keys; those of no place go last.
+template <class R>
+__device__ __forceinline__ void sort(R* keys, int32_t* at, int64_t n) {
+  for (int64_t size = 2; size <= n; size *= 2)
+    for (int64_t apart = size / 2; apart; apart /= 2) {
+      for (int64_t k = threadIdx.x; k < n / 2; k += kTripletThreads) {
+        const int64_t low = 2 * apart * (k / apart) + k % apart, high = low + apart;
+        const R x = keys[low], y = keys[high];
+        const int32_t p = at[low], q = at[high];
+        const bool rising = (low & size) == 0;
+        const bool more = x > y || (x == y && p < 0 && q >= 0), less = y > x || (x == y && q < 0 && p >= 0);
+        if (rising ? more : less) keys[low] = y, keys[high] = x, at[low] = q, at[high] = p;
+      }
+      __syncthreads();
+    }
+}
+
+template <class R>
+__global__ void __launch_bounds__(kTripletThreads) anchors_kernel(TripletArgs a) {
+  const int64_t r = blockIdx.x, i = a.row + r;
+  R* const d = static_cast<R*>(a.distance) + r * a.step;
+  FL_SHARED(int, counters, 2);
+  if (threadIdx.x < 2) counters[threadIdx.x] = 0;
+  measure(a, i, d);
+  __syncthreads();
+  int mine = 0;
+  for (int64_t j = threadIdx.x; j < a.m; j += kTripletThreads) mine += j != i && a.ids[j] == a.ids[i];
+  atomicAdd(&counters[0], mine);
+  __syncthreads();
+  const int64_t positives = counters[0], negatives = a.m - 1 - positives;
+  const bool few_positives = positives <= negatives;
+  const int64_t few = few_positives ? positives : negatives, many = a.m - 1 - few;
+  double sum = 0, number = 0;
+  if (few > 0) {
+    R* const keys = static_cast<R*>(a.keys) + r * a.room;
+    int32_t *const at = a.places + r * (2 * a.room + 1), *const found = at + a.room;
+    const R margin = static_cast<R>(a.margin), up = a.sums ? R(0) : static_cast<const R*>(a.grad)[i];
+    const auto key = [&](int64_t j, bool positive) {
+      return positive ? positive_key(d[j], margin) : negative_key(d[j]);
+    };
+    const auto counted = [&](int64_t j, bool positive, int64_t times) {
+      if (times && positive) sum += double(times) * (double(d[j]) + a.margin), number += double(times);
+      if (times && !positive) sum -= double(times) * double(d[j]);
+      if (!a.sums) d[j] = times ? triplet_weight(d[j], (positive ? up : -up) * R(times), a.root) : R(0);
+    };
+    int64_t size = 1;
+    while (size < few) size *= 2;
+    for (int64_t j = threadIdx.x; j < a.m; j += kTripletThreads) {
+      if (j == i || (a.ids[j] == a.ids[i]) != few_positives) continue;
+      const int slot = atomicAdd(&counters[1], 1);
+      keys[slot] = key(j, few_positives);
+      at[slot] = static_cast<int32_t>(j);
+    }
+    for (int64_t k = few + threadIdx.x; k < size; k += kTripletThreads) keys[k] = INFINITY, at[k] = -1;
+    for (int64_t k = threadIdx.x; k <= few; k += kTripletThreads) found[k] = 0;
+    __syncthreads();
+    sort(keys, at, size);
+    for (int64_t j = threadIdx.x; j < a.m; j += kTripletThreads) {
+      if (j == i || (a.ids[j] == a.ids[i]) == few_positives) continue;
+      const int64_t below = count_below(keys, few, key(j, !few_positives), few_positives);
+      atomicAdd(&found[below], 1);
+      counted(j, !few_positives, few_positives ? few - below : below);
+    }
+    __syncthreads();
+    // of the few, neighbours to a thread: how many have their places before
+    FL_SHARED(int, part, kTripletThreads);
+    const int64_t each = (few + kTripletThreads - 1) / kTripletThreads, begin = threadIdx.x * each;
+    const int64_t end = begin + each < few ? begin + each : few;
+    int own = 0;
+    for (int64_t k = begin; k < end; ++k) own += found[k];
+    part[threadIdx.x] = own;
+    __syncthreads();
+    int64_t before = 0;
+    for (int t = 0; t < static_cast<int>(threadIdx.x); ++t) before += part[t];
+    for (int64_t k = begin; k < end; ++k) {
+      before += found[k];
+      counted(at[k], few_positives, few_positives ? before : many - before);
+    }
+  } else if (!a.sums) {
+    for (int64_t j = threadIdx.x; j < a.m; j += kTripletThreads) d[j] = 0;
+  }
+  if (!a.sums) {
+    if (few > 0 && threadIdx.x == 0) d[i] = 0;
+    return;
+  }
+  FL_SHARED(double, sums, 2 * kTripletThreads);
+  sums[threadIdx.x] = sum;
+  sums[kTripletThreads + threadIdx.x] = number;
+  for (int width = kTripletThreads / 2; width; width /= 2) {
+    __syncthreads();
+    if (threadIdx.x < width) {
+      sums[threadIdx.x] += sums[threadIdx.x + width];
+      sums[kTripletThreads + threadIdx.x] += sums[kTripletThreads + threadIdx.x + width];
+    }
+  }
+  if (threadIdx.x == 0) {
+    static_cast<R*>(a.sums)[i] = static_cast<R>(sums[0]);
+    static_cast<R*>(a.sums)[a.m + i] = static_cast<R>(sums[kTripletThreads]);
+  }
+}
+
+// dx_i += sum over j of w_ij (x_i - x_j), of the chunk's anchors, or of all rows for what anchors draw.
+template <class R, bool kOthers>
+__global__ void __launch_bounds__(kTripletThreads) draw_kernel(TripletArgs a) {
+  const R *const x = static_cast<const R*>(a.x), *const w = static_cast<const R*>(a.distance);
+  const int64_t i = kOthers ? blockIdx.x : a.row + blockIdx.x, count = kOthers ? a.rows : a.m;
+  for (int64_t f = threadIdx.x; f < a.d; f += kTripletThreads) {
+    const R own = x[i * a.d + f];
+    R sum = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const R factor = kOthers ? w[k * a.step + i] : w[blockIdx.x * a.step + k];
+      if (factor != 0) sum += factor * (own - x[(kOthers ? a.row + k : k) * a.d + f]);
+    }
+    static_cast<R*>(a.dx)[i * a.d + f] += sum;
+  }
+}
+
+template <class R>
+void run(const TripletArgs& a, cudaStream_t stream) {
+  start<&anchors_kernel<R>>(a.rows, kTripletThreads, 0, stream, a);
+  if (a.sums) return;
+  start<&draw_kernel<R, false>>(a.rows, kTripletThreads, 0, stream, a);
+  start<&draw_kernel<R, true>>(a.m, kTripletThreads, 0, stream, a);
+}
+
+}  // namespace
+
+void triplets(const TripletArgs& a, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  a.wide ? run<double>(a, s) : run<float>(a, s);
+}
+
+}  // namespace fastloss::cuda

@@ -1,0 +1,71 @@
+// What a row kernel is told, on CPU and CUDA alike. Plain data: no torch, no templates.
+#pragma once
+#include <cstdint>
+
+#include "../math/dtype.h"
+
+namespace fastloss {
+
+// Where the rows of a tensor lie, in elements: row r starts at (r / inner) * outer_stride + (r % inner) *
+// inner_stride and its classes are class_stride apart. [N, C] has inner = 1; [N, C, d1, ...] has inner = d1 *
+// ...
+struct RowLayout {
+  int64_t inner = 1, outer_stride = 0, inner_stride = 0, class_stride = 1;
+#if defined(__CUDACC__)
+  __host__ __device__
+#endif
+      int64_t start(int64_t r) const {
+    return inner == 1 ? r * outer_stride : r / inner * outer_stride + r % inner * inner_stride;
+  }
+};
+
+enum class RowPass : int {
+  forward,           // statistics and loss
+  forward_gradient,  // the same, and the gradient for an upstream gradient of 1, while the row is at hand
+  backward           // the gradient from the saved statistics
+};
+
+inline constexpr int kMaxOptions = 10;
+// On a GPU one block adds up at most kRowsOfBlock rows; of more, several leave at most kRowPartials sums.
+inline constexpr int64_t kRowsOfBlock = 4096, kRowPartials = 256;
+
+struct RowArgs {
+  RowPass pass;
+  DType dtype;  // of x, dx and q
+  int variant;  // which instantiation of the loss
+  int64_t rows, n;
+  const void* x;
+  RowLayout x_layout;
+  void* dx;  // may be x
+  RowLayout dx_layout;
+  const int64_t* target;  // [rows], or null for soft targets
+  const void* q;          // soft targets, laid out as q_layout, or null
+  RowLayout q_layout;
+  const int64_t* asked;  // [rows, asked_each]: classes whose log-probabilities are wanted, or null
+  int64_t asked_each;
+  int64_t planes;            // of loss and upstream, each [rows]
+  const void* class_weight;  // [n] in the accumulation type, or null
+  const void* row_weight;    // [rows] in the accumulation type, or null
+  int64_t ignore_index;
+  bool norm_counts_rows;  // the norm leaves class weights out
+  const void* norm;       // one number of the accumulation type that divides every row's weight, or null
+  void* state;            // [rows, state_width] in the accumulation type: written forward, read backward
+  int64_t state_width;
+  void* loss;                   // [rows] in the accumulation type; not divided by norm
+  double* partial;              // CUDA: [kRowPartials] for the sums over rows, or null: one block adds all
+  const void* upstream;         // backward: gradient of the result, in the accumulation type,
+  int64_t upstream_stride;      //   0 for one number or 1 for one a row
+  bool skip_unit_upstream;      // backward: do nothing if upstream[0] is 1
+  bool past_cache;              // CPU: dx is too large for the caches, write around them
+  double logit_scale, softcap;  // softcap 0: none
+  // a loss with kNumbers:
+  const int64_t* number_ids;  // [numbers] classes, ascending
+  int64_t numbers;
+  const void* number_table;        // [numbers, numbers] in the accumulation type
+  const void* number_worst;        // one number of it
+  const int64_t* number_position;  // [rows]: the label's among number_ids
+  const void* number_weight;       // [rows] in the accumulation type, 0 for no number
+  double options[kMaxOptions];     // the loss's own, in the order of its struct
+};
+
+}  // namespace fastloss

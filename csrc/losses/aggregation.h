@@ -1,0 +1,282 @@
+// Reductions of the losses of n samples to one number: what each pass over them adds up, what follows from
+// the sums, and the gradient. With weights w, of sum W, and relu(x - theta) = e, the value is
+//   mean      sum(w x) / W
+//   cvar_at   theta + sum(w e) / ((1 - q) W)
+//   chi2_at   theta + sqrt((1 + 2 rho) sum(w e^2) / W)
+//   soft_ad   eta theta + sigma^2 sum(w r(u)) / W,  u = (x - theta) / sigma,  r(u) = sqrt(1 + u^2) - 1
+//   tilted    log(sum(w exp(t x)) / W) / t
+//   cvar, chi2    the two above at their smallest, see aggregate_search.h
+// and, where there is a level b of flooding, |value - b| + b of it.
+//
+// A pass is a struct over R, float or double, with the numbers of its sums and maxima, add(x, w, sums, tops)
+// for F, which is R or a vector of it, and finish, which brings the state up to date. A sample of weight 0
+// comes as x = 0.
+#pragma once
+#include "aggregation_search.h"
+
+namespace fastloss::inline FL_ISA {
+
+// The value is known: flood it, and give it out.
+template <class R>
+FL_FN void settle(const AggregateArgs& a, AggregateState& s) {
+  if (a.flood == a.flood) {
+    const double above = s.value - a.flood, sign = (above > 0) - (above < 0);
+    s.value = abs(above) + a.flood;
+    s.theta_slope *= sign;
+    for (double& factor : s.factor) factor *= sign;
+  }
+  *static_cast<R*>(a.value) = R(s.value);
+}
+
+// Sums of weights are exact to what the sum and `lost` hold together: the derivatives at the edge of a tail
+// are their differences.
+template <class F>
+FL_FN void add_weight(F w, F& sum, F& lost) {
+  const F next = sum + w, added = next - sum;
+  lost += (sum - (next - added)) + (w - added);
+  sum = next;
+}
+
+template <class R>
+struct Extremes {
+  static constexpr int kSums = 3, kTops = 2;
+  FL_FN Extremes(const AggregateArgs&, const AggregateState&) {}
+
+  template <class F>
+  FL_FN void add(F x, F w, F* sums, F* tops) const {
+    const auto counts = w != 0;
+    const F lowest = fill<F>(-INFINITY);
+    add_weight(w, sums[0], sums[1]);
+    sums[2] += select(x != x, w, F{});
+    tops[0] = max(select(counts, x, lowest), tops[0]);
+    tops[1] = max(select(counts, -x, lowest), tops[1]);
+  }
+
+  template <class T, class Widen>
+  static FL_FN void finish(const AggregateArgs& a, const double* sums, const double* tops, AggregateState& s,
+                           Widen widen) {
+    s = {};
+    s.total = sums[2] != 0 ? NAN : sums[0] + sums[1];
+    s.high = tops[0];
+    s.low = -tops[1];
+    s.key = 0;
+    s.shift = 8 * sizeof(T) - kDigitBits;
+    place_candidates<R, T>(a, s, widen);
+    // tilted: exponents are relative to their largest; where all are near 0, log(1 + mean(e^x - 1)) is exact,
+    // and where they are as good as 0 so is the mean
+    const double t = a.number, spread = abs(t) * (s.high - s.low), tiny = sizeof(R) == 4 ? 2e-8 : 5e-17;
+    s.centre = t < 0 ? s.low : s.high;
+    s.tilt = spread < tiny ? 0 : t;
+    s.near = spread < 1;
+  }
+};
+
+// ---- what the value is made of
+
+// r(u) / u and r'(u), for infinite u too.
+template <class F>
+struct SoftSlope {
+  F chord, slope;
+};
+template <class F>
+FL_FN SoftSlope<F> soft_slope(F u) {
+  const F root = sqrt(1 + u * u), sign = copysign(F{} + 1, u);
+  const auto far = abs(u) > scalar_t<F>(sizeof(scalar_t<F>) == 4 ? 1e9 : 1e17);
+  return {select(far, sign, u / (1 + root)), select(far, sign, u / root)};
+}
+
+template <class R>
+FL_FN R given_theta(const AggregateArgs& a, const AggregateState& s) {
+  return a.theta ? *static_cast<const R*>(a.theta) : R(s.theta);
+}
+
+template <class R>
+struct Moments {
+  static constexpr int kSums = 8, kTops = 0;
+  Aggregate kind;
+  R theta, sigma, centre, t;
+  bool near;
+  FL_FN Moments(const AggregateArgs& a, const AggregateState& s)
+      : kind(a.kind),
+        theta(given_theta<R>(a, s)),
+        sigma(R(a.number)),
+        centre(R(s.centre)),
+        t(R(s.tilt)),
+        near(s.near != 0) {}
+
+  template <class F>
+  FL_FN void add(F x, F w, F* sums, F*) const {
+    add_weight(w, sums[0], sums[1]);
+    if (kind == Aggregate::mean) {
+      sums[2] += w * x;
+    } else if (kind == Aggregate::soft_ad) {
+      const F u = (x - theta) / sigma;
+      const SoftSlope<F> r = soft_slope(u);
+      sums[2] += w * (u * r.chord);
+      sums[3] += w * r.slope;
+    } else if (kind == Aggregate::tilted) {
+      const F d = x - centre;
+      sums[2] += w * (t == 0 ? d : near ? expm1(t * d) : exp(t * d));
+    } else {
+      const F e = select(x <= theta, F{}, x - theta), we = w * e;  // NaN stays
+      sums[2] += we;
+      sums[3] += we * e;
+      add_weight(select(x > theta, w, F{}), sums[4], sums[5]);
+      add_weight(select(x == theta, w, F{}), sums[6], sums[7]);
+    }
+  }
+
+  template <class T, class Widen>
+  static FL_FN void finish(const AggregateArgs& a, const double* sums, const double*, AggregateState& s,
+                           Widen) {
+    const double theta = given_theta<R>(a, s), part = sums[2];
+    const double above = sums[4] + sums[5], equal = sums[6] + sums[7];
+    const bool counted =
+        a.kind == Aggregate::cvar || a.kind == Aggregate::chi2 || a.kind == Aggregate::tilted;
+    if (!counted) s = {};
+    const double total = counted ? s.total : sums[0] + sums[1];
+    s.total = total;
+    switch (a.kind) {
+      case Aggregate::mean:
+        s.value = part / total;
+        s.factor[0] = 1 / total;
+        break;
+      case Aggregate::cvar: {  // what is left of (1 - q) W is shared by the losses at theta
+        const double worst = (1 - a.number) * total;
+        s.value = theta == -INFINITY && total == total ? theta : theta + part / worst;
+        s.factor[0] = 1 / worst;
+        s.factor[1] = (worst - above) / (worst * equal);
+        s.factor[2] = total == total ? 0 : total;
+        break;
+      }
+      case Aggregate::cvar_at: {
+        const double worst = (1 - a.number) * total;
+        s.value = theta + part / worst;
+        s.theta_slope = total == 0 ? 1 : (worst - above) / worst;
+        s.factor[0] = 1 / worst;
+        break;
+      }
+      case Aggregate::chi2:  // the value follows from the spread around this
+        s.theta = theta;
+        s.factor[0] = theta <= s.low ? total : above + equal;
+        s.centre = theta + part / s.factor[0];
+        s.inverse[0] = s.high > theta ? reciprocal<R>(s.high - theta) : 0;
+        return;
+      case Aggregate::chi2_at: {
+        const double scale = sqrt(1 + 2 * a.number), root = sqrt(sums[3] / total);
+        s.value = theta + scale * root;
+        s.factor[0] = root == 0 ? 0 : scale / (total * root);
+        s.theta_slope = total == 0 ? 1 : 1 - s.factor[0] * part;
+        break;
+      }
+      case Aggregate::soft_ad:
+        s.value = a.eta * theta + a.number * a.number * (part / total);
+        s.factor[0] = a.number / total;
+        s.theta_slope = total == 0 ? a.eta : a.eta - s.factor[0] * sums[3];
+        break;
+      case Aggregate::tilted: {
+        const double t = s.tilt;
+        if (abs(s.centre) == INFINITY) {
+          s.value = total > 0 ? s.centre : NAN;
+          s.factor[0] = total > 0 ? 1 : NAN;
+        } else if (t == 0) {
+          s.value = s.centre + part / total;
+          s.factor[0] = 1 / total;
+        } else if (s.near != 0) {
+          s.value = s.centre + log1p(part / total) / t;
+          s.factor[0] = 1 / (total + part);
+        } else {
+          s.value = s.centre + log(part / total) / t;
+          s.factor[0] = 1 / part;
+        }
+        break;
+      }
+    }
+    settle<R>(a, s);
+  }
+};
+
+// chi2: with m and v the mean and variance of the losses from theta on, and p their share of the weights, the
+// smallest value is m + sqrt(v ((1 + 2 rho) p - 1)).
+template <class R>
+struct Spread {
+  static constexpr int kSums = 2, kTops = 0;
+  R theta, centre, inverse;
+  FL_FN Spread(const AggregateArgs&, const AggregateState& s)
+      : theta(R(s.theta)), centre(R(s.centre)), inverse(R(s.inverse[0])) {}
+
+  template <class F>
+  FL_FN void add(F x, F w, F* sums, F*) const {
+    const F d = select(x >= theta, (x - centre) * inverse, F{}), wd = w * d;
+    sums[0] += wd;
+    sums[1] += wd * d;
+  }
+
+  template <class T, class Widen>
+  static FL_FN void finish(const AggregateArgs& a, const double* sums, const double*, AggregateState& s,
+                           Widen) {
+    const double weight = s.factor[0], share = weight / s.total, size = s.high - s.theta;
+    const double moved = sums[0] / weight, variance = sums[1] / weight - moved * moved;
+    const double beyond = 2 * a.number * share + (share - 1), radius = beyond < 0 ? 0 : beyond;
+    const double steep = variance <= 0 ? 0 : sqrt(radius / variance);
+    s.centre = R(s.centre);
+    s.value = s.centre + size * (moved + (variance <= 0 ? 0 : sqrt(variance * radius)));
+    s.factor[0] = (1 - moved * steep) / weight;
+    s.factor[1] = size > 0 ? steep / size / weight : 0;
+    s.factor[2] = s.total == s.total ? 0 : s.total;
+    if (s.high == INFINITY) s.value = s.total == s.total ? s.high : s.total;
+    settle<R>(a, s);
+  }
+};
+
+// Calls body.operator()<Pass>() for the pass of this name over R.
+template <class R, class Body>
+FL_FN void with_pass(AggregatePass pass, Body body) {
+  switch (pass) {
+    case AggregatePass::extremes:
+      return body.template operator()<Extremes<R>>();
+    case AggregatePass::tail_search:
+      return body.template operator()<TailSearch<R>>();
+    case AggregatePass::excess_search:
+      return body.template operator()<ExcessSearch<R>>();
+    case AggregatePass::moments:
+      return body.template operator()<Moments<R>>();
+    case AggregatePass::spread:
+      return body.template operator()<Spread<R>>();
+  }
+}
+
+// ---- the gradient
+
+template <class R>
+struct AggregateGradient {
+  Aggregate kind;
+  R theta, centre, number, g[3];
+  FL_FN AggregateGradient(const AggregateArgs& a, const AggregateState& s, R upstream)
+      : kind(a.kind),
+        theta(given_theta<R>(a, s)),
+        centre(R(s.centre)),
+        number(R(a.kind == Aggregate::tilted ? s.tilt : a.number)) {
+    for (int i = 0; i < 3; ++i) g[i] = R(s.factor[i] * upstream);
+  }
+  template <class F>
+  FL_FN F operator()(F x) const {
+    switch (kind) {
+      case Aggregate::cvar:
+      case Aggregate::cvar_at:
+        return select(x > theta, fill<F>(g[0]), select(x == theta, fill<F>(g[1]), fill<F>(g[2])));
+      case Aggregate::chi2:
+        return select(x >= theta, g[0] + g[1] * (x - centre), fill<F>(g[2]));
+      case Aggregate::chi2_at:
+        return select(x <= theta, F{}, g[0] * (x - theta));
+      case Aggregate::soft_ad:
+        return g[0] * soft_slope((x - theta) / number).slope;
+      case Aggregate::tilted:
+        return g[0] * exp(number * (x - centre));
+      default:
+        return fill<F>(g[0]);
+    }
+  }
+};
+
+}  // namespace fastloss::inline FL_ISA

@@ -1,0 +1,174 @@
+// Token classification: losses of one row of logits z and one target (a class, or a probability for each
+// class). The protocol is in drivers/row_loss.h.
+#pragma once
+#include <type_traits>
+
+#include "../drivers/row_loss.h"
+#include "../drivers/rows.h"
+#include "number_token.h"
+#include "token_statistics.h"
+
+namespace fastloss::inline FL_ISA {
+
+enum Targets { kHard, kSmooth, kSoft };
+
+// w_y ((1 - s) nll + z_loss lse^2) + s / n sum_c w_c (lse - z_c); with soft targets q,
+// sum_c w_c ((1 - s) q_c + s / n) (lse - z_c) + z_loss lse^2.
+template <class R, int kTargets>
+struct CrossEntropy : RowLossDefaults {
+  static constexpr int kVariants = 3;
+  static constexpr bool kSoftcap = kTargets == kSoft, kSideStreams = kTargets == kSoft;
+  static constexpr bool kProportional = kTargets == kHard;
+  static constexpr int kSaved = kTargets == kSoft ? 2 : 1;
+  R smoothing, z_loss, per_class;  // per_class = smoothing / n
+
+  static int variant(const RowArgs& a) {
+    if (a.q || a.softcap > 0 || (a.class_weight && a.options[0] != 0)) return kSoft;
+    return a.options[0] != 0 ? kSmooth : kHard;
+  }
+  FL_FN CrossEntropy(const double* options, int64_t n)
+      : smoothing(R(options[0])), z_loss(R(options[1])), per_class(R(options[0] / double(n))) {}
+
+  template <class F>
+  struct SmoothSums {
+    F count{}, d{};
+    FL_FN void add(F, F d_, F, F, const CrossEntropy&) {
+      count += 1;
+      d += d_;
+    }
+    FL_FN void move(F shift, F, F) { d += shift * count; }
+  };
+  template <class F>
+  struct SoftSums {  // y: the dense part of the target distribution
+    F y{}, yd{};
+    FL_FN void add(F, F d, F w, F q, const CrossEntropy& l) {
+      const F y_ = alone(w, alone(fill<F>(1 - l.smoothing), q) + l.per_class);
+      y += y_;
+      yd += y_ * d;
+    }
+    FL_FN void move(F shift, F, F) { yd += shift * y; }
+  };
+  template <class F>
+  using Sums = std::conditional_t<kTargets == kHard, NoSums,
+                                  std::conditional_t<kTargets == kSmooth, SmoothSums<F>, SoftSums<F>>>;
+
+  FL_FN R finish(RowState<R>& row, const Sums<R>& sums, R others, R e, const Target<R>& t) const {
+    R loss = 0;
+    if (t.hard) {
+      const TargetShare<R> share = target_share(others, e, t.d, row.log_sum);
+      loss = (1 - smoothing) * t.weight * share.nll;
+      row.saved[0] = share.rest;
+    }
+    if constexpr (kTargets == kSmooth) loss += per_class * (sums.count * row.log_sum - sums.d);
+    if constexpr (kTargets == kSoft) {
+      loss += sums.y * row.log_sum - sums.yd;
+      row.saved[1] = sums.y;
+    }
+    const R lse = row.m + row.log_sum;
+    return loss + t.weight * z_loss * lse * lse;
+  }
+
+  struct Coef {
+    R p, y, hard;    // d/dz_j = p softmax_j - y w_j (...) - hard [j is the target]
+    R beside, rest;  // p without the hard target's share; 1 - softmax of the target
+  };
+  FL_FN Coef coef(const RowState<R>& row, const Target<R>& t, R g) const {
+    Coef c{};
+    c.hard = t.hard ? g * t.weight * (1 - smoothing) : 0;
+    c.rest = t.hard ? row.saved[0] : 0;
+    c.beside = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
+    if constexpr (kTargets == kSmooth) {
+      c.beside += product(g, smoothing);
+      c.y = product(g, per_class);
+    }
+    if constexpr (kTargets == kSoft) {
+      c.beside += product(g, row.saved[1]);
+      c.y = g;
+    }
+    c.p = c.hard + c.beside;
+    return c;
+  }
+  template <class F>
+  FL_FN F grad(F p, F, F w, F q, const Coef& c) const {
+    if constexpr (kTargets == kHard) return p * c.p;
+    if constexpr (kTargets == kSmooth) return alone(p, fill<F>(c.p)) - c.y;
+    const F y = alone(w, alone(fill<F>(1 - smoothing), q) + per_class);
+    return alone(p, fill<F>(c.p)) - alone(fill<F>(c.y), y);
+  }
+  FL_FN R target(R p, R, R w, const Coef& c) const {
+    R dense = 0;
+    if constexpr (kTargets == kSmooth) dense = c.y;
+    if constexpr (kTargets == kSoft) dense = product(c.y, w * per_class);
+    return (alone(c.beside, p) - dense) - alone(c.hard, c.rest);  // of one class: exactly 0
+  }
+};
+
+// Cross-entropy of a class, and a term for labels that are numbers.
+template <class R, int>
+struct CrossEntropyNumbers : CrossEntropy<R, kHard> {
+  using Base = CrossEntropy<R, kHard>;
+  static constexpr int kVariants = 1;
+  static constexpr bool kNumbers = true;
+  NumberTokens<R> numbers;
+
+  static int variant(const RowArgs&) { return 0; }
+  FL_FN CrossEntropyNumbers(const double* options, int64_t n) : Base(options, n), numbers(options) {}
+
+  static FL_FN void add(typename Base::Coef& c, R beside) {
+    c.beside += beside;
+    c.p += beside;
+  }
+};
+
+// w_y (1 - p)^gamma nll with p = softmax(z)_y. Its derivative is A p_j for the other classes and -A (1 - p)
+// for the target, A = (1 - p)^gamma (1 + gamma p nll / (1 - p)): the quotient tends to 1 as p does, so that
+// nothing is singular for gamma < 1 either.
+template <class R, int>
+struct Focal : RowLossDefaults {
+  static constexpr int kSaved = 2;
+  static constexpr bool kNormCountsRows = true, kProportional = true;
+  R gamma;
+
+  static int variant(const RowArgs&) { return 0; }
+  FL_FN Focal(const double* options, int64_t) : gamma(R(options[0])) {}
+
+  template <class>
+  using Sums = NoSums;
+  FL_FN R power(R rest) const {
+    if (gamma == 0) return 1;
+    if (gamma == 0.5) return sqrt(rest);
+    if (gamma == 1) return rest;
+    if (gamma == 2) return rest * rest;
+    return pow(rest, gamma);
+  }
+  FL_FN R finish(RowState<R>& row, const NoSums&, R others, R e, const Target<R>& t) const {
+    const TargetShare<R> share = target_share(others, e, t.d, row.log_sum);
+    const R p = e / (others + e), factor = power(share.rest);
+    const R ratio = share.rest == 0 ? 1 : share.nll / share.rest;
+    row.saved[0] = t.weight * factor * (p == 0 ? 1 : 1 + gamma * p * ratio);
+    row.saved[1] = share.rest;
+    return t.weight * factor * share.nll;
+  }
+  struct Coef {
+    R p, rest;
+  };
+  FL_FN Coef coef(const RowState<R>& row, const Target<R>&, R g) const {
+    return {g * row.saved[0], row.saved[1]};
+  }
+  template <class F>
+  FL_FN F grad(F p, F, F, F, const Coef& c) const {
+    return p * c.p;
+  }
+  FL_FN R target(R, R, R, const Coef& c) const { return -c.p * c.rest; }
+};
+
+}  // namespace fastloss::inline FL_ISA
+
+// The token losses: name of the operator and struct. A new loss is its struct, its line here and its Python
+// function.
+#define FASTLOSS_TOKEN_LOSSES(X) \
+  X(cross_entropy, CrossEntropy) \
+  X(softmax_focal_loss, Focal)
+// What else the row driver runs, with operators of its own.
+#define FASTLOSS_ROW_KERNELS(X) \
+  FASTLOSS_TOKEN_LOSSES(X) X(token_stats, TokenStats) X(cross_entropy_numbers, CrossEntropyNumbers)

@@ -1,0 +1,86 @@
+// Divergences between the distributions of two rows of logits: a teacher's p and a student's q.
+//
+//   kForward  KL(p || q)      kReverse  KL(q || p)
+//   kMixture  beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
+//
+// With u = log(p / m) and v = log(q / m) (kForward: u = log(p / q), kReverse: v = log(q / p)), A = sum p u
+// and B = sum q v, the loss is a sum of weighted A and B, and its derivatives by the logits are weighted p (u
+// - A) and q (v - B). A mixture is no sum of terms in exp(z - maximum), so that the normalisers come first:
+// two sweeps over a row in cache, and a third for the gradients.
+#pragma once
+#include "../drivers/rows.h"
+#include "../math/scalar_math.h"
+
+namespace fastloss {
+
+struct DivergenceArgs {
+  RowArgs rows;  // x, dx: the student's logits; q: the teacher's; state: kDivergenceState numbers a row
+  void* dq;      // [rows, n], contiguous, or null; so is rows.dx
+};
+inline constexpr int64_t kDivergenceState = 7;  // maximum, sum of student and teacher; A, B; row weight
+
+}  // namespace fastloss
+
+namespace fastloss::inline FL_ISA {
+
+// Differences of two distributions see the error of a GPU's approximate exponential.
+template <class F>
+FL_FN F full_exp(F x) {
+  return exp(x);
+}
+FL_FN float full_exp(float x) { return ::expf(x); }
+
+enum DivergenceKind { kForward, kReverse, kMixture };
+
+template <class R, int kKind>
+struct LogitDivergence {
+  R beta, odds, log_p, log_q;  // (1 - beta) / beta, log beta, log(1 - beta)
+
+  FL_FN explicit LogitDivergence(const double* options)
+      : beta(R(options[0])), odds(R(options[1])), log_p(R(options[2])), log_q(R(options[3])) {}
+
+  template <class F>
+  struct Shares {
+    F u, v;
+  };
+  // From d = log(p / q): the difference of the logits less that of the normalisers, so that the rounding of
+  // these moves all classes alike, which no gradient sees. With size = |d|, w the weight of the smaller of p
+  // and q, m over the larger is 1 + w (e^-size - 1) = (1 - w) (1 + w / (1 - w) e^-size): the first is right
+  // for small sizes, the second for large ones.
+  template <class F>
+  FL_FN Shares<F> shares(F d) const {
+    if constexpr (kKind == kForward) return {d, F{}};
+    if constexpr (kKind == kReverse) return {F{}, -d};
+    const F size = abs(d);
+    const auto more = d > 0, far = size > R(0.7);
+    const F near = select(more, fill<F>(1 - beta), fill<F>(beta)) * expm1(-size);
+    const F beyond = select(more, fill<F>(odds), fill<F>(1 / odds)) * full_exp(-size);
+    const F rest = select(far, select(more, fill<F>(log_p), fill<F>(log_q)), F{});
+    const F larger = -(rest + log1p(select(far, beyond, near))), smaller = larger - size;
+    return {select(more, larger, smaller), select(more, smaller, larger)};
+  }
+  // Nothing has probability 0 and an infinite or undefined logarithm that counts.
+  template <class F>
+  static FL_FN F weighed(F p, F u) {
+    return select(p == 0, F{}, p * u);
+  }
+  FL_FN R loss(R a, R b) const {
+    if constexpr (kKind == kForward) return a;
+    if constexpr (kKind == kReverse) return b;
+    return beta * a + (1 - beta) * b;
+  }
+  template <class F>
+  FL_FN F by_student(F p, F q, F v, R b, R g) const {
+    if constexpr (kKind == kForward) return (q - p) * g;
+    return weighed(q, v - b) * (kKind == kMixture ? (1 - beta) * g : g);
+  }
+  template <class F>
+  FL_FN F by_teacher(F p, F q, F u, R a, R g) const {
+    if constexpr (kKind == kReverse) return (p - q) * g;
+    return weighed(p, u - a) * (kKind == kMixture ? beta * g : g);
+  }
+};
+
+inline int divergence_kind(double beta) { return beta == 0 ? kForward : beta == 1 ? kReverse : kMixture; }
+
+}  // namespace fastloss::inline FL_ISA

@@ -1,0 +1,241 @@
+// Pointwise losses: of a prediction and a target, element by element. The protocol is in drivers/elements.h.
+#pragma once
+#include "../drivers/elements.h"
+#include "../math/logit.h"
+
+namespace fastloss::inline FL_ISA {
+
+// The sigmoid of x, 1 - sigmoid and log(1 + e^-|x|), all to full relative precision.
+template <class F>
+struct Logistic {
+  F p, q, l;
+};
+template <class F>
+FL_FN Logistic<F> logistic(F x, F e, F l) {  // with e = e^-|x| at hand
+  const F big = share_of_exp(e), small = e * big;
+  const auto positive = x >= 0;
+  return {select(positive, big, small), select(positive, small, big), l};
+}
+template <class F>
+FL_FN Logistic<F> logistic(F x) {
+  const F e = exp_down(-abs(x));
+  return logistic(x, e, log1p_of_exp(e));
+}
+// The steps of a loss whose first input is a logit.
+struct OfLogit {
+  static constexpr int kSteps = 2;
+  template <int kStep, class F>
+  FL_FN F step(const F* v, const F* t) const {
+    if constexpr (kStep == 0) return exp_down(-abs(v[0]));
+    return log1p_of_exp(t[0]);
+  }
+};
+
+// a (1 - p_t)^gamma ce, where ce is the binary cross-entropy of logit x and target y in [0, 1], p_t = p y +
+// (1 - p)(1 - y) and a = alpha y + (1 - alpha)(1 - y), or 1 if alpha < 0.
+template <class R, int kPower>
+struct SigmoidFocal : OfLogit {
+  static constexpr int kInputs = 2, kVariants = 5;
+  static constexpr unsigned kWrt = 0b11;
+  static constexpr bool kLogSum = false;
+  R of_one, of_zero, gamma;
+
+  static int variant(const double* options) {
+    const double special[] = {0, 0.5, 1, 2};
+    for (int i = 0; i < 4; ++i)
+      if (options[1] == special[i]) return i;
+    return 4;
+  }
+  FL_FN explicit SigmoidFocal(const double* options)
+      : of_one(options[0] < 0 ? R(1) : R(options[0])),
+        of_zero(options[0] < 0 ? R(1) : R(1 - options[0])),
+        gamma(R(options[1])) {}
+
+  template <class F>
+  FL_FN F operator()(const F* v, const F* t, F* d) const {
+    const F x = v[0], y = v[1], no = 1 - y;
+    const Logistic<F> s = logistic(x, t[0], t[1]);
+    const F ce = s.l + (y * max(-x, F{}) + no * max(x, F{}));
+    const F m = s.p * no + s.q * y;  // 1 - p_t
+    F power, slope;                  // m^gamma, and ce times its derivative by m
+    if constexpr (kPower == 0) {
+      power = F{} + 1;
+      slope = F{};
+    } else if constexpr (kPower == 2) {
+      power = m;
+      slope = ce;
+    } else if constexpr (kPower == 3) {
+      power = m * m;
+      slope = 2 * m * ce;
+    } else {  // as m -> 0, ce / m -> 1 where m^(gamma - 1) may not be finite
+      power = kPower == 1 ? sqrt(m) : exp(gamma * log(m));
+      slope = select(m > 0, gamma * power * (ce / m), F{});
+    }
+    const F a = of_one * y + of_zero * no;
+    d[0] = a * (power * (s.p * no - s.q * y) + slope * (s.p * s.q) * (no - y));
+    d[1] = (of_one - of_zero) * (power * ce) + a * (slope * (s.q - s.p) - power * x);
+    return a * (power * ce);
+  }
+};
+
+// ---- regression: e = prediction - target
+
+template <class F>
+FL_FN F sign(F e) {  // of 0 and NaN: itself
+  return select(e > 0, F{} + 1, select(e < 0, F{} - 1, e));
+}
+struct Regression {
+  static constexpr int kInputs = 2, kVariants = 1;
+  static constexpr unsigned kWrt = 0b11;
+  static constexpr bool kLogSum = false;
+  static int variant(const double*) { return 0; }
+};
+
+template <class R, int>
+struct SquaredError : Regression {
+  FL_FN explicit SquaredError(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F e = v[0] - v[1];
+    d[0] = e + e;
+    d[1] = -d[0];
+    return e * e;
+  }
+};
+
+template <class R, int>
+struct AbsoluteError : Regression {
+  FL_FN explicit AbsoluteError(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F e = v[0] - v[1];
+    d[0] = sign(e);
+    d[1] = -d[0];
+    return abs(e);
+  }
+};
+
+// e^2 / (2 beta) below beta, |e| - beta / 2 above.
+template <class R, int>
+struct SmoothAbsoluteError : Regression {
+  R beta;
+  FL_FN explicit SmoothAbsoluteError(const double* options) : beta(R(options[0])) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F e = v[0] - v[1], size = abs(e);
+    const auto near = size < beta;
+    d[0] = select(near, e / beta, sign(e));
+    d[1] = -d[0];
+    return select(near, R(0.5) * e * e / beta, size - R(0.5) * beta);
+  }
+};
+
+// e^2 / 2 up to delta, delta (|e| - delta / 2) above.
+template <class R, int>
+struct Huber : Regression {
+  R delta;
+  FL_FN explicit Huber(const double* options) : delta(R(options[0])) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F e = v[0] - v[1], size = abs(e);
+    const auto near = size <= delta;
+    d[0] = select(near, e, delta * sign(e));
+    d[1] = -d[0];
+    return select(near, R(0.5) * e * e, delta * (size - R(0.5) * delta));
+  }
+};
+
+// ---- two classes
+
+// -y log p - (1 - y) log(1 - p) of a probability p; logarithms are not below -100.
+template <class R, int>
+struct BinaryCrossEntropy : Regression {
+  FL_FN explicit BinaryCrossEntropy(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F p = v[0], y = v[1], lowest = F{} - 100;
+    F of_one = log(p), of_zero = log1p(-p);
+    of_one = select(of_one < -100, lowest, of_one);
+    of_zero = select(of_zero < -100, lowest, of_zero);
+    d[0] = (p - y) / max((1 - p) * p, F{} + R(1e-12));
+    d[1] = of_zero - of_one;
+    return (y - 1) * of_zero - y * of_one;
+  }
+};
+
+// The same of a logit x: y max(-x, 0) + (1 - y) max(x, 0) + log(1 + e^-|x|).
+template <class R, int>
+struct BinaryCrossEntropyWithLogits : Regression, OfLogit {
+  static constexpr int kSteps = 1;
+  static constexpr bool kLogSum = true;
+  FL_FN explicit BinaryCrossEntropyWithLogits(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, const F* t, F* d, F& u) const {
+    const F x = v[0], y = v[1], no = 1 - y;
+    u = t[0];
+    const F big = share_of_exp(u), small = u * big;
+    d[0] = no * select(x >= 0, big, small) - y * select(x >= 0, small, big);
+    d[1] = -x;
+    return y * max(-x, F{}) + no * max(x, F{});
+  }
+};
+
+// With the positive class weighted: its share y is y w, w the third input.
+template <class R, int>
+struct WeightedBinaryCrossEntropyWithLogits : Regression, OfLogit {
+  static constexpr int kInputs = 3;
+  FL_FN explicit WeightedBinaryCrossEntropyWithLogits(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, const F* t, F* d) const {
+    const F x = v[0], w = v[2], yes = v[1] * w, no = 1 - v[1], up = max(x, F{}), down = max(-x, F{});
+    const Logistic<F> s = logistic(x, t[0], t[1]);
+    d[0] = no * s.p - yes * s.q;
+    d[1] = (w * down - up) + (w - 1) * s.l;
+    return (yes * down + no * up) + (yes + no) * s.l;
+  }
+};
+
+// max(0, 1 - y s) of a score s and a label y of -1 or 1.
+template <class R, int>
+struct Hinge : Regression {
+  FL_FN explicit Hinge(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F margin = 1 - v[0] * v[1];
+    const auto met = margin <= 0;
+    d[0] = select(met, F{}, -v[1]);
+    d[1] = select(met, F{}, -v[0]);
+    return select(met, F{}, margin);
+  }
+};
+
+// q (log q - x) of a log-probability x, for the target q, or log q (variant 1).
+template <class R, int kLogTarget>
+struct KLDivergence : Regression {
+  static constexpr int kVariants = 2;
+  static int variant(const double* options) { return options[0] != 0; }
+  FL_FN explicit KLDivergence(const double*) {}
+  template <class F>
+  FL_FN F operator()(const F* v, F* d) const {
+    const F x = v[0], q = kLogTarget ? exp(v[1]) : v[1], log_q = kLogTarget ? v[1] : log(v[1]);
+    d[0] = -q;
+    d[1] = kLogTarget ? q * (log_q - x) + q : log_q + 1 - x;
+    if constexpr (kLogTarget) return q * (log_q - x);
+    return select(q == 0, F{}, q * log_q) - q * x;
+  }
+};
+
+}  // namespace fastloss::inline FL_ISA
+
+// The pointwise losses: name of the operator and struct.
+#define FASTLOSS_POINTWISE_LOSSES(X)                                                 \
+  X(sigmoid_focal_loss, SigmoidFocal)                                                \
+  X(mse_loss, SquaredError)                                                          \
+  X(l1_loss, AbsoluteError)                                                          \
+  X(smooth_l1_loss, SmoothAbsoluteError)                                             \
+  X(huber_loss, Huber)                                                               \
+  X(binary_cross_entropy, BinaryCrossEntropy)                                        \
+  X(binary_cross_entropy_with_logits, BinaryCrossEntropyWithLogits)                  \
+  X(weighted_binary_cross_entropy_with_logits, WeightedBinaryCrossEntropyWithLogits) \
+  X(hinge_loss, Hinge)                                                               \
+  X(kl_div, KLDivergence)

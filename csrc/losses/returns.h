@@ -1,0 +1,105 @@
+// Recursions along the steps of an episode. Forward runs from the last step to the first, its adjoint from
+// the first to the last; the protocol is in drivers/scan.h:
+//   step, output        s_t = M_t s_{t+1} + c_t, and what is returned of s_t and s_{t+1}
+//   adjoint, gradient   q_t = M_t' (q_{t-1} + gradient arriving at s_t), and the gradients of the inputs
+// A masked step is the identity, has outputs 0 and hands on what it was given.
+#pragma once
+#include "../drivers/scan.h"
+
+namespace fastloss::inline FL_ISA {
+
+// Generalised advantage estimation. u = V of the next step, w = A:
+//   A_t = r_t + gamma (1 - term_t) V_{t+1} - V_t + gamma lambda (1 - end_t) A_{t+1},  end = term or truncated
+template <class R>
+struct Gae {
+  static constexpr int kInputs = 3, kOutputs = 2, kGradients = 3;  // r, V, V next -> A, A + V
+  static constexpr bool kBackward = true;
+  R gamma, trace;
+  bool next;  // V next is given, instead of V one step later
+
+  FL_FN explicit Gae(const ScanArgs& a)
+      : gamma(R(a.options[0])), trace(R(a.options[0] * a.options[1])), next(a.in[2] != nullptr) {}
+
+  template <class F>
+  FL_FN F discount(const ScanStep<F>& x) const {
+    return x.terminated > 0 ? F{} : F{} + gamma;
+  }
+  template <class F>
+  FL_FN F keep(const ScanStep<F>& x) const {
+    return x.terminated + x.truncated > 0 ? F{} : F{} + trace;
+  }
+  template <class F>
+  FL_FN AffineStep<F> step(const ScanStep<F>& x) const {
+    const F zero{}, one = zero + 1, n = discount(x), delta = x.in[0] - x.in[1];
+    AffineStep<F> s{zero, x.in[1], keep(x), next ? zero : n, next ? delta + n * x.in[2] : delta};
+    s.keep_u = x.mask > 0 ? zero : one;
+    s.add_u = x.mask > 0 ? s.add_u : zero;
+    s.keep_w = x.mask > 0 ? s.keep_w : one;
+    s.mix = x.mask > 0 ? s.mix : zero;
+    s.add_w = x.mask > 0 ? s.add_w : zero;
+    return s;
+  }
+  template <class F>
+  FL_FN void output(const ScanStep<F>& x, F, F, F, F w, F* out) const {
+    out[0] = x.mask > 0 ? w : F{};
+    out[1] = x.mask > 0 ? w + x.in[1] : F{};
+  }
+
+  // u = gradient arriving at A, w = gradient arriving at V of the next step
+  template <class F>
+  FL_FN AffineStep<F> adjoint(const ScanStep<F>& x) const {
+    const F zero{}, one = zero + 1, a = keep(x), n = next ? zero : discount(x), g = x.grad[0] + x.grad[1];
+    AffineStep<F> s{a, a * g, zero, n, n * g};
+    s.keep_u = x.mask > 0 ? s.keep_u : one;
+    s.add_u = x.mask > 0 ? s.add_u : zero;
+    s.keep_w = x.mask > 0 ? zero : one;
+    s.mix = x.mask > 0 ? s.mix : zero;
+    s.add_w = x.mask > 0 ? s.add_w : zero;
+    return s;
+  }
+  template <class F>
+  FL_FN void gradient(const ScanStep<F>& x, F u, F w, F* out) const {
+    const F p = u + (x.grad[0] + x.grad[1]);
+    out[0] = x.mask > 0 ? p : F{};
+    out[1] = x.mask > 0 ? w + (x.grad[1] - p) : F{};
+    out[2] = x.mask > 0 ? discount(x) * p : F{};
+  }
+};
+
+// V-trace (IMPALA), with importance ratios rho_t = exp(in[3]) and w = v - V:
+//   v_t - V_t = min(rho, rho_max) (r_t + gamma V_{t+1} - V_t) + gamma lambda min(rho, c_max) (v - V)_{t+1}
+// and the advantages min(rho, rho_pg) (r_t + gamma v_{t+1} - V_t).
+template <class R>
+struct VTrace {
+  static constexpr int kInputs = 4, kOutputs = 2, kGradients = 0;  // r, V, V next, log rho -> v, advantage
+  static constexpr bool kBackward = false;
+  Gae<R> gae;
+  R rho_max, pg_max;
+
+  FL_FN explicit VTrace(const ScanArgs& a) : gae(a), rho_max(R(a.options[2])), pg_max(R(a.options[3])) {}
+
+  template <class F>
+  FL_FN AffineStep<F> step(const ScanStep<F>& x) const {
+    const F rho = exp(x.in[3]), one = F{} + 1, top = F{} + rho_max;
+    const F weight = x.mask > 0 ? (rho < top ? rho : top) : one,
+            cut = x.mask > 0 ? (rho < one ? rho : one) : one;
+    AffineStep<F> s = gae.step(x);
+    s.keep_w *= cut;
+    s.mix *= weight;
+    s.add_w *= weight;
+    return s;
+  }
+  template <class F>
+  FL_FN void output(const ScanStep<F>& x, F u, F w, F, F w_now, F* out) const {
+    const F zero{}, rho = exp(x.in[3]), top = zero + pg_max;
+    const F behind = x.terminated + x.truncated > 0 ? zero : w;
+    const F next = (gae.next ? x.in[2] : u) + behind;
+    const F delta = x.in[0] + gae.discount(x) * next - x.in[1];
+    out[0] = x.mask > 0 ? x.in[1] + w_now : zero;
+    out[1] = x.mask > 0 ? (rho < top ? rho : top) * delta : zero;
+  }
+};
+
+}  // namespace fastloss::inline FL_ISA
+
+#define FASTLOSS_SCANS(X) X(gae, Gae) X(vtrace, VTrace)

@@ -1,0 +1,50 @@
+// What losses of a logit need of e = e^-|x|, in [0, 1]: two units in the last place at most. On the GPU
+// without the branches that larger or smaller numbers would need.
+#pragma once
+#include "scalar_math.h"
+#if defined(__CUDACC__) || defined(FL_DEVICE_MATH)
+#include "../cuda/ptx.cuh"
+#endif
+
+namespace fastloss::inline FL_ISA {
+
+// 1 / (1 + e)
+template <class F>
+FL_FN F share_of_exp(F e) {
+  return 1 / (1 + e);
+}
+// log(1 + e)
+template <class F>
+FL_FN F log1p_of_exp(F e) {
+  return log1p_unit(e);
+}
+
+#if defined(__CUDACC__) || defined(FL_DEVICE_MATH)
+FL_FN float share_of_exp(float e) {
+#if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
+  const float d = 1 + e;
+  const float r =
+      cuda::reciprocal_approx(d);  // and one step of Newton's: IEEE's quotient asks for its slow path
+  return ::fmaf(r, ::fmaf(-d, r, 1.f), r);
+#else
+  return 1 / (1 + e);
+#endif
+}
+FL_FN float log1p_of_exp(float e) {
+#if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
+  float p = 5.126102361828089e-3f;  // of log(1 + e) / e, within 4e-8
+  p = ::fmaf(p, e, -2.9074065387248993e-2f);
+  p = ::fmaf(p, e, 7.75160863995552e-2f);
+  p = ::fmaf(p, e, -1.3602247834205627e-1f);
+  p = ::fmaf(p, e, 1.9076880812644958e-1f);
+  p = ::fmaf(p, e, -2.483539879322052e-1f);
+  p = ::fmaf(p, e, 3.331812024116516e-1f);
+  p = ::fmaf(p, e, -4.999944567680359e-1f);
+  return ::fmaf(p * e, e, e);
+#else
+  return log1p_unit(e);
+#endif
+}
+#endif
+
+}  // namespace fastloss::inline FL_ISA

@@ -1,0 +1,131 @@
+// What a loss may use of the machine. A loss is written over a type F: `float` or `double` on the GPU and for
+// the few numbers of a row, a SIMD vector of them (math/simd.h) for the elements of a row on the CPU.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FL_FN __host__ __device__ __forceinline__
+#else
+#define FL_FN inline __attribute__((always_inline))
+#endif
+#if defined(__CUDACC__) || defined(FL_DEVICE_MATH)
+#include "../cuda/ptx.cuh"
+#endif
+
+#define FL_NOINLINE __attribute__((noinline))
+
+// Everything that depends on the instruction set lives in an inline namespace named after it, so that the
+// copies compiled for different sets are different functions to the linker.
+#ifndef FL_ISA
+#define FL_ISA generic
+#endif
+
+namespace fastloss::inline FL_ISA {
+
+FL_FN float exp(float x) {
+#if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
+  return cuda::exp2_approx(x * 1.4426950408889634f);  // 2 ulp + |x| * 2^-24, and x is at most 0 here
+#else
+  return ::expf(x);
+#endif
+}
+FL_FN double exp(double x) { return ::exp(x); }
+FL_FN float exp_down(float x) { return ::expf(x); }  // for x <= 0; the vectors' is cheaper than exp
+FL_FN double exp_down(double x) { return ::exp(x); }
+FL_FN float log(float x) { return ::logf(x); }
+FL_FN double log(double x) { return ::log(x); }
+FL_FN float log1p(float x) { return ::log1pf(x); }
+FL_FN double log1p(double x) { return ::log1p(x); }
+FL_FN float pow(float x, float y) { return ::powf(x, y); }
+FL_FN double pow(double x, double y) { return ::pow(x, y); }
+FL_FN float sqrt(float x) { return ::sqrtf(x); }
+FL_FN double sqrt(double x) { return ::sqrt(x); }
+FL_FN float expm1(float x) { return ::expm1f(x); }
+FL_FN double expm1(double x) { return ::expm1(x); }
+FL_FN float tanh(float x) { return ::tanhf(x); }
+FL_FN double tanh(double x) { return ::tanh(x); }
+FL_FN float max(float a, float b) { return a > b ? a : b; }
+FL_FN double max(double a, double b) { return a > b ? a : b; }
+// The same in one instruction of a GPU, which does not ask first; a NaN loses.
+FL_FN float larger(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return ::fmaxf(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FL_FN double larger(double a, double b) { return a > b ? a : b; }
+FL_FN float min(float a, float b) { return a < b ? a : b; }
+FL_FN double min(double a, double b) { return a < b ? a : b; }
+FL_FN float abs(float x) { return ::fabsf(x); }
+FL_FN double abs(double x) { return ::fabs(x); }
+FL_FN float copysign(float size, float sign) { return ::copysignf(size, sign); }
+FL_FN double copysign(double size, double sign) { return ::copysign(size, sign); }
+FL_FN float select(bool c, float a, float b) { return c ? a : b; }
+FL_FN double select(bool c, double a, double b) { return c ? a : b; }
+// log(1 + u) for u in [0, 1] alone, as in softplus; the vectors' is half the work of theirs for any u
+FL_FN float log1p_unit(float u) { return ::log1pf(u); }
+FL_FN double log1p_unit(double u) { return ::log1p(u); }
+
+// x rounded to its type: keeps the compiler from folding the product x into a fused multiply-add, where two
+// equal products must cancel exactly. The assembler of GPUs folds too, across an empty asm, but not into a
+// sum whose rounding is named.
+FL_FN float rounded(float x) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(x, -0.f);
+#else
+  asm("" : "+x"(x));
+  return x;
+#endif
+}
+FL_FN double rounded(double x) {
+#ifdef __CUDA_ARCH__
+  return __dadd_rn(x, -0.);
+#else
+  asm("" : "+x"(x));
+  return x;
+#endif
+}
+// rounded(a * b), for which a GPU needs nothing beside the product.
+FL_FN float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return rounded(a * b);
+#endif
+}
+FL_FN double product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return rounded(a * b);
+#endif
+}
+
+// The type in which the elements of T are summed.
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename Accumulate<T>::type;
+
+// The scalar of F, and F from a scalar: the identity for scalars; math/simd.h adds the vectors.
+template <class F>
+struct Lanes {
+  using scalar = F;
+  static FL_FN F fill(F x) { return x; }
+};
+template <class F>
+using scalar_t = typename Lanes<F>::scalar;
+template <class F>
+FL_FN F fill(scalar_t<F> x) {
+  return Lanes<F>::fill(x);
+}
+
+}  // namespace fastloss::inline FL_ISA

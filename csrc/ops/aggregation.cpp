@@ -1,0 +1,130 @@
+// aggregate: losses [n] reduced to one number, see losses/aggregation.h. `state` is what backward needs.
+#include <optional>
+#include <tuple>
+
+#include "../cpu/kernels/aggregation.h"
+#include "device.h"
+
+namespace fastloss {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+struct AggregateCall {
+  AggregateArgs args{};
+  Tensor losses;
+  OptionalTensor theta, weight;
+  ScalarType accumulation;
+
+  AggregateCall(const Tensor& losses_, const OptionalTensor& theta_, const OptionalTensor& weight_,
+                int64_t kind, double number, double eta, double flood)
+      : losses(contiguous_as(losses_, losses_.scalar_type())),
+        accumulation(accumulation_type(dtype_of(losses_, "losses"))) {
+    STD_TORCH_CHECK(losses.dim() == 1, "losses: expected one dimension");
+    args.kind = static_cast<Aggregate>(kind);
+    args.dtype = dtype_of(losses, "losses");
+    args.n = losses.numel();
+    args.losses = losses.const_data_ptr();
+    args.number = number;
+    args.eta = eta;
+    args.flood = flood;
+    plan_passes(args);
+    if (theta_) {
+      theta = contiguous_as(*theta_, accumulation);
+      STD_TORCH_CHECK(theta->numel() == 1, "theta: expected one number");
+      args.theta = theta->const_data_ptr();
+    }
+    if (weight_) {
+      weight = contiguous_as(*weight_, accumulation);
+      STD_TORCH_CHECK(weight->dim() == 1 && weight->numel() == args.n,
+                      "weight: expected one number for each loss");
+      args.weight = weight->const_data_ptr();
+    }
+  }
+  int64_t cpu_parts() const { return (args.n + cpu::kAggregatePart - 1) / cpu::kAggregatePart; }
+
+  void forward() {
+    const bool on_cuda = runs_on_cuda(losses);
+#if defined(FASTLOSS_HAS_CUDA)
+    args.partials = on_cuda ? cuda::aggregate_partials(args.n) : cpu_parts();
+#else
+    args.partials = cpu_parts();
+#endif
+    const int64_t shape[] = {kMostSums + kMostTops, args.partials};
+    const Tensor partial = empty(losses, shape, ScalarType::Double);
+    args.partial = static_cast<double*>(partial.mutable_data_ptr());
+    void (*const launcher)(const AggregateArgs&, void*) = FASTLOSS_CUDA_KERNEL(aggregate);
+    if (on_cuda) return launch_on(losses, launcher, args);
+    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels();
+    for (int i = 0; i < args.passes; ++i) {
+      const AggregatePass pass = args.plan[i];
+      each_part([&](int64_t begin, int64_t end) { kernels.sum(args, pass, begin, end); });
+      kernels.finish(args, pass);
+    }
+  }
+  void backward() {
+    void (*const launcher)(const AggregateArgs&, void*) = FASTLOSS_CUDA_KERNEL(aggregate_gradient);
+    if (runs_on_cuda(losses)) return launch_on(losses, launcher, args);
+    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels();
+    if (args.n == 0) return kernels.gradient(args, 0, 0);
+    each_part([&](int64_t begin, int64_t end) { kernels.gradient(args, begin, end); });
+  }
+  template <class Body>
+  void each_part(Body body) const {
+    if (cpu_parts() <= 1) return body(0, cpu_parts());
+    torch::stable::parallel_for(0, cpu_parts(), 1, body);
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(Tensor losses, OptionalTensor theta, OptionalTensor weight, int64_t kind,
+                                   double number, double eta, double flood) {
+  AggregateCall call(losses, theta, weight, kind, number, eta, flood);
+  const int64_t numbers[] = {kStateNumbers};
+  const Tensor value = empty(call.losses, {}, call.accumulation);
+  const Tensor state = empty(call.losses, numbers, ScalarType::Double);
+  call.args.value = value.mutable_data_ptr();
+  call.args.state = static_cast<AggregateState*>(state.mutable_data_ptr());
+  call.forward();
+  return {value, state};
+}
+
+std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor losses, OptionalTensor theta, OptionalTensor weight,
+                                    Tensor state, int64_t kind, double number, double eta, double flood) {
+  AggregateCall call(losses, theta, weight, kind, number, eta, flood);
+  const Tensor g = contiguous_as(grad, call.accumulation);
+  STD_TORCH_CHECK(g.numel() == 1, "grad: expected one number");
+  const int64_t nothing[] = {0};
+  const Tensor gradient = empty_pooled(call.losses, call.losses.sizes(), call.losses.scalar_type());
+  const Tensor theta_gradient = theta ? empty(call.losses, theta->sizes(), call.accumulation)
+                                      : empty(call.losses, nothing, call.losses.scalar_type());
+  call.args.upstream = g.const_data_ptr();
+  call.args.state = static_cast<AggregateState*>(const_cast<void*>(state.const_data_ptr()));
+  call.args.gradient = gradient.mutable_data_ptr();
+  call.args.theta_gradient = theta ? theta_gradient.mutable_data_ptr() : nullptr;
+  call.backward();
+  return {gradient, theta_gradient};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  m.def(
+      "aggregate_fwd(Tensor losses, Tensor? theta, Tensor? weight, int kind, float number, float eta, float "
+      "flood) -> (Tensor value, Tensor state)");
+  m.def(
+      "aggregate_bwd(Tensor grad, Tensor losses, Tensor? theta, Tensor? weight, Tensor state, int kind, "
+      "float "
+      "number, float eta, float flood) -> (Tensor dlosses, Tensor dtheta)");
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+  m.impl("aggregate_fwd", TORCH_BOX(&forward));
+  m.impl("aggregate_bwd", TORCH_BOX(&backward));
+}
+#if !defined(FL_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
+  m.impl("aggregate_fwd", TORCH_BOX(&forward));
+  m.impl("aggregate_bwd", TORCH_BOX(&backward));
+}
+#endif
+
+}  // namespace fastloss

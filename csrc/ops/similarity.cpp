@@ -1,0 +1,228 @@
+// The walks over a matrix of similarities that the contrastive losses are made of
+// (fastloss/_ops/similarity.py puts them together): on the CPU the whole matrix in tiles, products included; on CUDA
+// what is made of a block of it, whose products lie in memory.
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "../drivers/similarity.h"
+#include "device.h"
+#if !defined(FL_SIMT)
+#include "../cpu/kernels/similarity.h"
+#endif
+
+namespace fastloss {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The arrays that both kinds of walk take, in the order of the schema.
+struct Arrays {
+  const OptionalTensor &row_max, &row_log_sum, &row_grad, &col_max, &col_log_sum, &col_grad, &positive,
+      &positive_grad, &col_positive_grad, &hardest;
+};
+#define FASTLOSS_TILE_ARRAYS                                                                           \
+  "Tensor? mark, Tensor? row_ids, Tensor? col_ids, Tensor(a!)? row_max, Tensor(b!)? row_log_sum, "     \
+  "Tensor(c!)? row_grad, Tensor(d!)? col_max, Tensor(e!)? col_log_sum, Tensor? col_grad, Tensor(f!)? " \
+  "positive, Tensor? positive_grad, Tensor? col_positive_grad, Tensor(g!)? hardest"
+
+void* data(const OptionalTensor& t, const char* name, ScalarType type, int64_t count) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == count && t->scalar_type() == type, name, ": expected ",
+                  count, " numbers of the accumulation type");
+  return const_cast<void*>(t->const_data_ptr());
+}
+
+// `rows` of all m rows from `row` on.
+template <class Args>
+void fill(Args& a, int64_t pass, bool same_is_positive, bool with_positives, int64_t m, int64_t n,
+          ScalarType type, const OptionalTensor& mark, const Arrays& t) {
+  STD_TORCH_CHECK(pass >= 0 && pass < kTilePasses, "pass: unknown");
+  a.pass = static_cast<TilePass>(pass);
+  a.same_is_positive = same_is_positive;
+  a.with_positives = with_positives;
+  a.m = m;
+  a.n = n;
+  a.mark = static_cast<const int64_t*>(data(mark, "mark", ScalarType::Long, m));
+  a.row_max = data(t.row_max, "row_max", type, m);
+  a.row_log_sum = data(t.row_log_sum, "row_log_sum", type, m);
+  a.row_grad = data(t.row_grad, "row_grad", type, m);
+  a.col_max = data(t.col_max, "col_max", type, n);
+  a.col_log_sum = data(t.col_log_sum, "col_log_sum", type, n);
+  a.col_grad = data(t.col_grad, "col_grad", type, n);
+  a.positive = data(t.positive, "positive", type, m);
+  a.positive_grad = data(t.positive_grad, "positive_grad", type, m);
+  a.col_positive_grad = data(t.col_positive_grad, "col_positive_grad", type, n);
+  a.hardest = static_cast<int64_t*>(data(t.hardest, "hardest", ScalarType::Long, 2 * m));
+}
+
+#if defined(FASTLOSS_HAS_CUDA)
+// s [rows, cols]: products of the rows `row`, row + 1, ... of all m and the columns `col`, col + 1, ... of
+// all n. The gradient goes to g, or to where s is; what it adds to that of the scale, row by row, to dots.
+void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor s, OptionalTensor g,
+                Tensor scale, OptionalTensor bias, int64_t row, int64_t m, int64_t col, int64_t n,
+                OptionalTensor mark, OptionalTensor row_ids, OptionalTensor col_ids, OptionalTensor row_max,
+                OptionalTensor row_log_sum, OptionalTensor row_grad, OptionalTensor col_max,
+                OptionalTensor col_log_sum, OptionalTensor col_grad, OptionalTensor positive,
+                OptionalTensor positive_grad, OptionalTensor col_positive_grad, OptionalTensor hardest,
+                OptionalTensor dots) {
+  const ScalarType type = s.scalar_type();
+  const auto lies_well = [&](const Tensor& t) {
+    return t.dim() == 2 && t.size(0) == s.size(0) && t.size(1) == s.size(1) &&
+           (t.size(1) < 2 || t.stride(1) == 1) && t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1) &&
+           reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  };
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && lies_well(s),
+                  "s: expected rows that begin 16 bytes apart or multiples of it, of the accumulation type");
+  TileChunk a{};
+  fill(a, pass, same_is_positive, with_positives, m, n, type, mark,
+       {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad,
+        col_positive_grad, hardest});
+  a.wide = type == ScalarType::Double;
+  a.s = s.const_data_ptr();
+  a.s_pitch = s.stride(0);
+  a.g = g ? g->mutable_data_ptr() : s.mutable_data_ptr();
+  a.g_type = dtype_of(g ? *g : s, "g");
+  a.g_pitch = g ? g->stride(0) : a.s_pitch;
+  STD_TORCH_CHECK(!g || (lies_well(*g) &&
+                         (g->scalar_type() == type || (!a.wide && g->scalar_type() != ScalarType::Double))),
+                  "g: expected as many rows as of s, of its type or a smaller one");
+  a.dots = data(dots, "dots", type, m);
+  a.scale_at = data(scale, "scale", type, 1);
+  a.bias_at = data(bias, "bias", type, 1);
+  a.row = row;
+  a.rows = s.size(0);
+  a.col = col;
+  a.cols = s.size(1);
+  STD_TORCH_CHECK(row >= 0 && row + a.rows <= m && col >= 0 && col + a.cols <= n && a.cols < 1 << 30,
+                  "s: expected a block of the ", m, " x ", n, " that there are");
+  a.row_ids = static_cast<const int64_t*>(data(row_ids, "row_ids", ScalarType::Long, m));
+  a.col_ids = static_cast<const int64_t*>(data(col_ids, "col_ids", ScalarType::Long, n));
+  if (!a.rows || !a.cols) return;
+  const int64_t numbers[] = {cuda::tile_partials(a)};
+  const Tensor part = torch::stable::new_empty(s, numbers);
+  a.part = part.mutable_data_ptr();
+  launch_on(s, &cuda::tile_chunk, a);
+}
+#endif
+
+#if !defined(FL_SIMT)
+
+// Numbers that are equal where the ids are: the ids where these are small enough, else their ranks.
+template <class R>
+struct Codes {
+  std::vector<R> row, col;
+  Codes(const int64_t* rows, int64_t m, const int64_t* cols, int64_t n, int64_t padded)
+      : row(m), col(padded, std::numeric_limits<R>::quiet_NaN()) {
+    constexpr int64_t kExact = 1 << 24;
+    const auto small = [](int64_t id) { return -kExact <= id && id <= kExact; };
+    if (std::all_of(rows, rows + m, small) && std::all_of(cols, cols + n, small)) {
+      std::copy(rows, rows + m, row.begin());
+      std::copy(cols, cols + n, col.begin());
+      return;
+    }
+    std::vector<int64_t> all(rows, rows + m);
+    all.insert(all.end(), cols, cols + n);
+    std::sort(all.begin(), all.end());
+    all.erase(std::unique(all.begin(), all.end()), all.end());
+    const auto rank = [&](int64_t id) {
+      return R(std::lower_bound(all.begin(), all.end(), id) - all.begin());
+    };
+    std::transform(rows, rows + m, row.begin(), rank);
+    std::transform(cols, cols + n, col.begin(), rank);
+  }
+};
+
+// Smaller blocks of rows where there are few: a function of the sizes alone, on which sums depend.
+int64_t rows_of_a_block(int64_t m) { return std::clamp<int64_t>((m + 7) / 8 + 23, 24, cpu::kTile) / 24 * 24; }
+
+template <class R>
+void walk(cpu::TileCall& a, const Tensor& x, const Tensor& y, const OptionalTensor& row_ids,
+          const OptionalTensor& col_ids) {
+  const int64_t blocks = (a.n + cpu::kTile - 1) / cpu::kTile;
+  std::optional<Codes<R>> codes;
+  if (row_ids) {
+    codes.emplace(static_cast<const int64_t*>(data(row_ids, "row_ids", ScalarType::Long, a.m)), a.m,
+                  static_cast<const int64_t*>(data(col_ids, "col_ids", ScalarType::Long, a.n)), a.n,
+                  blocks * cpu::kTile);
+    a.row_ids = codes->row.data();
+    a.col_ids = codes->col.data();
+  }
+  const cpu::TileKernels& kernels = cpu::tile_kernels();
+  const int64_t size[] = {kernels.packed_size(a)};
+  const Tensor panels = empty_pooled(y, size, y.scalar_type());
+  std::optional<Tensor> depth_panels;
+  a.panels = panels.mutable_data_ptr();
+  if (a.dx) {
+    depth_panels = empty_pooled(y, size, y.scalar_type());
+    a.depth_panels = depth_panels->mutable_data_ptr();
+  }
+  a.row_step = rows_of_a_block(a.m);
+  const int64_t row_blocks = (a.m + a.row_step - 1) / a.row_step;
+  std::vector<int64_t> done(row_blocks, 0);
+  int64_t next = 0;
+  a.done = done.data();
+  a.next = &next;
+  const bool alone = a.m * a.n * a.d < 1 << 18;
+  const int64_t workers = alone ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), row_blocks);
+  if (workers == 1) {
+    kernels.pack(a, 0, blocks);
+    return kernels.walk(a);
+  }
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) { kernels.pack(a, b, e); });
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { kernels.walk(a); });
+}
+
+void tile_walk(int64_t pass, bool same_is_positive, bool with_positives, Tensor x, Tensor y, double scale,
+               double bias, OptionalTensor mark, OptionalTensor row_ids, OptionalTensor col_ids,
+               OptionalTensor row_max, OptionalTensor row_log_sum, OptionalTensor row_grad,
+               OptionalTensor col_max, OptionalTensor col_log_sum, OptionalTensor col_grad,
+               OptionalTensor positive, OptionalTensor positive_grad, OptionalTensor col_positive_grad,
+               OptionalTensor hardest, OptionalTensor dx, OptionalTensor dy, OptionalTensor dots) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "x: expected the accumulation type");
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.is_contiguous() &&
+                      y.is_contiguous() && y.scalar_type() == type,
+                  "x, y: expected rows of the same features without gaps");
+  cpu::TileCall a{};
+  a.wide = type == ScalarType::Double;
+  a.d = x.size(1);
+  fill(a, pass, same_is_positive, with_positives, x.size(0), y.size(0), type, mark,
+       {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad,
+        col_positive_grad, hardest});
+  if (a.m == 0 || a.n == 0) return;
+  a.x = x.const_data_ptr();
+  a.y = y.const_data_ptr();
+  a.scale = scale;
+  a.bias = bias;
+  a.dx = data(dx, "dx", type, a.m * a.d);
+  a.dy = data(dy, "dy", type, a.n * a.d);
+  a.dots = data(dots, "dots", type, a.m);
+  a.wide ? walk<double>(a, x, y, row_ids, col_ids) : walk<float>(a, x, y, row_ids, col_ids);
+}
+
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  m.def(
+      "tile_walk(int kind, bool same_is_positive, bool with_positives, Tensor x, Tensor y, float scale, "
+      "float bias, " FASTLOSS_TILE_ARRAYS ", Tensor(h!)? dx, Tensor(i!)? dy, Tensor(j!)? dots) -> ()");
+  m.def(
+      "tile_chunk(int kind, bool same_is_positive, bool with_positives, Tensor(z!) s, Tensor(y!)? g, Tensor "
+      "scale, Tensor? bias, int row, int m, int col, int n, " FASTLOSS_TILE_ARRAYS
+      ", Tensor(x!)? dots) -> ()");
+}
+#if defined(FL_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) { m.impl("tile_chunk", TORCH_BOX(&tile_chunk)); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) { m.impl("tile_walk", TORCH_BOX(&tile_walk)); }
+#if defined(FASTLOSS_HAS_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) { m.impl("tile_chunk", TORCH_BOX(&tile_chunk)); }
+#endif
+#endif
+
+}  // namespace fastloss

@@ -1,0 +1,125 @@
+// token_stats: several statistics of every row of logits [..., V], and log-probabilities of the classes
+// `index`
+// [..., K]. The results are planes [4 + 2 K, ...], see losses/token_statistics.h.
+#include <tuple>
+
+#include "row_ops.h"
+
+namespace fastloss {
+namespace {
+
+struct Stats {
+  Tensor x;
+  OptionalTensor index, mask;
+  ScalarType accumulation;
+  RowArgs args{};
+
+  Stats(RowPass pass, const Tensor& logits, const OptionalTensor& index_, double logit_scale, double softcap,
+        bool all)
+      : x(row_layout_last(logits) ? logits : torch::stable::contiguous(logits)),
+        accumulation(accumulation_type(dtype_of(logits, "logits"))) {
+    args.pass = pass;
+    args.dtype = dtype_of(x, "logits");
+    args.n = x.size(-1);
+    args.rows = 1;
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) args.rows *= x.size(d);
+    args.x = x.const_data_ptr();
+    args.x_layout = *row_layout_last(x);
+    args.logit_scale = logit_scale;
+    args.softcap = softcap;
+    args.options[0] = all;
+    args.variant = all;
+    if (index_) {
+      index = as_type(*index_, ScalarType::Long);
+      args.asked = static_cast<const int64_t*>(index->const_data_ptr());
+      args.asked_each = index->size(-1);
+      STD_TORCH_CHECK(index->numel() == args.rows * args.asked_each, "index: expected K classes for each of ",
+                      args.rows, " rows");
+    }
+    args.planes = TokenStats<float, 0>::kPlanes + 2 * args.asked_each;
+  }
+  void run() const {
+    if (args.rows == 0) return;
+    if (on_cuda(x)) {
+#if defined(FASTLOSS_HAS_CUDA)
+      const DeviceScope scope(x);
+      cuda::token_stats(args, current_stream(x));
+#else
+      throw std::runtime_error("fastloss was built without CUDA kernels");
+#endif
+      return;
+    }
+    const cpu::RowKernel kernel = cpu::kernels().token_stats;
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(args.n, 1));
+    if (args.rows <= grain) return kernel(args, 0, args.rows);
+    torch::stable::parallel_for(0, args.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(Tensor logits, OptionalTensor index, OptionalTensor mask,
+                                   double logit_scale, double softcap, bool all) {
+  Stats s(RowPass::forward, logits, index, logit_scale, softcap, all);
+  RowArgs& a = s.args;
+  if (mask) {
+    STD_TORCH_CHECK(mask->numel() == a.rows, "mask: expected one number for each of ", a.rows, " rows");
+    s.mask = as_type(*mask, s.accumulation);
+    a.row_weight = s.mask->const_data_ptr();
+  }
+  if (!on_cuda(s.x) && s.index)
+    for (int64_t r = 0; r < a.rows * a.asked_each; ++r)
+      STD_TORCH_CHECK(a.asked[r] >= 0 && a.asked[r] < a.n, "index ", a.asked[r],
+                      " is out of bounds: expected a class in [0, ", a.n, ")");
+  std::vector<int64_t> shape{a.planes};
+  for (int64_t d = 0; d + 1 < s.x.dim(); ++d) shape.push_back(s.x.size(d));
+  const int64_t state_shape[] = {a.rows, kStateHead + token_stats_loss.saved};
+  Tensor planes = empty(s.x, shape, s.accumulation);
+  Tensor state = empty(s.x, state_shape, s.accumulation);
+  a.loss = planes.mutable_data_ptr();
+  a.state = state.mutable_data_ptr();
+  a.state_width = state_shape[1];
+  s.run();
+  return {planes, state};
+}
+
+// The mask is in the state already; it stands in the schema because backward takes all of forward's tensors.
+Tensor backward(Tensor grad, Tensor logits, OptionalTensor index, OptionalTensor /*mask*/, Tensor state,
+                double logit_scale, double softcap, bool all) {
+  Stats s(RowPass::backward, logits, index, logit_scale, softcap, all);
+  RowArgs& a = s.args;
+  const Tensor g = as_type(grad, s.accumulation);
+  STD_TORCH_CHECK(g.numel() == a.planes * a.rows, "grad: expected ", a.planes, " numbers for each row");
+  const Tensor dx = empty_like_pooled(s.x);
+  a.upstream = g.const_data_ptr();
+  a.state = const_cast<void*>(state.const_data_ptr());
+  a.state_width = state.size(-1);
+  a.dx = dx.mutable_data_ptr();
+  a.dx_layout = *row_layout_last(dx);
+  const int64_t row_bytes = a.n * dx.element_size();
+  a.past_cache = row_bytes >= kRowPastCache && row_bytes * a.rows > kPastCache;
+  s.run();
+  return dx;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+  m.def(
+      "token_stats_fwd(Tensor logits, Tensor? index, Tensor? mask, float logit_scale, float softcap, bool "
+      "all) "
+      "-> (Tensor planes, Tensor state)");
+  m.def(
+      "token_stats_bwd(Tensor grad, Tensor logits, Tensor? index, Tensor? mask, Tensor state, "
+      "float logit_scale, float softcap, bool all) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+  m.impl("token_stats_fwd", TORCH_BOX(&forward));
+  m.impl("token_stats_bwd", TORCH_BOX(&backward));
+}
+#if !defined(FL_SIMT)
+STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
+  m.impl("token_stats_fwd", TORCH_BOX(&forward));
+  m.impl("token_stats_bwd", TORCH_BOX(&backward));
+}
+#endif
+
+}  // namespace fastloss

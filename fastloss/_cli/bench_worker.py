@@ -1,0 +1,390 @@
+"""The process that measures: `bench` starts it once and writes to it what is to be measured, a line each.
+
+Every measurement runs in a fork of it, and in a fork of that each allocator's regime and the memory of each candidate:
+what one leaves behind must not serve the next, and nothing is imported or drawn twice. Until then one thread
+runs and no GPU is touched, so that forks may use all threads and the GPU. Lines of JSON go to standard output:
+progress, then one with the result. What anything else prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import inspect
+import json
+import math
+import os
+import runpy
+import signal
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss._cli.check import cast, compare, differentiable, eager_of, errors_of
+from fastloss._cli.report import CEILINGS
+from fastloss._cli.timing import Clock, Copy, Products, Step, cuda_peak, rss_peak
+from fastloss._ops.autograd import HALF_TYPES
+from fastloss._registry import InputSampler, Loss, entries
+
+CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
+MIN_ROUNDS, MAX_ROUNDS = 3, 300
+CHECK_STEPS = 12
+"""The check of a candidate, its compilation included, may take as many times as long as a step."""
+REGIMES = ("malloc", "recycled")
+"""The default allocator, which returns large blocks to the system, and one that keeps all it ever had."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to measure; travels between the processes as JSON."""
+
+    loss: str
+    case: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    backward: bool
+    threads: int | None
+    rounds: int | None
+    budget: float
+    """Seconds of timing, over all regimes."""
+    peers: str | None
+    skip: tuple[str, ...] = ()
+    """Candidates that do not compete."""
+    patience: float | None = None
+    """Seconds that a step may take; a slower candidate is not timed. None: any."""
+
+
+def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
+    """Who competes, by name."""
+    eager = eager_of(loss, loss.call(spec.case, InputSampler(), loss.shapes[0]))
+    found: dict[str, Callable[..., Tensor]] = {"eager": eager}
+    if not loss.unrolls:
+        found["torch.compile"] = torch.compile(eager, dynamic=False)
+    found["fastloss"] = loss.function
+    if spec.backward and "inplace_backward" in inspect.signature(loss.function).parameters:
+        found["fastloss in place"] = partial(loss.function, inplace_backward=True)
+    if spec.peers:
+        found.update(runpy.run_path(spec.peers)["peers"](loss.name, spec.device))
+    return {name: function for name, function in found.items() if name not in spec.skip}
+
+
+def overwrites(candidate: str) -> bool:
+    """Whether it needs inputs of its own: some peers write their gradient over the logits."""
+    return candidate not in ("eager", "torch.compile", "fastloss")
+
+
+def small(loss: Loss, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its first size cut, and its last if need be, so that a float64 reference stays cheap."""
+    if len(shape) > 2:
+        shape = (*shape[:-1], min(shape[-1], max(1, 4 * CHECKED_ELEMENTS // math.prod(shape[1:-1]))))
+    rows = max(1, min(shape[0], CHECKED_ELEMENTS // max(1, math.prod(shape[1:]))))
+    while rows > 1 and loss.work((rows, *shape[1:])) > CHECKED_WORK:
+        rows //= 2
+    return (rows, *shape[1:])
+
+
+def wrong(name: str, function: Callable[..., Tensor], loss: Loss, spec: Spec, dtype: torch.dtype) -> str:
+    """Why this candidate is not timed: fastloss must keep `check`'s rule, others half of the digits.
+
+    The compiled eager function is held against eager itself on the full shape, to compile once only.
+    """
+    if name == "torch.compile":
+        return ""
+    result = compare(loss, spec.case, small(loss, spec.shape), dtype, spec.device, function=function)
+    if result.ok or (not name.startswith("fastloss") and result.relative < torch.finfo(dtype).eps ** 0.5):
+        return ""
+    return f"wrong: {result}"
+
+
+def disagreement(
+    got: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    allowed: Mapping[str, float] | None = None,
+) -> str:
+    """Where the results on the full shape part from eager's by more than half of the digits, and than `allowed`."""
+    for quantity, want in eager.items():
+        scale = want.abs().max().item() if want.numel() else 0.0
+        enough = max(torch.finfo(dtype).eps ** 0.5 * scale, (allowed or {}).get(quantity, 0.0))
+        pieces = zip(got[quantity].reshape(-1).split(2**22), want.reshape(-1).split(2**22), strict=True)
+        for have, like in pieces:  # in pieces, because float64 of everything may not fit
+            off = (have.double() - like.double()).abs()
+            if not bool(((off <= enough) | (have == like) | like.isnan()).all()):
+                return (
+                    f"wrong on the full shape: {quantity} is off by {off.max():.2g}, largest is {scale:.2g}"
+                )
+    return ""
+
+
+class Slow(BaseException):
+    """Raised in what takes too long; a compiler that catches its Exceptions does not catch this."""
+
+
+@contextlib.contextmanager
+def within(seconds: float | None) -> Iterator[None]:
+    """Raises Slow in the block when the time is up, between two operations."""
+
+    def stop(*_: Any) -> None:
+        raise Slow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)  # 0: never
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def keep_pages() -> None:
+    """From now on no memory goes back to the system: glibc's allocator, where it is the one in use."""
+    with contextlib.suppress(AttributeError, OSError):
+        mmap_max, trim_threshold = -4, -1
+        ctypes.CDLL(None).mallopt(mmap_max, 0)
+        ctypes.CDLL(None).mallopt(trim_threshold, -1)
+
+
+class Contest:
+    """The candidates of one spec and the arguments that they are called with."""
+
+    def __init__(self, loss: Loss, spec: Spec):
+        self.loss, self.spec, self.dtype = loss, spec, getattr(torch, spec.dtype)
+        self.kwargs = loss.call(spec.case, InputSampler(self.dtype, spec.device, fast=True), spec.shape)
+        self.wrt = differentiable(self.kwargs, loss.trained or loss.wrt) if spec.backward else []
+        self.ceiling = "products" if loss.multiplies else "copy"
+        self.work = (
+            loss.flops(spec.shape, spec.backward)
+            if loss.multiplies
+            else loss.traffic(spec.shape, self.dtype.itemsize, spec.backward)
+        )
+        self.candidates = candidates(loss, spec)
+
+    def step(self, name: str) -> Step:
+        return Step(self.candidates[name], self.kwargs, self.wrt, overwrites(name))
+
+    def eager_in_float32(self) -> dict[str, Tensor]:
+        """The judge of half types, in which eager itself may be off: at a jump it finds the other side."""
+        function = eager_of(self.loss, self.kwargs)
+        return Step(function, cast(self.kwargs, torch.float32), self.wrt, own=False).results()
+
+    def fault(self, name: str, expected: dict[str, dict[str, Tensor]]) -> str:
+        """What there is against this candidate. `expected` keeps results on the full shape: the first candidate's,
+        and those in float32 once they are asked for."""
+        reason = wrong(name, self.candidates[name], self.loss, self.spec, self.dtype)
+        if reason:
+            return reason
+        step = self.step(name)
+        results = step.results()
+        eager = expected.setdefault("eager", results)
+        reason = disagreement(results, eager, self.dtype)
+        if reason and self.dtype in HALF_TYPES:
+            judge = expected.get("float32") or self.eager_in_float32()
+            expected["float32"] = judge
+            reason = disagreement(results, judge, self.dtype, errors_of(eager, judge))
+        step.release()
+        if reason or not self.spec.patience:
+            return reason
+        seconds = Clock(self.spec.device).time(step) / 1e3
+        return f"a step takes {seconds:.1f} s" if seconds > self.spec.patience else ""
+
+    def refusals(self, emit: Callable[..., None]) -> dict[str, str]:
+        """Those that are not to be timed, and why."""
+        refused: dict[str, str] = {}
+        patience = self.spec.patience
+        expected: dict[str, dict[str, Tensor]] = {}
+        for i, name in enumerate(self.candidates):
+            emit(done=i, total=len(self.candidates), what=f"checking {name}")
+            if name == "torch.compile" and "eager" in refused:
+                refused[name] = "eager is refused"
+                continue
+            try:
+                with within(patience and CHECK_STEPS * patience):
+                    reason = self.fault(name, expected)
+            except Slow:
+                reason = f"given up after {CHECK_STEPS * patience:.0f} s"
+            except Exception as error:  # a peer may raise anything; the others are still of interest
+                reason = summarized(error)
+            if reason:
+                refused[name] = reason
+        return refused
+
+    def times(self, skip: Mapping[str, str], budget: float, emit: Callable[..., None]) -> dict[str, Any]:
+        """Milliseconds of everyone but those to skip and of the ceiling, one after the other in every round."""
+        steps: dict[str, Step | Copy | Products] = {
+            name: self.step(name) for name in self.candidates if name not in skip
+        }
+        device = self.spec.device
+        steps[self.ceiling] = (
+            Products(self.work, self.dtype, device) if self.loss.multiplies else Copy(self.work, device)
+        )
+        clock = Clock(device)
+        on_gpu = {k: s for k, s in steps.items() if k != self.ceiling and device == "cuda"}
+        peaks = {k: cuda_peak(s) for k, s in on_gpu.items()}
+        gc.collect()
+        gc.disable()
+        for step in steps.values():
+            clock.time(step)
+        seconds = sum(clock.time(step) for step in steps.values()) / 1e3
+        rounds = self.spec.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / seconds)))
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for r in range(rounds):
+            emit(done=r, total=rounds, what=f"round {r + 1} of {rounds}")
+            order = list(steps)
+            for name in order[r % len(order) :] + order[: r % len(order)]:
+                times[name].append(clock.time(steps[name]))
+        return {"times": times, "ceiling": self.ceiling, "work": self.work, "peaks": peaks}
+
+    def peak(self, name: str) -> int | None:
+        """Bytes beyond the inputs at the highest point of one candidate's step, on the CPU."""
+        step = self.step(name)
+        step.results()
+        step.release()
+        with contextlib.suppress(ImportError):
+            from fastloss import memory
+
+            memory.empty_cache()
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+        return rss_peak(step)
+
+
+def summarized(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def summary(measured: Mapping[str, Any], candidate: str) -> dict[str, float]:
+    """Medians of one candidate; ratios are medians of the ratios within each round."""
+    times = measured["times"]
+    ms = statistics.median(times[candidate])
+    ceiling = measured["ceiling"]
+    found = {
+        "ms": ms,
+        f"{CEILINGS[ceiling].unit}_per_s": measured["work"] / ms / 1e6,
+        "rounds": len(times[candidate]),
+    }
+    for key, other in ((f"of_{ceiling}", ceiling), ("x_eager", "eager"), ("x_compile", "torch.compile")):
+        if other in times:
+            pairs = zip(times[other], times[candidate], strict=True)
+            found[key] = statistics.median(theirs / own for theirs, own in pairs)
+    return found
+
+
+def in_fork(work: Callable[[], Any]) -> Any:
+    """What `work` gives in a copy of this process, which then ends."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            answer = {"result": work()}
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": summarized(error)}
+        with os.fdopen(write, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    answer = json.loads(text) if text else {"error": f"the measuring process ended with {status}"}
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["result"]
+
+
+def measure(loss: Loss, spec: Spec, threads: int, emit: Callable[..., None]) -> dict[str, Any]:
+    """Times by regime, memory by candidate, who was refused and why."""
+
+    def part(start: float, share: float, what: str) -> Callable[..., None]:
+        return lambda done, total, **more: emit(
+            done=start + share * done / max(total, 1), what=f"{what}: {more['what']}"
+        )
+
+    def job(work: Callable[[], Any]) -> Any:
+        if spec.device != "cpu":  # CUDA cannot be used on both sides of a fork
+            return work()
+
+        def run() -> Any:
+            torch.set_num_threads(threads)
+            return work()
+
+        return in_fork(run)
+
+    contest = Contest(loss, spec)
+    regimes = REGIMES if spec.device == "cpu" else ("cuda",)
+    refused = job(lambda: contest.refusals(part(0.0, 0.2, "check")))
+    measured = {}
+    for i, regime in enumerate(regimes):
+
+        def timed(regime: str = regime, i: int = i) -> dict[str, Any]:
+            if regime == "recycled":
+                keep_pages()
+            share = 0.6 / len(regimes)
+            return contest.times(refused, spec.budget / len(regimes), part(0.2 + i * share, share, regime))
+
+        measured[regime] = job(timed)
+    peaks = measured[regimes[0]]["peaks"]
+    if spec.device == "cpu":
+        for i, name in enumerate(contest.candidates):
+            emit(done=0.8 + 0.2 * i / len(contest.candidates), what=f"memory of {name}")
+            if name not in refused:
+                peaks[name] = job(partial(contest.peak, name))
+    return {
+        "regimes": measured,
+        "refused": refused,
+        "peaks": peaks,
+        "threads": threads,
+        "input_bytes": next(v.nbytes for v in contest.kwargs.values() if isinstance(v, Tensor)),
+    }
+
+
+@functools.cache
+def prepare_compiler() -> None:
+    """torch.compile does much when it is first used: once, before the forks, which it takes seconds in each."""
+    x = torch.rand(8, requires_grad=True)
+    with contextlib.suppress(Exception):  # a candidate that cannot be compiled says so itself
+        torch.compile(lambda v: v.exp().log_softmax(0).sum())(x).backward()
+    torch._dynamo.reset()
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def emit(**line: Any) -> None:
+        print(json.dumps(line), file=out, flush=True)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        from torch._inductor import compile_fx, config  # noqa: F401  the import takes seconds: once, here
+
+        config.compile_threads = 1  # its workers would be started anew in every fork
+    for line in sys.stdin:
+        given = json.loads(line)
+        spec = Spec(**{**given, "shape": tuple(given["shape"]), "skip": tuple(given["skip"])})
+        if spec.device == "cpu" and "torch.compile" not in spec.skip:
+            emit(done=0.0, what="making torch.compile ready")
+            prepare_compiler()
+        (loss,) = entries(spec.loss)
+        try:
+            emit(result=in_fork(partial(measure, loss, spec, spec.threads or threads, emit)))
+        except RuntimeError as error:
+            emit(error=str(error))
+
+
+if __name__ == "__main__":
+    main()

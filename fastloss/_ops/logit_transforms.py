@@ -1,0 +1,101 @@
+"""What may stand between the products of a chunk and its row loss: in place where it can be, and back.
+
+A shape is made from numbers and the width of the hidden states. `enter` turns a chunk of products into logits,
+`leave` the logits' gradient into that of the products; `classes` says how many logits a row of products makes,
+`beside` how many numbers a row takes beyond its products. Nothing lives longer than a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastloss._ops.dtypes import accumulation_dtype
+
+
+class Shape(Protocol):
+    def __init__(self, numbers: Sequence[float], features: int): ...
+    def classes(self, products: int) -> int: ...
+    def beside(self, products: int) -> int: ...
+    def enter(self, products: Tensor, target: Tensor) -> Tensor: ...
+    def leave(self, gradient: Tensor) -> Tensor: ...
+
+
+LEAST_SIN2 = 1e-7
+"""Closer to the poles than this the sine of the angle stays what it is there."""
+
+
+class AngularMargin:
+    """Cosines, of which the target's has a margin; of several centres of a class the nearest counts.
+
+    Numbers: 1 for a margin of the cosine in place of the angle; the margin; easy; straight-through; centres.
+    """
+
+    def __init__(self, numbers: Sequence[float], features: int):
+        additive, self.margin, easy, straight, centres = numbers
+        self.additive, self.easy, self.straight = additive != 0, easy != 0, straight != 0
+        self.centres = int(centres)
+
+    def classes(self, products: int) -> int:
+        return products // self.centres
+
+    def beside(self, products: int) -> int:
+        return 3 * self.classes(products) if self.centres > 1 else 0  # the nearest, and which (64 bits)
+
+    def enter(self, products: Tensor, target: Tensor) -> Tensor:
+        self._products = cosines = products
+        if self.centres > 1:
+            cosines, self._nearest = products.view(len(products), -1, self.centres).max(-1)
+        self._target = target.clamp(0, cosines.shape[1] - 1).unsqueeze(1)  # what is ignored stays so
+        cosine = cosines.gather(1, self._target)
+        value, self._slope = self._margin(cosine.to(accumulation_dtype(cosine.dtype)))
+        return cosines.scatter_(1, self._target, value.to(cosines.dtype))
+
+    def leave(self, gradient: Tensor) -> Tensor:
+        of_target = gradient.gather(1, self._target)
+        gradient.scatter_(1, self._target, (of_target * self._slope).to(gradient.dtype))
+        if self.centres == 1:
+            return gradient
+        apart = self._products.zero_().view(len(gradient), -1, self.centres)
+        apart.scatter_(2, self._nearest.unsqueeze(2), gradient.unsqueeze(2))
+        return self._products
+
+    def _margin(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosine with its margin, and its derivative."""
+        one = torch.ones_like(c)
+        if self.additive:
+            return c - self.margin, one
+        cos, sin = math.cos(self.margin), math.sin(self.margin)
+        square = 1 - c * c
+        sine = square.clamp(min=LEAST_SIN2).sqrt()
+        value = c * cos - sine * sin
+        slope = torch.where(square > LEAST_SIN2, cos + sin * c / sine, cos)
+        inside = c > (0.0 if self.easy else -cos)
+        value = torch.where(inside, value, c if self.easy else c - self.margin * sin)
+        return value, one if self.straight else torch.where(inside, slope, one)
+
+
+class Harmonic:
+    """Squared distances become -n log(distance). Numbers: n (0: the square root of the embeddings' width, to which
+    two features are added), and what is added to the squares."""
+
+    def __init__(self, numbers: Sequence[float], features: int):
+        self.n, self.eps = numbers
+        self.n = self.n or math.sqrt(features - 2)
+
+    def classes(self, products: int) -> int:
+        return products
+
+    def beside(self, products: int) -> int:
+        return products
+
+    def enter(self, products: Tensor, target: Tensor) -> Tensor:
+        self._squares = products.clamp_(min=0).add_(self.eps)
+        return products.log().mul_(-self.n / 2)
+
+    def leave(self, gradient: Tensor) -> Tensor:
+        return torch.div(gradient.mul_(-self.n / 2), self._squares, out=self._squares)

@@ -1,0 +1,189 @@
+"""What `fastloss.profile` notes of one call while it runs: clock or events, bytes, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastloss._ops import autograd
+from fastloss.memory import _C
+
+if TYPE_CHECKING:
+    from fastloss.profiler import profile
+
+
+@dataclass
+class Pass:
+    """One forward or backward pass. `start_ms` counts from the beginning of the profile; None: it was not timed."""
+
+    start_ms: float | None = None
+    ms: float | None = None
+    bytes: int = 0
+    """Fewest bytes to move: every tensor read once, every result written once, as if no row were ignored."""
+    flops: int = 0
+    """Of matrix products."""
+    extra_bytes: int = 0
+    """Highest point of the memory it took beyond what was there before, results included."""
+
+
+@dataclass
+class Call:
+    """One call of an operator, by the name of the public function that made it."""
+
+    loss: str
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    forward: Pass = field(default_factory=Pass)
+    backward: list[Pass] = field(default_factory=list)
+
+
+def _bytes(tensors: Any) -> int:
+    """As they lie in memory: what is broadcast counts once."""
+    return sum(
+        math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) * t.itemsize
+        for t in tensors
+        if isinstance(t, Tensor) and t.numel()
+    )
+
+
+def _public_name(operator: str) -> str:
+    """The outermost function of fastloss that is on the way to the operator."""
+    frame, name = sys._getframe(2), operator
+    while frame is not None:
+        code = frame.f_code.co_name
+        if (
+            frame.f_globals.get("__name__", "").startswith("fastloss.losses.")
+            and code in frame.f_globals["__all__"]
+        ):
+            name = code
+        frame = frame.f_back
+    return name
+
+
+class Span:
+    """Start and end of one pass, on the host's clock or as events on the device's stream."""
+
+    def __init__(self, profile: profile, device: torch.device):
+        self.profile, self.device = profile, device
+        self.cuda = device.type == "cuda"
+        self.timed = not (self.cuda and torch.cuda.is_current_stream_capturing())
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if not self.timed:
+            return
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self.profile.origins.setdefault(self.device, (event, time.perf_counter()))
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def read(self, into: Pass) -> None:
+        """Waits for the device, if it has not come so far."""
+        if len(self.marks) != 2:
+            return
+        start, stop = self.marks
+        if self.cuda:
+            stop.synchronize()
+            origin, at = self.profile.origins[self.device]
+            into.start_ms = (at - self.profile.began) * 1e3 + origin.elapsed_time(start)
+            into.ms = start.elapsed_time(stop)
+        else:
+            into.start_ms, into.ms = (start - self.profile.began) * 1e3, (stop - start) * 1e3
+
+
+class Peak:
+    """Bytes taken at the highest point since it was made."""
+
+    def __init__(self, device: torch.device, wanted: bool):
+        self.device = device if wanted else None
+        if self.device is not None and device.type == "cuda":
+            self.before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        elif self.device is not None and _C is not None:
+            _C.pool_watch()
+
+    def read(self, results: int) -> int:
+        if self.device is None:
+            return 0
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        return max(results, _C.pool_watched() if _C is not None else 0)
+
+
+class Record:
+    """What `autograd.py` sees of one call: a context around each pass, which is told what the pass made."""
+
+    def __init__(self, profile: profile, op: autograd.Op, tensors: Sequence[Tensor | None]):
+        first = next(t for t in tensors if t is not None)
+        self.profile, self.op, self.device = profile, op, first.device
+        self.read = _bytes(tensors)
+        self.shapes = [None if t is None else t.shape for t in tensors]
+        self.needed = [t is not None and t.requires_grad for t in tensors]
+        self.plan: Any = None
+        self.call = Call(
+            _public_name(op.name), op.name, tuple(first.shape), str(first.dtype)[6:], str(first.device)
+        )
+        self.results: Any = None
+
+    def made(self, results: Any) -> Any:
+        self.results = results
+        return results
+
+    @contextlib.contextmanager
+    def _watched(self, what: str) -> Iterator[Pass]:
+        nvtx = self.profile.nvtx
+        span, done = Span(self.profile, self.device), Pass()
+        if nvtx:
+            torch.cuda.nvtx.range_push(f"fastloss {self.call.loss} {what}")
+        try:
+            peak = Peak(self.device, self.profile.memory)
+            span.mark()
+            yield done
+            span.mark()
+        finally:
+            if nvtx:
+                torch.cuda.nvtx.range_pop()
+        results, self.results = self.results, None
+        written = _bytes([results] if isinstance(results, Tensor) else results)
+        done.extra_bytes = peak.read(written)
+        done.bytes += written
+        self.profile.spans.append((span, done))
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        with self._watched("forward") as done:
+            yield
+            done.bytes = self.read
+        made, self.plan = getattr(self.plan, "ready", None), None
+        done.flops = self.op.flops(self.shapes, self.needed if made else ())
+        self.call.forward = done
+        self.profile.seen.append(self.call)
+
+    @contextlib.contextmanager
+    def backward(self, ctx: Any, upstream: Sequence[Tensor | None]) -> Iterator[None]:
+        if autograd.profiler != self.profile.record:  # which is over
+            yield
+            return
+        ready = bool(getattr(ctx.plan, "ready", None))
+        with self._watched("backward") as done:
+            yield
+            if ready:
+                self.results = ()
+        done.bytes += _bytes(upstream)
+        if not ready:
+            done.bytes += _bytes(ctx.saved_tensors)
+            done.flops = self.op.flops(self.shapes, ctx.needs_input_grad)
+        self.call.backward.append(done)

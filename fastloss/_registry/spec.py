@@ -1,0 +1,164 @@
+"""Every loss described once: tests, `check`, `bench`, modules and the README enumerate this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FAMILIES = (
+    "classification",
+    "linear",
+    "token_statistics",
+    "number_token",
+    "distillation",
+    "elementwise",
+    "aggregation",
+    "dpo",
+    "preference",
+    "reward_model",
+    "policy",
+    "gflownet",
+    "returns",
+    "advantages",
+    "contrastive",
+    "supervised_contrastive",
+    "retrieval",
+    "metric_learning",
+    "angular_margin",
+    "ctc",
+    "survival",
+)
+"""The families in the order of every table of losses; each is a file of `losses`, of `reference` and of this folder."""
+
+
+@dataclass
+class InputSampler:
+    """Reproducible random inputs of one dtype on one device.
+
+    Values are drawn on the CPU in float64 and then converted, so every dtype and device sees the
+    same numbers up to rounding; `fast` draws them on the device in the dtype itself.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    seed: int = 0
+    fast: bool = False
+    generator: torch.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator(self.device if self.fast else "cpu").manual_seed(self.seed)
+        dtype, device = (self.dtype, self.device) if self.fast else (torch.float64, "cpu")
+        self._how = {"generator": self.generator, "dtype": dtype, "device": device}
+
+    def _to(self, x: Tensor) -> Tensor:
+        return x.to(device=self.device, dtype=self.dtype)
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return self._to(torch.randn(shape, **self._how) * scale)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        u = torch.rand(shape, **self._how)
+        return self._to(low + (high - low) * u)
+
+    def simplex(self, *shape: int, dim: int = 1) -> Tensor:
+        x = torch.randn(shape, **self._how)
+        return self._to(x.softmax(dim))
+
+    def index(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, **self._how | {"dtype": torch.int64}).to(self.device)
+
+
+Case = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss and all that the rest of the project needs to know of it.
+
+    `inputs(draw, shape)` gives the required arguments of a call by name. A *case* is a set of further
+    arguments; a value that is callable is called with `(draw, shape)` to make a tensor.
+    """
+
+    name: str
+    family: str
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    inputs: Callable[[InputSampler, tuple[int, ...]], dict[str, Any]]
+    wrt: tuple[str, ...]
+    cases: Mapping[str, Case]
+    shapes: tuple[tuple[int, ...], ...]
+    bench_shape: tuple[int, ...]
+    traffic: Callable[[tuple[int, ...], int, bool], int]
+    """Fewest bytes moved: `(shape, itemsize, backward)`."""
+    forward_arguments: tuple[str, ...]
+    """Arguments of the module's `forward`; all others belong to its constructor."""
+    replaces: str = ""
+    trained: tuple[str, ...] = ()
+    """Of `wrt` what a training step differentiates, and `bench` therefore; all of it if empty."""
+    products: tuple[int, int] = (0, 0)
+    """Of how many products of matrices as large as its shape it consists at the least: forward, and with backward."""
+    eager: Callable[..., Tensor] | None = None
+    """What people call today, with the same arguments by name; the reference where there is none."""
+    unrolls: bool = False
+    """Whether eager and reference are loops over steps, of which torch.compile would make a graph each."""
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it multiplies matrices: works in buffers of its own, and in the autocast type under autocast."""
+        return self.products != (0, 0)
+
+    def work(self, shape: tuple[int, ...]) -> int:
+        """About how many numbers a plain implementation makes: for every pair of rows where a batch meets itself."""
+        return math.prod(shape) * (shape[0] if self.multiplies and len(shape) == 2 else 1)
+
+    def flops(self, shape: tuple[int, ...], backward: bool) -> int:
+        """Fewest operations in its products of matrices."""
+        return 2 * self.work(shape) * self.products[backward]
+
+    def call(self, case: str, draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Any]:
+        """All arguments of a call, by name."""
+        kwargs = self.inputs(draw, shape)
+        for key, value in self.cases[case].items():
+            kwargs[key] = value(draw, shape) if callable(value) else value
+        return kwargs
+
+
+_losses: dict[str, Loss] = {}
+estimators: dict[str, Loss] = {}
+"""Functions that are no losses: what they return, one tensor or several, a loss is computed from."""
+
+
+def register_estimator(entry: Loss) -> Loss:
+    if entry.name in estimators:
+        raise ValueError(f"estimator {entry.name!r} is registered twice")
+    estimators[entry.name] = entry
+    return entry
+
+
+def register(loss: Loss) -> Loss:
+    if loss.name in _losses:
+        raise ValueError(f"loss {loss.name!r} is registered twice")
+    _losses[loss.name] = loss
+    return loss
+
+
+def losses(*names: str) -> list[Loss]:
+    """The registered losses, or those named, in order of registration."""
+    unknown = set(names) - set(_losses)
+    if unknown:
+        raise ValueError(f"no loss named {', '.join(sorted(unknown))}; there are {', '.join(_losses)}")
+    return [_losses[n] for n in names] if names else list(_losses.values())
+
+
+def entries(*names: str) -> list[Loss]:
+    """Losses and estimators, in this order, or those named."""
+    everything = {loss.name: loss for loss in losses()} | estimators
+    unknown = set(names) - set(everything)
+    if unknown:
+        raise ValueError(f"no loss named {', '.join(sorted(unknown))}; there are {', '.join(everything)}")
+    return [everything[n] for n in names] if names else list(everything.values())

@@ -1,0 +1,310 @@
+"""Losses of angles and distances between embeddings and class centres, without the matrix of classes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss import reference
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, runs_on_cpu
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_reduction,
+    check_rows,
+    check_tensors,
+    check_weight_type,
+)
+from fastloss._ops.chunked_linear_loss import LinearOp
+from fastloss._ops.logit_transforms import LEAST_SIN2, AngularMargin, Harmonic
+from fastloss.losses.linear import as_autocast
+from fastloss.reference.angular_margin import nearest, with_margin
+
+__all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
+
+
+def _of_logits(logits, target, weight, row_weight, ignore_index, reduction, scale, smoothing, wide):
+    loss = reference.cross_entropy(
+        logits, target, weight, reduction=list(REDUCTIONS)[reduction], ignore_index=ignore_index,
+        label_smoothing=smoothing, logit_scale=scale, sample_weight=row_weight,
+    )  # fmt: skip
+    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+
+
+def _margin_reference(
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers,
+    wide, chunk,
+):  # fmt: skip
+    smoothing, _, additive, m, easy, straight, centres = numbers
+    cosines = nearest(input @ linear_weight.t(), int(centres))
+    logits = with_margin(cosines, target, m, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
+    return _of_logits(logits, target, weight, row_weight, ignore_index, reduction, scale, smoothing, wide)
+
+
+def _harmonic_reference(
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers,
+    wide, chunk,
+):  # fmt: skip
+    _, _, n, eps = numbers
+    n = n or math.sqrt(input.shape[1] - 2)
+    squares = (input @ linear_weight.t()).clamp(min=0) + eps
+    return _of_logits(
+        -n / 2 * squares.log(), target, weight, row_weight, ignore_index, reduction, scale, 0.0, wide
+    )
+
+
+_margin = LinearOp("margin_loss", _margin_reference, rows="cross_entropy", shape=AngularMargin)
+_harmonic = LinearOp("harmonic_loss", _harmonic_reference, rows="cross_entropy", shape=Harmonic)
+
+
+def _check(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    sample_weight: Tensor | None,
+    ignore_index: int,
+    centres: bool,
+) -> None:
+    check_tensors(input, weight=weight, target=target, sample_weight=sample_weight)
+    if input.dim() != 2:
+        raise RuntimeError(f"input: expected (N, D), got shape {tuple(input.shape)}")
+    check_floating("input", input)
+    if weight.dim() not in ((2, 3) if centres else (2,)) or weight.shape[-1] != input.shape[1]:
+        expected = f"(C, {input.shape[1]})" + (f" or (C, K, {input.shape[1]})" if centres else "")
+        raise RuntimeError(f"weight: expected {expected}, got shape {tuple(weight.shape)}")
+    if weight.dtype != input.dtype:
+        raise RuntimeError(f"weight: expected the dtype of input, {input.dtype}, got {weight.dtype}")
+    if target.is_floating_point():
+        raise RuntimeError(f"target: expected classes of type int64 or uint8, got {target.dtype}")
+    check_rows(input.detach()[:, :1].expand(-1, weight.shape[0]), target, None, ignore_index)
+    check_weight_type("sample_weight", sample_weight, input)
+    if sample_weight is not None and sample_weight.shape != target.shape:
+        raise ValueError(
+            f"sample_weight: expected one number for each row, shape {tuple(target.shape)}, got "
+            f"{tuple(sample_weight.shape)}"
+        )
+
+
+def _counted(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Zeros in the place of rows that are ignored: what stands there reaches nothing."""
+    return torch.where((target != ignore_index).unsqueeze(1), input, 0.0)
+
+
+def _chosen(
+    weight: Tensor, target: Tensor, classes: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Weight and target where only the classes listed take part."""
+    if classes is None:
+        return weight, target
+    check_tensors(weight, classes=classes)
+    if classes.dim() != 1 or classes.dtype != torch.int64:
+        raise RuntimeError(
+            f"classes: expected a list of int64, got {classes.dtype} of shape {tuple(classes.shape)}"
+        )
+    place = torch.full((weight.shape[0],), -1, device=target.device)
+    place = place.scatter(0, classes, torch.arange(classes.shape[0], device=target.device))
+    kept = target != ignore_index
+    if ignore_index == -1:
+        raise ValueError("ignore_index: -1 marks the classes that are not listed; choose another")
+    return weight[classes], torch.where(kept, place[torch.where(kept, target, 0)], ignore_index)
+
+
+def _margin_loss(
+    input, weight, target, s, m, reduction, additive, easy, straight, classes, ignore_index, label_smoothing,
+    sample_weight,
+):  # fmt: skip
+    mode = check_reduction(reduction)
+    _check(input, weight, target, sample_weight, ignore_index, True)
+    target = target.long()
+    scale = check_number("s", s, low=math.ulp(0.0))
+    smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
+    weight, target = _chosen(weight, target, classes, ignore_index)
+    centres = weight.shape[1] if weight.dim() == 3 else 1
+    device = input.device.type
+    dtype, autocast = input.dtype, torch.is_autocast_enabled(device)
+    half = not autocast and dtype in HALF_TYPES
+    if half:  # a length has more range than float16, in which the least of normalize is 0
+        input, weight = input.float(), weight.float()
+    unit = F.normalize(_counted(input, target, ignore_index))
+    centre = F.normalize(weight.reshape(-1, weight.shape[-1]))
+    if half and runs_on_cpu(input):  # there unit vectors keep what rounding would take
+        sample_weight = None if sample_weight is None else sample_weight.float()
+    elif half:
+        unit, centre = unit.to(dtype), centre.to(dtype)
+    rows, centred = as_autocast(device, unit, centre)
+    numbers = [smoothing, 0.0, float(additive), m, float(easy), float(straight), float(centres)]
+    try:
+        loss = _margin(
+            (rows, centred, None, target, None, sample_weight),
+            (ignore_index, mode, scale, 0.0, numbers, autocast, 0),
+        )
+    except IndexError:
+        if classes is None:
+            raise
+        raise IndexError("target: expected classes that `classes` lists") from None
+    return loss if autocast else loss.to(dtype)
+
+
+def arcface_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    s: float = 64.0,
+    m: float = 0.5,
+    reduction: str = "mean",
+    *,
+    easy_margin: bool = False,
+    margin_grad: str = "exact",
+    classes: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    r"""ArcFace: cross-entropy of scaled cosines, with a margin on the angle to the target's centre.
+
+    With :math:`\cos\theta_j = \langle \hat x, \hat w_j \rangle` of the normalised embedding and centres, the logits
+    are :math:`s \cos\theta_j`, and for the target :math:`s\, \varphi(\theta_y)`,
+
+    .. math:: \varphi(\theta) = \cos(\theta + m) \text{ if } \theta + m < \pi \text{, else } \cos\theta - m \sin m
+
+    which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`,
+    else :math:`\cos\theta`. Cosines are made for a chunk of rows and turned into their gradient in place: beyond the
+    normalised copies and the gradients that takes at most 128 MiB (on CUDA what `linear_cross_entropy` takes). Half
+    types are normalised in float32, on the CPU also multiplied.
+
+    Args:
+        input: embeddings of shape `(N, D)`, of any length; float32, float64, bfloat16 or float16.
+        weight: class centres `(C, D)`, of the input's type; `(C, K, D)` for K centres of each class, of which the
+            nearest counts.
+        target: classes `(N)`, int64 or uint8.
+        s: scale, > 0. Default: 64.
+        m: margin in radians, in [0, pi / 2]. Default: 0.5.
+        reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
+        easy_margin: as above. Default: False.
+        margin_grad: `"exact"`, or `"straight_through"`: the margin changes the logit, its gradient is that of the
+            cosine, as in insightface. Default: `"exact"`.
+        classes: int64 list of the classes that take part, each once and every target among them (Partial FC).
+            Default: all.
+        ignore_index: rows with this class count nothing. Default: -100.
+        label_smoothing: in [0, 1]. Default: 0.
+        sample_weight: a weight for each row. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: for arguments of a wrong kind, naming it; IndexError on the
+            CPU alone, NaN on CUDA, for a target out of bounds or not listed.
+
+    Source: Deng et al., https://arxiv.org/abs/1801.07698; sub-centres: Sub-center ArcFace (ECCV 2020); sampled
+    classes: Partial FC, https://arxiv.org/abs/2203.15565.
+    """
+    if margin_grad not in ("exact", "straight_through"):
+        raise ValueError(f"margin_grad: expected 'exact' or 'straight_through', got {margin_grad!r}")
+    return _margin_loss(
+        input, weight, target, s, check_number("m", m, 0.0, math.pi / 2), reduction, False, easy_margin,
+        margin_grad == "straight_through", classes, ignore_index, label_smoothing, sample_weight,
+    )  # fmt: skip
+
+
+def cosface_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    s: float = 64.0,
+    m: float = 0.35,
+    reduction: str = "mean",
+    *,
+    classes: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    r"""CosFace: cross-entropy of scaled cosines, with a margin on the cosine to the target's centre.
+
+    As `arcface_loss`, with the target's logit :math:`s (\cos\theta_y - m)`.
+
+    Args:
+        input: embeddings of shape `(N, D)`, of any length; float32, float64, bfloat16 or float16.
+        weight: class centres `(C, D)`, of the input's type; `(C, K, D)` for K centres of each class.
+        target: classes `(N)`, int64 or uint8.
+        s: scale, > 0. Default: 64.
+        m: margin of the cosine. Default: 0.35.
+        reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
+        classes: int64 list of the classes that take part, each once and every target among them. Default: all.
+        ignore_index: rows with this class count nothing. Default: -100.
+        label_smoothing: in [0, 1]. Default: 0.
+        sample_weight: a weight for each row. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as for `arcface_loss`.
+
+    Source: Wang et al., https://arxiv.org/abs/1801.09414.
+    """
+    return _margin_loss(
+        input, weight, target, s, check_number("m", m), reduction, True, False, False, classes, ignore_index,
+        label_smoothing, sample_weight,
+    )  # fmt: skip
+
+
+def harmonic_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    n: float | None = None,
+    reduction: str = "mean",
+    *,
+    eps: float = 1e-8,
+    ignore_index: int = -100,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Harmonic loss: probabilities fall with a power of the distance to the class centres.
+
+    .. math:: -\log p_y, \quad p_j = \frac{d_j^{-n}}{\sum_k d_k^{-n}}, \quad
+              d_j = \sqrt{\lVert x - w_j \rVert^2 + \varepsilon}
+
+    It does not change when `x` and `w` are scaled alike; the softmax of :math:`-d^2` that is sometimes written for it
+    does. Distances come from :math:`\lVert x \rVert^2 + \lVert w \rVert^2 - 2 x w` in float32 (float64), of one
+    chunk of rows at a time; a squared distance has the rounding of the squared lengths.
+
+    Args:
+        input: of shape `(N, D)`; float32, float64, bfloat16 or float16.
+        weight: class centres `(C, D)`, of the input's type.
+        target: classes `(N)`, int64 or uint8.
+        n: exponent, > 0. Default: :math:`\sqrt D`.
+        reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
+        eps: :math:`\varepsilon`, > 0. Default: 1e-8.
+        ignore_index: rows with this class count nothing. Default: -100.
+        sample_weight: a weight for each row. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast, which changes nothing
+        else.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: for arguments of a wrong kind, naming it.
+
+    Source: Baek et al., Harmonic Loss Trains Interpretable AI Models, https://arxiv.org/abs/2502.01628.
+    """
+    mode = check_reduction(reduction)
+    _check(input, weight, target, sample_weight, ignore_index, False)
+    power = 0.0 if n is None else check_number("n", n, low=math.ulp(0.0))
+    dtype = input.dtype
+    if dtype in HALF_TYPES:
+        input, weight = input.float(), weight.float()
+        sample_weight = None if sample_weight is None else sample_weight.float()
+    input = _counted(input, target, ignore_index)
+    # the squared distance as one product
+    x = torch.cat([-2 * input, torch.ones_like(input[:, :1]), input.square().sum(1, keepdim=True)], 1)
+    w = torch.cat([weight, weight.square().sum(1, keepdim=True), torch.ones_like(weight[:, :1])], 1)
+    loss = _harmonic(
+        (x, w, None, target.long(), None, sample_weight),
+        (ignore_index, mode, 1.0, 0.0, [0.0, 0.0, power, check_number("eps", eps, math.ulp(0.0))], False, 0),
+    )
+    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(dtype)

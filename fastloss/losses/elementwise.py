@@ -1,0 +1,492 @@
+"""Losses of a prediction and a target, and of scores of two classes, as in torch.nn.functional."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+from fastloss import reference
+from fastloss._ops.autograd import REDUCTIONS
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_reduction,
+    check_tensors,
+    expanded,
+    one_number,
+    promoted,
+)
+from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
+from fastloss._ops.elementwise import NO_INDEX, ElementOp, element_op
+
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "hinge_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "rmse_loss",
+    "sigmoid_focal_loss",
+    "smooth_l1_loss",
+]
+
+
+_formulas = reference.elementwise
+_mse_loss = element_op("mse_loss", _formulas.squared_error)
+_l1_loss = element_op("l1_loss", _formulas.absolute_error)
+_smooth_l1_loss = element_op("smooth_l1_loss", _formulas.smooth_absolute_error)
+_huber_loss = element_op("huber_loss", _formulas.huber)
+_hinge_loss = element_op("hinge_loss", _formulas.hinge)
+_kl_div = element_op("kl_div", _formulas.kl_divergence)
+_binary_cross_entropy = element_op("binary_cross_entropy", _formulas.binary)
+_binary = element_op("binary_cross_entropy_with_logits", _formulas.binary_with_logits)
+_weighted_binary = element_op(
+    "weighted_binary_cross_entropy_with_logits", _formulas.weighted_binary_with_logits, inputs=3
+)
+
+
+def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce)
+    return reduction
+
+
+def _together(
+    op: ElementOp,
+    input: Tensor,
+    target: Tensor,
+    reduction: str,
+    numbers: tuple[float, ...] = (),
+    weight: Tensor | None = None,
+    by_weight: bool = False,
+    pos_weight: Tensor | None = None,
+    wide: bool = False,
+) -> Tensor:
+    """Checks, broadcasts and calls; with `by_weight` a mean divides by the sum of the weights."""
+    mode = check_reduction(reduction)
+    check_tensors(input, target=target, weight=weight, pos_weight=pos_weight)
+    for name, t in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos_weight)):
+        if t is not None:
+            check_floating(name, t)
+    dtype = promoted(input, target=target, weight=weight if by_weight else None)
+    x, y = _broadcast(input, target)
+    norm = None
+    if weight is not None:
+        weight = expanded("weight", weight.to(dtype), x)
+        if by_weight and mode == REDUCTIONS["mean"]:
+            mode = REDUCTIONS["sum"]
+            norm = weight.sum(dtype=accumulation_dtype(dtype))
+    inputs = [x.to(dtype), y.to(dtype)]
+    if pos_weight is not None:
+        inputs.append(expanded("pos_weight", pos_weight.to(dtype), x))
+    return op((*inputs, weight, norm), (mode, list(numbers), -1, -1, wide or autocast_to_fp32(inputs[0])))
+
+
+def _check_weight(weight: Tensor | None, input: Tensor, target: Tensor) -> None:
+    check_tensors(input, target=target, weight=weight)
+    if weight is not None and weight.shape != input.shape and _broadcast(input, target):
+        raise ValueError(
+            f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}"
+        )
+
+
+def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    try:
+        return torch.broadcast_tensors(input, target)
+    except RuntimeError as error:
+        raise RuntimeError(f"input and target: {error}") from None
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Squared error :math:`\ell = (x - y)^2`; value and gradients in one read.
+
+    Args:
+        input: predictions :math:`x` of any shape and floating point type, any strides.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        size_average, reduce: deprecated, as in torch.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
+        weight: a factor for each element, of the shape of `input`. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
+        under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+
+    Source: `torch.nn.functional.mse_loss`.
+    """
+    _check_weight(weight, input, target)
+    return _together(_mse_loss, input, target, _legacy(size_average, reduce, reduction), (), weight, True)
+
+
+def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
+    r"""Root of the mean squared error, with a gradient of 0 at a perfect fit.
+
+    .. math:: \sqrt{\frac1n \sum_i (x_i - y_i)^2 + \epsilon}
+
+    Args:
+        input: predictions :math:`x` of any shape and floating point type, any strides.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        eps: :math:`\epsilon \ge 0`, which also bounds the gradient near a perfect fit. Default: 0.
+        weight: a factor for each element, of the shape of `input`; the mean divides by their sum. Default: 1.
+
+    Returns:
+        A scalar of the promoted type (float32 for half types under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+
+    Source: the root of `torch.nn.functional.mse_loss`, which has no finite gradient at 0.
+    """
+    eps = check_number("eps", eps, 0.0)
+    _check_weight(weight, input, target)
+    mean = _together(_mse_loss, input, target, "mean", weight=weight, by_weight=True, wide=True)
+    root = _formulas.safe_sqrt(mean + eps)
+    dtype = promoted(input, target=target, weight=weight)
+    return root if autocast_to_fp32(root.new_empty(0, dtype=dtype)) else root.to(dtype)
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Absolute error :math:`\ell = |x - y|`; the derivative at :math:`x = y` is 0.
+
+    Args:
+        input: predictions :math:`x` of any shape and floating point type, any strides.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        size_average, reduce: deprecated, as in torch.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
+        weight: a factor for each element, of the shape of `input`. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
+        under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+
+    Source: `torch.nn.functional.l1_loss`.
+    """
+    _check_weight(weight, input, target)
+    return _together(_l1_loss, input, target, _legacy(size_average, reduce, reduction), (), weight, True)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    r"""With :math:`e = x - y`: :math:`e^2 / (2 \beta)` where :math:`|e| < \beta`, else :math:`|e| - \beta / 2`.
+
+    Args:
+        input: predictions :math:`x` of any shape and floating point type, any strides.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        size_average, reduce: deprecated, as in torch.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+        beta: :math:`\beta \ge 0`; 0 is the absolute error. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
+        under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit. Integers are not accepted.
+
+    Source: `torch.nn.functional.smooth_l1_loss`.
+    """
+    if beta < 0:
+        raise RuntimeError(f"beta: smooth_l1_loss does not support negative values, got {beta}")
+    numbers = (check_number("beta", beta),)
+    return _together(_smooth_l1_loss, input, target, _legacy(size_average, reduce, reduction), numbers)
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""With :math:`e = x - y`: :math:`e^2 / 2` where :math:`|e| \le \delta`, else :math:`\delta (|e| - \delta / 2)`.
+
+    Args:
+        input: predictions :math:`x` of any shape and floating point type, any strides.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, over all elements.
+        delta: :math:`\delta > 0`. Default: 1.
+        weight: a factor for each element, of the shape of `input`. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the type of `input`, wider if `weight` is
+        (float32 for half types under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit. Integers are not accepted.
+
+    Source: `torch.nn.functional.huber_loss`.
+    """
+    if delta <= 0:
+        raise RuntimeError(f"delta: huber_loss does not support non-positive values, got {delta}")
+    _check_weight(weight, input, target)
+    numbers = (check_number("delta", delta),)
+    loss = _together(_huber_loss, input, target, reduction, numbers, weight)
+    return loss if autocast_to_fp32(input) else loss.to(promoted(input, weight=weight))
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Binary cross-entropy of probabilities: :math:`-w\,[y \log p + (1 - y) \log(1 - p)]`, logarithms >= -100.
+
+    From logits, `binary_cross_entropy_with_logits` is the accurate one.
+
+    Args:
+        input: probabilities :math:`p` of any shape and floating point type, any strides. A number outside [0, 1]
+            gives NaN: a look at all of them before the loss would cost as much as the loss.
+        target: :math:`y` in [0, 1], of the shape and type of `input`; it gets a gradient if it requires one.
+        weight: :math:`w`, of a shape that broadcasts to that of `input`. Default: 1.
+        size_average, reduce: deprecated, as in torch.
+        reduction: `"none"`, `"mean"` (over all elements) or `"sum"`. Default: `"mean"`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of `input`; of its type (float32 for half types under
+        autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit.
+
+    Source: `torch.nn.functional.binary_cross_entropy`.
+    """
+    check_tensors(input, target=target)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"target: expected the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    check_floating("input", input)
+    if target.dtype != input.dtype:
+        raise RuntimeError(f"target: found dtype {target.dtype} but expected {input.dtype}, that of input")
+    mode = _legacy(size_average, reduce, reduction)
+    return _together(_binary_cross_entropy, input, target, mode, (), weight)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross-entropy of logits: :math:`-w\,[\omega y \log \sigma(x) + (1 - y) \log(1 - \sigma(x))]`.
+
+    Every element keeps its relative precision for large :math:`|x|`. A sum without weights takes one logarithm
+    of a product in the place of many.
+
+    Args:
+        input: logits :math:`x` of any shape and floating point type, any strides.
+        target: :math:`y` in [0, 1], of the shape of `input`; it gets a gradient if it requires one.
+        weight: :math:`w`, of a shape that broadcasts to that of `input`. Default: 1.
+        size_average, reduce: deprecated, as in torch.
+        reduction: `"none"`, `"mean"` (over all elements) or `"sum"`. Default: `"mean"`.
+        pos_weight: :math:`\omega`, of a shape that broadcasts to that of `input`. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of `input`; of the type of `target` (float32 for half types
+        under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit.
+
+    Source: `torch.nn.functional.binary_cross_entropy_with_logits`.
+    """
+    check_tensors(input, target=target)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"target: expected the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}"
+        )
+    op = _binary if pos_weight is None else _weighted_binary
+    mode = _legacy(size_average, reduce, reduction)
+    loss = _together(op, input, target, mode, (), weight, pos_weight=pos_weight)
+    return loss if autocast_to_fp32(target) else loss.to(target.dtype)
+
+
+def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    r"""Hinge loss :math:`\ell = \max(0, 1 - y s)` of a score :math:`s` and a label :math:`y` of -1 or 1.
+
+    Not `torch.nn.functional.hinge_embedding_loss`, which is of a distance.
+
+    Args:
+        input: scores :math:`s` of any shape and floating point type, any strides.
+        target: labels :math:`y`, of a shape that broadcasts with that of `input`, of a floating point type.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
+        under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit.
+
+    Source: Cortes and Vapnik, Support-vector networks, 1995, https://doi.org/10.1007/BF00994018.
+    """
+    return _together(_hinge_loss, input, target, reduction)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of log-probabilities from a target: :math:`q (\log q - x)`, 0 - q x at q = 0.
+
+    Args:
+        input: log-probabilities :math:`x` of any shape and floating point type, any strides.
+        target: probabilities :math:`q`, or their logarithms, of a shape that broadcasts with that of `input`; it
+            gets a gradient if it requires one.
+        size_average, reduce: deprecated, as in torch.
+        reduction: `"none"`, `"mean"` (over all elements), `"batchmean"` (the sum divided by the first size of
+            `input`: the mathematical one) or `"sum"`. Default: `"mean"`.
+        log_target: whether `target` holds logarithms. Default: False.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
+        under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit.
+
+    Source: `torch.nn.functional.kl_div`.
+    """
+    reduction = _legacy(size_average, reduce, reduction)
+    check_tensors(input, target=target)
+    if reduction != "batchmean":
+        return _together(_kl_div, input, target, reduction, (float(log_target),))
+    total = _together(_kl_div, input, target, "sum", (float(log_target),))
+    return total / input.shape[0] if input.dim() else total
+
+
+_sigmoid_focal_loss = element_op("sigmoid_focal_loss", reference.elementwise.sigmoid_focal_element)
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    num_positives: float | Tensor | None = None,
+    ignore_index: int = -100,
+    background_index: int | None = None,
+) -> Tensor:
+    r"""Focal loss of independent binary classifications, from logits: RetinaNet's.
+
+    With :math:`p = \sigma(x)` and :math:`p_t = p y + (1 - p)(1 - y)`, the loss of an element is
+
+    .. math:: [\alpha y + (1 - \alpha)(1 - y)]\, (1 - p_t)^\gamma\,
+              [-y \log p - (1 - y) \log(1 - p)] .
+
+    Value and gradient are finite and keep their relative precision for all finite logits and any gamma >= 0, in
+    every type. :math:`\gamma` = 0, 1/2, 1 and 2 take no power function.
+
+    Args:
+        inputs: logits :math:`x` of any shape; float32, float64, bfloat16 or float16, any strides.
+        targets: :math:`y` in [0, 1], of the shape of `inputs`, hard or soft; it gets a gradient if it requires one.
+            Or classes, int64, of the shape of `inputs` `(..., C)` without its last dimension: :math:`y` is 1 in the
+            column of the class and 0 elsewhere.
+        alpha: :math:`\alpha` in [0, 1], the weight of y = 1 against y = 0; negative: both weigh 1. Default: 0.25.
+        gamma: :math:`\gamma \ge 0`. Default: 2.
+        reduction: `"none"`, `"mean"` or `"sum"`. The mean is over all elements; with classes it is the sum over
+            elements divided by the number of rows that are not ignored. Default: `"none"`.
+        weight: factors of a shape that broadcasts to that of `inputs`; elements of weight 0 count nothing whatever
+            they hold. Default: 1.
+        num_positives: a number, or a tensor without dimensions, that divides the loss; for the mean, in the place
+            of the number above. Default: none.
+        ignore_index: rows of this class count nothing. Default: -100.
+        background_index: rows of this class are negative in every column. Default: C.
+
+    Returns:
+        A tensor of the shape of `inputs` for `"none"`, else a scalar; of the type of `inputs` (float32 for half
+        types under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError, IndexError: for shapes, types and numbers other than these. On CUDA,
+            where a look at the classes would wait for the device, a class out of bounds gives NaN instead.
+
+    Source: https://arxiv.org/abs/1708.02002; `torchvision.ops.sigmoid_focal_loss`, classes as in
+    `mmcv.ops.sigmoid_focal_loss`, `num_positives` with background -1 and ignored -2 as in apex.
+    """
+    mode = check_reduction(reduction)
+    numbers = [check_number("alpha", alpha, high=1.0), check_number("gamma", gamma, low=0.0)]
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs: expected a Tensor, got {type(inputs).__name__}")
+    positives = num_positives if isinstance(num_positives, Tensor) else None
+    check_tensors(inputs, targets=targets, weight=weight, num_positives=positives)
+    check_floating("inputs", inputs)
+    by_class = targets.dtype == torch.int64 and inputs.dim() and targets.shape == inputs.shape[:-1]
+    if not by_class and targets.shape != inputs.shape:
+        raise ValueError(
+            f"targets: expected the shape of inputs, {tuple(inputs.shape)}, or classes, int64, of this shape "
+            f"without its last dimension; got {targets.dtype} of shape {tuple(targets.shape)}"
+        )
+    dtype = promoted(inputs, targets=targets, weight=weight)
+    inputs = inputs.to(dtype)
+    if weight is not None:
+        weight = expanded("weight", weight.to(dtype), inputs)
+    norm = None
+    if by_class:
+        background = NO_INDEX if background_index is None else background_index
+        if mode == REDUCTIONS["mean"]:
+            mode = REDUCTIONS["sum"]
+            norm = (targets != ignore_index).sum() if num_positives is None else None
+        if weight is not None:
+            weight = weight.masked_fill((targets == ignore_index).unsqueeze(-1), 0)
+    else:
+        if background_index is not None:
+            raise ValueError("background_index: expected targets that are classes")
+        background = 0
+        targets = targets.to(dtype)
+    if num_positives is not None:
+        mode = REDUCTIONS["sum"] if mode == REDUCTIONS["mean"] else mode
+        norm = num_positives
+    norm = one_number("num_positives", norm, inputs)
+    after = None
+    if mode == REDUCTIONS["none"]:
+        norm, after = None, norm
+    options = (mode, numbers, ignore_index, background, autocast_to_fp32(inputs))
+    try:
+        loss = _sigmoid_focal_loss((inputs, targets, weight, norm), options)
+        return loss if after is None else (loss / after).to(loss.dtype)
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"targets: {error}") from None
+        raise

@@ -1,0 +1,204 @@
+"""Losses of hidden states: a linear layer and the loss of its logits in one, without the matrix of logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss import reference
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
+from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
+from fastloss._ops.chunked_linear_loss import LinearOp
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss.losses import classification
+
+__all__ = ["linear_cross_entropy"]
+
+
+def _linear_cross_entropy_reference(
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
+    numbers, wide, chunk,
+):  # fmt: skip
+    loss = reference.linear_cross_entropy(
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, ignore_index=ignore_index,
+        reduction=list(REDUCTIONS)[reduction], label_smoothing=numbers[0], z_loss=numbers[1],
+        logit_scale=logit_scale, softcap=softcap, sample_weight=row_weight,
+    )  # fmt: skip
+    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+
+
+_linear_cross_entropy = LinearOp(
+    "linear_cross_entropy", _linear_cross_entropy_reference, rows="cross_entropy"
+)
+
+
+def as_autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """In the type in which autocast multiplies, where it is on."""
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    low = torch.get_autocast_dtype(device)
+    return [
+        t.to(low) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """The linear layer's arguments, as torch checks them."""
+    check_tensors(input, linear_weight=linear_weight, linear_bias=linear_bias)
+    if not 1 <= input.dim() <= 2:
+        raise RuntimeError(
+            f"input: expected (in_features) or (N, in_features), got shape {tuple(input.shape)}"
+        )
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"linear_weight: expected at least 2 dimensions, got {linear_weight.dim()}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            f"linear_weight: expected {input.shape[-1]} in_features as input has, got {linear_weight.shape[-1]}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"linear_bias: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError("input: expected (N, in_features) for a linear_weight of more than 2 dimensions")
+    for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if t is not None and t.dtype != input.dtype:
+            raise RuntimeError(f"{name}: expected the dtype of input, {input.dtype}, got {t.dtype}")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"input: expected a floating point type, got {input.dtype}")
+
+
+def _chunk_rows(options: torch.nn.LinearCrossEntropyOptions | None, dtype: torch.dtype) -> int:
+    """What `options` ask of the chunks; 0: nothing."""
+    if options is None:
+        return 0
+    if not isinstance(options, torch.nn.LinearCrossEntropyOptions):
+        raise TypeError(f"options: expected LinearCrossEntropyOptions or None, got {type(options).__name__}")
+    wide = accumulation_dtype(dtype)
+    if options.acc_dtype not in (None, dtype, wide):
+        raise ValueError(
+            f"options: expected acc_dtype {wide}, in which sums are done, got {options.acc_dtype}"
+        )
+    return options.batch_chunk_size or 0
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: torch.nn.LinearCrossEntropyOptions | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Cross-entropy of the logits `input @ linear_weight.T + linear_bias`, computed in chunks.
+
+    The loss is `cross_entropy`'s: with :math:`x = W h + b`, :math:`z = c \tanh(s x / c)` (without softcap
+    :math:`z = s x`) and :math:`\mathrm{lse} = \log \sum_c e^{z_c}`, a row with class :math:`y` has
+
+    .. math:: w_y \left[(1 - \varepsilon)(\mathrm{lse} - z_y) + \zeta\, \mathrm{lse}^2\right]
+              + \frac{\varepsilon}{C} \sum_c w_c (\mathrm{lse} - z_c)
+
+    and with probabilities :math:`q`, :math:`\sum_c w_c [(1 - \varepsilon) q_c + \varepsilon / C]
+    (\mathrm{lse} - z_c) + \zeta\, \mathrm{lse}^2`.
+
+    Logits are made for a chunk of rows, turned into their gradient in place and multiplied on. Beyond the
+    gradients that takes at most 128 MiB on the CPU, whatever the sizes (while one row of logits is smaller than
+    that), and on CUDA as much as the weight has in float32, if that is more, up to 1 GiB; `options` can ask for
+    less. Gradients of half types are collected in float32 and so take 4 bytes an element until backward (that
+    of a large bfloat16 weight on CUDA only until forward ends, and not at all where one chunk does). For "mean"
+    and "sum" the gradients of `input`, `linear_weight` and `linear_bias` are made in forward, those that are
+    wanted, and nothing is computed for a frozen one. On the CPU rows that are ignored, or have a
+    `sample_weight` of 0, are left out of the products; on CUDA, where counting them would wait for the device,
+    they are multiplied.
+
+    Args:
+        input: hidden states `(in_features)` or `(N, in_features)`; float32, float64, bfloat16 or float16.
+        linear_weight: `(C, in_features)`, of the input's type; `(C, d1, ..., in_features)` for a loss in K
+            dimensions, whose logits are made all at once.
+        target: classes, int64 (or uint8), shape `()` or `(N)` (`(N, d1, ...)`); or probabilities of the logits'
+            shape.
+        linear_bias: `(C)` (`(C, d1, ...)`). Default: none.
+        weight: `(C)`, a weight :math:`w` for each class. Default: 1.
+        reduction: `"none"`, `"sum"` or `"mean"`: the sum over rows divided by the sum of :math:`w_y` times
+            `sample_weight` over the rows that are not ignored (with probabilities: of `sample_weight`).
+        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
+        options: torch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` is the most rows in a chunk (fewer
+            where memory asks for it); its policies choose among ways of torch's that do not exist here: sums are
+            always in float32 (float64), and a graph may always be retained. Default: None.
+        logit_scale: :math:`s`, multiplies the logits. Default: 1.
+        softcap: :math:`c > 0`, bounds the logits (Gemma 2). Default: none.
+        z_loss: :math:`\zeta`, draws lse towards 0 (PaLM, ST-MoE). Default: 0.
+        sample_weight: a weight for each row, of the shape of the classes. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of the classes, of the input's type. Under autocast the
+        products are done in the autocast type, as `linear`'s are, and the loss is float32.
+
+    Raises:
+        ValueError, RuntimeError, IndexError: for the arguments for which torch raises them. On CUDA, where a
+            look at the targets would wait for the device, a class out of bounds gives NaN instead.
+
+    Source: `torch.nn.functional.linear_cross_entropy`; Cut Your Losses https://arxiv.org/abs/2411.09009, Liger
+    https://arxiv.org/abs/2410.10989, softcap https://arxiv.org/abs/2408.00118, z-loss
+    https://arxiv.org/abs/2204.02311.
+    """
+    mode = check_reduction(reduction)
+    check_tensors(
+        input, linear_weight=linear_weight, target=target, weight=weight, sample_weight=sample_weight
+    )
+    device = input.device.type
+    autocast = torch.is_autocast_enabled(device)
+    input, linear_weight, linear_bias = as_autocast(device, input, linear_weight, linear_bias)
+    check_linear(input, linear_weight, linear_bias)
+    classes = linear_weight.shape[:-1]
+    logits = input.detach().new_empty(1).expand(*input.shape[:-1], *classes)  # their shape, device and type
+    if target.shape == logits.shape and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    ignored = -100 if ignore_index is None else ignore_index
+    check_rows(logits, target, weight, ignored)
+    check_weight_type("sample_weight", sample_weight, input)
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+    rows = input.shape[:-1] + classes[1:]
+    if sample_weight is not None and sample_weight.shape != rows:
+        raise ValueError(
+            f"sample_weight: expected one number for each row, shape {tuple(rows)}, got {tuple(sample_weight.shape)}"
+        )
+    chunk = _chunk_rows(options, input.dtype)
+    soft = target.is_floating_point()
+    if len(classes) > 1 or (soft and target.dtype != input.dtype):
+        made = F.linear(input, linear_weight.reshape(-1, linear_weight.shape[-1])).view(logits.shape)
+        return classification.cross_entropy(
+            made if linear_bias is None else made + linear_bias, target, weight, ignore_index=ignored,
+            reduction=reduction, label_smoothing=label_smoothing, logit_scale=logit_scale, softcap=softcap,
+            z_loss=z_loss, sample_weight=sample_weight,
+        )  # fmt: skip
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
+    cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
+    numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
+    if target.dtype == torch.uint8:
+        target = target.long()
+    single = input.dim() == 1
+    if single:
+        input = input.unsqueeze(0)
+        target = target.unsqueeze(0) if soft else target.reshape(1)
+        sample_weight = None if sample_weight is None else sample_weight.reshape(1)
+    loss = _linear_cross_entropy(
+        (input, linear_weight, linear_bias, target, weight, sample_weight),
+        (ignored, mode, check_number("logit_scale", logit_scale), cap, numbers, autocast, chunk),
+    )
+    return loss.squeeze(0) if single and reduction == "none" else loss

@@ -1,0 +1,258 @@
+"""Preference and reward heads: of log-probabilities of whole answers, or of rewards, each in one kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_real,
+    check_reduction,
+    check_tensors,
+    choice,
+    positive_beta,
+    same_shape,
+    smoothing_in,
+)
+from fastloss._ops.elementwise import call_elementwise, element_op, zeros_like
+from fastloss.reference.dpo import DPO_TYPES
+
+__all__ = ["alpha_po_loss", "cpo_loss", "kto_loss", "orpo_loss", "simpo_loss"]
+
+
+_formulas = reference.preference
+_kto = element_op("kto_loss", _formulas.kto_element, inputs=4, wrt=(0, 1))
+_reference_free = element_op("reference_free", _formulas.reference_free_element, inputs=3, wrt=(0, 1, 2))
+_orpo = element_op("orpo_loss", _formulas.orpo_element, inputs=3, wrt=(0, 1, 2))
+
+
+def kto_loss(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    labels: Tensor,
+    kl: Tensor | None = None,
+    beta: float = 0.1,
+    reduction: str = "mean",
+    *,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+) -> Tensor:
+    r"""Kahneman-Tversky optimisation from unpaired completions labelled desirable or undesirable.
+
+    With the log-ratio :math:`x` of policy and reference and the reference point :math:`z`, the loss of an answer is
+
+    .. math:: \lambda_D\, \sigma(-\beta (x - z)) \text{ if it is desirable, else }
+              \lambda_U\, \sigma(\beta (x - z)) .
+
+    Args:
+        policy_logps, reference_logps: log-probabilities of the answers, of one shape, mostly `(N)`; float32,
+            float64, bfloat16 or float16.
+        labels: True (or positive) where the answer is desirable, of the same shape.
+        kl: :math:`z`, one number or one for each answer, without gradient: an estimate of the divergence of policy
+            from reference, in the paper `(policy - reference).mean().clamp(min=0)` of answers to other prompts,
+            averaged over all processes before the clamp. Default: 0.
+        beta: :math:`\beta > 0`. Default: 0.1.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+        desirable_weight, undesirable_weight: :math:`\lambda_D` and :math:`\lambda_U`. Default: 1.
+        loss_type: `"kto"`, or `"apo_zero_unpaired"`, which takes no `kl` (:math:`z = 0`). Default: `"kto"`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of the inputs.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: https://arxiv.org/abs/2402.01306, https://arxiv.org/abs/2408.06266; `KTOTrainer` of TRL.
+    """
+    choice("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
+    mode = check_reduction(reduction)
+    numbers = [
+        positive_beta(beta), check_number("desirable_weight", desirable_weight),
+        check_number("undesirable_weight", undesirable_weight),
+    ]  # fmt: skip
+    lp, ref = same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
+    check_tensors(lp, labels=labels, kl=kl)
+    check_real(labels=labels)
+    if labels.shape != lp.shape:
+        raise RuntimeError(
+            f"labels: expected the shape of policy_logps, {tuple(lp.shape)}, got {tuple(labels.shape)}"
+        )
+    if kl is not None and loss_type == "apo_zero_unpaired":
+        raise ValueError("kl: apo_zero_unpaired has none")
+    point = zeros_like(lp)
+    if kl is not None:
+        check_floating("kl", kl)
+        if kl.numel() != 1 and kl.shape != lp.shape:
+            raise RuntimeError(f"kl: expected one number or the shape of policy_logps, got {tuple(kl.shape)}")
+        dtype = torch.promote_types(lp.dtype, kl.dtype) if kl.dim() or not lp.dim() else lp.dtype
+        lp, ref, point = lp.to(dtype), ref.to(dtype), kl.detach().to(dtype)
+        point = point if point.shape == lp.shape else point.reshape(()).expand(lp.shape)
+    return call_elementwise(
+        _kto, (lp, ref, labels if labels.dtype == torch.bool else labels > 0, point), numbers, mode
+    )
+
+
+_FREE_TYPES = ("sigmoid", "hinge", "ipo")
+
+
+def _free(chosen, rejected, nll, loss_type, beta, margin, smoothing, nll_weight, alpha, reduction) -> Tensor:
+    mode = check_reduction(reduction)
+    if smoothing_in(smoothing) and loss_type != "sigmoid":
+        raise ValueError(f"label_smoothing: {loss_type} has none")
+    c, r, n = same_shape(chosen_logps=chosen, rejected_logps=rejected, chosen_nll=nll)
+    numbers = [
+        float(DPO_TYPES.index(loss_type)), positive_beta(beta), check_number("gamma", margin), float(smoothing),
+        0.0 if n is None else check_number("alpha", nll_weight), check_number("alpha", alpha),
+    ]  # fmt: skip
+    return call_elementwise(_reference_free, (c, r, zeros_like(c) if n is None else n), numbers, mode)
+
+
+def simpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "mean",
+) -> Tensor:
+    r"""SimPO: preference optimisation with mean log-probabilities, a margin and no reference model.
+
+    With :math:`u = \beta (c - r) - \gamma` the loss of a pair is :math:`-(1 - \varepsilon) \log \sigma(u)
+    - \varepsilon \log \sigma(-u)`, or :math:`\max(0, 1 - u)` for `"hinge"`.
+
+    Args:
+        chosen_logps, rejected_logps: :math:`c` and :math:`r`, mean log-probabilities of the tokens of an answer, of
+            one shape, mostly `(N)`; float32, float64, bfloat16 or float16.
+        beta: :math:`\beta > 0`. Default: 2.
+        gamma: the margin :math:`\gamma`, in units of :math:`u`. Default: 0.5.
+        label_smoothing: :math:`\varepsilon` in [0, 1], for `"sigmoid"`. Default: 0.
+        loss_type: `"sigmoid"` or `"hinge"`. Default: `"sigmoid"`.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of the inputs.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: https://arxiv.org/abs/2405.14734; `CPOConfig(loss_type="simpo")` of TRL.
+    """
+    choice("loss_type", loss_type, ("sigmoid", "hinge"))
+    return _free(
+        chosen_logps, rejected_logps, None, loss_type, beta, gamma, label_smoothing, 0.0, 0.0, reduction
+    )
+
+
+def cpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_nll: Tensor | None = None,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Contrastive preference optimisation: DPO with a uniform reference, plus NLL of the chosen completion.
+
+    The loss of a pair is :math:`-(1 - \varepsilon) \log \sigma(u) - \varepsilon \log \sigma(-u)
+    + \alpha\, \mathrm{nll}` with :math:`u = \beta (c - r)`; for `"hinge"` :math:`\max(0, 1 - u)`, for `"ipo"`
+    :math:`(c - r - 1 / (2 \beta))^2` in the place of the logarithms.
+
+    Args:
+        chosen_logps, rejected_logps: :math:`c` and :math:`r`, log-probabilities of the answers (for `"ipo"` their
+            means), of one shape, mostly `(N)`; float32, float64, bfloat16 or float16.
+        chosen_nll: negative log-likelihood of the chosen answers, same shape. Default: none, no such term.
+        beta: :math:`\beta > 0`. Default: 0.1.
+        alpha: :math:`\alpha`, the weight of `chosen_nll`. Default: 1.
+        label_smoothing: :math:`\varepsilon` in [0, 1], for `"sigmoid"`. Default: 0.
+        loss_type: `"sigmoid"`, `"hinge"` or `"ipo"`. Default: `"sigmoid"`.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of the inputs.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: https://arxiv.org/abs/2401.08417; `CPOTrainer` of TRL.
+    """
+    choice("loss_type", loss_type, _FREE_TYPES)
+    return _free(
+        chosen_logps, rejected_logps, chosen_nll, loss_type, beta, 0.0, label_smoothing, alpha, 0.0, reduction
+    )
+
+
+def alpha_po_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    alpha: float = 0.25,
+    beta: float = 2.0,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""AlphaPO: SimPO with the reward :math:`(1 - p^{-\alpha}) / \alpha`, :math:`p` a completion's mean probability.
+
+    Computed as :math:`-\mathrm{expm1}(-\alpha \log p) / \alpha`, which is finite where :math:`p` itself underflows.
+    With :math:`u = \beta (R_c - R_r) - \gamma` the loss of a pair is :math:`-(1 - \varepsilon) \log \sigma(u)
+    - \varepsilon \log \sigma(-u)`.
+
+    Args:
+        chosen_logps, rejected_logps: mean log-probabilities :math:`\log p` of the tokens of an answer, of one shape,
+            mostly `(N)`; float32, float64, bfloat16 or float16.
+        alpha: :math:`\alpha`; 0 is SimPO. Default: 0.25.
+        beta: :math:`\beta > 0`. Default: 2.
+        gamma: the margin :math:`\gamma`. Default: 0.5.
+        label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of the inputs.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: https://arxiv.org/abs/2501.03884; `CPOConfig(loss_type="alphapo")` of TRL.
+    """
+    return _free(
+        chosen_logps, rejected_logps, None, "sigmoid", beta, gamma, label_smoothing, 0.0, alpha, reduction
+    )
+
+
+def orpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_nll: Tensor | None = None,
+    beta: float = 0.1,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Odds ratio preference optimisation.
+
+    The loss of a pair is :math:`\mathrm{nll} - \beta \log \sigma(\mathrm{odds}(c) - \mathrm{odds}(r))` with
+    :math:`\mathrm{odds}(x) = x - \log(1 - e^x)`. Value and gradient are finite up to the largest
+    log-probability below 0.
+
+    Args:
+        chosen_logps, rejected_logps: :math:`c, r < 0`, mean log-probabilities of the tokens of an answer, of one
+            shape, mostly `(N)`; float32, float64, bfloat16 or float16.
+        chosen_nll: negative log-likelihood of the chosen answers, same shape. Default: :math:`-c`.
+        beta: :math:`\beta > 0`. Default: 0.1.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of the inputs.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: https://arxiv.org/abs/2403.07691; `ORPOTrainer` of TRL.
+    """
+    mode, beta = check_reduction(reduction), positive_beta(beta)
+    c, r, n = same_shape(chosen_logps=chosen_logps, rejected_logps=rejected_logps, chosen_nll=chosen_nll)
+    return call_elementwise(_orpo, (c, r, zeros_like(c) if n is None else n), [beta, float(n is None)], mode)

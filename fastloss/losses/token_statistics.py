@@ -1,0 +1,424 @@
+"""Log-probabilities, entropy and other statistics of rows of logits, in one read of the vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss._ops.autograd import Op
+from fastloss._ops.checks import check_floating, check_number, check_tensors
+from fastloss._ops.chunked_linear_stats import LinearStatsOp
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.elementwise import NO_INDEX
+from fastloss.losses.classification import cross_entropy_rows
+from fastloss.losses.linear import as_autocast, check_linear
+from fastloss.reference.linear import logits_from
+from fastloss.reference.token_statistics import TokenStats
+
+__all__ = [
+    "entropy_from_logits",
+    "linear_token_stats",
+    "selective_log_softmax",
+    "sequence_log_probs",
+    "token_stats",
+]
+
+
+STATISTICS = 4  # entropy, lse, log_sum_p2, mean_logit; then the log-probabilities, then the flags
+
+
+def planes_of_reference(logits, index, mask, scale, cap, everything):
+    softcap = cap / scale if cap else None
+    s = reference.token_stats(logits, index, 1 / scale, mask=mask, softcap=softcap)
+    nothing = torch.zeros_like(s.entropy)
+    planes = (
+        [s.entropy, s.lse, s.log_sum_p2, s.mean_logit] if everything else [s.entropy, s.lse, nothing, nothing]
+    )
+    if index is not None:
+        planes += [*s.logp.unbind(-1), *s.is_top1.to(s.entropy.dtype).unbind(-1)]
+    return torch.stack(planes)
+
+
+def _fake(logits, index, mask, scale, cap, everything):
+    high = accumulation_dtype(logits.dtype)
+    rows = list(logits.shape[:-1])
+    count = 1
+    for size in rows:
+        count = count * size
+    planes = STATISTICS + (2 * index.shape[-1] if index is not None else 0)
+    return logits.new_empty([planes, *rows], dtype=high), logits.new_empty([count, 6], dtype=high)
+
+
+_stats = Op("token_stats", planes_of_reference, _fake, tensors=3)
+
+
+def _check(logits: Tensor, index: Tensor | None, mask: Tensor | None, index_name: str = "index") -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    if logits.dim() == 0:
+        raise RuntimeError("logits: expected [..., V], got a tensor without dimensions")
+    check_floating("logits", logits)
+    check_tensors(logits, **{index_name: index, "mask": mask})
+    rows = logits.shape[:-1]
+    if index is not None:
+        if index.dtype != torch.int64:
+            raise RuntimeError(f"{index_name}: expected classes of type int64, got {index.dtype}")
+        if index.shape[: len(rows)] != rows or index.dim() not in (len(rows), len(rows) + 1):
+            raise RuntimeError(
+                f"{index_name}: expected shape {tuple(rows)} or {(*rows, 'K')} for logits of shape "
+                f"{tuple(logits.shape)}, got {tuple(index.shape)}"
+            )
+    if mask is not None and mask.shape != rows:
+        raise RuntimeError(f"mask: expected shape {tuple(rows)}, got {tuple(mask.shape)}")
+
+
+def _run(
+    logits: Tensor,
+    index: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    everything: bool,
+    index_name: str = "index",
+) -> Tensor:
+    scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
+    cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
+    if index is not None and index.dim() < logits.dim():
+        index = index.unsqueeze(-1)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.detach() != 0
+    try:
+        return _stats((logits, index, mask), (scale, cap, everything))
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"{index_name}: {error}") from None
+        raise
+
+
+def log_probs_of(
+    logits: Tensor, index: Tensor, mask: Tensor | None, temperature: float = 1.0, index_name: str = "index"
+) -> Tensor:
+    """Log-probabilities of the classes `index` [..., K]; 0 in rows where `mask` is False."""
+    planes = _run(logits, index, mask, temperature, None, False, index_name)
+    return planes[STATISTICS : STATISTICS + index.shape[-1]].movedim(0, -1)
+
+
+def stats_of_planes(planes: Tensor, index: Tensor | None) -> TokenStats:
+    """Planes [4 + 2 K, ...] by name."""
+    logp = top = None
+    if index is not None:
+        several = planes[STATISTICS:].movedim(0, -1)
+        count = several.shape[-1] // 2
+        logp, top = (
+            several[..., :count].reshape(index.shape),
+            several[..., count:].detach().reshape(index.shape) > 0,
+        )
+    return TokenStats(logp, *planes[:STATISTICS].unbind(0), top)
+
+
+def label_log_probs(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int | None,
+    temperature: float,
+    labels_name: str,
+) -> Tensor:
+    """Log-probability of one class of each row, `labels` [...]; 0 where it is `ignore_index`, a row that is not read.
+
+    That is what cross-entropy is made of, with the label's class kept apart from the sum over the others.
+    """
+    scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
+    ignored = NO_INDEX if ignore_index is None else ignore_index
+    rows, target = logits, labels
+    if logits.dim() > 2:
+        flat = logits.is_contiguous()
+        rows = logits.reshape(-1, logits.shape[-1]) if flat else logits.movedim(-1, 1)
+        target = labels.reshape(-1) if flat else labels
+    try:
+        nll = cross_entropy_rows(
+            (rows, target, None, None), (ignored, 0, scale, 0.0, [0.0, 0.0], True), False
+        )
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"{labels_name}: {error}") from None
+        raise
+    return -nll.reshape(labels.shape)
+
+
+def token_stats(
+    logits: Tensor,
+    index: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> TokenStats:
+    r"""Statistics of every row of logits from one read, with one joint backward.
+
+    With :math:`z = c \tanh(x / c) / T` (temperature `T`, softcap `c`; without softcap :math:`z = x / T`) and
+    :math:`p = \mathrm{softmax}(z)`:
+
+    .. math:: \mathrm{logp}_k = \log p_k, \quad \mathrm{entropy} = -\sum_j p_j \log p_j, \quad
+              \mathrm{lse} = \log \sum_j e^{z_j}, \quad \log \sum_j p_j^2, \quad
+              \mathrm{mean\_logit} = \tfrac{1}{V} \sum_j z_j .
+
+    The backward pass reads the logits once and writes their gradient once, whatever the upstream gradients of the
+    first five are. No probabilities are stored. A logit of -inf has probability 0 and adds nothing to the entropy.
+    The mean of the logits under `p` is `lse - entropy`.
+
+    Args:
+        logits: `[..., V]`; float32, float64, bfloat16 or float16. Leading dimensions may be strided, as those of
+            `logits[:, :-1]` are, without a copy.
+        index: classes, int64, `[...]` or `[..., K]`; the same class may stand there more than once.
+        temperature: `T` > 0. Default: 1.
+        mask: `[...]`, rows where it is 0 (False) are not read: their results are 0 and they have no gradient.
+        softcap: `c` > 0, bounds the logits (Gemma 2). Default: none.
+
+    Returns:
+        The named tuple `(logp, entropy, lse, log_sum_p2, mean_logit, is_top1)`, of shape `[...]` each, `logp` and
+        `is_top1` of the index's shape (None without an index), float32 for half types. `is_top1` says whether no
+        class is more probable.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        IndexError: on the CPU for a class out of bounds; on CUDA that has `logp` NaN.
+
+    Source: the joint form of TRL's `selective_log_softmax` and `entropy_from_logits`; the sum of squared
+    probabilities for WPO, https://arxiv.org/abs/2406.11827.
+    """
+    _check(logits, index, mask)
+    planes = _run(logits, index, mask, temperature, softcap, True)
+    return stats_of_planes(planes, index)
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
+    r"""Log-probabilities of chosen classes, :math:`z_k - \log \sum_j e^{z_j}` with :math:`z = x / T`.
+
+    One read of the logits; nothing of their shape is stored. Right for any margin: the log-probability of a class
+    that has all but :math:`e^{-80}` of the probability keeps its relative precision.
+
+    Args:
+        logits: `[..., V]`; float32, float64, bfloat16 or float16.
+        index: classes, int64, of shape `[...]` or `[..., K]`.
+        temperature: `T` > 0. Default: 1.
+
+    Returns:
+        A tensor of the shape of `index`, float32 for half types.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `token_stats`.
+
+    Source: TRL's `selective_log_softmax`, https://github.com/huggingface/trl.
+    """
+    _check(logits, index, None)
+    if index.dim() < logits.dim():
+        return label_log_probs(logits, index, None, temperature, "index")
+    return log_probs_of(logits, index, None, temperature)
+
+
+def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    r"""Entropy of the softmax of each row, :math:`-\sum_j p_j \log p_j` in nats, :math:`p = \mathrm{softmax}(x / T)`.
+
+    One read of the logits; a logit of -inf adds nothing.
+
+    Args:
+        logits: `[..., V]`; float32, float64, bfloat16 or float16.
+        temperature: `T` > 0. Default: 1.
+        mask: `[...]`, rows where it is 0 (False) are not read: their entropy is 0 and they have no gradient.
+
+    Returns:
+        A tensor of shape `[...]`, float32 for half types.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `token_stats`.
+
+    Source: TRL's `entropy_from_logits`, https://github.com/huggingface/trl.
+    """
+    _check(logits, None, mask)
+    return _run(logits, None, mask, temperature, None, False)[0]
+
+
+def sequence_log_probs(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    average: bool = False,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Log-probability of each sequence, :math:`\sum_t \log p_t(y_t)` over the labels that are not ignored.
+
+    Logits and labels are aligned: `labels[:, t]` is what `logits[:, t]` predicts. The logits are read once forward
+    and once backward; rows that are ignored are not read.
+
+    Args:
+        logits: `[..., T, V]`, usually `[B, T, V]`; float32, float64, bfloat16 or float16.
+        labels: `[..., T]`, int64.
+        ignore_index: the label of tokens that do not count. Default: -100.
+        average: divide by the number of tokens that count. Default: False.
+        temperature: divides the logits. Default: 1.
+
+    Returns:
+        A tensor of shape `[...]` (`[B]`), float32 for half types; 0 for a sequence whose labels are all ignored.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for `token_stats`, with `labels` for its `index`.
+
+    Source: the log-probabilities of Rafailov et al., Direct Preference Optimization, https://arxiv.org/abs/2305.18290.
+    """
+    _check(logits, labels, None, "labels")
+    if labels.dim() == 0 or labels.dim() == logits.dim():
+        raise RuntimeError(f"labels: expected shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+    total = label_log_probs(logits, labels, ignore_index, temperature, "labels").sum(-1)
+    return total / (labels != ignore_index).sum(-1).clamp(min=1) if average else total
+
+
+def _linear_reference(input, linear_weight, linear_bias, index, mask, scale, cap, everything):
+    return planes_of_reference(
+        logits_from(input, linear_weight, linear_bias), index, mask, scale, cap, everything
+    )
+
+
+_linear_stats = LinearStatsOp("linear_token_stats", _linear_reference)
+
+
+def _linear_planes(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, index: Tensor | None, mask: Tensor | None,
+    temperature: float, softcap: float | None, everything: bool, names: tuple[str, str] = ("input", "index"),
+) -> Tensor:  # fmt: skip
+    """As `token_stats`'s, [planes, rows], for rows of hidden states [rows, in_features] and index [rows, K]."""
+    scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
+    cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
+    try:
+        return _linear_stats((input, linear_weight, linear_bias, index, mask), (scale, cap, everything))
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"{names[1]}: {error}") from None
+        raise
+
+
+def _check_hidden(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, name: str = "input"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments in the type in which they are multiplied, hidden states as rows."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(input).__name__}")
+    if input.dim() == 0:
+        raise RuntimeError(f"{name}: expected [..., in_features], got a tensor without dimensions")
+    check_tensors(input, linear_weight=linear_weight, linear_bias=linear_bias)
+    if linear_weight.dim() != 2:
+        raise RuntimeError(
+            f"linear_weight: expected (C, in_features), got shape {tuple(linear_weight.shape)}"
+        )
+    rows = (
+        input.reshape(-1, input.shape[-1])
+        if input.shape[-1]
+        else input.new_empty(input.shape[:-1].numel(), 0)
+    )
+    rows, linear_weight, linear_bias = as_autocast(input.device.type, rows, linear_weight, linear_bias)
+    check_linear(rows, linear_weight, linear_bias)
+    return rows, linear_weight, linear_bias
+
+
+def linear_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    linear_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> TokenStats:
+    r"""Log-probabilities, entropy and other statistics of the logits `input @ linear_weight.T + linear_bias`.
+
+    What `token_stats` gives for these logits (its formulas), which never exist all at once: they are made for a
+    chunk of rows, read once, and made again in backward. Nothing but six numbers of a row is kept between. Beyond
+    the gradients that takes at most 128 MiB (while one row of logits is smaller than that; on CUDA as much as the
+    weight has twice in float32, if that is more, up to 1 GiB). For DPO, KTO, GRPO and whatever needs
+    log-probabilities of a large vocabulary.
+
+    Args:
+        input: hidden states `[..., in_features]`; float32, float64, bfloat16 or float16.
+        linear_weight: `(C, in_features)`, of the input's type.
+        index: classes, int64, `[...]` or `[..., K]`.
+        temperature: `T` > 0, divides the logits. Default: 1.
+        linear_bias: `(C)`. Default: none.
+        mask: `[...]`, rows where it is 0 (False) have results 0 and no gradient; on the CPU they are left out of the
+            products.
+        softcap: `c` > 0, bounds the logits (Gemma 2). Default: none.
+
+    Returns:
+        The named tuple `(logp, entropy, lse, log_sum_p2, mean_logit, is_top1)` of `token_stats`, float32 for half
+        types.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        IndexError: on the CPU for a class out of bounds; on CUDA that has `logp` NaN.
+
+    Source: the statistics of `token_stats` in chunks of rows, as in Liger, https://arxiv.org/abs/2410.10989.
+    """
+    rows, linear_weight, linear_bias = _check_hidden(input, linear_weight, linear_bias)
+    shape = input.shape[:-1]
+    check_tensors(input, index=index, mask=mask)
+    several = None
+    if index is not None:
+        if index.dtype != torch.int64:
+            raise RuntimeError(f"index: expected classes of type int64, got {index.dtype}")
+        if index.shape[: len(shape)] != shape or index.dim() not in (len(shape), len(shape) + 1):
+            raise RuntimeError(
+                f"index: expected shape {tuple(shape)} or {(*shape, 'K')} for hidden states of shape "
+                f"{tuple(input.shape)}, got {tuple(index.shape)}"
+            )
+        count = index.shape[-1] if index.dim() > len(shape) else 1
+        several = index.reshape(rows.shape[0], count)
+    if mask is not None:
+        if mask.shape != shape:
+            raise RuntimeError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
+        mask = (mask.detach() != 0).reshape(-1)
+    planes = _linear_planes(rows, linear_weight, linear_bias, several, mask, temperature, softcap, True)
+    return stats_of_planes(planes.reshape(planes.shape[0], *shape), index)
+
+
+def linear_sequence_log_probs(
+    hidden: dict[str, Tensor], labels: dict[str, Tensor], linear_weight: Tensor, linear_bias: Tensor | None,
+    ignore_index: int, temperature: float, softcap: float | None,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Of each batch of sequences: the sum of its labels' log-probabilities, and how many labels count."""
+    rows, index = [], []
+    for (name, h), (of, y) in zip(hidden.items(), labels.items(), strict=True):
+        if not isinstance(h, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(h).__name__}")
+        if h.dim() != 3:
+            raise RuntimeError(f"{name}: expected [B, T, in_features], got shape {tuple(h.shape)}")
+        check_tensors(h, **{of: y})
+        if y.shape != h.shape[:2] or y.dtype != torch.int64:
+            raise RuntimeError(
+                f"{of}: expected int64 classes of shape {tuple(h.shape[:2])}, got {y.dtype} {tuple(y.shape)}"
+            )
+        rows.append(h.reshape(-1, h.shape[-1]))
+        index.append(y.reshape(-1))
+    names = list(hidden)
+    for name, h in zip(names[1:], rows[1:], strict=True):
+        if h.shape[1] != rows[0].shape[1] or h.dtype != rows[0].dtype:
+            raise RuntimeError(
+                f"{name}: expected in_features and type of {names[0]}, {rows[0].shape[1]} and {rows[0].dtype}, "
+                f"got {h.shape[1]} and {h.dtype}"
+            )
+    together, linear_weight, linear_bias = _check_hidden(
+        torch.cat(rows), linear_weight, linear_bias, names[0]
+    )
+    every = torch.cat(index)
+    valid = every != ignore_index
+    planes = _linear_planes(
+        together, linear_weight, linear_bias, torch.where(valid, every, 0).unsqueeze(1), valid, temperature,
+        softcap, False, (names[0], next(iter(labels))),
+    )  # fmt: skip
+    sizes = [y.numel() for y in index]
+    return [
+        (p.view(y.shape).sum(1), v.view(y.shape).sum(1))
+        for p, v, y in zip(planes[STATISTICS].split(sizes), valid.split(sizes), labels.values(), strict=True)
+    ]

@@ -1,0 +1,266 @@
+"""What each call of fastloss costs inside a program: times, bytes, how near they come to what the machine can do.
+
+`_ops/autograd.py` asks `Profile.record` at every call while a profile is active; nothing else in the package knows
+of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import runpy
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastloss._ops import autograd
+from fastloss._ops.record import Call, Pass, Record, Span
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Call", "Group", "Pass", "profile"]
+
+
+@dataclass
+class Group:
+    """Equal calls: medians of their times, in ms. `of_ceiling`: of the bandwidth of a copy, or of the rate of a
+    matrix product where the operator multiplies matrices."""
+
+    loss: str
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    calls: int
+    forward_ms: float | None
+    backward_ms: float | None
+    bytes: int
+    flops: int
+    GB_per_s: float | None
+    of_ceiling: float | None
+    extra_bytes: int
+
+
+# ---- ceilings, measured once in a process
+
+
+@functools.cache
+def _copy_bandwidth(device: str, threads: int) -> float:
+    """Bytes per second that a copy reads and writes, of more than the caches hold."""
+    from fastloss._cli.timing import Copy
+
+    size = 2**29
+    if device == "cpu":
+        size = min(size, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    return size / _seconds(Copy(size, device).run, device)
+
+
+@functools.cache
+def _product_rate(device: str, dtype: str, threads: int) -> float:
+    """Operations per second of a product of square matrices."""
+    from fastloss._cli.timing import Products
+
+    products = Products(0, getattr(torch, dtype), device)
+    return products.flops / _seconds(products.run, device)
+
+
+def _seconds(run: Any, device: str, rounds: int = 7) -> float:
+    wait = functools.partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
+    times = []
+    for _ in range(rounds):
+        wait()
+        start = time.perf_counter()
+        run()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return statistics.median(known) if known else None
+
+
+class profile:
+    """Records every call of fastloss inside the block: times, bytes, memory, share of what the machine can do.
+
+    ```python
+    with fastloss.profile() as p:
+        train_step()
+    rich.print(p.table())
+    ```
+
+    Times are of the operators, without what a loss does around them in PyTorch. On CUDA they come from events, which
+    are read when they are asked for after the block: nothing inside it waits for the device. Calls inside a
+    `torch.compile`d function or a CUDA graph are not timed here; `torch.profiler` shows them, and all others, as
+    `fastloss::<operator>_fwd` and `_bwd`. Outside such a block a call costs what it always does.
+
+    The bandwidth that a call is compared with is that of a copy of 256 MiB, measured once in a process, after the
+    block.
+
+    Args:
+        memory: measure the peak memory of each pass. On CUDA this resets `torch.cuda.max_memory_allocated`; on the
+            CPU it counts results and what comes from `fastloss.memory`. Default: True.
+        nvtx: also mark every pass as an NVTX range, for Nsight Systems. Default: False.
+
+    Raises:
+        RuntimeError: where another profile is active, or for `nvtx` where torch has none.
+    """
+
+    def __init__(self, *, memory: bool = True, nvtx: bool = False):
+        self.memory, self.nvtx = memory, nvtx
+        self.seen: list[Call] = []
+        self.spans: list[tuple[Span, Pass]] = []
+        self.origins: dict[torch.device, tuple[Any, float]] = {}
+        self.began = 0.0
+
+    def record(self, op: autograd.Op, tensors: Sequence[Tensor | None]) -> Record:
+        return Record(self, op, tensors)
+
+    def __enter__(self) -> profile:
+        if autograd.profiler is not None:
+            raise RuntimeError("fastloss.profile: another profile is active")
+        if self.nvtx:
+            torch.cuda.nvtx.mark("fastloss.profile")  # raises where torch has no NVTX
+        if not self.began:
+            self.began = time.perf_counter()
+        autograd.profiler = self.record
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        autograd.profiler = None
+
+    @property
+    def calls(self) -> list[Call]:
+        """Every call, in order. Waits for the device, if it has not come so far."""
+        for span, into in self.spans:
+            span.read(into)
+        self.spans.clear()
+        return self.seen
+
+    def groups(self) -> list[Group]:
+        """Equal calls together, in order of their first."""
+        found: dict[tuple, list[Call]] = {}
+        for c in self.calls:
+            found.setdefault((c.loss, c.operator, c.shape, c.dtype, c.device), []).append(c)
+        return [self._group(same) for same in found.values()]
+
+    def _group(self, same: list[Call]) -> Group:
+        one, backward = same[0], [p for c in same for p in c.backward]
+        forward_ms = _median([c.forward.ms for c in same])
+        backward_ms = _median([p.ms for p in backward])
+        passes = [one.forward, *one.backward[:1]]
+        total, flops = sum(p.bytes for p in passes), sum(p.flops for p in passes)
+        seconds = (forward_ms + (backward_ms or 0.0)) / 1e3 if forward_ms else None
+        share = None
+        if seconds and flops:
+            share = flops / seconds / _product_rate(one.device, one.dtype, torch.get_num_threads())
+        elif seconds:
+            share = total / seconds / _copy_bandwidth(one.device, torch.get_num_threads())
+        return Group(
+            one.loss,
+            one.operator,
+            one.shape,
+            one.dtype,
+            one.device,
+            len(same),
+            forward_ms,
+            backward_ms,
+            total,
+            flops,
+            total / seconds / 1e9 if seconds else None,
+            share,
+            max(p.extra_bytes for p in [*(c.forward for c in same), *backward]),
+        )
+
+    def table(self) -> Table:
+        """For the terminal: `rich.print(p.table())`."""
+        from rich.table import Table
+
+        from fastloss._cli.report import number
+
+        made = Table(title="fastloss calls", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        left = ("loss", "operator", "shape", "type", "device")
+        right = ("calls", "forward\nms", "backward\nms", "moved\nMiB", "\nGB/s", "of\nceiling", "extra\nMiB")
+        for name in left + right:
+            made.add_column(name, justify="left" if name in left else "right", no_wrap=name in right)
+        for g in self.groups():
+            made.add_row(
+                g.loss,
+                "" if g.operator == g.loss else g.operator,
+                "x".join(map(str, g.shape)),
+                g.dtype,
+                g.device,
+                str(g.calls),
+                number(g.forward_ms),
+                number(g.backward_ms),
+                number(g.bytes / 2**20),
+                number(g.GB_per_s),
+                "-" if g.of_ceiling is None else f"{g.of_ceiling:.0%}",
+                number(g.extra_bytes / 2**20),
+            )
+        return made
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the bandwidth that each loss reaches over the bytes it moves, below that of a copy."""
+        from fastloss._cli import plot
+
+        timed = [asdict(g) for g in self.groups() if g.GB_per_s]
+        ceilings = {
+            d: _copy_bandwidth(d, torch.get_num_threads()) / 1e9 for d in sorted({g["device"] for g in timed})
+        }
+        plot.roofline(timed, ceilings, Path(path))
+
+    def chrome_trace(self, path: str | os.PathLike[str]) -> None:
+        """Writes the passes for chrome://tracing or Perfetto."""
+        events = []
+        for call in self.calls:
+            passes = [("forward", call.forward), *(("backward", p) for p in call.backward)]
+            for what, p in passes:
+                if p.ms is not None:
+                    about = asdict(p) | {"shape": call.shape, "dtype": call.dtype, "operator": call.operator}
+                    events.append(
+                        {"name": f"{call.loss} {what}", "cat": "fastloss", "ph": "X", "pid": "fastloss"}
+                        | {"tid": call.device, "ts": p.start_ms * 1e3, "dur": p.ms * 1e3, "args": about}
+                    )
+        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def main(args: argparse.Namespace) -> int:
+    """`python -m fastloss profile SCRIPT ...`: runs the script, then says what its calls cost."""
+    from rich.console import Console
+
+    if args.plot:
+        from fastloss._cli import plot  # noqa: F401  before the script runs, not after
+    before = sys.argv, sys.path[0]
+    sys.argv, sys.path[0] = [args.script, *args.arguments], str(Path(args.script).resolve().parent)
+    code: Any = 0
+    try:
+        with profile(nvtx=args.nvtx) as p:
+            runpy.run_path(args.script, run_name="__main__")
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        sys.argv, sys.path[0] = before
+    Console(width=None if sys.stdout.isatty() else 150).print(
+        p.table() if p.calls else "no calls of fastloss"
+    )
+    if args.json:
+        args.json.write_text(json.dumps([asdict(g) for g in p.groups()], indent=1) + "\n")
+    if args.trace:
+        p.chrome_trace(args.trace)
+    if args.plot and p.calls:
+        p.plot(args.plot)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    return code if isinstance(code, int) else int(code is not None)

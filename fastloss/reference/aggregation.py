@@ -1,0 +1,188 @@
+"""Reductions of the losses of samples to one number."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastloss.reference.elementwise import safe_sqrt
+
+__all__ = ["chi2_dro_loss", "cvar_loss", "flooding_loss", "soft_ad_loss", "tilted_loss"]
+
+KINDS = ("mean", "cvar", "cvar_at", "chi2", "chi2_at", "soft_ad", "tilted")
+
+
+def _mean(x: Tensor, w: Tensor | None) -> Tensor:
+    return x.mean() if w is None else (w * x).sum() / w.sum()
+
+
+def _tail(x: Tensor, w: Tensor | None, q: float) -> Tensor:
+    """The mean of the worst losses, of a weight of (1 - q) in all; those at its edge share what is left."""
+    w = torch.ones_like(x) if w is None else w
+    down, order = x.detach().sort(descending=True)
+    share = w.detach().gather(0, order).double().cumsum(0)
+    at = (share < (1 - q) * w.detach().double().sum()).sum().clamp(max=len(x) - 1)
+    edge = torch.where(x.detach().isnan().any(), math.nan, down.gather(0, at.reshape(1)))
+    tied, above = w * (x == edge), w * (x > edge)
+    worst = (1 - q) * w.double().sum()  # of which the edge takes what is left: a small difference
+    left = (worst - above.double().sum()).to(x.dtype)
+    at_edge = edge + (tied * torch.where((tied > 0) | edge.isnan(), x - edge, 0.0)).sum() / tied.sum()
+    total = torch.where(above > 0, above * x, 0.0).sum() + left * at_edge
+    return (total / worst.to(x.dtype)).reshape(())
+
+
+def _ball(x: Tensor, w: Tensor | None, rho: float) -> Tensor:
+    """m + sqrt(((1 + 2 rho) p - 1) v), of the mean, variance and share of the losses above the best theta."""
+    w = torch.ones_like(x) if w is None else w
+    down, order = x.detach().double().sort(descending=True)
+    part, below = w.detach().gather(0, order).double(), down - down[0]
+    count, first = part.cumsum(0), (part * below).cumsum(0)
+    second = (part * below * below).cumsum(0)
+    # sums of excesses over each loss, and of their squares: the objective still falls there?
+    squares, excess = second - 2 * below * first + below * below * count, first - below * count
+    falls = (excess > 0) & (count[-1] * squares <= (1 + 2 * rho) * excess * excess)
+    inside = w * torch.where(falls, x.detach().gather(0, order), -math.inf).amax().lt(x)
+    share = inside.sum() / w.sum()
+    mean = (inside * x).sum() / inside.sum()
+    variance = (inside * (x - mean).square()).sum() / inside.sum()
+    return mean + safe_sqrt(variance * (2 * rho * share + (share - 1)).clamp(min=0))
+
+
+def _tilted(x: Tensor, w: Tensor | None, t: float) -> Tensor:
+    if t == 0:
+        return _mean(x, w)
+    inside = x if w is None else x.masked_fill(w == 0, -math.copysign(math.inf, t))
+    top = (t * inside.detach()).amax()
+    tx = t * x - top
+    # all near each other: exact however small t is
+    near = torch.where(inside.isinf(), 0.0, tx).abs().amax() < 1
+    small = torch.log1p(_mean(torch.expm1(torch.where(near, tx, 0.0)), w))
+    if w is None:
+        large = (t * x).logsumexp(0) - math.log(len(x))
+    else:
+        large = (t * inside + torch.where(w == 0, 1.0, w).log()).logsumexp(0) - w.sum().log()
+    return torch.where(near, (top + small) / t, large / t)
+
+
+def aggregated(
+    losses: Tensor,
+    theta: Tensor | None,
+    weight: Tensor | None,
+    kind: int,
+    number: float,
+    eta: float,
+    flood: float,
+) -> Tensor:
+    """Of losses [n]; `number` is q, rho, sigma or t."""
+    name = KINDS[kind]
+    x = losses.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
+    if weight is not None:
+        x = torch.where(weight != 0, x, 0.0)
+    if name == "mean" or (len(x) == 0 and theta is None):
+        value = _mean(x, weight)
+    elif name == "cvar":
+        value = _tail(x, weight, number)
+    elif name == "cvar_at":
+        value = theta + _mean(torch.relu(x - theta), weight) / (1 - number)
+    elif name == "chi2":
+        value = _ball(x, weight, number)
+    elif name == "chi2_at":
+        value = theta + math.sqrt(1 + 2 * number) * safe_sqrt(_mean(torch.relu(x - theta).square(), weight))
+    elif name == "soft_ad":
+        u = (x - theta) / number
+        value = eta * theta + number**2 * _mean(u * (u / (1 + (1 + u * u).sqrt())), weight)
+    else:
+        value = _tilted(x, weight, number)
+    return value if math.isnan(flood) else (value - flood).abs() + flood
+
+
+def _whole(
+    losses: Tensor,
+    kind: str,
+    theta: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    number: float = 0.0,
+    eta: float = 0.0,
+    flood: float | None = None,
+) -> Tensor:
+    if not losses.is_floating_point():
+        raise NotImplementedError(f"losses: expected a floating point type, got {losses.dtype}")
+    high = torch.float64 if losses.dtype == torch.float64 else torch.float32
+    if theta is not None:
+        theta = theta.to(high) if isinstance(theta, Tensor) else losses.new_full((), theta, dtype=high)
+    weight = None if sample_weight is None else sample_weight.to(high)
+    if mask is not None:
+        weight = torch.where(mask != 0, losses.new_ones((), dtype=high) if weight is None else weight, 0.0)
+    for name, t in (("sample_weight", sample_weight), ("mask", mask)):
+        if t is not None and t.shape != losses.shape:
+            raise RuntimeError(f"{name}: expected the shape of losses")
+    flat = None if weight is None else weight.reshape(-1)
+    level = math.nan if flood is None else flood
+    value = aggregated(losses.reshape(-1), theta, flat, KINDS.index(kind), number, eta, level)
+    return value.to(losses.dtype)
+
+
+def cvar_loss(
+    losses: Tensor,
+    q: float = 0.9,
+    theta: float | Tensor | None = None,
+    *,
+    flood: float | None = None,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.cvar_loss`."""
+    kind = "cvar" if theta is None else "cvar_at"
+    return _whole(losses, kind, theta, sample_weight, mask, number=q, flood=flood)
+
+
+def chi2_dro_loss(
+    losses: Tensor,
+    rho: float,
+    theta: float | Tensor | None = None,
+    *,
+    flood: float | None = None,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.chi2_dro_loss`."""
+    kind = "chi2" if theta is None else "chi2_at"
+    return _whole(losses, kind, theta, sample_weight, mask, number=rho, flood=flood)
+
+
+def flooding_loss(
+    losses: Tensor,
+    level: float,
+    *,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.flooding_loss`."""
+    return _whole(losses, "mean", None, sample_weight, mask, flood=level)
+
+
+def soft_ad_loss(
+    losses: Tensor,
+    theta: float | Tensor,
+    sigma: float = 1.0,
+    eta: float = 1.0,
+    *,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.soft_ad_loss`."""
+    return _whole(losses, "soft_ad", theta, sample_weight, mask, number=sigma, eta=eta)
+
+
+def tilted_loss(
+    losses: Tensor,
+    t: float,
+    *,
+    sample_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.tilted_loss`."""
+    return _whole(losses, "tilted", None, sample_weight, mask, number=t)

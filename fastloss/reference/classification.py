@@ -1,0 +1,119 @@
+"""Token classification losses."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+__all__ = ["cross_entropy", "softmax_focal_loss"]
+
+
+def logits_of(input: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    z = input * logit_scale
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def nll_of(z: Tensor, one_hot: Tensor, dim: int) -> Tensor:
+    """-log softmax(z) of the class marked in `one_hot`: -logsigmoid(its logit - lse of the others).
+
+    Keeps its relative precision however far the class wins, where lse - logit would cancel.
+    """
+    alone = (one_hot | (z == -torch.inf)).all(dim)  # nothing to lose against: the loss is exactly 0
+    others = torch.where(alone.unsqueeze(dim), 0.0, z.masked_fill(one_hot, -torch.inf)).logsumexp(dim)
+    own = torch.where(one_hot, z, 0.0).sum(dim)
+    return torch.where(alone, (own - own).nan_to_num(nan=torch.nan), -F.logsigmoid(own - others))
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    sample_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """As `fastloss.functional.cross_entropy`; `inplace_backward` changes nothing here."""
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    dim = 0 if input.dim() == 1 else 1
+    if input.dim() == 1 and not target.is_floating_point():
+        target = target.reshape(())
+    classes = max(input.shape[dim], 1)
+    z = logits_of(input, logit_scale, softcap)
+    top = z.detach().amax(dim, keepdim=True) if input.shape[dim] else z.new_zeros(())
+    top = torch.where(top.isfinite(), top, 0.0)
+    z = z - top  # the loss does not change; far from zero, lse itself would not be exact enough
+    lse = z.logsumexp(dim)
+    square = (lse + top.squeeze(dim) if top.dim() else lse).square()
+    w = torch.ones(classes, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
+    per_class = w.view([-1 if d == dim else 1 for d in range(z.dim())])
+
+    if target.is_floating_point():
+        share = (1 - label_smoothing) * target + label_smoothing / classes
+        loss = (per_class * share * (lse.unsqueeze(dim) - z)).sum(dim)
+        row = torch.ones_like(lse)
+        loss = loss + z_loss * square
+    else:
+        valid = target != ignore_index
+        y = torch.where(valid, target, 0)
+        one_hot = F.one_hot(y, classes).bool().movedim(-1, dim)
+        row = torch.where(valid, w[y], 0.0)
+        loss = w[y] * ((1 - label_smoothing) * nll_of(z, one_hot, dim) + z_loss * square)
+        if label_smoothing:
+            loss = loss + label_smoothing / classes * (per_class * (lse.unsqueeze(dim) - z)).sum(dim)
+        loss = torch.where(valid, loss, 0.0)
+    if sample_weight is not None:
+        loss, row = loss * sample_weight.to(z.dtype), row * sample_weight.to(z.dtype)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / row.sum()
+
+
+def class_weights(alpha: float | Tensor | None, background_class: int | None, input: Tensor) -> Tensor | None:
+    """The weight of each class that a focal loss's `alpha` stands for."""
+    if alpha is None or isinstance(alpha, Tensor):
+        return alpha
+    weight = torch.full(
+        (input.shape[min(input.dim() - 1, 1)],), alpha, dtype=input.dtype, device=input.device
+    )
+    if background_class is not None:
+        weight[background_class] = 1 - alpha
+    return weight
+
+
+def softmax_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    background_class: int | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """As `fastloss.functional.softmax_focal_loss`; `inplace_backward` changes nothing here."""
+    dim = 0 if input.dim() == 1 else 1
+    valid = target != ignore_index
+    y = torch.where(valid, target, 0)
+    nll = nll_of(input, F.one_hot(y, input.shape[dim]).bool().movedim(-1, dim), dim)
+    rest = -torch.expm1(-nll)  # 1 - p
+    certain = rest == 0  # where a power below one has no derivative, and the loss is 0
+    loss = torch.where(certain, nll * (gamma == 0), torch.where(certain, 1.0, rest) ** gamma * nll)
+    weight = class_weights(alpha, background_class, input)
+    if weight is not None:
+        loss = weight.to(loss.dtype)[y] * loss
+    loss = torch.where(valid, loss, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()

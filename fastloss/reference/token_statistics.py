@@ -1,0 +1,112 @@
+"""Statistics of rows of logits and log-probabilities of some of their classes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss.reference.classification import nll_of
+from fastloss.reference.linear import logits_from
+
+__all__ = [
+    "entropy_from_logits",
+    "linear_token_stats",
+    "selective_log_softmax",
+    "sequence_log_probs",
+    "token_stats",
+]
+
+
+class TokenStats(NamedTuple):
+    """What `token_stats` returns; each of the shape of the rows, `logp` and `is_top1` of the index's."""
+
+    logp: Tensor | None
+    entropy: Tensor
+    lse: Tensor
+    log_sum_p2: Tensor
+    mean_logit: Tensor
+    is_top1: Tensor | None
+
+
+def token_stats(
+    logits: Tensor,
+    index: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> TokenStats:
+    """As `fastloss.functional.token_stats`."""
+    z = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    keep = None if mask is None else mask != 0
+    if keep is not None:
+        z = torch.where(keep.unsqueeze(-1), z, 0.0)
+
+    def kept(v: Tensor) -> Tensor:
+        return v if keep is None else torch.where(keep.view(keep.shape + (1,) * (v.dim() - keep.dim())), v, 0)
+
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    entropy = -(p * torch.where(z == -torch.inf, 0.0, logp)).sum(-1)
+    of_index = top = None
+    if index is not None:
+        several = index if index.dim() == z.dim() else index.unsqueeze(-1)
+        one_hots = F.one_hot(several, z.shape[-1]).bool().unbind(-2)
+        found = [-nll_of(z, one_hot, -1) for one_hot in one_hots]
+        of_index = torch.stack(found, -1) if found else z[..., :0]
+        of_index = of_index.view(index.shape)
+        top = kept((z.gather(-1, several) == z.amax(-1, keepdim=True)).view(index.shape)).bool()
+        of_index = kept(of_index)
+    return TokenStats(
+        of_index,
+        kept(entropy),
+        kept(z.logsumexp(-1)),
+        kept((2 * logp).logsumexp(-1)),
+        kept(z.mean(-1)),
+        top,
+    )
+
+
+def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
+    """As `fastloss.functional.selective_log_softmax`."""
+    return token_stats(logits, index, temperature).logp
+
+
+def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    """As `fastloss.functional.entropy_from_logits`."""
+    return token_stats(logits, None, temperature, mask=mask).entropy
+
+
+def sequence_log_probs(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    average: bool = False,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """As `fastloss.functional.sequence_log_probs`."""
+    valid = labels != ignore_index
+    logp = token_stats(logits, torch.where(valid, labels, 0), temperature, mask=valid).logp
+    return logp.sum(-1) / valid.sum(-1).clamp(min=1) if average else logp.sum(-1)
+
+
+def linear_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    linear_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> TokenStats:
+    """As `fastloss.functional.linear_token_stats`."""
+    logits = logits_from(input, linear_weight, linear_bias)
+    return token_stats(logits, index, temperature, mask=mask, softcap=softcap)
