@@ -1,10 +1,9 @@
 // What every kernel's host side does: a launch of a grid in one dimension, and the choice of the type. And
 // the sum over a block.
 #pragma once
+#include "../math/dtype.h"
 #include "attributes.h"
 #include "vector.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
-#include "../math/dtype.h"
 
 namespace fastloss::cuda {
 

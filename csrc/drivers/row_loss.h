@@ -1,18 +1,17 @@
 // What a driver that walks rows of logits (cpu/kernels/rows.h, cuda/kernels/rows.cuh) and a loss
 // (losses/classification.h) say to each other.
 //
-// A driver reads a row once and keep, relative to a running maximum m, the sum of
-// exp(z - m) over all classes but the target: what is left when the target wins by a wide margin is then
-// still exact. A loss says the rest:
+// A driver reads a row once and keeps, relative to a running maximum m, the sum of exp(z - m) over all
+// classes but the target: what is left when the target wins by a wide margin is then still exact.
+// A loss says the rest:
 //   Sums      what else to add up over the row, from e = exp(z - m) (0 at the target), d = z - m, the class
-//   weight
-//             w and the soft target q; `move` follows m to a new maximum: d += shift, e *= factor
+//             weight w and the soft target q; `move` follows m to a new maximum: d += shift, e *= factor
 //   finish    all that -> the row's loss and the kSaved numbers that its gradient needs
 //   coef      what `grad` needs of one row, times the row's upstream gradient g
 //   grad      g * d loss / d z_j for every class, from p = softmax(z)_j
 //   target    the same for the target's class, where p - 1 would cancel
 #pragma once
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -62,6 +61,19 @@ struct RowState {
   R log_sum;   // log sum exp(z - m); kept apart from m: their sum in one float loses small losses
   R saved[4];  // the loss's own
 };
+
+// A row's state in memory is m, log_sum, k (the row's weight by the norm) and what the loss saves: as many
+// numbers for all variants of a loss, so that its shape depends on nothing but the loss.
+inline constexpr int kStateHead = 3;
+template <template <class, int> class Loss, int kVariant = 0>
+constexpr int saved_numbers() {
+  int count = Loss<float, kVariant>::kSaved;
+  if constexpr (kVariant + 1 < Loss<float, 0>::kVariants) {
+    const int others = saved_numbers<Loss, kVariant + 1>();
+    if (others > count) count = others;
+  }
+  return count;
+}
 
 template <class R>
 struct Target {

@@ -2,26 +2,27 @@
 //
 //   s[i, j] = scale <x_i, y_j> + bias,   i < m, j < n
 //
-// exists only as tiles (CPU) or as blocks (CUDA). What an entry counts as, `mark` and ids say: an
-// entry is marked if j == mark[i], else it is equal if row_ids[i] == col_ids[j], else a negative.
-//   same_is_positive false   the marked entry is the row's positive, equal ones (false negatives) are left
-//   out same_is_positive true    the marked entry (itself) is left out, equal ones (its class) are positives
+// exists only as tiles (CPU) or as blocks (CUDA). What an entry counts as, `mark` and ids say: an entry is
+// marked if j == mark[i], else it is equal if row_ids[i] == col_ids[j], else it is a negative.
+//
+//   same_is_positive   marked entry              equal entries                  all others
+//   false              the row's positive        left out (false negatives)     negatives
+//   true               left out (itself)         positives (of its class)       negatives
 #pragma once
 #include <cstdint>
 
 #include "../math/dtype.h"
+#include "names.h"
 
 namespace fastloss {
 
-enum class TilePass : int {
-  statistics,  // max and log sum exp of rows and columns; the positive's s, or the sum of the positives'
-  softmax_gradient,  // s becomes row_grad_i p_ij + col_grad_j q_ij, and positive_grad_i at positives
-  pairs,             // of rows: sum over positives of softplus(lse_i - s), and of its derivative
-  pairs_gradient,    // the same at negatives, -positive_grad_i sigma(lse_i - s) at positives
-  sigmoid,           // of rows: sum of softplus(-+s); s becomes row_grad_i times the derivative
-  hardest            // of rows: the positive with the largest s + col_max_j, the negative with the smallest
-};
-inline constexpr int kTilePasses = 6;
+FL_ENUM(TilePass,
+        statistics,        // max and log sum exp of rows and columns; the positive's s, or the sum of these
+        softmax_gradient,  // s becomes row_grad_i p_ij + col_grad_j q_ij, and positive_grad_i at positives
+        pairs,             // of rows: sum over positives of softplus(lse_i - s), and of its derivative
+        pairs_gradient,    // the same at negatives, -positive_grad_i sigma(lse_i - s) at positives
+        sigmoid,           // of rows: sum of softplus(-+s); s becomes row_grad_i times the derivative
+        hardest)  // of rows: the positive with the largest s + col_max_j, the negative with the smallest
 
 // Arrays are of the accumulation type; null where there is none.
 struct TileArgs {

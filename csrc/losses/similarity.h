@@ -1,7 +1,7 @@
 // What the losses of similarities are made of: probabilities relative to saved statistics, and softplus.
 // `F` is a number or a vector, R a number.
 #pragma once
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 

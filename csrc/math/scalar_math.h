@@ -16,8 +16,10 @@
 #define FL_NOINLINE __attribute__((noinline))
 
 // Everything that depends on the instruction set lives in an inline namespace named after it, so that the
-// copies compiled for different sets are different functions to the linker.
-#ifndef FL_ISA
+// copies compiled for different sets are different functions to the linker. FL_VECTORS: there is such a set.
+#if defined(FL_ISA)
+#define FL_VECTORS
+#else
 #define FL_ISA generic
 #endif
 

@@ -79,8 +79,7 @@ FL_FN scalar_t<F> horizontal_max(F v) {
   return m;
 }
 // The largest of count > 0 half precision numbers, found among their bits: as integers these are in order
-// once the negative ones are turned round. NaN with a positive sign is larger than all, one with a negative
-// sign smaller.
+// once the negative ones are turned round. A NaN is larger than all, or smaller if its sign is negative.
 template <class I>
 FL_FN I in_order(I bits) {
   return bits ^ ((bits >> 15) & 0x7fff);
@@ -138,7 +137,7 @@ FL_FN f64v fma(f64v a, f64v b, f64v c) {
   return a * b + c;
 #endif
 }
-FL_FN f32v rounded(f32v x) {  // see portable.h
+FL_FN f32v rounded(f32v x) {  // see scalar_math.h
 #if defined(__AVX512F__)
   asm("" : "+v"(x));
 #else

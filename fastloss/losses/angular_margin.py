@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, runs_on_cpu
+from fastloss._ops.autograd import HALF_TYPES, runs_on_cpu
 from fastloss._ops.checks import (
     check_floating,
     check_number,
@@ -26,34 +26,28 @@ from fastloss.reference.angular_margin import nearest, with_margin
 __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
 
 
-def _of_logits(logits, target, weight, row_weight, ignore_index, reduction, scale, smoothing, wide):
-    loss = reference.cross_entropy(
-        logits, target, weight, reduction=list(REDUCTIONS)[reduction], ignore_index=ignore_index,
-        label_smoothing=smoothing, logit_scale=scale, sample_weight=row_weight,
-    )  # fmt: skip
-    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
-
-
 def _margin_reference(
-    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers,
-    wide, chunk,
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
+    label_smoothing, z_loss, additive, margin, easy, straight, centres,
 ):  # fmt: skip
-    smoothing, _, additive, m, easy, straight, centres = numbers
     cosines = nearest(input @ linear_weight.t(), int(centres))
-    logits = with_margin(cosines, target, m, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
-    return _of_logits(logits, target, weight, row_weight, ignore_index, reduction, scale, smoothing, wide)
+    logits = with_margin(cosines, target, margin, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
+    return reference.cross_entropy(
+        logits, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        logit_scale=logit_scale, sample_weight=row_weight,
+    )  # fmt: skip
 
 
 def _harmonic_reference(
-    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers,
-    wide, chunk,
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
+    label_smoothing, z_loss, n, eps,
 ):  # fmt: skip
-    _, _, n, eps = numbers
     n = n or math.sqrt(input.shape[1] - 2)
     squares = (input @ linear_weight.t()).clamp(min=0) + eps
-    return _of_logits(
-        -n / 2 * squares.log(), target, weight, row_weight, ignore_index, reduction, scale, 0.0, wide
-    )
+    return reference.cross_entropy(
+        -n / 2 * squares.log(), target, weight, reduction=reduction, ignore_index=ignore_index,
+        logit_scale=logit_scale, sample_weight=row_weight,
+    )  # fmt: skip
 
 
 _margin = LinearOp("margin_loss", _margin_reference, rows="cross_entropy", shape=AngularMargin)
@@ -135,11 +129,14 @@ def _margin_loss(
     elif half:
         unit, centre = unit.to(dtype), centre.to(dtype)
     rows, centred = as_autocast(device, unit, centre)
-    numbers = [smoothing, 0.0, float(additive), m, float(easy), float(straight), float(centres)]
+    hparams = _margin.pack(
+        label_smoothing=smoothing, z_loss=0.0, additive=float(additive), margin=m, easy=float(easy),
+        straight=float(straight), centres=float(centres),
+    )  # fmt: skip
     try:
         loss = _margin(
             (rows, centred, None, target, None, sample_weight),
-            (ignore_index, mode, scale, 0.0, numbers, autocast, 0),
+            (ignore_index, mode, scale, 0.0, hparams, autocast, 0),
         )
     except IndexError:
         if classes is None:
@@ -303,8 +300,11 @@ def harmonic_loss(
     # the squared distance as one product
     x = torch.cat([-2 * input, torch.ones_like(input[:, :1]), input.square().sum(1, keepdim=True)], 1)
     w = torch.cat([weight, weight.square().sum(1, keepdim=True), torch.ones_like(weight[:, :1])], 1)
+    hparams = _harmonic.pack(
+        label_smoothing=0.0, z_loss=0.0, n=power, eps=check_number("eps", eps, math.ulp(0.0))
+    )
     loss = _harmonic(
         (x, w, None, target.long(), None, sample_weight),
-        (ignore_index, mode, 1.0, 0.0, [0.0, 0.0, power, check_number("eps", eps, math.ulp(0.0))], False, 0),
+        (ignore_index, mode, 1.0, 0.0, hparams, False, 0),
     )
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(dtype)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.dtypes import accumulation_dtype
@@ -20,14 +19,13 @@ __all__ = ["linear_cross_entropy"]
 
 def _linear_cross_entropy_reference(
     input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
-    numbers, wide, chunk,
+    label_smoothing, z_loss,
 ):  # fmt: skip
-    loss = reference.linear_cross_entropy(
+    return reference.linear_cross_entropy(
         input, linear_weight, target, linear_bias=linear_bias, weight=weight, ignore_index=ignore_index,
-        reduction=list(REDUCTIONS)[reduction], label_smoothing=numbers[0], z_loss=numbers[1],
-        logit_scale=logit_scale, softcap=softcap, sample_weight=row_weight,
+        reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
+        sample_weight=row_weight,
     )  # fmt: skip
-    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
 
 
 _linear_cross_entropy = LinearOp(
@@ -189,7 +187,9 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
-    numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
+    hparams = _linear_cross_entropy.pack(
+        label_smoothing=float(label_smoothing), z_loss=check_number("z_loss", z_loss)
+    )
     if target.dtype == torch.uint8:
         target = target.long()
     single = input.dim() == 1
@@ -199,6 +199,6 @@ def linear_cross_entropy(
         sample_weight = None if sample_weight is None else sample_weight.reshape(1)
     loss = _linear_cross_entropy(
         (input, linear_weight, linear_bias, target, weight, sample_weight),
-        (ignored, mode, check_number("logit_scale", logit_scale), cap, numbers, autocast, chunk),
+        (ignored, mode, check_number("logit_scale", logit_scale), cap, hparams, autocast, chunk),
     )
     return loss.squeeze(0) if single and reduction == "none" else loss

@@ -15,7 +15,7 @@ from fastloss._ops.checks import (
     weight_of_rows,
 )
 from fastloss._ops.dtypes import accumulation_dtype
-from fastloss._ops.reductions import reduced
+from fastloss._ops.reductions import reduced, reduced_over
 from fastloss._ops.similarity import marks
 from fastloss._ops.similarity_losses import PairsOp
 from fastloss.losses.contrastive import contrastive_softmax
@@ -23,8 +23,7 @@ from fastloss.losses.contrastive import contrastive_softmax
 __all__ = ["nt_xent_loss", "pair_nt_xent_loss", "sup_con_loss"]
 
 
-_formulas = reference.contrastive
-_pairs = PairsOp("contrastive_pairs", _formulas.pairs)
+_pairs = PairsOp("contrastive_pairs", reference.contrastive.pairs)
 
 
 def _among(
@@ -105,7 +104,7 @@ def sup_con_loss(
         (True, True, bool(normalize), True, True, False),
     )
     loss = row.masked_fill(others == 0, 0.0)
-    return _formulas.mean_over(loss, others > 0, weight, reduction).to(dtype)
+    return reduced_over(loss, others > 0, weight, reduction, dtype)
 
 
 def pair_nt_xent_loss(
@@ -160,7 +159,7 @@ def pair_nt_xent_loss(
     labels, key_labels, mark, others = _among(x, y, labels, key_labels, label_offset)
     tensors = (x, y, positive_temperature(temperature, x), mark, labels, key_labels)
     loss = _pairs(tensors, (bool(normalize), True))
-    return _formulas.mean_over(loss, others, weight, reduction).to(dtype)
+    return reduced_over(loss, others, weight, reduction, dtype)
 
 
 def nt_xent_loss(

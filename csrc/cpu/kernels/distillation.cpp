@@ -1,15 +1,13 @@
 // Two rows of logits at a time, from memory once: maxima and sums, then the divergence, then the gradients,
 // which go around the caches where they are large. Between the sweeps the exponentials and the logarithms of
-// a mixture lie in scratch memory, in the second-level cache. Padding has a logit of -infinity and counts
-// nothing.
+// a mixture lie in scratch memory, in the second-level cache. Padding is a logit of -infinity.
 //
 // Gradients are made by two passes that must agree in every bit: no contraction where one of them allows it.
 #pragma GCC optimize("fp-contract=off")
 #include <cstring>
 
-#include "../../math/vector_math.h"
+#include "../../math/math.h"
 #include "../scratch.h"
-// after vector_math.h: the vector overloads must be known where the formulas are defined
 #include "distillation.h"
 
 namespace fastloss::inline FL_ISA {
@@ -25,7 +23,7 @@ class DivergenceWalker {
   explicit DivergenceWalker(const DivergenceArgs& args)
       : a_(args.rows),
         dq_(static_cast<T*>(args.dq)),
-        loss_(args.rows.options),
+        loss_(args.rows.hparams),
         n_(args.rows.n),
         scale_(R(args.rows.logit_scale)) {
     const int64_t padded = (n_ + W - 1) / W * W;
@@ -181,9 +179,6 @@ void run(const DivergenceArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const DivergenceKernel FASTLOSS_JOIN(divergence_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(DivergenceKernel, divergence_kernel) = &run;
 }  // namespace fastloss::cpu

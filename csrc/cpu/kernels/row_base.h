@@ -5,7 +5,7 @@
 #include "../../drivers/row_loss.h"
 #include "../../drivers/rows.h"
 #include "../../losses/number_token.h"
-#include "../../math/simd.h"
+#include "../../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 

@@ -1,7 +1,7 @@
 // What the passes over a tile of similarities share: its rows and columns, and which entries count.
 #pragma once
 #include "../../losses/similarity.h"
-#include "../../math/vector_math.h"
+#include "../../math/math.h"
 #include "similarity.h"
 
 namespace fastloss::inline FL_ISA {

@@ -1,4 +1,4 @@
-// Sums of exponentials of a tile's rows and columns, and their gradient. See tile_passes.h.
+// Sums of exponentials of a tile's rows and columns, and their gradient. See similarity_passes.h.
 #pragma once
 #include "similarity_rows.h"
 

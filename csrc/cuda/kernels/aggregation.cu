@@ -1,9 +1,8 @@
 // Reductions of losses of samples. A block sums a tile of them in registers, of a fixed order; one more block
 // adds up the tiles and brings the state up to date, pass by pass. Where one tile holds all samples, a single
 // block does everything in one launch. The gradient is a map.
-#include "../launch.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/aggregation.h"
+#include "../launch.cuh"
 #include "../launchers.h"
 
 namespace fastloss::cuda {

@@ -1,9 +1,8 @@
 // Alignments: a block a sequence walks the steps, a thread a position of the target; then a block a row of
 // the gradient. What a thread's first position needs of the input is loaded a step ahead: it depends on no
 // other position. The sums of a class go through its positions in order, whatever the block.
-#include "../launch.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/ctc.h"
+#include "../launch.cuh"
 #include "../launchers.h"
 
 namespace fastloss::cuda {

@@ -1,10 +1,9 @@
 // Two rows of logits a team of threads: a warp for short rows, a block for long ones. The first sweep reads
 // both from device memory, the next ones, for the divergence and for the gradients, find them in L1 or L2.
 // Sums have an order that depends on the row's length alone.
-#include "rows.cuh"
-// after rows.cuh: cuda_or_shim.cuh decides which exponential the losses take
 #include "../../losses/distillation.h"
 #include "../launchers.h"
+#include "rows.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
   R* state = static_cast<R*>(a.state) + r * kDivergenceState;
   const bool backward = a.pass == RowPass::backward, leader = lane == 0;
   const R scale = R(a.logit_scale);
-  const LogitDivergence<R, kKind> loss(a.options);
+  const LogitDivergence<R, kKind> loss(a.hparams);
   R k = backward ? state[6] : a.row_weight ? static_cast<const R*>(a.row_weight)[r] : R(1);
   if (k == 0) {
     if (leader && !backward) {

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements
     if (a.skip_unit_upstream && g == 1) return;
     k *= g;
   }
-  ElementThread<Loss, T> thread{a, Loss(a.options), k, 0, 0};
+  ElementThread<Loss, T> thread{a, Loss(a.hparams), k, 0, 0};
   thread.run();
   if (!a.partial) return;
   if constexpr (Loss::kLogSum) thread.sum += log1p(thread.product);
@@ -198,8 +198,7 @@ int64_t tiles(int64_t n) {
   return (n + kTile<T> - 1) / kTile<T>;
 }
 
-// A loss of which no gradient but that of the first input is wanted: what the others would take is not
-// computed.
+// A loss of which the first input's gradient alone is wanted: what others would take is not computed.
 template <class Loss>
 struct FirstAlone : Loss {
   static constexpr unsigned kWrt = Loss::kWrt & -Loss::kWrt;

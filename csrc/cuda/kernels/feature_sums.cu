@@ -1,7 +1,6 @@
 // Sums over pairs and triples of rows: a warp a row, each lane every 32nd feature, added up in a tree.
-#include "../launch.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/feature_sums.h"
+#include "../launch.cuh"
 #include "../launchers.h"
 
 namespace fastloss::cuda {

@@ -1,7 +1,6 @@
 // Losses of rankings: a warp a row, a lane an item, which it compares with all others of the row.
-#include "../launch.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/reward_model.h"
+#include "../launch.cuh"
 #include "../launchers.h"
 
 namespace fastloss::cuda {
@@ -24,7 +23,7 @@ __global__ void __launch_bounds__(kRankingThreads, 4) ranking_kernel(RankingArgs
   using R = acc_t<T>;
   const int64_t r = (int64_t{blockIdx.x} * kRankingThreads + threadIdx.x) / 32, n = a.n;
   if (r >= a.rows) return;  // whole warps
-  const int64_t width = state_width(a);
+  const int64_t width = a.state_width();
   const bool chooses = a.kind == Ranking::plackett_luce;
   R* const state = static_cast<R*>(a.state) + r * width;
   const DeviceRow<T> row{static_cast<const T*>(a.rewards) + r * n, static_cast<const R*>(a.ranks) + r * n,

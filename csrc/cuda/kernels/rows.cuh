@@ -13,7 +13,6 @@
 #include "../../drivers/rows.h"
 #include "../../losses/number_token.h"
 #include "../launch.cuh"
-// after launch.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../ptx.cuh"
 
 namespace fastloss::cuda {
@@ -579,8 +578,7 @@ struct RowTeam {
       if (kStay && slots) refill_all();
       return;
     }
-    // of a row that does not start on 16 bytes many vectors would take too many registers while they are
-    // loaded
+    // of a row that does not start on 16 bytes many vectors would take too many registers while being loaded
     const bool holds = kHold && (kTeam <= 32 || reinterpret_cast<uintptr_t>(x) % 16 == 0);
     const bool write_held =
         holds && a.dx && a.dx_layout.class_stride == 1 && reinterpret_cast<uintptr_t>(gradient()) % 16 == 0;
@@ -772,7 +770,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
   const auto team = [&](int64_t r, int64_t step) {
     const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
     return RowTeam<Loss, T, kTeam, kBackward>{a,
-                                              Loss(a.options, a.n),
+                                              Loss(a.hparams, a.n),
                                               lane,
                                               r,
                                               all + a.x_layout.start(r),
@@ -805,8 +803,8 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
   }
 }
 
-// Bytes of the longest rows for a warp, and that a block of half and of all of a multiprocessor's threads
-// keeps.
+// Bytes of the longest rows for a warp, and of the longest that a block of half a multiprocessor's threads is
+// given: longer ones go to a block of all its threads.
 constexpr int64_t kWarpRowBytes = 4 << 10, kHalfRowBytes = 128 << 10;
 // Threads for the shortest rows, if they hold them.
 constexpr int kSmallTeam = 8;

@@ -3,8 +3,7 @@
 // The steps of a sequence are affine maps of a small state (drivers/scan.h). Each thread joins the maps of
 // kSteps consecutive steps, a tree over the team joins those of the threads before it, and the thread then
 // takes its own steps from the state that results. Tile by tile the state is carried on. The tree is the same
-// for every sequence, so results do not depend on the batch. Nothing but inputs and outputs goes through
-// memory.
+// for every sequence, so results do not depend on the batch. Only inputs and outputs go through memory.
 #pragma once
 #include "../../drivers/scan.h"
 #include "../launch.cuh"

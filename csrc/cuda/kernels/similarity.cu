@@ -1,9 +1,8 @@
 // Passes over a block of a matrix of similarities: bands of rows by spans of columns for what rows and
 // columns add up and for gradients, and a second kernel that puts bands and spans together; a row each for
 // what few losses ask. What is summed in which order, the shape of the block alone says.
-#include "../launch.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/similarity.h"
+#include "../launch.cuh"
 #include "../launchers.h"
 
 namespace fastloss::cuda {
@@ -470,8 +469,7 @@ __global__ void __launch_bounds__(kRowThreads, 8) hardest_kernel(TileChunk a) {
   a.hardest[a.m + i] = x.negative;
 }
 
-// softmax_share of a gradient that is rounded to G: a half type does not see the last digits of an
-// exponential.
+// softmax_share, for a gradient that is rounded to G: a half type does not see an exponential's last digits.
 template <class G, class R>
 __device__ __forceinline__ R share(R s, R m, R log_sum) {
   if constexpr (std::is_same_v<G, R>) return softmax_share(s, m, log_sum);

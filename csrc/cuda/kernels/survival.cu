@@ -1,9 +1,8 @@
 // Survival losses: scans along sorted cohorts (long_scan.cuh), then a thread an individual.
-#include "../launch.cuh"
-#include "long_scan.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/survival.h"
+#include "../launch.cuh"
 #include "../launchers.h"
+#include "long_scan.cuh"
 
 namespace fastloss::cuda {
 namespace {

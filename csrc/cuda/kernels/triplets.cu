@@ -1,8 +1,7 @@
-// All triplets of a batch (losses/triplets_args.h): a block an anchor, then a block a row that is drawn.
+// All triplets of a batch (losses/triplets.h): a block an anchor, then a block a row that is drawn.
 // Integers are counted with atomics; sums have one order.
-#include "../launch.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/triplets.h"
+#include "../launch.cuh"
 #include "../launchers.h"
 
 namespace fastloss::cuda {
