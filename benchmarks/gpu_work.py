@@ -104,7 +104,7 @@ def ceilings(args: argparse.Namespace) -> None:
 
 
 def smoke(args: argparse.Namespace) -> None:
-    from fastloss._registry import Draw, entries
+    from fastloss._registry import InputSampler, entries
     from fastloss._registry.accuracy import evaluate
 
     every_loss = runpy.run_path(str(HERE / "every_loss.py"))
@@ -114,7 +114,9 @@ def smoke(args: argparse.Namespace) -> None:
             for dtype in every_loss["DTYPES"]:
                 done += 1
                 try:
-                    evaluate(loss.function, loss.call(case, Draw(dtype, args.device), shape), loss.wrt)
+                    evaluate(
+                        loss.function, loss.call(case, InputSampler(dtype, args.device), shape), loss.wrt
+                    )
                     device.wait()
                 except Exception as error:
                     failed += 1
@@ -156,7 +158,7 @@ class Row:
     """A row of the table on the device: the inputs of one loss, and how much work the step is at the least."""
 
     def __init__(self, spec: dict[str, Any], device: str, largest: int | None):
-        from fastloss._registry import Draw, entries
+        from fastloss._registry import InputSampler, entries
         from fastloss._registry.accuracy import differentiable
 
         (self.loss,) = entries(spec["loss"])
@@ -165,7 +167,7 @@ class Row:
         self.dtype = getattr(torch, spec["dtype"])
         self.backward = not spec.get("forward_only", False)
         case = spec.get("case", next(iter(self.loss.cases)))
-        self.kwargs = self.loss.call(case, Draw(self.dtype, device, fast=True), self.shape)
+        self.kwargs = self.loss.call(case, InputSampler(self.dtype, device, fast=True), self.shape)
         self.wrt = differentiable(self.kwargs, self.loss.trained or self.loss.wrt) if self.backward else []
 
     def name(self) -> dict[str, Any]:

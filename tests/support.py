@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloss._registry import Draw, Loss, accuracy, losses
+from fastloss._registry import InputSampler, Loss, accuracy, losses
 from fastloss._registry.accuracy import Answer as Answer
 from fastloss._registry.accuracy import Yardstick, evaluate, is_float
 from fastloss._registry.accuracy import exact as exact
@@ -117,7 +117,7 @@ def make(
     **more: Any,
 ) -> Kwargs:
     """Arguments of one call, with `requires_grad` where the loss is differentiable."""
-    kwargs = loss.call(case, Draw(dtype, device, seed), shape or small_shape(loss)) | more
+    kwargs = loss.call(case, InputSampler(dtype, device, seed), shape or small_shape(loss)) | more
     return requiring(kwargs, differentiable(loss, kwargs))
 
 

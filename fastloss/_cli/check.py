@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastloss._registry import Draw, Loss, entries
+from fastloss._registry import InputSampler, Loss, entries
 from fastloss._registry.accuracy import DTYPES, RULE, Finding, Yardstick, evaluate, name_of
 
 
@@ -60,7 +60,7 @@ def compare(
     """Draw the inputs of one case and compare `function`, the loss's own by default, with the float64 reference."""
     if isinstance(loss, str):
         (loss,) = entries(loss)
-    kwargs = loss.call(case, Draw(dtype, device, seed), shape)
+    kwargs = loss.call(case, InputSampler(dtype, device, seed), shape)
     yardstick = Yardstick(loss, kwargs)  # first: the call may overwrite its arguments
     findings = yardstick.findings(evaluate(function or loss.function, kwargs, loss.wrt))
     worst = max(findings, key=lambda found: found.ratio)
