@@ -15,9 +15,10 @@ import torch
 from fastloss import _registry
 from fastloss.__main__ import main
 from fastloss._cli import bench_worker, check
-from fastloss._registry import losses
+from fastloss._registry import accuracy, losses
 
 ROOT = Path(__file__).parent.parent
+RESULTS = [path.parent for path in sorted(ROOT.glob("benchmarks/results/*/*/results.json"))]
 LOSS = losses()[0]
 CASE = next(iter(LOSS.cases))
 SHAPE = next(s for s in LOSS.shapes if len(s) == 2 and min(s) > 1)
@@ -76,9 +77,9 @@ def test_compare_finds(mistake):
 
 def test_compare_accepts_the_best_that_a_dtype_can_hold():
     def rounded(**kwargs):
-        return LOSS.reference(**check.cast(kwargs, torch.float64)).to(kwargs[LOSS.wrt[0]].dtype)
+        return LOSS.reference(**accuracy.cast(kwargs, torch.float64)).to(kwargs[LOSS.wrt[0]].dtype)
 
-    for dtype in check.DTYPES:
+    for dtype in accuracy.DTYPES:
         result = check.compare(LOSS, CASE, SHAPE, dtype, function=rounded)
         assert result.ok, result
 
@@ -90,14 +91,14 @@ def test_a_lost_row_is_found_in_every_dtype():
         kwargs[first] = torch.cat([kwargs[first][:-1], kept[-1:]])
         return LOSS.reference(**kwargs)
 
-    for dtype in check.DTYPES:
+    for dtype in accuracy.DTYPES:
         assert not check.compare(LOSS, CASE, SHAPE, dtype, function=loses_a_row).ok
 
 
 @pytest.mark.parametrize(("function", "code"), [(LOSS.function, 0), (MISTAKES["gradient"], 1)])
 def test_exit_code_of_check(function, code, monkeypatch, capsys):
     planted = replace(LOSS, function=function, shapes=(SHAPE,))
-    monkeypatch.setitem(_registry._losses, LOSS.name, planted)
+    monkeypatch.setitem(_registry.spec._losses, LOSS.name, planted)
     assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == code
     assert ("FAIL" in capsys.readouterr().out) == bool(code)
 
@@ -106,9 +107,9 @@ def test_check_goes_on_after_a_loss_that_raises(monkeypatch, capsys):
     def raises(**kwargs):
         raise RuntimeError("planted")
 
-    monkeypatch.setitem(_registry._losses, LOSS.name, replace(LOSS, function=raises, shapes=(SHAPE,)))
+    monkeypatch.setitem(_registry.spec._losses, LOSS.name, replace(LOSS, function=raises, shapes=(SHAPE,)))
     assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == 1
-    assert capsys.readouterr().out.count("planted") == len(LOSS.cases) * len(check.DTYPES)
+    assert capsys.readouterr().out.count("planted") == len(LOSS.cases) * len(accuracy.DTYPES)
 
 
 def test_bench_refuses_what_is_wrong(monkeypatch):
@@ -204,7 +205,19 @@ def test_bench_of_a_table(tmp_path, capsys):
     report = (tmp_path / "out" / "report.md").read_text()
     assert "2x8 float32, forward, " in report
     assert "3x8 float32, forward + backward, " in report
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    plot = (tmp_path / "out" / "times.svg").read_text()
+    assert "2x8 float32, forward, " in plot
+    assert "3x8 float32, forward + backward, " in plot
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"report.md", "results.json", "times.svg"}
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: "/".join(p.parts[-2:]))
+def test_committed_reports_are_those_of_their_numbers(folder, tmp_path):
+    (tmp_path / "results.json").write_bytes((folder / "results.json").read_bytes())
+    assert main(["bench", "--from", str(tmp_path)]) == 0
+    for name in ("results.json", "report.md"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert (folder / "times.svg").is_file()
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*.json")), ids=lambda p: p.stem)

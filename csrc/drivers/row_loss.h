@@ -63,6 +63,19 @@ struct RowState {
   R saved[4];  // the loss's own
 };
 
+// A row's state in memory is m, log_sum, k (the row's weight by the norm) and what the loss saves: as many
+// numbers for all variants of a loss, so that its shape depends on nothing but the loss.
+inline constexpr int kStateHead = 3;
+template <template <class, int> class Loss, int kVariant = 0>
+constexpr int saved_numbers() {
+  int count = Loss<float, kVariant>::kSaved;
+  if constexpr (kVariant + 1 < Loss<float, 0>::kVariants) {
+    const int others = saved_numbers<Loss, kVariant + 1>();
+    if (others > count) count = others;
+  }
+  return count;
+}
+
 template <class R>
 struct Target {
   bool hard;  // false: no single class is the target

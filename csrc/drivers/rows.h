@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
+#include "names.h"
 
 namespace fastloss {
 
@@ -25,7 +26,6 @@ enum class RowPass : int {
   backward           // the gradient from the saved statistics
 };
 
-inline constexpr int kMaxOptions = 10;
 // On a GPU one block adds up at most kRowsOfBlock rows; of more, several leave at most kRowPartials sums.
 inline constexpr int64_t kRowsOfBlock = 4096, kRowPartials = 256;
 
@@ -65,7 +65,7 @@ struct RowArgs {
   const void* number_worst;        // one number of it
   const int64_t* number_position;  // [rows]: the label's among number_ids
   const void* number_weight;       // [rows] in the accumulation type, 0 for no number
-  double options[kMaxOptions];     // the loss's own, in the order of its struct
+  double hparams[kMaxHparams];     // the loss's own, see drivers/names.h
 };
 
 }  // namespace fastloss

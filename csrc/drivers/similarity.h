@@ -9,18 +9,17 @@
 
 #include "../math/dtype.h"
 #include "../math/math.h"
+#include "names.h"
 
 namespace fastloss {
 
-enum class TilePass : int {
-  statistics,  // max and log sum exp of rows and columns; the positive's s, or the sum of the positives'
-  softmax_gradient,  // s becomes row_grad_i p_ij + col_grad_j q_ij, and positive_grad_i at positives
-  pairs,             // of rows: sum over positives of softplus(lse_i - s), and of its derivative
-  pairs_gradient,    // the same at negatives, -positive_grad_i sigma(lse_i - s) at positives
-  sigmoid,           // of rows: sum of softplus(-+s); s becomes row_grad_i times the derivative
-  hardest            // of rows: the positive with the largest s + col_max_j, the negative with the smallest
-};
-inline constexpr int kTilePasses = 6;
+FL_ENUM(TilePass,
+        statistics,        // max and log sum exp of rows and columns; the positive's s, or the sum of these
+        softmax_gradient,  // s becomes row_grad_i p_ij + col_grad_j q_ij, and positive_grad_i at positives
+        pairs,             // of rows: sum over positives of softplus(lse_i - s), and of its derivative
+        pairs_gradient,    // the same at negatives, -positive_grad_i sigma(lse_i - s) at positives
+        sigmoid,           // of rows: sum of softplus(-+s); s becomes row_grad_i times the derivative
+        hardest)  // of rows: the positive with the largest s + col_max_j, the negative with the smallest
 
 // Arrays are of the accumulation type; null where there is none, or where a result is not wanted. What they
 // hold depends on the pass. `stat`: what the pass `statistics` gave; `grad`: the loss's gradient by that; in

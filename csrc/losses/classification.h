@@ -20,14 +20,18 @@ struct CrossEntropy : RowLossDefaults {
   static constexpr bool kSoftcap = kTargets == kSoft, kSideStreams = kTargets == kSoft;
   static constexpr bool kProportional = kTargets == kHard;
   static constexpr int kSaved = kTargets == kSoft ? 2 : 1;
+  FL_HPARAMS(label_smoothing, z_loss);
   R smoothing, z_loss, per_class;  // per_class = smoothing / n
 
   static int variant(const RowArgs& a) {
-    if (a.q || a.softcap > 0 || (a.class_weight && a.options[0] != 0)) return kSoft;
-    return a.options[0] != 0 ? kSmooth : kHard;
+    const bool smooth = a.hparams[H::label_smoothing] != 0;
+    if (a.q || a.softcap > 0 || (a.class_weight && smooth)) return kSoft;
+    return smooth ? kSmooth : kHard;
   }
-  FL_FN CrossEntropy(const double* options, int64_t n)
-      : smoothing(R(options[0])), z_loss(R(options[1])), per_class(R(options[0] / double(n))) {}
+  FL_FN CrossEntropy(const double* hparams, int64_t n)
+      : smoothing(R(hparams[H::label_smoothing])),
+        z_loss(R(hparams[H::z_loss])),
+        per_class(R(hparams[H::label_smoothing] / double(n))) {}
 
   template <class F>
   struct SmoothSums {
@@ -109,10 +113,13 @@ struct CrossEntropyNumbers : CrossEntropy<R, kHard> {
   using Base = CrossEntropy<R, kHard>;
   static constexpr int kVariants = 1;
   static constexpr bool kNumbers = true;
+  FL_HPARAMS(label_smoothing, z_loss, squared, reweigh);
+  static_assert(H::label_smoothing == int(Base::H::label_smoothing) && H::z_loss == int(Base::H::z_loss));
   NumberTokens<R> numbers;
 
   static int variant(const RowArgs&) { return 0; }
-  FL_FN CrossEntropyNumbers(const double* options, int64_t n) : Base(options, n), numbers(options) {}
+  FL_FN CrossEntropyNumbers(const double* hparams, int64_t n)
+      : Base(hparams, n), numbers(hparams[H::squared] != 0, hparams[H::reweigh] != 0) {}
 
   static FL_FN void add(typename Base::GradCoef& c, R more) {
     c.dense_coef += more;
@@ -127,10 +134,11 @@ template <class R, int>
 struct Focal : RowLossDefaults {
   static constexpr int kSaved = 2;
   static constexpr bool kNormCountsRows = true, kProportional = true;
+  FL_HPARAMS(gamma);
   R gamma;
 
   static int variant(const RowArgs&) { return 0; }
-  FL_FN Focal(const double* options, int64_t) : gamma(R(options[0])) {}
+  FL_FN Focal(const double* hparams, int64_t) : gamma(R(hparams[H::gamma])) {}
 
   template <class>
   using Sums = NoSums;

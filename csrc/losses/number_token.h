@@ -24,7 +24,7 @@ template <class R>
 struct NumberTokens {
   bool squared, reweigh;
 
-  FL_FN explicit NumberTokens(const double* options) : squared(options[2] != 0), reweigh(options[3] != 0) {}
+  FL_FN NumberTokens(bool squared_, bool reweigh_) : squared(squared_), reweigh(reweigh_) {}
 
   FL_FN NumberTerm<R> term(R weight, R max_distance, R mean, R top, R total, R row_max, R row_log_sum) const {
     const R loss = squared ? mean * mean : mean, slope = squared ? 2 * mean : R(1);

@@ -13,9 +13,10 @@ struct TokenStats : RowLossDefaults {
   static constexpr int kVariants = 2, kSaved = 3, kPlanes = 4;
   static constexpr bool kSoftcap = true, kGradUsesLogit = true;
   enum Plane { kEntropy, kLse, kLogSumP2, kMean };
+  FL_HPARAMS(all);
   R n;
 
-  static int variant(const RowArgs& a) { return a.options[0] != 0; }
+  static int variant(const RowArgs& a) { return a.hparams[H::all] != 0; }
   FL_FN TokenStats(const double*, int64_t n_) : n(R(n_)) {}
 
   // p z is 0 where p is, also for z = -infinity

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -26,14 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-_library = Path(__file__).parents[1] / "_library.so"
-if not _library.exists():
-    raise ImportError(
-        "fastloss is not built: run `pip install --no-build-isolation .` in its checkout (`make build` there)"
-    )
-torch.ops.load_library(str(_library))
+from fastloss._ops import abi
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTIONS = abi.enum("Reduction")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 _namespace = "fastloss"

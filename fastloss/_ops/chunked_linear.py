@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss._ops import abi
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import Shape
 
 BUDGET = 116 << 20
@@ -27,12 +29,8 @@ DIRECT = 1 << 24
 """Elements of a weight so large that its gradient is written as bfloat16 at once: cuBLAS splits no sum then."""
 INPUT, WEIGHT, BIAS = 1, 2, 4
 """Bits of the gradients that are wanted."""
-PANEL = 384
+PANEL = abi.constant("linear_rows")
 """Rows that a product on the CPU adds up as one: chunks of whole panels give the same bits whatever their size."""
-
-
-def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class PackedProducts:
@@ -40,7 +38,7 @@ class PackedProducts:
 
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
         self.operators, self.weight, self.bias = operators, weight, bias
-        self.logits_type = self.row_type = accumulation_type(weight.dtype)
+        self.logits_type = self.row_type = accumulation_dtype(weight.dtype)
 
     def logits(self, out: Tensor, x: Tensor) -> None:
         self.operators.linear_logits(out, x, self.weight, self.bias)
@@ -60,7 +58,7 @@ class BlasProducts:
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, bias
         self.logits_type = self.row_type = weight.dtype
-        high = accumulation_type(weight.dtype)
+        high = accumulation_dtype(weight.dtype)
         self.wide = {} if high == weight.dtype else {"out_dtype": high}
 
     def logits(self, out: Tensor, x: Tensor) -> None:
@@ -88,7 +86,7 @@ class RowByRow:
     """In the place of cuBLAS where the CUDA kernels run on the CPU: products that know one row at a time."""
 
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
-        self.wide = weight.to(accumulation_type(weight.dtype))
+        self.wide = weight.to(accumulation_dtype(weight.dtype))
         self.bias = 0 if bias is None else bias.to(self.wide.dtype)
         self.logits_type = self.row_type = weight.dtype
 
@@ -122,7 +120,7 @@ def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool,
         rows = min(rows, 2 * PANEL)
     else:
         # each chunk reads and writes the sum of the weight's gradients
-        room = min(classes * features * accumulation_type(logits).itemsize, MOST)
+        room = min(classes * features * accumulation_dtype(logits).itemsize, MOST)
         rows = max(rows, min(room // row, MOST_ROWS))
     if asked:
         rows = min(rows, asked)
@@ -154,23 +152,24 @@ def aligned(x: Tensor) -> Tensor:
 def forward(
     name: str, shape: type[Shape] | None, operators: Any, products: type, input: Tensor, linear_weight: Tensor,
     linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, row_weight: Tensor | None,
-    ignore_index: int, reduction: int, logit_scale: float, softcap: float, numbers: list[float],
+    ignore_index: int, reduction: int, logit_scale: float, softcap: float, hparams: list[float],
     wide: bool, chunk: int, wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, norm, and the wanted gradients of the sum of all rows' losses, in the accumulation type.
 
     The gradients are divided by the norm of "mean", save for half types: there, what is that small would be lost
     in the logits' gradient, and backward divides at the end, all but a weight's gradient in a half type (see
-    `narrow_weight_gradient`). The numbers after the row loss's two are those of the shape that stands between the
+    `narrow_weight_gradient`). After the row loss's hyperparameters come those of the shape that stands between the
     products and the logits.
     """
     on_cpu = products is PackedProducts
     if not on_cpu:
         input, linear_weight = aligned(input), aligned(linear_weight)
     (rows, features), classes = input.shape, linear_weight.shape[0]
-    between = shape(numbers[2:], features) if shape else None
-    numbers = numbers[:2]
-    high = accumulation_type(input.dtype)
+    own = len(abi.fact(name, "hparams"))
+    between = shape(features, **dict(zip(shape.HPARAMS, hparams[own:], strict=True))) if shape else None
+    hparams = hparams[:own]
+    high = accumulation_dtype(input.dtype)
     narrow = narrow_weight_gradient(products, linear_weight)
     row_kernel = getattr(operators, f"{name}_rows")
     hard = not target.is_floating_point()
@@ -223,7 +222,7 @@ def forward(
         z = between.enter(g, target[pick]) if between else g
         row_kernel(
             z, part_loss, target[pick], weight, None if row_weight is None else row_weight[pick], inner_norm,
-            ignore_index, logit_scale, softcap, numbers, wanted != 0,
+            ignore_index, logit_scale, softcap, hparams, wanted != 0,
         )  # fmt: skip
         if counted is not None:
             loss[pick] = part_loss

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastloss._ops import autograd, chunked_linear
-from fastloss._ops.autograd import REDUCTIONS, Plan, PythonOp, _functorch_active, _requires_grad, wanted_bits
+from fastloss._ops import abi, autograd, chunked_linear
+from fastloss._ops.autograd import (
+    HALF_TYPES,
+    REDUCTIONS,
+    Plan,
+    PythonOp,
+    _functorch_active,
+    _requires_grad,
+    wanted_bits,
+)
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import Shape
 
 
@@ -24,7 +33,9 @@ class LinearOp(PythonOp):
     """A row loss of `linear(input, linear_weight, linear_bias)`, from the chunks of `_linear`.
 
     Tensors `(input, linear_weight, linear_bias, target, weight, row_weight)`, of which the first three are
-    differentiated; `options` are `ignore_index, reduction, logit_scale, softcap, numbers, wide, chunk`.
+    differentiated; `options` are `ignore_index, reduction, logit_scale, softcap, hparams, wide, chunk`, with `hparams`
+    from `pack`: those of the row loss, then those of the shape. The reference takes the tensors, and by name
+    `ignore_index, reduction, logit_scale, softcap` and the hyperparameters.
 
     Where the loss is one number, the gradients are made in forward, while the logits are at hand, and the first
     backward multiplies them by its upstream gradient. Any other backward runs the chunks again.
@@ -32,7 +43,7 @@ class LinearOp(PythonOp):
 
     schemas: ClassVar = {
         "fwd": "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
-        "Tensor? row_weight, int ignore_index, int reduction, float logit_scale, float softcap, float[] numbers, "
+        "Tensor? row_weight, int ignore_index, int reduction, float logit_scale, float softcap, float[] hparams, "
         "bool wide, int chunk, int wanted) -> (Tensor loss, Tensor norm, Tensor dinput, Tensor dweight, Tensor dbias)"
     }
     REDUCTION = 1  # its place among the options
@@ -41,9 +52,21 @@ class LinearOp(PythonOp):
         self, name: str, reference: Callable[..., Tensor], rows: str, shape: type[Shape] | None = None
     ):
         self._rows, self._shape = rows, shape
+        of_rows = abi.hparams(rows)
+        self.hparams = abi.Hparams(name, (*of_rows.names, *(shape.HPARAMS if shape else ())), of_rows.choices)
+        self.hparams.check_taken_by(reference)
+        self.pack = self.hparams.pack
+
+        def by_name(*args):
+            tensors, (index, reduction, scale, cap, hparams, wide, _) = args[:6], args[6:]
+            loss = reference(
+                *tensors, ignore_index=index, reduction=list(REDUCTIONS)[reduction], logit_scale=scale, softcap=cap,
+                **self.hparams.unpack(hparams),
+            )  # fmt: skip
+            return loss.float() if wide and loss.dtype in HALF_TYPES else loss
 
         def fake(input, linear_weight, linear_bias, *rest):
-            high = chunked_linear.accumulation_type(input.dtype)
+            high = accumulation_dtype(input.dtype)
             reduction, wide, wanted = rest[4], rest[8], rest[10]
             where = "cpu" if autograd._namespace == "fastloss" else "simt"
             products = chunked_linear.PRODUCTS["cuda" if input.device.type == "cuda" else where]
@@ -67,7 +90,7 @@ class LinearOp(PythonOp):
                 ),
             )
 
-        super().__init__(name, reference, fake, tensors=6, wrt=(0, 1, 2))
+        super().__init__(name, by_name, fake, tensors=6, wrt=(0, 1, 2))
         self._traced = self._trace()
 
     def implement(self, kind, operators, where):
@@ -99,7 +122,7 @@ class LinearOp(PythonOp):
         input, like = tensors[0], tensors[:3]
         needed = sum(1 << i for i in self.wrt if plan.needed is None or plan.needed[i])
         needed &= sum(1 << i for i in self.wrt if tensors[i] is not None)
-        high = chunked_linear.accumulation_type(input.dtype)
+        high = accumulation_dtype(input.dtype)
         factor, own = g.to(high), not _functorch_active()
         options = list(options)
         ready, plan.ready = plan.ready, None
@@ -152,7 +175,7 @@ class LinearOp(PythonOp):
                 given, ready = list(saved[:tensors]), saved[tensors:]
                 options, wanted = list(ctx.options[:-1]), ctx.options[-1]
                 input = given[0]
-                high = chunked_linear.accumulation_type(input.dtype)
+                high = accumulation_dtype(input.dtype)
                 factor = g.to(high)
                 if options[at - tensors] == none:
                     given[5] = factor if given[5] is None else factor * given[5]

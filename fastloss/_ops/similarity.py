@@ -16,17 +16,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastloss._ops import autograd
+from fastloss._ops import abi, autograd
 from fastloss._ops.autograd import _functorch_active
-from fastloss._ops.chunked_linear import accumulation_type, aligned
+from fastloss._ops.chunked_linear import aligned
+from fastloss._ops.dtypes import accumulation_dtype
 
 BUDGET = 256 << 20
 """Bytes of similarities that lie in memory on CUDA; their gradient in a half type takes half as many more."""
-STATISTICS, SOFTMAX_GRADIENT, PAIRS, PAIRS_GRADIENT, SIGMOID, HARDEST = range(6)
-ARRAYS = (
-    "row_max", "row_log_sum", "row_grad", "col_max", "col_log_sum", "col_grad", "positive", "positive_grad",
-    "col_positive_grad", "hardest",
-)  # fmt: skip
+_PASSES = abi.enum("TilePass")
+STATISTICS, SOFTMAX_GRADIENT = _PASSES["statistics"], _PASSES["softmax_gradient"]
+PAIRS, PAIRS_GRADIENT = _PASSES["pairs"], _PASSES["pairs_gradient"]
+SIGMOID, HARDEST = _PASSES["sigmoid"], _PASSES["hardest"]
+_ARGUMENTS = [argument.name for argument in torch.ops.fastloss.tile_walk.default._schema.arguments]
+ARRAYS = tuple(_ARGUMENTS[_ARGUMENTS.index("row_max") : _ARGUMENTS.index("hardest") + 1])
+"""The arrays of rows and of columns that a pass reads or writes, in the order of the operators."""
+_GRADIENTS = [ARRAYS.index(f"{name}_grad") for name in ("row", "col", "positive", "col_positive")]
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
@@ -48,7 +52,7 @@ class Rows:
 
     def __init__(self, x: Tensor, normalize: bool):
         self.dtype = x.dtype
-        self.wide = x.to(accumulation_type(x.dtype)).contiguous()
+        self.wide = x.to(accumulation_dtype(x.dtype)).contiguous()
         self.length = None
         if normalize:
             self.length = torch.linalg.vector_norm(self.wide, dim=1, keepdim=True).clamp_min_(1e-12)
@@ -111,7 +115,8 @@ class Matrix:
             both and self.on_cpu
         )  # the library's s_ij and s_ji differ, and so would what they are relative to
         if both:
-            arrays |= {name.replace("row", "col"): arrays.get(name) for name in ARRAYS[:3]}
+            of_rows = ("row_max", "row_log_sum", "row_grad")
+            arrays |= {name.replace("row", "col"): arrays.get(name) for name in of_rows}
             arrays["col_positive_grad"] = arrays.get("positive_grad")
         given = [arrays.get(name) for name in ARRAYS]
         dx = dy = dots = None
@@ -174,7 +179,7 @@ class Matrix:
             x, y = x.to(self.low), y.to(self.low)
             if dx is not None and self.low == torch.float16:
                 # relative to the largest number among them, so that small ones are not lost
-                places = [i for i in (2, 5, 7, 8) if given[i] is not None]
+                places = [i for i in _GRADIENTS if given[i] is not None]
                 finite = (given[i].abs().nan_to_num(0.0, 0.0) for i in places)
                 top = torch.stack([g.amax() for g in finite]).amax()
                 top = top + (top == 0)
@@ -327,7 +332,7 @@ class SoftmaxOp(TileOp):
         columns,
         _,
     ):
-        high = accumulation_type(x.dtype)
+        high = accumulation_dtype(x.dtype)
         m, n = x.shape[0], x.shape[0] if y is None else y.shape[0]
         one = [m if rows else 0], [m if columns else 0], [m]
         return tuple(
@@ -374,3 +379,13 @@ class SoftmaxOp(TileOp):
         dbase = x.new_empty(0) if base is None else (-zero if g_row is None else -g_row)
         dx, dy, dscale = s.walk(SOFTMAX_GRADIENT, True, positive_grad=up.contiguous(), **arrays)
         return dx, dy, dscale.to(scale.dtype), dbase
+
+
+def marks(rows: int, columns: int, offset: int, like: Tensor, keys: str = "") -> Tensor:
+    if not isinstance(offset, int):
+        raise TypeError(f"label_offset: expected an int, got {type(offset).__name__}")
+    if offset < 0 or offset + rows > columns:
+        raise ValueError(
+            f"{keys}: expected the positives of {rows} rows from label_offset {offset} on, got {columns} rows"
+        )
+    return torch.arange(offset, offset + rows, device=like.device)

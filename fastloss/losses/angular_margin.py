@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, runs_on_cpu
+from fastloss._ops.autograd import HALF_TYPES, runs_on_cpu
 from fastloss._ops.checks import (
     check_floating,
     check_number,
@@ -20,41 +20,34 @@ from fastloss._ops.checks import (
 )
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.logit_transforms import LEAST_SIN2, AngularMargin, Harmonic
-from fastloss._registry import Draw, Loss, register
 from fastloss.losses.linear import as_autocast
 from fastloss.reference.angular_margin import nearest, with_margin
 
 __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
 
 
-def _of_logits(logits, target, weight, row_weight, ignore_index, reduction, scale, smoothing, wide):
-    loss = reference.cross_entropy(
-        logits, target, weight, reduction=list(REDUCTIONS)[reduction], ignore_index=ignore_index,
-        label_smoothing=smoothing, logit_scale=scale, sample_weight=row_weight,
-    )  # fmt: skip
-    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
-
-
 def _margin_reference(
-    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers,
-    wide, chunk,
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
+    label_smoothing, z_loss, additive, margin, easy, straight, centres,
 ):  # fmt: skip
-    smoothing, _, additive, m, easy, straight, centres = numbers
     cosines = nearest(input @ linear_weight.t(), int(centres))
-    logits = with_margin(cosines, target, m, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
-    return _of_logits(logits, target, weight, row_weight, ignore_index, reduction, scale, smoothing, wide)
+    logits = with_margin(cosines, target, margin, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
+    return reference.cross_entropy(
+        logits, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        logit_scale=logit_scale, sample_weight=row_weight,
+    )  # fmt: skip
 
 
 def _harmonic_reference(
-    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers,
-    wide, chunk,
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
+    label_smoothing, z_loss, n, eps,
 ):  # fmt: skip
-    _, _, n, eps = numbers
     n = n or math.sqrt(input.shape[1] - 2)
     squares = (input @ linear_weight.t()).clamp(min=0) + eps
-    return _of_logits(
-        -n / 2 * squares.log(), target, weight, row_weight, ignore_index, reduction, scale, 0.0, wide
-    )
+    return reference.cross_entropy(
+        -n / 2 * squares.log(), target, weight, reduction=reduction, ignore_index=ignore_index,
+        logit_scale=logit_scale, sample_weight=row_weight,
+    )  # fmt: skip
 
 
 _margin = LinearOp("margin_loss", _margin_reference, rows="cross_entropy", shape=AngularMargin)
@@ -136,11 +129,14 @@ def _margin_loss(
     elif half:
         unit, centre = unit.to(dtype), centre.to(dtype)
     rows, centred = as_autocast(device, unit, centre)
-    numbers = [smoothing, 0.0, float(additive), m, float(easy), float(straight), float(centres)]
+    hparams = _margin.pack(
+        label_smoothing=smoothing, z_loss=0.0, additive=float(additive), margin=m, easy=float(easy),
+        straight=float(straight), centres=float(centres),
+    )  # fmt: skip
     try:
         loss = _margin(
             (rows, centred, None, target, None, sample_weight),
-            (ignore_index, mode, scale, 0.0, numbers, autocast, 0),
+            (ignore_index, mode, scale, 0.0, hparams, autocast, 0),
         )
     except IndexError:
         if classes is None:
@@ -304,108 +300,11 @@ def harmonic_loss(
     # the squared distance as one product
     x = torch.cat([-2 * input, torch.ones_like(input[:, :1]), input.square().sum(1, keepdim=True)], 1)
     w = torch.cat([weight, weight.square().sum(1, keepdim=True), torch.ones_like(weight[:, :1])], 1)
+    hparams = _harmonic.pack(
+        label_smoothing=0.0, z_loss=0.0, n=power, eps=check_number("eps", eps, math.ulp(0.0))
+    )
     loss = _harmonic(
         (x, w, None, target.long(), None, sample_weight),
-        (ignore_index, mode, 1.0, 0.0, [0.0, 0.0, power, check_number("eps", eps, math.ulp(0.0))], False, 0),
+        (ignore_index, mode, 1.0, 0.0, hparams, False, 0),
     )
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(dtype)
-
-
-def _target(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return draw.index(shape[2], shape[0])
-
-
-def _some_ignored(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return torch.where(draw.index(3, shape[0]) == 0, -100, _target(draw, shape))
-
-
-def _inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    rows, features, classes = shape
-    return {
-        "input": draw.normal(rows, features),
-        "weight": draw.normal(classes, features),
-        "target": _target(draw, shape),
-    }
-
-
-def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
-    return (2 if backward else 1) * (shape[0] + shape[2]) * shape[1] * itemsize
-
-
-def _eager_harmonic(
-    input, weight, target, n=None, reduction="mean", *, eps=1e-8, ignore_index=-100, sample_weight=None
-):
-    """As the authors have it: squared distances from one product."""
-    dtype, n = input.dtype, math.sqrt(input.shape[1]) if n is None else n
-    x, w = (t.float() if t.dtype in HALF_TYPES else t for t in (input, weight))
-    squares = x.square().sum(1, keepdim=True) + w.square().sum(1) - 2 * x @ w.t()
-    logits = -n / 2 * (squares.clamp(min=0) + eps).log()
-    sample_weight = None if sample_weight is None else sample_weight.to(x.dtype)
-    return reference.cross_entropy(
-        logits, target, reduction=reduction, ignore_index=ignore_index, sample_weight=sample_weight
-    ).to(dtype)
-
-
-_MARGIN_CASES = {
-    "plain": {},
-    "none+ignored": {"reduction": "none", "target": _some_ignored, "s": 10.0},
-    "centres": {"weight": lambda d, s: d.normal(s[2], 3, s[1]), "s": 8.0},
-    "everything": {
-        "reduction": "sum",
-        "target": _some_ignored,
-        "s": 5.0,
-        "label_smoothing": 0.1,
-        "sample_weight": lambda d, s: d.uniform(s[0], low=0.0, high=2.0),
-    },
-}
-_WITH_MARGIN = {
-    "arcface_loss": (
-        arcface_loss,
-        {"easy": {"easy_margin": True, "m": 0.3, "s": 8.0}},
-        {"easy_margin": True},
-    ),
-    "cosface_loss": (cosface_loss, {}, {}),
-}
-for _name, (_function, _more, _full) in _WITH_MARGIN.items():
-    register(
-        Loss(
-            name=_name,
-            family="margin",
-            function=_function,
-            reference=getattr(reference, _name),
-            products=(1, 3),
-            inputs=_inputs,
-            wrt=("input", "weight"),
-            forward_arguments=("input", "weight", "target", "sample_weight"),
-            cases={**_MARGIN_CASES, **_more, "everything": {**_MARGIN_CASES["everything"], **_full}},
-            shapes=((3, 5, 7), (5, 33, 2), (7, 64, 130)),
-            bench_shape=(2048, 512, 32000),
-            traffic=_traffic,
-        )
-    )
-register(
-    Loss(
-        name="harmonic_loss",
-        family="margin",
-        function=harmonic_loss,
-        reference=reference.harmonic_loss,
-        eager=_eager_harmonic,
-        products=(1, 3),
-        inputs=_inputs,
-        wrt=("input", "weight"),
-        forward_arguments=("input", "weight", "target", "sample_weight"),
-        cases={
-            "plain": {},
-            "everything": {
-                "n": 3.0,
-                "reduction": "none",
-                "target": _some_ignored,
-                "eps": 1e-3,
-                "sample_weight": lambda d, s: d.uniform(s[0], low=0.5, high=2.0),
-            },
-        },
-        shapes=((3, 5, 7), (5, 33, 2), (7, 64, 130)),
-        bench_shape=(2048, 512, 32000),
-        traffic=_traffic,
-    )
-)

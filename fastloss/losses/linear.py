@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
 from fastloss._ops.chunked_linear_loss import LinearOp
-from fastloss._registry import Draw, Loss, register
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss.losses import classification
 
 __all__ = ["linear_cross_entropy"]
@@ -20,14 +19,13 @@ __all__ = ["linear_cross_entropy"]
 
 def _linear_cross_entropy_reference(
     input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
-    numbers, wide, chunk,
+    label_smoothing, z_loss,
 ):  # fmt: skip
-    loss = reference.linear_cross_entropy(
+    return reference.linear_cross_entropy(
         input, linear_weight, target, linear_bias=linear_bias, weight=weight, ignore_index=ignore_index,
-        reduction=list(REDUCTIONS)[reduction], label_smoothing=numbers[0], z_loss=numbers[1],
-        logit_scale=logit_scale, softcap=softcap, sample_weight=row_weight,
+        reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
+        sample_weight=row_weight,
     )  # fmt: skip
-    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
 
 
 _linear_cross_entropy = LinearOp(
@@ -78,7 +76,7 @@ def _chunk_rows(options: torch.nn.LinearCrossEntropyOptions | None, dtype: torch
         return 0
     if not isinstance(options, torch.nn.LinearCrossEntropyOptions):
         raise TypeError(f"options: expected LinearCrossEntropyOptions or None, got {type(options).__name__}")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     if options.acc_dtype not in (None, dtype, wide):
         raise ValueError(
             f"options: expected acc_dtype {wide}, in which sums are done, got {options.acc_dtype}"
@@ -102,7 +100,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Cross-entropy of the logits `input @ linear_weight.T + linear_bias`, which never exist all at once.
+    r"""Cross-entropy of the logits `input @ linear_weight.T + linear_bias`, computed in chunks.
 
     The loss is `cross_entropy`'s: with :math:`x = W h + b`, :math:`z = c \tanh(s x / c)` (without softcap
     :math:`z = s x`) and :math:`\mathrm{lse} = \log \sum_c e^{z_c}`, a row with class :math:`y` has
@@ -189,7 +187,9 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
-    numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
+    hparams = _linear_cross_entropy.pack(
+        label_smoothing=float(label_smoothing), z_loss=check_number("z_loss", z_loss)
+    )
     if target.dtype == torch.uint8:
         target = target.long()
     single = input.dim() == 1
@@ -199,62 +199,6 @@ def linear_cross_entropy(
         sample_weight = None if sample_weight is None else sample_weight.reshape(1)
     loss = _linear_cross_entropy(
         (input, linear_weight, linear_bias, target, weight, sample_weight),
-        (ignored, mode, check_number("logit_scale", logit_scale), cap, numbers, autocast, chunk),
+        (ignored, mode, check_number("logit_scale", logit_scale), cap, hparams, autocast, chunk),
     )
     return loss.squeeze(0) if single and reduction == "none" else loss
-
-
-def _classes(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return draw.index(shape[2], shape[0])
-
-
-def _some_ignored(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    target = _classes(draw, shape)
-    return torch.where(draw.index(3, *target.shape) == 0, -100, target)
-
-
-def _inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    rows, features, classes = shape
-    return {
-        "input": draw.normal(rows, features),
-        "linear_weight": draw.normal(classes, features, scale=2.0 * features**-0.5),
-        "target": _classes(draw, shape),
-    }
-
-
-register(
-    Loss(
-        name="linear_cross_entropy",
-        family="linear",
-        function=linear_cross_entropy,
-        reference=reference.linear_cross_entropy,
-        eager=getattr(F, "linear_cross_entropy", None),  # torch 2.11 and 2.12 have none
-        replaces="torch.nn.functional.linear_cross_entropy",
-        products=(1, 3),
-        inputs=_inputs,
-        wrt=("input", "linear_weight", "linear_bias"),
-        forward_arguments=("input", "linear_weight", "target", "linear_bias", "sample_weight"),
-        cases={
-            "plain": {},
-            "none": {"reduction": "none", "target": _some_ignored},
-            "bias+ignored": {"linear_bias": lambda d, s: d.normal(s[2]), "target": _some_ignored},
-            "probabilities": {"target": lambda d, s: d.simplex(s[0], s[2]), "label_smoothing": 0.1},
-            "everything": {
-                "reduction": "sum",
-                "target": _some_ignored,
-                "linear_bias": lambda d, s: d.normal(s[2]),
-                "weight": lambda d, s: d.uniform(s[2], low=0.5, high=2.0),
-                "label_smoothing": 0.1,
-                "logit_scale": 0.5,
-                "softcap": 10.0,
-                "z_loss": 1e-3,
-                "sample_weight": lambda d, s: d.uniform(s[0], low=0.0, high=2.0),
-            },
-        },
-        shapes=((3, 5, 7), (5, 33, 1), (2, 1, 65), (7, 200, 130), (3, 40, 1003)),
-        bench_shape=(4096, 1024, 32000),
-        traffic=lambda shape, itemsize, backward: (
-            (2 if backward else 1) * (shape[0] + shape[2]) * shape[1] * itemsize
-        ),
-    )
-)

@@ -14,19 +14,20 @@ from torch.autograd import Function
 from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_floating, check_number, check_reduction, check_tensors
+from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.rowwise import NumberOp
-from fastloss._registry import Draw, Loss, register
-from fastloss.losses.classification import is_wide
 from fastloss.losses.token_statistics import log_probs_of
 
 __all__ = ["cross_entropy_with_number_token_loss", "gaussian_cross_entropy", "number_token_loss"]
+
 
 KINDS = ("wasserstein", "mse")
 
 
 def _of_operator(
-    input, target, ids, table, worst, position, number_weight, ignore_index, reduction, numbers, wide
-):
+    input, target, ids, table, worst, position, number_weight, ignore_index, reduction, label_smoothing, z_loss,
+    squared, reweigh,
+):  # fmt: skip
     dim = 1 if input.dim() > 1 else 0
     z = input.float() if input.dtype in HALF_TYPES else input
     plain = reference.cross_entropy(z, target, ignore_index=ignore_index, reduction="none")
@@ -34,18 +35,18 @@ def _of_operator(
     z = torch.where(counts.unsqueeze(-1), z.movedim(dim, -1), 0.0)
     logp = z.log_softmax(-1)[..., ids]
     loss = (logp.softmax(-1) * table[position]).sum(-1)
-    if numbers[2]:
+    if squared:
         loss = loss.square()
-    if numbers[3]:
+    if reweigh:
         mass = logp.exp().sum(-1)
         loss = loss * mass + worst * (1 - mass)
     each = plain + torch.where(counts, number_weight * loss, 0.0)
-    if reduction != REDUCTIONS["none"]:
-        each = each.sum() / (target != ignore_index).sum() if reduction == REDUCTIONS["mean"] else each.sum()
-    return each if wide else each.to(input.dtype)
+    if reduction == "none":
+        return each
+    return each.sum() / (target != ignore_index).sum() if reduction == "mean" else each.sum()
 
 
-_cross_entropy_numbers = NumberOp("cross_entropy_numbers", _of_operator, saved=1)
+_cross_entropy_numbers = NumberOp("cross_entropy_numbers", _of_operator)
 
 
 def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: torch.Size) -> None:
@@ -83,7 +84,7 @@ def _reduced(loss: Tensor, counts: Tensor, mode: str, least: int) -> Tensor:
 
 
 def _typed(loss: Tensor, logits: Tensor) -> Tensor:
-    return loss if is_wide(logits) else loss.to(logits.dtype)
+    return loss if autocast_to_fp32(logits) else loss.to(logits.dtype)
 
 
 def _numbers(labels: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,7 +220,7 @@ def number_token_loss(
     reweigh: bool = False,
     squash_factor: float | None = None,
 ) -> Tensor:
-    r"""How far the predicted number is from the label's, at positions whose label is a number token.
+    r"""Distance between predicted and true number, at positions whose label is a number token.
 
     With :math:`q` the softmax over the number tokens alone, :math:`v` their values and :math:`v_y` the label's:
 
@@ -350,11 +351,13 @@ def cross_entropy_with_number_token_loss(
     )
     if flat:
         labels, position, share = (t.flatten() if logits.dim() > 1 else t for t in (labels, position, share))
-    numbers = [0.0, 0.0, float(kind == "mse"), float(reweigh)]
+    hparams = _cross_entropy_numbers.pack(
+        label_smoothing=0.0, z_loss=0.0, squared=float(kind == "mse"), reweigh=float(reweigh)
+    )
     tensors = rows, labels, ids, far, 1.01 * most, position, share
     try:
         loss = _cross_entropy_numbers(
-            tensors, (ignore_index, REDUCTIONS[reduction], numbers, is_wide(logits))
+            tensors, (ignore_index, REDUCTIONS[reduction], hparams, autocast_to_fp32(logits))
         )
     except RuntimeError as error:
         if "is out of bounds" in str(error):
@@ -429,85 +432,3 @@ def gaussian_cross_entropy(
     logp = log_probs_of(logits, index, valid, index_name="target or token_ids")
     loss = -torch.where(q > 0, q * logp, 0.0).sum(-1)
     return _typed(_reduced(loss, valid, reduction, 0), input)
-
-
-def _labels(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    """Numbers, other tokens and ignored ones."""
-    labels = draw.index(min(9, shape[-1]), *shape[:-1])
-    return torch.where(draw.index(5, *shape[:-1]) == 0, -100, labels)
-
-
-def _tokens(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    some = torch.tensor([1, 2, 4, 5, 6, 7, 8], device=draw.device)
-    some = some[some < shape[-1]] if shape[-1] > 1 else some[:1] - 1
-    values = torch.tensor([0.0, 1.0, 2.0, 4.0, 8.0, 0.5, 3.0])[: len(some)]
-    return {"token_ids": some, "token_values": values.to(draw.device, draw.dtype)}
-
-
-def _inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    logits = draw.normal(*shape, scale=2.0)
-    return {"logits": logits, "labels": _labels(draw, shape), **_tokens(draw, shape)}
-
-
-def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
-    return (2 if backward else 1) * math.prod(shape) * itemsize
-
-
-_CASES = {
-    "plain": {},
-    "squash": {"reweigh": True, "squash_factor": 3.0},
-    "mse": {"kind": "mse", "reweigh": True},
-}
-_SOFT = {
-    "soft": {
-        "labels": lambda d, s: d.simplex(*s[:-1], len(_tokens(d, s)["token_ids"]), dim=-1),
-        "reweigh": True,
-    }
-}
-for _function, _reference, _more in (
-    (cross_entropy_with_number_token_loss, reference.cross_entropy_with_number_token_loss, {}),
-    (number_token_loss, reference.number_token_loss, _SOFT),
-):
-    register(
-        Loss(
-            name=_function.__name__,
-            family="number_token",
-            function=_function,
-            reference=_reference,
-            inputs=_inputs,
-            wrt=("logits",),
-            forward_arguments=("logits", "labels"),
-            cases=_CASES | _more,
-            shapes=((9, 33), (3, 1030)),
-            bench_shape=(4096, 32000),
-            traffic=_traffic,
-        )
-    )
-register(
-    Loss(
-        name="gaussian_cross_entropy",
-        family="number_token",
-        function=gaussian_cross_entropy,
-        reference=reference.gaussian_cross_entropy,
-        inputs=lambda draw, shape: {
-            "input": draw.normal(*shape, scale=3.0),
-            "target": draw.index(shape[1], shape[0], *shape[2:]),
-        },
-        wrt=("input",),
-        forward_arguments=("input", "target"),
-        cases={
-            "plain": {},
-            "values": {
-                "sigma": 0.8,
-                "target": lambda d, s: torch.where(
-                    d.index(4, s[0], *s[2:]) == 0, -100, d.index(min(9, s[1]), s[0], *s[2:])
-                ),
-                "token_ids": lambda d, s: _tokens(d, s[:2])["token_ids"],
-                "token_values": lambda d, s: _tokens(d, s[:2])["token_values"],
-            },
-        },
-        shapes=((9, 33), (3, 1030), (2, 17, 3)),
-        bench_shape=(4096, 32000),
-        traffic=_traffic,
-    )
-)

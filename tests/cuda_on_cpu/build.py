@@ -117,7 +117,7 @@ def _write_ninja() -> None:
     torch_flags = " ".join([STABLE_ABI, *(f"-isystem {_near(p)}" for p in include_paths())])
     operators = objects(
         "operators",
-        [*sorted((CSRC / "ops").glob("*.cpp")), CSRC / "cpu" / "pool.cpp", HERE / "no_cpu_kernels.cpp"],
+        [*sorted((CSRC / "ops").glob("*.cpp")), CSRC / "cpu" / "dispatch.cpp", CSRC / "cpu" / "pool.cpp"],
         f"-O1 -DFASTLOSS_NAMESPACE={NAMESPACE} {torch_flags}",
     )
     torch_libraries = (

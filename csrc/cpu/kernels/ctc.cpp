@@ -161,9 +161,6 @@ void run(const AlignmentArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const AlignmentKernel FASTLOSS_JOIN(alignment_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(AlignmentKernel, alignment_kernel) = &run;
 }  // namespace fastloss::cpu

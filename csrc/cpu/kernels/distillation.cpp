@@ -23,7 +23,7 @@ class DivergenceKernel {
   explicit DivergenceKernel(const DivergenceArgs& args)
       : a_(args.rows),
         dq_(static_cast<T*>(args.dq)),
-        loss_(args.rows.options),
+        loss_(args.rows.hparams),
         n_(args.rows.n),
         scale_(R(args.rows.logit_scale)) {
     const int64_t padded = (n_ + W - 1) / W * W;
@@ -179,9 +179,6 @@ void run(const DivergenceArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const DivergenceKernel FASTLOSS_JOIN(divergence_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(DivergenceKernel, divergence_kernel) = &run;
 }  // namespace fastloss::cpu

@@ -24,8 +24,7 @@ class RowKernel : RowBase<Loss, T> {
   using typename Base::R, typename Base::F, typename Base::GradCoef, typename Base::Row, typename Base::Side;
   using Lane = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
   using Sums = typename Loss::template Sums<F>;
-  static constexpr int kStateHead = 3;  // state: m, log_sum, k, saved...
-  static constexpr int kTogether = 2;   // vectors whose exponentials are taken side by side
+  static constexpr int kTogether = 2;  // vectors whose exponentials are taken side by side
   static constexpr bool kMayWait = Loss::kProportional && !Loss::kPlanes;
   static constexpr int kLine = 64 / sizeof(T);  // elements
   static constexpr int64_t kBlock = 32768 / sizeof(R);
@@ -423,7 +422,7 @@ class RowKernel : RowBase<Loss, T> {
 
 template <class Loss, class T>
 FL_FN void run_rows(const RowArgs& args, int64_t begin, int64_t end) {
-  RowKernel<Loss, T>(args, Loss(args.options, args.n)).run(begin, end);
+  RowKernel<Loss, T>(args, Loss(args.hparams, args.n)).run(begin, end);
 }
 
 }  // namespace fastloss::inline FL_ISA

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
   R* state = static_cast<R*>(a.state) + r * kDivergenceState;
   const bool backward = a.pass == RowPass::backward, leader = lane == 0;
   const R scale = R(a.logit_scale);
-  const LogitDivergence<R, kKind> loss(a.options);
+  const LogitDivergence<R, kKind> loss(a.hparams);
   R k = backward ? state[6] : a.row_weight ? static_cast<const R*>(a.row_weight)[r] : R(1);
   if (k == 0) {
     if (leader && !backward) {

@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements
     if (a.skip_unit_upstream && g == 1) return;
     k *= g;
   }
-  ElementThread<Loss, T> thread{a, Loss(a.options), k, 0, 0};
+  ElementThread<Loss, T> thread{a, Loss(a.hparams), k, 0, 0};
   thread.run();
   if (!a.partial) return;
   if constexpr (Loss::kLogSum) thread.sum += log1p(thread.product);

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kRankingThreads, 4) ranking_kernel(RankingArgs
   using R = acc_t<T>;
   const int64_t r = (int64_t{blockIdx.x} * kRankingThreads + threadIdx.x) / 32, n = a.n;
   if (r >= a.rows) return;  // whole warps
-  const int64_t width = state_width(a);
+  const int64_t width = a.state_width();
   const bool chooses = a.kind == Ranking::plackett_luce;
   R* const state = static_cast<R*>(a.state) + r * width;
   const DeviceRow<T> row{static_cast<const T*>(a.rewards) + r * n, static_cast<const R*>(a.ranks) + r * n,

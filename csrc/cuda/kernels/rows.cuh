@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
   const auto team = [&](int64_t r, int64_t step) {
     const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
     return RowTeam<Loss, T, kTeam, kBackward>{a,
-                                              Loss(a.options, a.n),
+                                              Loss(a.hparams, a.n),
                                               lane,
                                               r,
                                               all + a.x_layout.start(r),

@@ -1,4 +1,4 @@
-// All triplets of a batch (losses/triplets_args.h): a block an anchor, then a block a row that is drawn.
+// All triplets of a batch (losses/triplets.h): a block an anchor, then a block a row that is drawn.
 // Integers are counted with atomics; sums have one order.
 #include "../../losses/triplets.h"
 #include "../launch.cuh"

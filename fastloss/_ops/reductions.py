@@ -1,0 +1,35 @@
+"""Reductions of the losses of rows that are left to torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reduced(loss: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype) -> Tensor:
+    """Return the rows' losses weighted and reduced, in `dtype`; a mean is divided by the sum of the weights."""
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "mean":
+        loss = loss.sum() / (loss.shape[0] if weight is None else weight.to(loss.dtype).sum())
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.to(dtype)
+
+
+def reduced_over(
+    loss: Tensor, counts: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """Return the rows' losses weighted and reduced; a mean is divided by the sum of `counts` times the weights.
+
+    Where nothing counts the mean is 0.
+    """
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+        counts = counts * weight.to(loss.dtype)
+    if reduction == "mean":
+        total = counts.sum()
+        loss = loss.sum() / torch.where(total == 0, 1, total).to(loss.dtype)
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.to(dtype)
