@@ -242,7 +242,7 @@ def compare_call(
         message = ""
         if have.shape != like.shape:
             message = f"has shape {tuple(have.shape)}, should have {tuple(like.shape)}"
-            found.append(Result(*where, quantity, *([torch.inf] * 4), message))
+            found.append(Result(*where, quantity, torch.inf, torch.inf, torch.inf, torch.inf, message))
             continue
         absolute = EAGER_FACTOR * errors[quantity] + (0.0 if quantity.startswith("value") else cancelled)
         error, allowed, ratio = worst_element(have, want, absolute)
@@ -289,7 +289,7 @@ def compare(
     return compare_call(loss, drawn(seed), dtype, **names, at_least=worst)
 
 
-def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Result | int]:
+def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Any]:
     """First the number of comparisons, then the result of each."""
     plan = [
         (loss, case, shape, dtype, device)

@@ -5,6 +5,7 @@ what follows is arithmetic on [rows, number tokens]."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def _of_operator(
 _cross_entropy_numbers = NumberOp("cross_entropy_numbers", _of_operator)
 
 
-def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: torch.Size) -> None:
+def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: Sequence[int]) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
     if logits.dim() == 0:
