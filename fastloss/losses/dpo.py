@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -396,13 +397,13 @@ def linear_dpo_loss(
         {"chosen_labels": chosen_labels, "rejected_labels": rejected_labels},
         linear_weight, linear_bias, ignore_index, temperature, softcap,
     )  # fmt: skip
-    lengths = {}
+    lengths: dict[str, Any] = {}
     if loss_type in ("ipo", "sigmoid_norm"):
         lengths = {
             "chosen_lengths": chosen_count.clamp(min=1),
             "rejected_lengths": rejected_count.clamp(min=1),
         }
-    return dpo_loss(
+    return dpo_loss(  # type: ignore[return-value]  # without rewards it is a tensor
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
         reduction, **lengths,
     )  # fmt: skip

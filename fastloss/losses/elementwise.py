@@ -482,8 +482,7 @@ def sigmoid_focal_loss(
         targets = targets.to(dtype)
     if num_positives is not None:
         mode = REDUCTIONS["sum"] if mode == REDUCTIONS["mean"] else mode
-        norm = num_positives
-    norm = one_number("num_positives", norm, inputs)
+    norm = one_number("num_positives", norm if num_positives is None else num_positives, inputs)
     after = None
     if mode == REDUCTIONS["none"]:
         norm, after = None, norm

@@ -129,7 +129,8 @@ def stats_of_planes(planes: Tensor, index: Tensor | None) -> TokenStats:
             several[..., :count].reshape(index.shape),
             several[..., count:].detach().reshape(index.shape) > 0,
         )
-    return TokenStats(logp, *planes[:STATISTICS].unbind(0), top)
+    entropy, lse, log_sum_p2, mean_logit = planes[:STATISTICS].unbind(0)
+    return TokenStats(logp, entropy, lse, log_sum_p2, mean_logit, top)
 
 
 def label_log_probs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,12 +101,12 @@ def dpo_loss(
     kinds = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     shares = [1.0] * len(kinds) if loss_weights is None else loss_weights
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
-    loss = 0.0
+    loss: Any = 0.0
     for kind, share in zip(kinds, shares, strict=True):
-        inputs = pc, pr, rc, rr
+        inputs: tuple[Any, Any, Any, Any] = pc, pr, rc, rr
         if kind in ("ipo", "sigmoid_norm", "sft"):
-            n = 1.0 if chosen_lengths is None else chosen_lengths
-            m = 1.0 if rejected_lengths is None else rejected_lengths
+            n: Any = 1.0 if chosen_lengths is None else chosen_lengths
+            m: Any = 1.0 if rejected_lengths is None else rejected_lengths
             inputs = pc / n, pr / m, rc / n, rr / m
         elif kind == "aot":
             inputs = (pc - pr).sort(0)[0], 0.0, (rc - rr).sort(0)[0], 0.0
@@ -168,7 +169,8 @@ def dpo_loss_from_logits(
     weight = None
     if use_weighting:
         own = torch.where(valid, tokens - (2 * every).logsumexp(-1), 0.0).sum(-1) / length
-        weight = sum(halves(own.detach())).exp().clamp(max=1.0)
+        first, second = halves(own.detach())
+        weight = (first + second).exp().clamp(max=1.0)
     (chosen, rejected), (n, m) = halves(counted.sum(-1)), halves(length)
     return dpo_loss(
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
@@ -208,10 +210,10 @@ def linear_dpo_loss(
 
     chosen, chosen_lengths = of_sequences(chosen_input, chosen_labels)
     rejected, rejected_lengths = of_sequences(rejected_input, rejected_labels)
-    lengths = {}
+    lengths: dict[str, Any] = {}
     if loss_type in ("ipo", "sigmoid_norm"):
         lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    return dpo_loss(
+    return dpo_loss(  # type: ignore[return-value]  # without rewards it is a tensor
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
         reduction, **lengths,
     )  # fmt: skip
