@@ -1,7 +1,7 @@
 // Logarithms and their relatives for vectors, and what formulas need beside them. About one unit in the last
 // place; infinities, zeros, negative numbers and NaN give what the C library gives.
 #pragma once
-#include "simd.h"
+#include "vector_memory.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -106,15 +106,15 @@ FL_FN F log1p(F u) {
 template <class F>
   requires(kLanes<F> > 1)
 FL_FN F log1p_unit(F u) {
-  const auto far = u > scalar_t<F>(0.41421356);
-  const F near = log1p_near(select(far, scalar_t<F>(0.5) * (u - 1), u));
-  return select(far, near + scalar_t<F>(0.6931471805599453), near);
+  const auto is_large = u > scalar_t<F>(0.41421356);
+  const F below = log1p_near(select(is_large, scalar_t<F>(0.5) * (u - 1), u));
+  return select(is_large, below + scalar_t<F>(0.6931471805599453), below);
 }
 
 // 2^n (e^r - 1) + (2^n - 1), with 2^(n - 1) in the place of 2^n, which may overflow before the result does.
 FL_FN f32v expm1(f32v x) {
   const f32v bounded = x < -30.f ? fill<f32v>(-30.f) : (x > 89.f ? fill<f32v>(89.f) : x);
-  const f32v n = (bounded * kLog2e + kToInteger) - kToInteger;
+  const f32v n = (bounded * kLog2e<float> + kToInteger) - kToInteger;
   const f32v r = fma(n, fill<f32v>(-kLn2Low), fma(n, fill<f32v>(-kLn2High), bounded));
   const f32v p =
       fma(r * r,

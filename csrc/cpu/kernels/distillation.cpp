@@ -6,7 +6,7 @@
 #pragma GCC optimize("fp-contract=off")
 #include <cstring>
 
-#include "../../math/math.h"
+#include "../../math/online_softmax.h"
 #include "../scratch.h"
 #include "distillation.h"
 
@@ -14,13 +14,13 @@ namespace fastloss::inline FL_ISA {
 namespace {
 
 template <class T, int kKind>
-class DivergenceWalker {
+class DivergenceKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   static constexpr int W = kLanes<F>, kUnroll = 4;
 
  public:
-  explicit DivergenceWalker(const DivergenceArgs& args)
+  explicit DivergenceKernel(const DivergenceArgs& args)
       : a_(args.rows),
         dq_(static_cast<T*>(args.dq)),
         loss_(args.rows.hparams),
@@ -104,7 +104,7 @@ class DivergenceWalker {
       for (int i = 0; i < kUnroll; ++i) top[i] = max(load(s.x + j + i * W) * scale_, top[i]);
     for (; j < n_; j += W) top[0] = max(logits(s.x, j), top[0]);
     const R m = horizontal_max(max(max(top[0], top[1]), max(top[2], top[3])));
-    s.m = m == -INFINITY ? 0 : m;
+    s.m = softmax_base(m);
     const auto add = [&](int64_t at, F z, F& to) __attribute__((always_inline)) {
       const F e = exp_down(z - s.m);
       to += e;
@@ -165,11 +165,11 @@ template <class T>
 void run_type(const DivergenceArgs& a, int64_t begin, int64_t end) {
   switch (a.rows.variant) {
     case kForward:
-      return DivergenceWalker<T, kForward>(a).run(begin, end);
+      return DivergenceKernel<T, kForward>(a).run(begin, end);
     case kReverse:
-      return DivergenceWalker<T, kReverse>(a).run(begin, end);
+      return DivergenceKernel<T, kReverse>(a).run(begin, end);
     default:
-      return DivergenceWalker<T, kMixture>(a).run(begin, end);
+      return DivergenceKernel<T, kMixture>(a).run(begin, end);
   }
 }
 void run(const DivergenceArgs& a, int64_t begin, int64_t end) {

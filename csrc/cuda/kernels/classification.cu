@@ -20,7 +20,7 @@ __device__ __forceinline__ double sum_of_range(int64_t begin, int64_t end, Load 
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) sum += value(loaded[u]);
   }
-  return sum_of_block<kSumThreads>(sum);
+  return block_sum<kSumThreads>(sum);
 }
 
 // What a row adds to the norm, and to the result.
@@ -87,11 +87,11 @@ __global__ void __launch_bounds__(kSumThreads)
 template <class Row>
 void sum_rows(const RowArgs& a, void* out, cudaStream_t stream) {
   auto* const to = static_cast<typename Row::Type*>(out);
-  if (!a.partial) return start<&sum_kernel<Row>>(1, kSumThreads, 0, stream, a, to);
+  if (!a.partial) return launch_1d<&sum_kernel<Row>>(1, kSumThreads, 0, stream, a, to);
   const int64_t wish = (a.rows + kSumThreads - 1) / kSumThreads;
   const int64_t partials = wish < kRowPartials ? wish : kRowPartials;
-  start<&partial_kernel<Row>>(partials, kSumThreads, 0, stream, a);
-  start<&total_kernel<Row>>(1, kSumThreads, 0, stream, a, partials, to);
+  launch_1d<&partial_kernel<Row>>(partials, kSumThreads, 0, stream, a);
+  launch_1d<&total_kernel<Row>>(1, kSumThreads, 0, stream, a, partials, to);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #pragma once
 #include "../../drivers/elements.h"
 #include "../launch.cuh"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements
   thread.run();
   if (!a.partial) return;
   if constexpr (Loss::kLogSum) thread.sum += log1p(thread.product);
-  const double sum = sum_of_block<kElementThreads>(double(thread.sum));
+  const double sum = block_sum<kElementThreads>(double(thread.sum));
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
     write_result<T>(a, sum);
@@ -189,7 +190,7 @@ template <class T>
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(ElementArgs a, int64_t count) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += a.partial[i];
-  sum = sum_of_block<kSumThreads>(sum);
+  sum = block_sum<kSumThreads>(sum);
   if (threadIdx.x == 0) write_result<T>(a, sum);
 }
 
@@ -217,8 +218,8 @@ void launch_elements(const ElementArgs& a, cudaStream_t stream) {
   if constexpr (kStepsOf<Loss> > 0 && FirstAlone<Loss>::kWrt != Loss::kWrt)
     if (first_alone<Loss>(a)) return launch_elements<FirstAlone<Loss>, T>(a, stream);
   const int64_t blocks = tiles<T>(a.n);
-  start<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
-  if (a.partial && blocks != 1) start<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
+  launch_1d<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
+  if (a.partial && blocks != 1) launch_1d<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
 }
 
 }  // namespace fastloss::cuda
