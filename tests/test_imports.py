@@ -16,7 +16,7 @@ from fastloss._registry import FAMILIES
 PACKAGE = Path(fastloss.__file__).parent
 MAY_IMPORT = {
     "reference": {"reference"},
-    "_ops": {"_ops", "_C"},
+    "_ops": {"_ops", "memory"},
     "losses": {"losses", "_ops", "reference"},
     "distributed": {"distributed", "losses", "_ops", "reference"},
     "_registry": {"_registry", "losses", "_ops", "reference"},
@@ -24,9 +24,12 @@ MAY_IMPORT = {
 
 
 def imported(path: Path) -> set[str]:
-    """Names of the package's folders and files that a file imports, wherever in the file."""
+    """Names of the package's folders and files that a file imports, but for types alone."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    of_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    skipped = {id(node) for block in of_types for node in ast.walk(block)}
+    for node in (n for n in ast.walk(tree) if id(n) not in skipped):
         if isinstance(node, ast.ImportFrom) and node.module == "fastloss":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastloss."):

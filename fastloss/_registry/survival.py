@@ -12,10 +12,12 @@ from fastloss._registry.spec import InputSampler, Loss, register
 from fastloss.losses.survival import cox_ph_loss, dart_loss
 
 
-def _eager_cox(log_h, durations, events, ties="breslow", reduction="mean"):
+def _eager_cox(log_h, durations, events, ties="breslow", strata=None, reduction="mean"):
     """As people write it today, with torch's logcumsumexp along the times in descending order."""
-    if ties != "breslow" or reduction == "none":
-        return reference.cox_ph_loss(log_h, durations, events, ties=ties, reduction=reduction)
+    alike = [log_h, durations, events]
+    usual = ties == "breslow" and strata is None and reduction != "none"
+    if not usual or any(t.shape != log_h.shape or t.dtype != log_h.dtype for t in alike):
+        return reference.cox_ph_loss(log_h, *alike[1:], ties=ties, strata=strata, reduction=reduction)
     times, order = durations.sort(dim=-1, descending=True)
     h, happened = log_h.gather(-1, order), events.gather(-1, order)
     last = (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops.autograd import HALF_TYPES
 from fastloss._ops.checks import (
     check_number,
     check_real,
@@ -21,6 +22,7 @@ from fastloss._ops.checks import (
     same_shape,
     smoothing_in,
 )
+from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.elementwise import ElementOp, call_elementwise, zeros_like
 from fastloss.losses.token_statistics import label_log_probs, linear_sequence_log_probs, token_stats
 
@@ -188,14 +190,20 @@ def dpo_loss(
     )  # fmt: skip
     w = None if w is None else w.detach()
     rewards = ((beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()) if return_rewards else ()
+    dtype = pc.dtype
+    if len(kinds) > 1 or kinds[0] in _SORTED:  # what is added up or sorted outside the kernel is rounded once
+        pc, pr, rc, rr = (x.float() if dtype in HALF_TYPES else x for x in (pc, pr, rc, rr))
     sums = means = [pc, pr, rc, rr]
     if lengths:
         (pc, rc), (pr, rr) = (
             _means("chosen_lengths", chosen_lengths, pc, rc),
             ((pr, rr) if rejected_lengths is None else _means("rejected_lengths", rejected_lengths, pr, rr)),
         )
-        dtype = torch.promote_types(pc.dtype, pr.dtype)
-        means = [x.to(dtype) for x in (pc, pr, rc, rr)]
+        of_means = torch.promote_types(pc.dtype, pr.dtype)
+        means = [x.to(of_means) for x in (pc, pr, rc, rr)]
+        if any(k in _OF_LENGTHS for k in kinds):
+            for n in (chosen_lengths, chosen_lengths if rejected_lengths is None else rejected_lengths):
+                dtype = torch.promote_types(dtype, n.dtype)
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
     loss = None
     for kind, share in types:
@@ -209,6 +217,8 @@ def dpo_loss(
         one = call_elementwise(_dpo, inputs, hparams, mode, w)
         one = one if share == 1 else share * one
         loss = one if loss is None else loss + one
+    if dtype in HALF_TYPES and not autocast_to_fp32(policy_chosen_logps):
+        loss = loss.to(dtype)
     return (loss, *rewards) if return_rewards else loss
 
 
