@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from fastloss._cli.check import evaluate
-from fastloss._registry import Draw, Loss, entries
+from fastloss._registry import InputSampler, Loss, entries
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -34,7 +34,7 @@ def main() -> None:
     for loss in entries():
         for case, shape in calls(loss):
             for dtype in DTYPES:
-                evaluate(loss.function, loss.call(case, Draw(dtype, device), shape), loss.wrt)
+                evaluate(loss.function, loss.call(case, InputSampler(dtype, device), shape), loss.wrt)
                 done += 1
     if device == "cuda":
         torch.cuda.synchronize()

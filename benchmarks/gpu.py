@@ -55,7 +55,7 @@ SECTIONS = (
 """What Nsight Compute reads of each launch."""
 TESTS = (
     ("tests/test_cuda_graphs.py", "tests/test_large.py", "tests/test_row_lengths.py", "--large"),
-    ("tests/test_determinism.py", "tests/test_cross_entropy.py", "tests/test_cross_entropy_extremes.py",
+    ("tests/test_determinism.py", "tests/test_classification.py", "tests/test_classification_extremes.py",
      "tests/test_numerics.py"),
 )  # fmt: skip
 

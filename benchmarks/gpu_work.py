@@ -105,7 +105,7 @@ def ceilings(args: argparse.Namespace) -> None:
 
 def smoke(args: argparse.Namespace) -> None:
     from fastloss._cli.check import evaluate
-    from fastloss._registry import Draw, entries
+    from fastloss._registry import InputSampler, entries
 
     every_loss = runpy.run_path(str(HERE / "every_loss.py"))
     device, done, failed = Device(args.device), 0, 0
@@ -114,7 +114,9 @@ def smoke(args: argparse.Namespace) -> None:
             for dtype in every_loss["DTYPES"]:
                 done += 1
                 try:
-                    evaluate(loss.function, loss.call(case, Draw(dtype, args.device), shape), loss.wrt)
+                    evaluate(
+                        loss.function, loss.call(case, InputSampler(dtype, args.device), shape), loss.wrt
+                    )
                     device.wait()
                 except Exception as error:
                     failed += 1
@@ -157,7 +159,7 @@ class Row:
 
     def __init__(self, spec: dict[str, Any], device: str, largest: int | None):
         from fastloss._cli.check import differentiable
-        from fastloss._registry import Draw, entries
+        from fastloss._registry import InputSampler, entries
 
         (self.loss,) = entries(spec["loss"])
         self.spec = spec
@@ -165,7 +167,7 @@ class Row:
         self.dtype = getattr(torch, spec["dtype"])
         self.backward = not spec.get("forward_only", False)
         case = spec.get("case", next(iter(self.loss.cases)))
-        self.kwargs = self.loss.call(case, Draw(self.dtype, device, fast=True), self.shape)
+        self.kwargs = self.loss.call(case, InputSampler(self.dtype, device, fast=True), self.shape)
         self.wrt = differentiable(self.kwargs, self.loss.trained or self.loss.wrt) if self.backward else []
 
     def name(self) -> dict[str, Any]:

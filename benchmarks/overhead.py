@@ -19,7 +19,7 @@ import torch
 from fastloss._cli import report
 from fastloss._cli.check import differentiable, eager_of
 from fastloss._cli.timing import Step, captured
-from fastloss._registry import Draw, Loss, entries, losses
+from fastloss._registry import InputSampler, Loss, entries, losses
 
 REPEATS = 5
 
@@ -50,7 +50,7 @@ def one(step: Step) -> Callable[[], None]:
 def measure(loss: Loss, calls: int, device: str) -> dict[str, float | str | list[int]]:
     case = next(iter(loss.cases))
     shape = min((s for s in loss.shapes if min(s) > 1), key=math.prod, default=loss.shapes[0])
-    kwargs = loss.call(case, Draw(torch.float32, device), shape)
+    kwargs = loss.call(case, InputSampler(torch.float32, device), shape)
     wrt = differentiable(kwargs, loss.wrt)
     row: dict[str, float | str | list[int]] = {"loss": loss.name, "case": case, "shape": list(shape)}
     steps = {"eager": eager_of(loss, kwargs), "fastloss": loss.function}

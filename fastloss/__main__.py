@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "bench" and (args.loss is None) != (args.out is not None):
         top.error("--all or --table, and --out DIR go together")
     try:
-        return importlib.import_module(f"fastloss.{args.command}").main(args)
+        return importlib.import_module(f"fastloss._cli.{args.command}").main(args)
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "matplotlib"):
             raise

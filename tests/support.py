@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloss._registry import Draw, Loss, losses
+from fastloss._registry import InputSampler, Loss, losses
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Kwargs = dict[str, Any]
@@ -118,7 +118,7 @@ def make(
     **more: Any,
 ) -> Kwargs:
     """Arguments of one call, with `requires_grad` where the loss is differentiable."""
-    kwargs = loss.call(case, Draw(dtype, device, seed), shape or small_shape(loss)) | more
+    kwargs = loss.call(case, InputSampler(dtype, device, seed), shape or small_shape(loss)) | more
     return requiring(kwargs, differentiable(loss, kwargs))
 
 
@@ -150,7 +150,7 @@ class Answer:
 
 def upstream_like(value: Tensor, seed: int = 7) -> Tensor:
     """A gradient from above that differs from element to element and from 1."""
-    return Draw(value.dtype, value.device, seed).uniform(*value.shape, low=0.5, high=1.5)
+    return InputSampler(value.dtype, value.device, seed).uniform(*value.shape, low=0.5, high=1.5)
 
 
 def evaluate(

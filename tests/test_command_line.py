@@ -97,7 +97,7 @@ def test_a_lost_row_is_found_in_every_dtype():
 @pytest.mark.parametrize(("function", "code"), [(LOSS.function, 0), (MISTAKES["gradient"], 1)])
 def test_exit_code_of_check(function, code, monkeypatch, capsys):
     planted = replace(LOSS, function=function, shapes=(SHAPE,))
-    monkeypatch.setitem(_registry._losses, LOSS.name, planted)
+    monkeypatch.setitem(_registry.spec._losses, LOSS.name, planted)
     assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == code
     assert ("FAIL" in capsys.readouterr().out) == bool(code)
 
@@ -106,7 +106,7 @@ def test_check_goes_on_after_a_loss_that_raises(monkeypatch, capsys):
     def raises(**kwargs):
         raise RuntimeError("planted")
 
-    monkeypatch.setitem(_registry._losses, LOSS.name, replace(LOSS, function=raises, shapes=(SHAPE,)))
+    monkeypatch.setitem(_registry.spec._losses, LOSS.name, replace(LOSS, function=raises, shapes=(SHAPE,)))
     assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == 1
     assert capsys.readouterr().out.count("planted") == len(LOSS.cases) * len(check.DTYPES)
 

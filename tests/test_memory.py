@@ -168,7 +168,7 @@ PRELUDE = """
 import gc, os, sys, threading, torch
 import fastloss
 from fastloss import memory
-from fastloss._registry import Draw, losses
+from fastloss._registry import InputSampler, losses
 import test_memory
 loss, = losses(sys.argv[1])
 def gradient(seed=0, megabytes=4):

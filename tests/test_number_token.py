@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastloss._registry import Draw
+from fastloss._registry import InputSampler
 from fastloss.functional import (
     cross_entropy_with_number_token_loss,
     gaussian_cross_entropy,
@@ -192,7 +192,7 @@ def test_errors(device):
 
 def test_logits_on_the_device_are_picked_as_on_the_cpu():
     """There their gradient comes from a look-up for each class: the same bits, in every transformation."""
-    draw = Draw(torch.float64)
+    draw = InputSampler(torch.float64)
     ids = torch.tensor([7, 0, 11, 3])
     x, g = draw.normal(5, 12).requires_grad_(), draw.normal(5, 4)
     got, wanted = number_token._picked_on_device(x, ids), number_token._picked(x, ids)

@@ -10,13 +10,13 @@ from support import DTYPES, dtype_id
 from torch.autograd import grad
 
 import fastloss.functional as FL
-from fastloss._registry import Draw
+from fastloss._registry import InputSampler
 
 LOW, HIGH = 0.2, 0.28
 
 
 def tokens(dtype=torch.float64, shape=(5, 23), device="cpu", spread=0.4):
-    draw = Draw(dtype, device, 3)
+    draw = InputSampler(dtype, device, 3)
     logps = draw.uniform(*shape, low=-4.0, high=-0.1)
     old, ref = (logps + draw.normal(*shape, scale=spread) for _ in range(2))
     mask = draw.index(4, *shape) > 0

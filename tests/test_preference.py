@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid as lsig
 
 import fastloss.functional as FL
 import fastloss.reference as R
-from fastloss._registry import Draw
+from fastloss._registry import InputSampler
 
 BETA, EPS, TAU = 0.3, 0.15, 0.2
 sigma = torch.sigmoid
@@ -47,7 +47,7 @@ MAPS = {
 
 
 def logps(count, dtype=torch.float64, n=37, device="cpu", seed=0):
-    draw = Draw(dtype, device, seed)
+    draw = InputSampler(dtype, device, seed)
     return [draw.uniform(n, low=-9.0, high=-0.1).requires_grad_() for _ in range(count)]
 
 
@@ -123,7 +123,7 @@ def test_dpo_sorted_types(device):
 
 def test_dpo_lengths_and_rewards(device):
     pc, pr, rc, rr = inputs = logps(4, device=device)
-    n, m = (Draw(torch.float64, device, s).index(20, 37) + 1 for s in (1, 2))
+    n, m = (InputSampler(torch.float64, device, s).index(20, 37) + 1 for s in (1, 2))
     lengths = {"chosen_lengths": n, "rejected_lengths": m}
     normed = -lsig(BETA * ((pc - rc) / n - (pr - rr) / m)).mean()
     torch.testing.assert_close(FL.dpo_loss(*inputs, BETA, loss_type="sigmoid_norm", **lengths), normed)
@@ -245,9 +245,10 @@ def test_weight_zero_leaves_a_pair_out(device):
 def test_dpo_types_add_up_with_their_weights(device):
     inputs = logps(4, device=device)
     lengths = {
-        n: Draw(torch.float64, device, 1).index(20, 37) + 1 for n in ("chosen_lengths", "rejected_lengths")
+        n: InputSampler(torch.float64, device, 1).index(20, 37) + 1
+        for n in ("chosen_lengths", "rejected_lengths")
     }
-    weight = Draw(torch.float64, device, 2).uniform(37)
+    weight = InputSampler(torch.float64, device, 2).uniform(37)
     mixed = FL.dpo_loss(
         *inputs,
         BETA,
@@ -272,7 +273,7 @@ def test_dpo_types_add_up_with_their_weights(device):
 
 def answers(dtype=torch.float64, device="cpu", shape=(6, 5, 11)):
     """Logits, chosen answers first, labels of which the last pair has none, and reference log-probabilities."""
-    draw = Draw(dtype, device, 4)
+    draw = InputSampler(dtype, device, 4)
     logits, labels = draw.normal(*shape, scale=2.0), draw.index(shape[-1], *shape[:-1])
     labels[0, 3:] = labels[4, :2] = labels[2] = labels[5] = -100
     return logits.requires_grad_(), labels, draw.normal(3) - 9, draw.normal(3) - 9

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import assert_accurate, assert_same_bits, differentiable, eager, exact, fused, requiring
 
-from fastloss._registry import Draw, losses
+from fastloss._registry import InputSampler, losses
 
 # bytes of a row: about the ends of each way
 LENGTHS = (500, 512, 528, 2048, 2064, 16384, 16400, 32768, 32784, 131072, 131088, 300000)
@@ -30,7 +30,7 @@ def calls():
 
 
 def call(loss, case, dtype, classes, device, rows=11):
-    kwargs = loss.call(case, Draw(dtype, device), (rows, classes))
+    kwargs = loss.call(case, InputSampler(dtype, device), (rows, classes))
     if "ignore_index" in kwargs or loss.name in ("cross_entropy", "softmax_focal_loss"):
         kwargs["target"][[0, 4, rows - 1]] = kwargs.get("ignore_index", -100)
     return requiring(kwargs, differentiable(loss, kwargs))
@@ -62,6 +62,6 @@ def test_every_length(loss, case, size, dtype, device):
 def test_scale_that_is_not_positive(scale, classes, device):
     """The largest logit is then the least number of the row, or any."""
     (loss,) = losses("cross_entropy")
-    kwargs = loss.call("plain", Draw(torch.float32, device), (5, classes)) | {"logit_scale": scale}
+    kwargs = loss.call("plain", InputSampler(torch.float32, device), (5, classes)) | {"logit_scale": scale}
     names = differentiable(loss, kwargs)
     assert_accurate(fused(loss, kwargs, names), eager(loss, kwargs, names), exact(loss, kwargs, names))

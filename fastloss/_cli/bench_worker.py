@@ -33,7 +33,7 @@ from fastloss._cli.check import cast, compare, differentiable, eager_of, errors_
 from fastloss._cli.report import CEILINGS
 from fastloss._cli.timing import Clock, Copy, Products, Step, cuda_peak, rss_peak
 from fastloss._ops.autograd import HALF_TYPES
-from fastloss._registry import Draw, Loss, entries
+from fastloss._registry import InputSampler, Loss, entries
 
 CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
@@ -66,7 +66,7 @@ class Spec:
 
 def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
     """Who competes, by name."""
-    eager = eager_of(loss, loss.call(spec.case, Draw(), loss.shapes[0]))
+    eager = eager_of(loss, loss.call(spec.case, InputSampler(), loss.shapes[0]))
     found: dict[str, Callable[..., Tensor]] = {"eager": eager}
     if not loss.unrolls:
         found["torch.compile"] = torch.compile(eager, dynamic=False)
@@ -159,7 +159,7 @@ class Contest:
 
     def __init__(self, loss: Loss, spec: Spec):
         self.loss, self.spec, self.dtype = loss, spec, getattr(torch, spec.dtype)
-        self.kwargs = loss.call(spec.case, Draw(self.dtype, spec.device, fast=True), spec.shape)
+        self.kwargs = loss.call(spec.case, InputSampler(self.dtype, spec.device, fast=True), spec.shape)
         self.wrt = differentiable(self.kwargs, loss.trained or loss.wrt) if spec.backward else []
         self.ceiling = "products" if loss.multiplies else "copy"
         self.work = (

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._registry import Draw, Loss, entries
+from fastloss._registry import InputSampler, Loss, entries
 
 EAGER_FACTOR = 2.0
 ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
@@ -273,12 +273,12 @@ def compare(
     seed: int = 0,
     function: Callable[..., Tensor] | None = None,
 ) -> Result:
-    """Draw the inputs of one case and compare the loss with its float64 reference."""
+    """InputSampler the inputs of one case and compare the loss with its float64 reference."""
     if isinstance(loss, str):
         (loss,) = entries(loss)
 
     def drawn(seed: int) -> dict[str, Any]:
-        return loss.call(case, Draw(dtype, device, seed), shape)
+        return loss.call(case, InputSampler(dtype, device, seed), shape)
 
     names: dict[str, Any] = {"function": function, "case": case, "shape": shape}
     result = compare_call(loss, drawn(seed), dtype, **names)

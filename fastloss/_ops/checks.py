@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
+from fastloss._ops.dtypes import accumulation_dtype
 
 
 def check_tensors(like: Tensor, **tensors: Tensor | None) -> None:
@@ -104,3 +106,153 @@ def _check_classes(input: Tensor, target: Tensor) -> None:
             f"target: expected classes of shape {tuple(rows)} for an input of shape {tuple(input.shape)}, "
             f"got {tuple(target.shape)}"
         )
+
+
+def promoted(input: Tensor, **others: Tensor | None) -> torch.dtype:
+    """The type that torch's operations on all of them give."""
+    dtype = input.dtype
+    check_real(**others)
+    for t in others.values():
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def expanded(name: str, t: Tensor, like: Tensor) -> Tensor:
+    try:
+        return t.expand(like.shape)
+    except RuntimeError:
+        raise RuntimeError(
+            f"{name}: expected a shape that broadcasts to {tuple(like.shape)}, got {tuple(t.shape)}"
+        ) from None
+
+
+def one_number(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    acc_dtype = accumulation_dtype(like.dtype)
+    if not isinstance(value, Tensor):
+        return like.new_full((), check_number(name, value), dtype=acc_dtype)
+    if value.dim():
+        raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
+    check_real(**{name: value})
+    return value.to(acc_dtype)
+
+
+def _alike(tensors: list[Tensor | None]) -> bool:
+    """Whether nothing is to be said nor converted, as in nearly every call."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return False
+    dtype, shape, device = first.dtype, first.shape, first.device
+    return all(
+        t is None or (isinstance(t, Tensor) and t.dtype == dtype and t.shape == shape and t.device == device)
+        for t in tensors[1:]
+    )
+
+
+def same_shape(**tensors: Tensor | None) -> list[Tensor | None]:
+    """Checks that all are floating-point tensors of the first one's shape and device; gives them one type."""
+    found = list(tensors.values())
+    if _alike(found):
+        return found
+    (name, first), *_ = tensors.items()
+    if not isinstance(first, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(first).__name__}")
+    present = {k: t for k, t in tensors.items() if t is not None}
+    for k, t in present.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{k}: expected a Tensor, got {type(t).__name__}")
+        check_floating(k, t)
+        if t.device != first.device:
+            raise RuntimeError(f"{k}: expected the device of {name}, {first.device}, got {t.device}")
+        if t.shape != first.shape:
+            raise RuntimeError(
+                f"{k}: expected the shape of {name}, {tuple(first.shape)}, got {tuple(t.shape)}"
+            )
+    dtype = reduce(torch.promote_types, (t.dtype for t in present.values()))
+    return [None if t is None else t.to(dtype) for t in tensors.values()]
+
+
+def smoothing_in(value: float, high: float = 1.0) -> float:
+    return check_number("label_smoothing", value, 0.0, high)
+
+
+def positive_beta(value: float) -> float:
+    if check_number("beta", value) <= 0:
+        raise ValueError(f"beta: expected a positive number, got {value}")
+    return float(value)
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def rows_of_features(first: str, **tensors: Tensor | None) -> tuple[list[Tensor | None], torch.dtype | None]:
+    """Checks that all are rows of the same features; under autocast in its type. And what the loss is to be in."""
+    x = tensors[first]
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{first}: expected a Tensor, got {type(x).__name__}")
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        check_tensors(x, **{name: t})
+        check_floating(name, t)
+        if t.dim() != 2:
+            raise ValueError(f"{name}: expected shape (rows, features), got {tuple(t.shape)}")
+        if t.shape[1] != x.shape[1]:
+            raise ValueError(f"{name}: expected {x.shape[1]} features as {first} has, got {t.shape[1]}")
+        if t.dtype != x.dtype:
+            raise RuntimeError(f"{name}: expected the dtype of {first}, {x.dtype}, got {t.dtype}")
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors.values()), x.dtype
+    low = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(low) for t in tensors.values()], (
+        accumulation_dtype(x.dtype)
+    )
+
+
+def number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """As a tensor of one number; one that is given stays what it is."""
+    if isinstance(value, Tensor):
+        check_tensors(like, **{name: value})
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name}: expected one number, got {value.dtype} of shape {tuple(value.shape)}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or a Tensor, got {type(value).__name__}")
+    return like.new_full((), value, dtype=accumulation_dtype(like.dtype))
+
+
+def positive_temperature(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, (int, float)) and not value > 0:
+        raise ValueError(f"temperature: expected a positive number, got {value}")
+    return number("temperature", value, like)
+
+
+def weight_of_rows(weight: Tensor | None, x: Tensor) -> Tensor | None:
+    if weight is None:
+        return None
+    check_tensors(x, sample_weight=weight)
+    check_weight_type("sample_weight", weight, x)
+    if weight.shape != x.shape[:1]:
+        raise ValueError(
+            f"sample_weight: expected one number for each of {x.shape[0]} rows, got shape {tuple(weight.shape)}"
+        )
+    return weight
+
+
+def labels_of_rows(labels: Tensor, x: Tensor, name: str = "labels") -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(labels).__name__}")
+    check_tensors(x, **{name: labels})
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise RuntimeError(f"{name}: expected integers, got {labels.dtype}")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"{name}: expected one label for each of {x.shape[0]} rows, got shape {tuple(labels.shape)}"
+        )
+    return labels.long()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import Shape
 
 BUDGET = 116 << 20
@@ -31,16 +32,12 @@ PANEL = 384
 """Rows that a product on the CPU adds up as one: chunks of whole panels give the same bits whatever their size."""
 
 
-def accumulation_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class PackedProducts:
     """The products on the CPU; rows and logits in the accumulation type."""
 
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
         self.operators, self.weight, self.bias = operators, weight, bias
-        self.logits_type = self.row_type = accumulation_type(weight.dtype)
+        self.logits_type = self.row_type = accumulation_dtype(weight.dtype)
 
     def logits(self, out: Tensor, x: Tensor) -> None:
         self.operators.linear_logits(out, x, self.weight, self.bias)
@@ -60,7 +57,7 @@ class BlasProducts:
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, bias
         self.logits_type = self.row_type = weight.dtype
-        high = accumulation_type(weight.dtype)
+        high = accumulation_dtype(weight.dtype)
         self.wide = {} if high == weight.dtype else {"out_dtype": high}
 
     def logits(self, out: Tensor, x: Tensor) -> None:
@@ -88,7 +85,7 @@ class RowByRow:
     """In the place of cuBLAS where the CUDA kernels run on the CPU: products that know one row at a time."""
 
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
-        self.wide = weight.to(accumulation_type(weight.dtype))
+        self.wide = weight.to(accumulation_dtype(weight.dtype))
         self.bias = 0 if bias is None else bias.to(self.wide.dtype)
         self.logits_type = self.row_type = weight.dtype
 
@@ -122,7 +119,7 @@ def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool,
         rows = min(rows, 2 * PANEL)
     else:
         # each chunk reads and writes the sum of the weight's gradients
-        room = min(classes * features * accumulation_type(logits).itemsize, MOST)
+        room = min(classes * features * accumulation_dtype(logits).itemsize, MOST)
         rows = max(rows, min(room // row, MOST_ROWS))
     if asked:
         rows = min(rows, asked)
@@ -170,7 +167,7 @@ def forward(
     (rows, features), classes = input.shape, linear_weight.shape[0]
     between = shape(numbers[2:], features) if shape else None
     numbers = numbers[:2]
-    high = accumulation_type(input.dtype)
+    high = accumulation_dtype(input.dtype)
     narrow = narrow_weight_gradient(products, linear_weight)
     row_kernel = getattr(operators, f"{name}_rows")
     hard = not target.is_floating_point()

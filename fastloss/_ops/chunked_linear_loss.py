@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from fastloss._ops import autograd, chunked_linear
 from fastloss._ops.autograd import REDUCTIONS, Plan, PythonOp, _functorch_active, _requires_grad, wanted_bits
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import Shape
 
 
@@ -43,7 +44,7 @@ class LinearOp(PythonOp):
         self._rows, self._shape = rows, shape
 
         def fake(input, linear_weight, linear_bias, *rest):
-            high = chunked_linear.accumulation_type(input.dtype)
+            high = accumulation_dtype(input.dtype)
             reduction, wide, wanted = rest[4], rest[8], rest[10]
             where = "cpu" if autograd._namespace == "fastloss" else "simt"
             products = chunked_linear.PRODUCTS["cuda" if input.device.type == "cuda" else where]
@@ -99,7 +100,7 @@ class LinearOp(PythonOp):
         input, like = tensors[0], tensors[:3]
         needed = sum(1 << i for i in self.wrt if plan.needed is None or plan.needed[i])
         needed &= sum(1 << i for i in self.wrt if tensors[i] is not None)
-        high = chunked_linear.accumulation_type(input.dtype)
+        high = accumulation_dtype(input.dtype)
         factor, own = g.to(high), not _functorch_active()
         options = list(options)
         ready, plan.ready = plan.ready, None
@@ -152,7 +153,7 @@ class LinearOp(PythonOp):
                 given, ready = list(saved[:tensors]), saved[tensors:]
                 options, wanted = list(ctx.options[:-1]), ctx.options[-1]
                 input = given[0]
-                high = chunked_linear.accumulation_type(input.dtype)
+                high = accumulation_dtype(input.dtype)
                 factor = g.to(high)
                 if options[at - tensors] == none:
                     given[5] = factor if given[5] is None else factor * given[5]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import autograd, chunked_linear
+from fastloss._ops.dtypes import accumulation_dtype
 
 _STATE = 6  # numbers of a row that backward needs
 
@@ -49,7 +50,7 @@ class _Chunks:
         return self.total <= self.step and chunked_linear.narrow_weight_gradient(type(self.product), weight)
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        high = chunked_linear.accumulation_type(self.input.dtype)
+        high = accumulation_dtype(self.input.dtype)
         if self.product.logits_type == high:
             room = self.operators.scratch(self.input, self.shape)
         else:
@@ -69,7 +70,7 @@ def forward(
     index: Tensor | None, mask: Tensor | None, scale: float, cap: float, everything: bool, wanted: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Planes [4 + 2 K, rows] as `token_stats` has them, 0 in rows that are masked, and what backward needs."""
-    rows, high = input.shape[0], chunked_linear.accumulation_type(input.dtype)
+    rows, high = input.shape[0], accumulation_dtype(input.dtype)
     planes = input.new_zeros([4 + (2 * index.shape[-1] if index is not None else 0), rows], dtype=high)
     state = input.new_zeros([rows, _STATE], dtype=high)
     chunks = _Chunks(operators, products, input, linear_weight, linear_bias, mask)
@@ -144,7 +145,7 @@ class LinearStatsOp(autograd.PythonOp):
 
     def __init__(self, name: str, reference: Callable[..., Tensor]):
         def fake(input, linear_weight, linear_bias, index, mask, *options):
-            high = chunked_linear.accumulation_type(input.dtype)
+            high = accumulation_dtype(input.dtype)
             planes = 4 + (2 * index.shape[-1] if index is not None else 0)
             return (
                 input.new_empty([planes, input.shape[0]], dtype=high),

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastloss._ops.dtypes import accumulation_dtype
+
 
 class Shape(Protocol):
     def __init__(self, numbers: Sequence[float], features: int): ...
@@ -50,9 +52,7 @@ class AngularMargin:
             cosines, self._nearest = products.view(len(products), -1, self.centres).max(-1)
         self._target = target.clamp(0, cosines.shape[1] - 1).unsqueeze(1)  # what is ignored stays so
         cosine = cosines.gather(1, self._target)
-        value, self._slope = self._margin(
-            cosine.to(torch.float64 if cosine.dtype == torch.float64 else torch.float32)
-        )
+        value, self._slope = self._margin(cosine.to(accumulation_dtype(cosine.dtype)))
         return cosines.scatter_(1, self._target, value.to(cosines.dtype))
 
     def leave(self, gradient: Tensor) -> Tensor:

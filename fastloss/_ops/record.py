@@ -58,12 +58,13 @@ def _bytes(tensors: Any) -> int:
 
 def _public_name(operator: str) -> str:
     """The outermost function of fastloss that is on the way to the operator."""
-    from fastloss import functional
-
     frame, name = sys._getframe(2), operator
     while frame is not None:
         code = frame.f_code.co_name
-        if frame.f_globals.get("__name__", "").startswith("fastloss.") and code in functional.__all__:
+        if (
+            frame.f_globals.get("__name__", "").startswith("fastloss.losses.")
+            and code in frame.f_globals["__all__"]
+        ):
             name = code
         frame = frame.f_back
     return name

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastloss._ops.autograd import REDUCTIONS, FusedOp, wanted_bits
+from fastloss._ops.dtypes import accumulation_dtype
 
 
 class RowOp(FusedOp):
@@ -26,7 +27,7 @@ class RowOp(FusedOp):
 
         def fake(input, target, weight, row_weight, index, reduction, scale, cap, numbers, wide, gradient):
             rows = list(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else []
-            high = torch.float64 if input.dtype == torch.float64 else torch.float32
+            high = accumulation_dtype(input.dtype)
             shape = rows if reduction == REDUCTIONS["none"] else []
             loss = input.new_empty(shape, dtype=high if wide else input.dtype)
             count = 1
@@ -73,51 +74,13 @@ class NumberOp(FusedOp):
     def __init__(self, name: str, reference: Callable[..., Tensor], saved: int):
         def fake(input, target, *rest):
             reduction, wide, gradient = rest[6], *rest[-2:]
-            high = torch.float64 if input.dtype == torch.float64 else torch.float32
+            high = accumulation_dtype(input.dtype)
             shape = target.shape if reduction == REDUCTIONS["none"] else []
             loss = input.new_empty(shape, dtype=high if wide else input.dtype)
             state = input.new_empty([target.numel(), 3 + saved], dtype=high)
             return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
 
         super().__init__(name, reference, fake, tensors=7)
-
-
-class ElementOp(FusedOp):
-    """An elementwise loss: `inputs` tensors of one shape, then `weight` of that shape and `norm`, one number.
-
-    An int64 tensor among the inputs holds classes and stands for their one-hot encoding along a last dimension.
-    What is broadcast comes expanded; it is read where it lies. A weight of 0 leaves an element out; a reduced
-    loss is divided by `norm`. `wrt` must name the inputs that the struct in C++ differentiates.
-
-    `options` are `reduction, numbers, ignore_index, background_index, wide`; `numbers` are the struct's. The
-    reference takes the tensors and these.
-    """
-
-    saved = 0
-    reduction = 0
-
-    def __init__(self, name: str, reference: Callable[..., Tensor], inputs: int, wrt: Sequence[int]):
-        def fake(*args):
-            input, reduction, wide, wanted, gradient = args[0], args[inputs + 2], *args[-3:]
-            shape = input.shape if reduction == REDUCTIONS["none"] else []
-            high = torch.float64 if input.dtype == torch.float64 else torch.float32
-            loss = input.new_empty(shape, dtype=high if wide else input.dtype)
-            return loss, *self._empty_gradients(input, wanted if gradient else 0)
-
-        def for_inputs(*args):
-            return reference(*args[:-1])  # without `wanted`
-
-        super().__init__(name, for_inputs, fake, tensors=inputs + 2, wrt=wrt)
-
-    def _empty_gradients(self, input: Tensor, wanted: int) -> list[Tensor]:
-        return [input.new_empty(input.shape if wanted >> i & 1 else [0]) for i in self.wrt]
-
-    def fake_backward(self, *args):
-        grads = self._empty_gradients(args[1], args[-1])
-        return grads[0] if len(grads) == 1 else tuple(grads)
-
-    def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, wanted_bits(self, tensors)))
 
 
 class DivergenceOp(FusedOp):
@@ -132,7 +95,7 @@ class DivergenceOp(FusedOp):
 
     def __init__(self, name: str, reference: Callable[..., Tensor]):
         def fake(student, teacher, row_weight, reduction, scale, beta, wanted, gradient):
-            high = torch.float64 if student.dtype == torch.float64 else torch.float32
+            high = accumulation_dtype(student.dtype)
             rows = [] if reduction != REDUCTIONS["none"] else student.shape[:-1]
             count = 1
             for size in student.shape[:-1]:

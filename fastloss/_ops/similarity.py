@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fastloss._ops import autograd
 from fastloss._ops.autograd import _functorch_active
-from fastloss._ops.chunked_linear import accumulation_type, aligned
+from fastloss._ops.chunked_linear import aligned
+from fastloss._ops.dtypes import accumulation_dtype
 
 BUDGET = 256 << 20
 """Bytes of similarities that lie in memory on CUDA; their gradient in a half type takes half as many more."""
@@ -48,7 +49,7 @@ class Rows:
 
     def __init__(self, x: Tensor, normalize: bool):
         self.dtype = x.dtype
-        self.wide = x.to(accumulation_type(x.dtype)).contiguous()
+        self.wide = x.to(accumulation_dtype(x.dtype)).contiguous()
         self.length = None
         if normalize:
             self.length = torch.linalg.vector_norm(self.wide, dim=1, keepdim=True).clamp_min_(1e-12)
@@ -327,7 +328,7 @@ class SoftmaxOp(TileOp):
         columns,
         _,
     ):
-        high = accumulation_type(x.dtype)
+        high = accumulation_dtype(x.dtype)
         m, n = x.shape[0], x.shape[0] if y is None else y.shape[0]
         one = [m if rows else 0], [m if columns else 0], [m]
         return tuple(
@@ -374,3 +375,13 @@ class SoftmaxOp(TileOp):
         dbase = x.new_empty(0) if base is None else (-zero if g_row is None else -g_row)
         dx, dy, dscale = s.walk(SOFTMAX_GRADIENT, True, positive_grad=up.contiguous(), **arrays)
         return dx, dy, dscale.to(scale.dtype), dbase
+
+
+def marks(rows: int, columns: int, offset: int, like: Tensor, keys: str = "") -> Tensor:
+    if not isinstance(offset, int):
+        raise TypeError(f"label_offset: expected an int, got {type(offset).__name__}")
+    if offset < 0 or offset + rows > columns:
+        raise ValueError(
+            f"{keys}: expected the positives of {rows} rows from label_offset {offset} on, got {columns} rows"
+        )
+    return torch.arange(offset, offset + rows, device=like.device)

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from fastloss._ops.autograd import REDUCTIONS, Plan, _functorch_active, _requires_grad
-from fastloss._ops.chunked_linear import accumulation_type, scaled
+from fastloss._ops.chunked_linear import scaled
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.similarity import HARDEST, PAIRS, PAIRS_GRADIENT, SIGMOID, STATISTICS, Matrix, TileOp
 
 
@@ -29,7 +30,7 @@ class PairsOp(TileOp):
         super().__init__(name, reference, tensors=6, wrt=(0, 1, 2), outputs=1)
 
     def shapes(self, x, *_):
-        return tuple(x.new_empty([x.shape[0]], dtype=accumulation_type(x.dtype)) for _ in range(4))
+        return tuple(x.new_empty([x.shape[0]], dtype=accumulation_dtype(x.dtype)) for _ in range(4))
 
     def forward(self, operators, on_cpu, x, y, scale, mark, row_ids, col_ids, normalize, inverse, _):
         s = Matrix(
@@ -94,7 +95,7 @@ class SigmoidOp(TileOp):
     def shapes(
         self, x, y, scale, bias, mark, row_ids, col_ids, weight, reduction, normalize, wide, wanted, gradient
     ):
-        high = accumulation_type(x.dtype)
+        high = accumulation_dtype(x.dtype)
         loss = x.new_empty([] if reduction else x.shape[:1], dtype=high if wide else x.dtype)
         shapes = [t.shape if gradient and t is not None else [0] for t in (x, y, scale, bias)]
         return loss, *(x.new_empty(shape, dtype=high) for shape in shapes)
@@ -103,7 +104,7 @@ class SigmoidOp(TileOp):
         self, operators, on_cpu, x, y, scale, bias, mark, row_ids, col_ids, weight, reduction, normalize, wide,
         wanted, gradient,
     ):  # fmt: skip
-        high = accumulation_type(x.dtype)
+        high = accumulation_dtype(x.dtype)
         s = Matrix(operators, on_cpu, x, y, scale, bias, mark, row_ids, col_ids, (False, False), normalize)
         s.x.dtype = s.y.dtype = high
         value, slope = (torch.zeros_like(s.x.wide.new_empty(s.m)) for _ in range(2))
@@ -159,7 +160,7 @@ class SigmoidOp(TileOp):
 
     def backward(self, operators, on_cpu, grad, *args):
         tensors, (reduction, normalize, wide, wanted) = args[:8], args[8:]
-        high = accumulation_type(tensors[0].dtype)
+        high = accumulation_dtype(tensors[0].dtype)
         grad = grad.to(high)
         if reduction == REDUCTIONS["none"]:
             weight = tensors[7]
@@ -184,7 +185,7 @@ class HardestOp(TileOp):
         return self.operators().fwd(x, ids, 0)  # nothing to differentiate
 
     def forward(self, operators, on_cpu, x, ids, _):
-        scale = x.new_full((), -2, dtype=accumulation_type(x.dtype))
+        scale = x.new_full((), -2, dtype=accumulation_dtype(x.dtype))
         mark = torch.arange(x.shape[0], device=x.device)
         s = Matrix(operators, on_cpu, x, None, scale, None, mark, ids, None, (True, False), False)
         found = torch.full((2, s.m), -1, dtype=torch.int64, device=x.device)

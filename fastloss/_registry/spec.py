@@ -10,9 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FAMILIES = (
+    "classification",
+    "linear",
+    "token_statistics",
+    "number_token",
+    "distillation",
+    "elementwise",
+    "aggregation",
+    "dpo",
+    "preference",
+    "reward_model",
+    "policy",
+    "gflownet",
+    "returns",
+    "advantages",
+    "contrastive",
+    "supervised_contrastive",
+    "retrieval",
+    "metric_learning",
+    "angular_margin",
+    "ctc",
+    "survival",
+)
+"""The families in the order of every table of losses; each is a file of `losses`, of `reference` and of this folder."""
+
 
 @dataclass
-class Draw:
+class InputSampler:
     """Reproducible random inputs of one dtype on one device.
 
     Values are drawn on the CPU in float64 and then converted, so every dtype and device sees the
@@ -63,7 +88,7 @@ class Loss:
     family: str
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
-    inputs: Callable[[Draw, tuple[int, ...]], dict[str, Any]]
+    inputs: Callable[[InputSampler, tuple[int, ...]], dict[str, Any]]
     wrt: tuple[str, ...]
     cases: Mapping[str, Case]
     shapes: tuple[tuple[int, ...], ...]
@@ -95,7 +120,7 @@ class Loss:
         """Fewest operations in its products of matrices."""
         return 2 * self.work(shape) * self.products[backward]
 
-    def call(self, case: str, draw: Draw, shape: tuple[int, ...]) -> dict[str, Any]:
+    def call(self, case: str, draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Any]:
         """All arguments of a call, by name."""
         kwargs = self.inputs(draw, shape)
         for key, value in self.cases[case].items():

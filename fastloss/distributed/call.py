@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastloss._ops.chunked_linear import accumulation_type
-from fastloss._ops.features import reduced
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.reductions import reduced
 from fastloss.distributed.collectives import Ranks, agreed, check_group, completed, everyone, multiplied
 from fastloss.distributed.exchange import EXCHANGES
 from fastloss.distributed.similarities import softmax
@@ -47,7 +47,7 @@ class Call:
 
     def number(self, value: Tensor) -> Tensor:
         """In the accumulation type: ranks' parts of its gradient are added up unrounded."""
-        return completed(value.to(accumulation_type(value.dtype)), self.rows)
+        return completed(value.to(accumulation_dtype(value.dtype)), self.rows)
 
     def softmax(self, tensors, options, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
         return softmax(tensors, options, ranks, self.exchange)

@@ -10,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.checks import check_reduction
-from fastloss._ops.chunked_linear import accumulation_type
-from fastloss._ops.features import labels_of_rows, positive_temperature, rows_of_features, weight_of_rows
-from fastloss._ops.features import number as number_of
+from fastloss._ops.checks import (
+    check_reduction,
+    labels_of_rows,
+    positive_temperature,
+    rows_of_features,
+    weight_of_rows,
+)
+from fastloss._ops.checks import number as number_of
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss.distributed.call import Call
 from fastloss.losses.contrastive import info_nce_rows
 from fastloss.losses.retrieval import ranking_rows
@@ -131,7 +136,7 @@ def sup_con_loss(
     (x,) = call.features(x)
     everywhere = rows.gathered(labels)
     others = class_sizes(everywhere, everywhere) - 1
-    share = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_type(x.dtype)), 0.0)[rows.own]
+    share = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_dtype(x.dtype)), 0.0)[rows.own]
     mark = torch.arange(rows.own.start, rows.own.stop, device=x.device)
     row, *_ = call.softmax(
         (x, None, call.number(number), None, mark, labels, None, share),
@@ -142,7 +147,7 @@ def sup_con_loss(
     loss = row.masked_fill(~counts[rows.own], 0.0)
     loss, weight = call.to_reduce(loss, weight, rows)
     counts = counts[rows.own] if reduction == "none" else counts
-    return reference.contrastive.mean_over(loss, counts, weight, reduction).to(dtype)
+    return reference.supervised_contrastive.mean_over(loss, counts, weight, reduction).to(dtype)
 
 
 def nt_xent_loss(

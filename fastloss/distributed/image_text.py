@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._ops.checks import check_reduction
-from fastloss._ops.chunked_linear import accumulation_type
-from fastloss._ops.features import marks, rows_of_features, weight_of_rows
-from fastloss._ops.features import number as number_of
+from fastloss._ops.checks import check_reduction, rows_of_features, weight_of_rows
+from fastloss._ops.checks import number as number_of
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.similarity import marks
 from fastloss.distributed.call import Call
 from fastloss.distributed.similarities import sigmoid
 
@@ -177,7 +177,7 @@ def siglip_loss(
     x, y = call.features(x, y)
     mark = None if mark is None else mark + call.columns.begin
     tensors = x, y, call.number(scale), None if bias is None else call.number(bias), mark
-    high = accumulation_type(x.dtype)
+    high = accumulation_dtype(x.dtype)
     if mode == 0:
         options = mode, bool(normalize), high
         loss = sigmoid((*tensors, None, None), options, call.rows, call.columns, call.exchange)

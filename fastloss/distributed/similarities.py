@@ -14,11 +14,11 @@ from torch.autograd import Function
 
 from fastloss._ops import autograd
 from fastloss._ops.autograd import REDUCTIONS
-from fastloss._ops.chunked_linear import accumulation_type
-from fastloss._ops.features import softmax as alone
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.similarity import SIGMOID, SOFTMAX_GRADIENT, Matrix, Rows
 from fastloss.distributed.collectives import Ranks, check_once, in_order
 from fastloss.distributed.exchange import Block, Gathered, Ring
+from fastloss.losses.contrastive import contrastive_softmax as alone
 
 
 def _operators() -> Any:
@@ -133,7 +133,7 @@ class _Sigmoid(Function):
         ctx.ready = bool(reduction) and gradient
         tensors = x, kept, scale, bias, mark
         norm = row_grad = None
-        high = accumulation_type(x.dtype)
+        high = accumulation_dtype(x.dtype)
         if reduction == REDUCTIONS["mean"]:
             norm = x.new_full((), rows.total, dtype=high)
             norm = norm if weights is None else _operators().row_reduce(weights, None)
@@ -184,7 +184,7 @@ class _Sigmoid(Function):
         check_once()
         tensors, ready = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         x, kept, *_ = tensors
-        grad = grad.to(accumulation_type(x.dtype))
+        grad = grad.to(accumulation_dtype(x.dtype))
         if not ctx.ready:
             _, ready = _Sigmoid.walk(ctx, tensors, grad.contiguous())
             ready, grad = (*ready, None), torch.ones_like(grad.sum())

@@ -16,8 +16,7 @@ from torch.autograd import Function
 
 from fastloss._ops.checks import check_floating, check_number, check_reduction, check_tensors
 from fastloss.distributed.collectives import check_group, check_once, sum_of_gradients
-from fastloss.losses.linear_token_statistics import linear_token_stats
-from fastloss.losses.token_statistics import token_stats
+from fastloss.losses.token_statistics import linear_token_stats, token_stats
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import Op
-from fastloss._ops.checks import check_floating, check_number, check_real, check_tensors
-from fastloss._registry import Draw, Loss, register
-from fastloss.losses.pointwise import is_wide, one_number
+from fastloss._ops.checks import check_floating, check_number, check_real, check_tensors, one_number
+from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss.reference.aggregation import KINDS
 
-__all__ = reference.aggregation.__all__
+__all__ = ["chi2_dro_loss", "cvar_loss", "flooding_loss", "soft_ad_loss", "tilted_loss"]
+
 
 STATE = 44  # numbers in AggregateState
 
 
 def _high(losses: Tensor) -> torch.dtype:
-    return torch.float64 if losses.dtype == torch.float64 else torch.float32
+    return accumulation_dtype(losses.dtype)
 
 
 def _fake(losses, theta, weight, kind, number, eta, flood):
@@ -63,7 +63,7 @@ def _reduce(
         ),
         (KINDS.index(kind), number, eta, math.nan if flood is None else check_number("flood", flood)),
     )
-    return value if is_wide(losses) else value.to(losses.dtype)
+    return value if autocast_to_fp32(losses) else value.to(losses.dtype)
 
 
 def cvar_loss(
@@ -259,74 +259,3 @@ def tilted_loss(
     Source: Li et al., Tilted empirical risk minimization, https://arxiv.org/abs/2007.01162.
     """
     return _reduce(losses, "tilted", None, sample_weight, mask, number=check_number("t", t))
-
-
-def _weights(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    """Their sums are exact: what the edge of a tail gets is a difference of two."""
-    return (draw.index(16, *shape) + 4).to(draw.dtype) / 8
-
-
-def _number(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return draw.uniform(low=0.9, high=1.1)
-
-
-_counted = {"sample_weight": _weights, "mask": lambda d, s: d.index(4, *s) > 0}
-
-
-def _register(function, cases, inputs=(), forward=("losses", "theta", "sample_weight", "mask")):
-    register(
-        Loss(
-            name=function.__name__,
-            family="aggregate",
-            function=function,
-            reference=getattr(reference, function.__name__),
-            inputs=lambda draw, shape: {
-                "losses": draw.normal(*shape).square(),
-                **{name: _number(draw, shape) for name in inputs},
-            },
-            wrt=("losses", "theta") if "theta" in forward else ("losses",),
-            forward_arguments=forward,
-            cases=cases,
-            shapes=((7, 1), (3, 33), (5, 1000), (2, 4099), (2, 5, 3)),
-            bench_shape=(1 << 10, 1 << 10),
-            traffic=lambda shape, itemsize, backward: (3 if backward else 1) * math.prod(shape) * itemsize,
-        )
-    )
-
-
-_register(
-    cvar_loss,
-    {
-        "best": {"q": 0.7},
-        "weighted": {"q": 0.45, **_counted},
-        "theta": {"q": 0.8, "theta": _number},
-        "flooded": {"q": 0.6, "theta": _number, "flood": 50.0, **_counted},
-    },
-)
-_register(
-    chi2_dro_loss,
-    {
-        "best": {"rho": 0.6},
-        "small": {"rho": 1e-3, **_counted},
-        "theta": {"rho": 0.5, "theta": _number},
-        "flooded": {"rho": 0.25, "theta": _number, "flood": 50.0, **_counted},
-    },
-)
-_without = ("losses", "sample_weight", "mask")
-_register(
-    flooding_loss, {"plain": {"level": 30.0}, "weighted": {"level": 50.0, **_counted}}, forward=_without
-)
-_register(
-    soft_ad_loss,
-    {"plain": {}, "number": {"theta": 0.7}, "weighted": {"sigma": 0.3, "eta": 0.25, **_counted}},
-    ("theta",),
-)
-_register(
-    tilted_loss,
-    {
-        "plain": {"t": 1.0},
-        "small": {"t": 1e-5},
-        "negative": {"t": -3.0, **_counted},
-    },
-    forward=_without,
-)

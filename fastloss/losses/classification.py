@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
 from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
+from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.rowwise import RowOp
-from fastloss._registry import Draw, Loss, register
+
+__all__ = ["cross_entropy", "softmax_focal_loss"]
 
 
 def _cross_entropy_reference(
@@ -27,14 +28,7 @@ def _cross_entropy_reference(
     return loss.float() if wide and loss.dtype in HALF_TYPES else loss
 
 
-__all__ = ["cross_entropy"]
-
 cross_entropy_rows = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
-
-
-def is_wide(input: Tensor) -> bool:
-    """Under autocast a loss of half types is float32, as torch's are."""
-    return input.dtype in HALF_TYPES and torch.is_autocast_enabled(input.device.type)
 
 
 def call_rows(
@@ -130,67 +124,86 @@ def cross_entropy(
     elif input.dim() == 1 and not target.is_floating_point():
         target = target.reshape(())
     numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
-    options = (ignore_index, mode, check_number("logit_scale", logit_scale), cap, numbers, is_wide(input))
+    options = (
+        ignore_index,
+        mode,
+        check_number("logit_scale", logit_scale),
+        cap,
+        numbers,
+        autocast_to_fp32(input),
+    )
     return call_rows(cross_entropy_rows, (input, target, weight, sample_weight), options, inplace_backward)
 
 
-def classes_of(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return draw.index(shape[1], shape[0], *shape[2:])
-
-
-def some_ignored(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    target = classes_of(draw, shape)
-    return torch.where(draw.index(3, *target.shape) == 0, -100, target)
-
-
-register(
-    Loss(
-        name="cross_entropy",
-        family="token",
-        function=cross_entropy,
-        reference=reference.cross_entropy,
-        eager=F.cross_entropy,
-        replaces="torch.nn.functional.cross_entropy",
-        inputs=lambda draw, shape: {
-            "input": draw.normal(*shape, scale=3.0),
-            "target": classes_of(draw, shape),
-        },
-        wrt=("input",),
-        forward_arguments=("input", "target", "sample_weight"),
-        cases={
-            "plain": {},
-            "sum": {"reduction": "sum"},
-            "none": {"reduction": "none"},
-            "ignored": {"target": some_ignored},
-            "weight": {"weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0)},
-            "smoothing": {"label_smoothing": 0.1, "target": some_ignored},
-            "weight+smoothing": {
-                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
-                "label_smoothing": 0.2,
-                "target": some_ignored,
-            },
-            "probabilities": {"target": lambda d, s: d.simplex(*s)},
-            "probabilities+weight+smoothing": {
-                "target": lambda d, s: d.simplex(*s),
-                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
-                "label_smoothing": 0.1,
-            },
-            "scale": {"logit_scale": 0.25},
-            "softcap": {"softcap": 5.0},
-            "z_loss": {"z_loss": 1e-2},
-            "sample_weight": {"sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0)},
-            "everything": {
-                "target": some_ignored,
-                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
-                "label_smoothing": 0.1,
-                "logit_scale": 0.5,
-                "softcap": 10.0,
-                "z_loss": 1e-3,
-                "sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0),
-            },
-        },
-        shapes=((7, 1), (3, 33), (5, 1000), (4, 4099), (2, 32003), (2, 5, 3), (2, 17, 3, 5)),
-        bench_shape=(4096, 32000),
-        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
+def _focal_reference(
+    input, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap, numbers, wide
+):
+    loss = reference.softmax_focal_loss(
+        input, target, numbers[0], weight, ignore_index, list(REDUCTIONS)[reduction]
     )
-)
+    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+
+
+_focal = RowOp("softmax_focal_loss", _focal_reference, saved=2)
+
+
+def softmax_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    gamma: float = 2.0,
+    alpha: float | Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    background_class: int | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Focal loss of a softmax: cross-entropy that fades as the target's class is already probable.
+
+    .. math:: -\alpha_y (1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(x)
+
+    in one read of the logits; its gradient is :math:`A (p_j - [j = y])` with
+    :math:`A = \alpha_y \left[(1 - p)^\gamma - \gamma (1 - p)^{\gamma - 1} p \log p\right]`. Both are finite and keep
+    their relative precision for any `gamma` in [0, 5], also below 1, and for certain classes.
+
+    Args:
+        input: logits `(C)`, `(N, C)` or `(N, C, d1, ...)`; float32, float64, bfloat16 or float16, any strides.
+        target: classes, int64 (or uint8), of the input's shape without `C`.
+        gamma: :math:`\gamma \ge 0`; 0 gives cross-entropy. Default: 2.
+        alpha: :math:`\alpha`: a number for all classes, or `(C)`, one for each. Default: 1.
+        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        reduction: `"none"`, `"sum"` or `"mean"`: over the rows that are not ignored, whatever their `alpha`.
+        background_class: with a number `alpha`, this class weighs 1 - `alpha` (0 in kornia). Default: none.
+        inplace_backward: write the gradient into the memory of `input` during backward: no extra memory, the
+            logits are lost, a second backward raises. Default: False.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for half
+        types under autocast).
+
+    Raises:
+        ValueError, RuntimeError, IndexError: as for `cross_entropy`. On CUDA a class out of bounds gives NaN.
+
+    Source: Lin et al., https://arxiv.org/abs/1708.02002, in the form for softmax of kornia's `focal_loss`.
+    """
+    mode = check_reduction(reduction)
+    check_rows(input, target, None, ignore_index)
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if target.is_floating_point():
+        raise RuntimeError("target: expected classes of type int64 or uint8, got probabilities")
+    if isinstance(alpha, Tensor):
+        check_tensors(input, alpha=alpha)
+        check_weight_type("alpha", alpha, input)
+        if alpha.shape != (classes,):
+            raise RuntimeError(f"alpha: expected one number for each of {classes} classes, got {alpha.shape}")
+    elif alpha is not None:
+        check_number("alpha", alpha)
+    if background_class is not None and (alpha is None or isinstance(alpha, Tensor)):
+        raise ValueError("background_class: needs a number as alpha")
+    if background_class is not None and not 0 <= background_class < classes:
+        raise ValueError(f"background_class: expected a class below {classes}, got {background_class}")
+    options = (ignore_index, mode, 1.0, 0.0, [check_number("gamma", gamma, low=0.0)], autocast_to_fp32(input))
+    weight = reference.classification.class_weights(alpha, background_class, input)
+    target = target.long() if target.dtype == torch.uint8 else target
+    target = target.reshape(()) if input.dim() == 1 else target
+    return call_rows(_focal, (input, target, weight, None), options, inplace_backward)

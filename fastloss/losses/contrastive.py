@@ -7,26 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.checks import check_floating, check_reduction, check_tensors
-from fastloss._ops.chunked_linear import accumulation_type
-from fastloss._ops.features import (
-    drawn_temperature,
-    drawn_weight,
-    marks,
+from fastloss._ops.checks import (
+    check_floating,
+    check_reduction,
+    check_tensors,
     number,
     positive_temperature,
-    reduced,
-    register_contrastive,
     rows_of_features,
-    softmax,
-    two_sets,
     weight_of_rows,
 )
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.reductions import reduced
+from fastloss._ops.similarity import SoftmaxOp, marks
 from fastloss._ops.similarity_losses import SigmoidOp
-from fastloss._registry import Draw
 
 __all__ = ["clip_loss", "info_nce", "siglip_loss"]
 
+
+contrastive_softmax = SoftmaxOp("contrastive_softmax", reference.contrastive.softmax_rows)
 _sigmoid = SigmoidOp("contrastive_sigmoid", reference.contrastive.sigmoid_rows)
 
 
@@ -79,7 +77,7 @@ def clip_loss(
     scale = number("logit_scale", logit_scale, x)
     options = (False, False, bool(normalize), False, True, True)
     mark = marks(x.shape[0], x.shape[0], 0, x)
-    row, col, _ = softmax((x, y, scale, None, mark, None, None, None), options)
+    row, col, _ = contrastive_softmax((x, y, scale, None, mark, None, None, None), options)
     loss = 0.5 * (F.softplus(row) + F.softplus(col))
     if logit_bias is not None:
         loss = loss + 0 * number("logit_bias", logit_bias, x).reshape(()).to(loss.dtype)
@@ -189,7 +187,7 @@ def info_nce(
 
 def info_nce_rows(
     query, positive_key, negative_keys, temperature, negative_mode, sample_weight, normalize, label_offset,
-    softmax=softmax, first_key=0,
+    softmax=contrastive_softmax, first_key=0,
 ):  # fmt: skip
     """The queries' losses, their weights, and the type of the result; of the keys that `softmax` sees these begin
     with number `first_key`."""
@@ -203,7 +201,7 @@ def info_nce_rows(
     weight = weight_of_rows(sample_weight, q)
     if negative_keys is None:
         mark = marks(q.shape[0], k.shape[0], label_offset, q, "positive_key")
-        row, *_ = softmax(
+        row, *_ = contrastive_softmax(
             (q, k, positive_temperature(temperature, q), None, mark + first_key, None, None, None),
             (False, False, bool(normalize), True, True, False),
         )
@@ -212,7 +210,7 @@ def info_nce_rows(
         raise ValueError(f"positive_key: expected shape {tuple(q.shape)}, got {tuple(k.shape)}")
     if label_offset != 0:
         raise ValueError("label_offset: keys have an order of their own only without negative_keys")
-    high = accumulation_type(q.dtype)
+    high = accumulation_dtype(q.dtype)
     q, k = q.to(high), k.to(high)
     if normalize:
         q, k = F.normalize(q), F.normalize(k)
@@ -225,7 +223,7 @@ def info_nce_rows(
         negative = rest[0].to(high)
         if normalize:
             negative = F.normalize(negative)
-        row, *_ = softmax(
+        row, *_ = contrastive_softmax(
             (q, negative, temperature, positive, None, None, None, None),
             (False, False, False, True, True, False),
         )
@@ -245,75 +243,3 @@ def _paired(q: Tensor, negative: Tensor, scale: Tensor, normalize: bool) -> Tens
     if normalize:
         s = s / torch.linalg.vector_norm(negative, dim=-1).clamp_min(1e-12)
     return (scale * s).logsumexp(1)
-
-
-# ---- registry
-
-
-def _images_and_texts(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    scale = draw.uniform(low=4.0, high=6.0)
-    return two_sets("image_features", "text_features", draw, shape) | {"logit_scale": scale}
-
-
-register_contrastive(
-    clip_loss,
-    replaces="open_clip.ClipLoss",
-    inputs=_images_and_texts,
-    wrt=("image_features", "text_features", "logit_scale"),
-    forward_arguments=("image_features", "text_features", "logit_scale", "logit_bias", "sample_weight"),
-    cases={
-        "plain": {},
-        "number": {"logit_scale": 10.0, "reduction": "sum"},
-        "everything": {"normalize": True, "reduction": "none", "sample_weight": drawn_weight},
-    },
-    bench_shape=(8192, 256),
-)
-register_contrastive(
-    siglip_loss,
-    replaces="open_clip.SigLipLoss",
-    inputs=_images_and_texts,
-    wrt=("image_features", "text_features", "logit_scale", "logit_bias"),
-    forward_arguments=("image_features", "text_features", "logit_scale", "logit_bias", "sample_weight"),
-    cases={
-        "plain": {},
-        "bias": {"logit_bias": lambda d, s: d.uniform(low=-5.0, high=-3.0)},
-        "gathered": {
-            "text_features": lambda d, s: d.normal(s[0] + 3, s[1], scale=s[1] ** -0.5),
-            "label_offset": 2,
-            "reduction": "none",
-        },
-        "everything": {
-            "logit_bias": lambda d, s: d.uniform(low=-5.0, high=-3.0),
-            "normalize": True,
-            "reduction": "sum",
-            "sample_weight": drawn_weight,
-        },
-    },
-    bench_shape=(4096, 512),
-)
-register_contrastive(
-    info_nce,
-    replaces="info_nce.info_nce",
-    inputs=lambda d, s: two_sets("query", "positive_key", d, s),
-    wrt=("query", "positive_key", "negative_keys", "temperature"),
-    forward_arguments=("query", "positive_key", "negative_keys", "sample_weight"),
-    cases={
-        "plain": {"temperature": 0.2},
-        "features as they are": {"temperature": drawn_temperature, "normalize": False, "reduction": "none"},
-        "unpaired": {
-            "negative_keys": lambda d, s: d.normal(2 * s[0] + 1, s[1]),
-            "temperature": drawn_temperature,
-        },
-        "paired": {
-            "negative_keys": lambda d, s: d.normal(s[0], 4, s[1]),
-            "negative_mode": "paired",
-            "temperature": 0.2,
-        },
-        "everything": {
-            "temperature": drawn_temperature,
-            "reduction": "sum",
-            "sample_weight": drawn_weight,
-        },
-    },
-    bench_shape=(4096, 512),
-)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,14 +10,13 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops.autograd import Op
 from fastloss._ops.checks import check_floating, check_reduction, check_tensors
-from fastloss._registry import Draw, Loss, register
-from fastloss.losses.pointwise import is_wide
+from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
 __all__ = ["ctc_loss"]
 
 
 def _fake(input, targets, input_lengths, target_lengths, blank, from_logits, zero_infinity):
-    high = torch.float64 if input.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(input.dtype)
     steps, batch, _ = input.shape
     return (
         input.new_empty([batch], dtype=high),
@@ -142,64 +140,4 @@ def ctc_loss(
         loss = loss.sum()
     elif single:
         loss = loss.squeeze(0)
-    return loss if is_wide(log_probs) else loss.to(log_probs.dtype)
-
-
-# ---- registration
-
-
-def _strange(targets, classes):
-    return bool(((targets < 0) | (targets >= classes)).any())
-
-
-def _eager_ctc(
-    log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False,
-    *, from_logits=False,
-):  # fmt: skip
-    """torch's own, where its gradient is the derivative and its unchecked reads are safe."""
-    numbers = (targets, input_lengths, target_lengths)
-    known = from_logits and all(isinstance(x, Tensor) and x.dtype == torch.int64 for x in numbers)
-    if not known or log_probs.dim() != 3 or not log_probs.numel() or _strange(targets, log_probs.shape[-1]):
-        return reference.ctc_loss(
-            log_probs, *numbers, blank, reduction, zero_infinity, from_logits=from_logits
-        )
-    wide = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
-    loss = torch.nn.functional.ctc_loss(wide.log_softmax(-1), *numbers, blank, reduction, zero_infinity)
-    return loss.to(log_probs.dtype)
-
-
-def _speech(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """A target of at most 4 labels and an input that is long enough for it."""
-    steps, batch, classes = shape
-    inputs = (steps - draw.index(3, batch)).clamp(min=0)
-    labels = torch.minimum(draw.index(5, batch), (inputs + 1) // 2)
-    return {
-        "log_probs": draw.normal(*shape),
-        "targets": draw.index(max(classes - 1, 1), batch, 4) + (classes > 1),
-        "input_lengths": inputs,
-        "target_lengths": labels * (classes > 1),
-    }
-
-
-register(
-    Loss(
-        name="ctc_loss",
-        family="alignment",
-        function=ctc_loss,
-        reference=reference.ctc_loss,
-        eager=_eager_ctc,
-        inputs=_speech,
-        wrt=("log_probs",),
-        forward_arguments=("log_probs", "targets", "input_lengths", "target_lengths"),
-        cases={
-            "log_probs": {},
-            "zero_infinity": {"zero_infinity": True, "reduction": "sum"},
-            "from_logits": {"from_logits": True, "reduction": "none"},
-        },
-        shapes=((1, 1, 3), (12, 3, 9), (5, 2, 33)),
-        bench_shape=(256, 32, 512),
-        traffic=lambda shape, itemsize, backward: (3 if backward else 1) * math.prod(shape) * itemsize,
-        replaces="torch.nn.functional.ctc_loss",
-        unrolls=True,
-    )
-)
+    return loss if autocast_to_fp32(log_probs) else loss.to(log_probs.dtype)

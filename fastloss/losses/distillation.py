@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
+from fastloss._ops.autograd import REDUCTIONS
 from fastloss._ops.checks import check_floating, check_number, check_tensors
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.rowwise import DivergenceOp
-from fastloss._registry import Draw, Loss, register
 
 __all__ = ["js_div_logits", "kl_div_logits"]
 
@@ -58,7 +57,7 @@ def _row_weight(
     counts = None if labels is None else labels != ignore_index
     if mask is not None:
         counts = mask != 0 if counts is None else counts & (mask != 0)
-    high = torch.float64 if student.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(student.dtype)
     if sample_weight is None:
         return None if counts is None else counts.to(high)
     weight = sample_weight.to(high)
@@ -173,78 +172,4 @@ def kl_div_logits(
         ignore_index=ignore_index,
         mask=mask,
         sample_weight=sample_weight,
-    )
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in HALF_TYPES else logits
-
-
-def _eager_kl(student_logits, teacher_logits, temperature=1.0):
-    q, p = ((_wide(x) / temperature).log_softmax(-1).flatten(0, -2) for x in (student_logits, teacher_logits))
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)
-
-
-def _eager_js(student_logits, teacher_logits, beta=0.5, temperature=1.0):
-    q, p = ((_wide(x) / temperature).log_softmax(-1).flatten(0, -2) for x in (student_logits, teacher_logits))
-    if beta == 0:
-        return F.kl_div(q, p, reduction="batchmean", log_target=True)
-    if beta == 1:
-        return F.kl_div(p, q, reduction="batchmean", log_target=True)
-    m = torch.logsumexp(torch.stack([q + math.log1p(-beta), p + math.log(beta)]), 0)
-    from_p, from_q = (F.kl_div(m, x, reduction="none", log_target=True) for x in (p, q))
-    return (beta * from_p + (1 - beta) * from_q).sum() / q.shape[0]
-
-
-def _inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    return {
-        "student_logits": draw.normal(*shape, scale=2.0),
-        "teacher_logits": draw.normal(*shape, scale=2.0),
-    }
-
-
-def _some_labels(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    labels = draw.index(shape[-1], *shape[:-1])
-    return torch.where(draw.index(3, *shape[:-1]) == 0, -100, labels)
-
-
-def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
-    return (3 if backward else 2) * math.prod(shape) * itemsize
-
-
-_ROWS = {
-    "labels": _some_labels,
-    "sample_weight": lambda d, s: d.uniform(*s[:-1], low=0.5, high=2.0),
-    "temperature": 1.5,
-}
-for _name, _eager, _cases in (
-    ("kl_div_logits", _eager_kl, {"plain": {}, "none": {"reduction": "none"}, "rows": _ROWS}),
-    (
-        "js_div_logits",
-        _eager_js,
-        {
-            "plain": {},
-            "none": {"reduction": "none", "beta": 0.1},
-            "forward": {"beta": 0.0, "temperature": 1.5},
-            "reverse": {"beta": 1.0},
-            "rows": {**_ROWS, "beta": 0.7},
-        },
-    ),
-):
-    register(
-        Loss(
-            name=_name,
-            family="divergence",
-            function=globals()[_name],
-            reference=getattr(reference, _name),
-            eager=_eager,
-            inputs=_inputs,
-            wrt=("student_logits", "teacher_logits"),
-            trained=("student_logits",),
-            forward_arguments=("student_logits", "teacher_logits", "labels", "mask", "sample_weight"),
-            cases=_cases,
-            shapes=((3, 33), (2, 4099), (2, 5, 7), (3, 1)),
-            bench_shape=(1024, 32000),
-            traffic=_traffic,
-        )
     )

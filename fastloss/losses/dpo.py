@@ -9,27 +9,24 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.checks import check_number, check_real, check_reduction, check_tensors
-from fastloss._ops.heads import (
-    BENCH,
-    SHAPES,
+from fastloss._ops.checks import (
+    check_number,
+    check_real,
+    check_reduction,
+    check_tensors,
     choice,
-    head,
-    of_logps,
     positive_beta,
     same_shape,
     smoothing_in,
-    traffic_of,
-    zeros_like,
 )
-from fastloss._registry import Draw, Loss, register
-from fastloss.losses.pointwise import element_op
-from fastloss.losses.token_statistics import label_log_probs, token_stats
-from fastloss.reference.preference import DIVERGENCES, DPO_TYPES, halves, shared_prefix_weights
+from fastloss._ops.elementwise import call_elementwise, element_op, zeros_like
+from fastloss.losses.token_statistics import label_log_probs, linear_sequence_log_probs, token_stats
+from fastloss.reference.dpo import DIVERGENCES, DPO_TYPES, halves, shared_prefix_weights
 
-__all__ = ["dpo_loss", "dpo_loss_from_logits"]
+__all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
 
-_dpo = element_op("dpo_loss", reference.preference.dpo_element, inputs=4, wrt=(0, 1, 2, 3))
+
+_dpo = element_op("dpo_loss", reference.dpo.dpo_element, inputs=4, wrt=(0, 1, 2, 3))
 
 _SORTED = ("aot", "aot_unpaired")
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", *_SORTED)
@@ -208,7 +205,7 @@ def dpo_loss(
             float(DPO_TYPES.index(formula)), beta, smoothing, float(DIVERGENCES.index(divergence)),
             check_number("f_alpha", f_alpha), float(discopop_tau), top,
         ]  # fmt: skip
-        one = head(_dpo, inputs, numbers, mode, w)
+        one = call_elementwise(_dpo, inputs, numbers, mode, w)
         one = one if share == 1 else share * one
         loss = one if loss is None else loss + one
     return (loss, *rewards) if return_rewards else loss
@@ -327,90 +324,71 @@ def _check_logits(policy_logits: Tensor, labels: Tensor) -> None:
         )
 
 
-# ---- registration
+def linear_dpo_loss(
+    chosen_input: Tensor,
+    rejected_input: Tensor,
+    linear_weight: Tensor,
+    chosen_labels: Tensor,
+    rejected_labels: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "mean",
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    r"""Direct preference optimisation from hidden states, without the matrix of logits.
 
+    `dpo_loss` of the log-probabilities of whole answers, :math:`\sum_t \log \mathrm{softmax}(W h_t + b)_{y_t}` over
+    the labels that are not ignored. Logits are made for a chunk of tokens, forward and again backward, chosen and
+    rejected answers in one pass; beyond the gradients that takes what `linear_token_stats` takes. Labels are
+    aligned: `chosen_labels[:, t]` is what `chosen_input[:, t]` predicts.
 
-_INPUTS = (
-    "policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps",
-)  # fmt: skip
+    Args:
+        chosen_input: hidden states of the chosen answers, of shape `[B, T, in_features]`.
+        rejected_input: those of the rejected ones, `[B, T', in_features]`, of the same type.
+        linear_weight: `(C, in_features)`, of the input's type.
+        chosen_labels: int64, `[B, T]`.
+        rejected_labels: int64, `[B, T']`.
+        reference_chosen_logps: `[B]`, the reference model's, for example from `linear_token_stats`; as a constant
+            or with a gradient of its own.
+        reference_rejected_logps: `[B]`.
+        beta: strength of the reference. Default: 0.1.
+        label_smoothing: share of the labels taken as swapped. Default: 0.
+        loss_type: one of `dpo_loss`'s. "ipo" and "sigmoid_norm" take means over an answer's tokens. Default:
+            `"sigmoid"`.
+        reduction: `"none"`, `"mean"` or `"sum"`.
+        linear_bias: `(C)`. Default: none.
+        ignore_index: the label of tokens that do not count. Default: -100.
+        temperature: divides the logits. Default: 1.
+        softcap: bounds the logits (Gemma 2). Default: none.
 
+    Returns:
+        A scalar, or for `"none"` a tensor `[B]`; float32 for half types.
 
-def _length(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return 1.0 + draw.index(9, *shape)
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: for arguments of a wrong kind, naming it.
 
-
-def _labels(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    labels = draw.index(shape[-1], *shape[:-1])
-    ignored = draw.index(3, *shape[:-1]) == 0
-    ignored[0], ignored[-1, -1] = False, True  # answers of different length
-    return torch.where(ignored, -100, labels)
-
-
-def _answers(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Reference log-probabilities about as large as those of random logits."""
-    sequences, steps, _ = shape = (max(shape[0] // 2 * 2, 2), *shape[1:])
-    return {
-        "policy_logits": draw.normal(*shape),
-        "labels": _labels(draw, shape),
-        "reference_chosen_logps": draw.normal(sequences // 2) - 4.0 * steps,
-        "reference_rejected_logps": draw.normal(sequences // 2) - 4.0 * steps,
-    }
-
-
-def _eager_from_logits(policy_logits, labels, reference_chosen_logps, reference_rejected_logps, beta=0.1):
-    """As people write it today."""
-    valid = labels != -100
-    logits = policy_logits if policy_logits.dtype == torch.float64 else policy_logits.float()
-    logps = logits.log_softmax(-1).gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
-    chosen, rejected = torch.where(valid, logps, 0.0).sum(-1).chunk(2)
-    delta = (chosen - reference_chosen_logps) - (rejected - reference_rejected_logps)
-    return -torch.nn.functional.logsigmoid(beta * delta).mean()
-
-
-register(
-    Loss(
-        name="dpo_loss",
-        family="preference",
-        function=dpo_loss,
-        reference=reference.dpo_loss,
-        replaces="trl.DPOTrainer.dpo_loss",
-        inputs=of_logps(*_INPUTS),
-        wrt=_INPUTS,
-        trained=_INPUTS[:2],
-        forward_arguments=(*_INPUTS, "chosen_lengths", "rejected_lengths", "weight"),
-        cases={
-            "sigmoid": {},
-            "ipo": {"loss_type": "ipo", "chosen_lengths": _length, "rejected_lengths": _length},
-            "mixed": {
-                "loss_type": ("sigmoid", "bco_pair", "sft"),
-                "loss_weights": (0.8, 0.2, 1.0),
-                "weight": lambda d, s: d.index(3, *s).to(d.dtype),
-                "label_smoothing": 0.1,
-            },
-        },
-        shapes=SHAPES,
-        bench_shape=BENCH,
-        traffic=traffic_of(4, 2),
-    )
-)
-register(
-    Loss(
-        name="dpo_loss_from_logits",
-        family="preference",
-        function=dpo_loss_from_logits,
-        reference=reference.dpo_loss_from_logits,
-        eager=_eager_from_logits,
-        inputs=_answers,
-        wrt=("policy_logits",),
-        forward_arguments=(
-            "policy_logits", "labels", "reference_chosen_logps", "reference_rejected_logps",
-        ),
-        cases={
-            "sigmoid": {},
-            "norm": {"loss_type": "sigmoid_norm", "ld_alpha": 0.5, "reduction": "none"},
-        },
-        shapes=((4, 3, 33), (2, 5, 1030)),
-        bench_shape=(8, 512, 32000),
-        traffic=lambda shape, itemsize, backward: (3 if backward else 1) * math.prod(shape) * itemsize,
-    )
-)  # fmt: skip
+    Source: Rafailov et al., https://arxiv.org/abs/2305.18290; from hidden states as in Liger,
+    https://arxiv.org/abs/2410.10989.
+    """
+    (chosen, chosen_count), (rejected, rejected_count) = linear_sequence_log_probs(
+        {"chosen_input": chosen_input, "rejected_input": rejected_input},
+        {"chosen_labels": chosen_labels, "rejected_labels": rejected_labels},
+        linear_weight, linear_bias, ignore_index, temperature, softcap,
+    )  # fmt: skip
+    lengths = {}
+    if loss_type in ("ipo", "sigmoid_norm"):
+        lengths = {
+            "chosen_lengths": chosen_count.clamp(min=1),
+            "rejected_lengths": rejected_count.clamp(min=1),
+        }
+    return dpo_loss(
+        chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
+        reduction, **lengths,
+    )  # fmt: skip

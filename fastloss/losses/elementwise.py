@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
 from fastloss import reference
 from fastloss._ops.autograd import REDUCTIONS
-from fastloss._ops.checks import check_floating, check_number, check_reduction, check_tensors
-from fastloss._ops.rowwise import ElementOp
-from fastloss._registry import Loss, register
-from fastloss.losses.pointwise import element_op, expanded, is_wide, promoted
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_reduction,
+    check_tensors,
+    expanded,
+    one_number,
+    promoted,
+)
+from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
+from fastloss._ops.elementwise import NO_INDEX, ElementOp, element_op
 
-__all__ = reference.elementwise.__all__
+__all__ = [
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "hinge_loss",
+    "huber_loss",
+    "kl_div",
+    "l1_loss",
+    "mse_loss",
+    "rmse_loss",
+    "sigmoid_focal_loss",
+    "smooth_l1_loss",
+]
+
 
 _formulas = reference.elementwise
 _mse_loss = element_op("mse_loss", _formulas.squared_error)
@@ -62,11 +78,11 @@ def _together(
         weight = expanded("weight", weight.to(dtype), x)
         if by_weight and mode == REDUCTIONS["mean"]:
             mode = REDUCTIONS["sum"]
-            norm = weight.sum(dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            norm = weight.sum(dtype=accumulation_dtype(dtype))
     inputs = [x.to(dtype), y.to(dtype)]
     if pos_weight is not None:
         inputs.append(expanded("pos_weight", pos_weight.to(dtype), x))
-    return op((*inputs, weight, norm), (mode, list(numbers), -1, -1, wide or is_wide(inputs[0])))
+    return op((*inputs, weight, norm), (mode, list(numbers), -1, -1, wide or autocast_to_fp32(inputs[0])))
 
 
 def _check_weight(weight: Tensor | None, input: Tensor, target: Tensor) -> None:
@@ -138,7 +154,7 @@ def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | 
     mean = _together(_mse_loss, input, target, "mean", weight=weight, by_weight=True, wide=True)
     root = _formulas.safe_sqrt(mean + eps)
     dtype = promoted(input, target=target, weight=weight)
-    return root if is_wide(root.new_empty(0, dtype=dtype)) else root.to(dtype)
+    return root if autocast_to_fp32(root.new_empty(0, dtype=dtype)) else root.to(dtype)
 
 
 def l1_loss(
@@ -233,7 +249,7 @@ def huber_loss(
     _check_weight(weight, input, target)
     numbers = (check_number("delta", delta),)
     loss = _together(_huber_loss, input, target, reduction, numbers, weight)
-    return loss if is_wide(input) else loss.to(promoted(input, weight=weight))
+    return loss if autocast_to_fp32(input) else loss.to(promoted(input, weight=weight))
 
 
 def binary_cross_entropy(
@@ -316,7 +332,7 @@ def binary_cross_entropy_with_logits(
     op = _binary if pos_weight is None else _weighted_binary
     mode = _legacy(size_average, reduce, reduction)
     loss = _together(op, input, target, mode, (), weight, pos_weight=pos_weight)
-    return loss if is_wide(target) else loss.to(target.dtype)
+    return loss if autocast_to_fp32(target) else loss.to(target.dtype)
 
 
 def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
@@ -377,82 +393,100 @@ def kl_div(
     return total / input.shape[0] if input.dim() else total
 
 
-def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
-    return (3 if backward else 2) * math.prod(shape) * itemsize
+_sigmoid_focal_loss = element_op("sigmoid_focal_loss", reference.elementwise.sigmoid_focal_element)
 
 
-def _normal(draw, shape):
-    return {"input": draw.normal(*shape, scale=2.0), "target": draw.normal(*shape)}
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    weight: Tensor | None = None,
+    num_positives: float | Tensor | None = None,
+    ignore_index: int = -100,
+    background_index: int | None = None,
+) -> Tensor:
+    r"""Focal loss of independent binary classifications, from logits: RetinaNet's.
 
+    With :math:`p = \sigma(x)` and :math:`p_t = p y + (1 - p)(1 - y)`, the loss of an element is
 
-def _binary_inputs(draw, shape):
-    return {"input": draw.normal(*shape, scale=3.0), "target": draw.uniform(*shape)}
+    .. math:: [\alpha y + (1 - \alpha)(1 - y)]\, (1 - p_t)^\gamma\,
+              [-y \log p - (1 - y) \log(1 - p)] .
 
+    Value and gradient are finite and keep their relative precision for all finite logits and any gamma >= 0, in
+    every type. :math:`\gamma` = 0, 1/2, 1 and 2 take no power function.
 
-def _positive(draw, shape):
-    return draw.uniform(*shape, low=0.5, high=2.0)
+    Args:
+        inputs: logits :math:`x` of any shape; float32, float64, bfloat16 or float16, any strides.
+        targets: :math:`y` in [0, 1], of the shape of `inputs`, hard or soft; it gets a gradient if it requires one.
+            Or classes, int64, of the shape of `inputs` `(..., C)` without its last dimension: :math:`y` is 1 in the
+            column of the class and 0 elsewhere.
+        alpha: :math:`\alpha` in [0, 1], the weight of y = 1 against y = 0; negative: both weigh 1. Default: 0.25.
+        gamma: :math:`\gamma \ge 0`. Default: 2.
+        reduction: `"none"`, `"mean"` or `"sum"`. The mean is over all elements; with classes it is the sum over
+            elements divided by the number of rows that are not ignored. Default: `"none"`.
+        weight: factors of a shape that broadcasts to that of `inputs`; elements of weight 0 count nothing whatever
+            they hold. Default: 1.
+        num_positives: a number, or a tensor without dimensions, that divides the loss; for the mean, in the place
+            of the number above. Default: none.
+        ignore_index: rows of this class count nothing. Default: -100.
+        background_index: rows of this class are negative in every column. Default: C.
 
+    Returns:
+        A tensor of the shape of `inputs` for `"none"`, else a scalar; of the type of `inputs` (float32 for half
+        types under autocast).
 
-def _register(function, inputs, cases, forward=("input", "target")):
-    name = function.__name__
-    eager = getattr(F, name, None)
-    register(
-        Loss(
-            name=name,
-            family="regression",
-            function=function,
-            reference=getattr(reference, name),
-            eager=eager,
-            replaces=f"torch.nn.functional.{name}" if eager else "",
-            inputs=inputs,
-            wrt=("input", "target"),
-            trained=("input",),
-            forward_arguments=forward,
-            cases=cases,
-            shapes=((7, 1), (3, 33), (2, 4099), (2, 5, 3)),
-            bench_shape=(1 << 16, 1 << 10),
-            traffic=_traffic,
+    Raises:
+        ValueError, RuntimeError, TypeError, IndexError: for shapes, types and numbers other than these. On CUDA,
+            where a look at the classes would wait for the device, a class out of bounds gives NaN instead.
+
+    Source: https://arxiv.org/abs/1708.02002; `torchvision.ops.sigmoid_focal_loss`, classes as in
+    `mmcv.ops.sigmoid_focal_loss`, `num_positives` with background -1 and ignored -2 as in apex.
+    """
+    mode = check_reduction(reduction)
+    numbers = [check_number("alpha", alpha, high=1.0), check_number("gamma", gamma, low=0.0)]
+    if not isinstance(inputs, Tensor):
+        raise TypeError(f"inputs: expected a Tensor, got {type(inputs).__name__}")
+    positives = num_positives if isinstance(num_positives, Tensor) else None
+    check_tensors(inputs, targets=targets, weight=weight, num_positives=positives)
+    check_floating("inputs", inputs)
+    by_class = targets.dtype == torch.int64 and inputs.dim() and targets.shape == inputs.shape[:-1]
+    if not by_class and targets.shape != inputs.shape:
+        raise ValueError(
+            f"targets: expected the shape of inputs, {tuple(inputs.shape)}, or classes, int64, of this shape "
+            f"without its last dimension; got {targets.dtype} of shape {tuple(targets.shape)}"
         )
-    )
-
-
-_weighted = {"plain": {}, "weight": {"weight": _positive}}
-_with_weight = ("input", "target", "weight")
-_register(mse_loss, _normal, _weighted, _with_weight)
-_register(rmse_loss, _normal, {"plain": {}, "eps": {"eps": 0.3, "weight": _positive}}, _with_weight)
-_register(l1_loss, _normal, _weighted, _with_weight)
-_register(smooth_l1_loss, _normal, {"plain": {}, "beta": {"beta": 0.3, "reduction": "sum"}})
-_register(huber_loss, _normal, {"plain": {}, "delta": {"delta": 0.7, "weight": _positive}}, _with_weight)
-_register(
-    binary_cross_entropy_with_logits,
-    _binary_inputs,
-    {
-        "plain": {},
-        "weight": {"weight": _positive, "reduction": "sum"},
-        "pos_weight": {
-            "weight": _positive,
-            "pos_weight": lambda d, s: d.uniform(s[-1], low=0.5, high=2.0),
-        },
-    },
-    ("input", "target", "weight", "pos_weight"),
-)
-_register(
-    binary_cross_entropy,
-    lambda d, s: {"input": d.uniform(*s, low=0.05, high=0.95), "target": d.uniform(*s)},
-    {"plain": {}, "weight": {"weight": _positive, "reduction": "sum"}},
-    _with_weight,
-)
-_register(
-    hinge_loss,
-    lambda d, s: {"input": d.normal(*s), "target": (2 * d.index(2, *s) - 1).to(d.dtype)},
-    {"plain": {}, "sum": {"reduction": "sum"}},
-)
-_register(
-    kl_div,
-    lambda d, s: {"input": d.normal(*s) - 2, "target": d.uniform(*s, low=0.01)},
-    {
-        "plain": {},
-        "log_target": {"target": lambda d, s: d.normal(*s) - 2, "log_target": True},
-        "batchmean": {"reduction": "batchmean"},
-    },
-)
+    dtype = promoted(inputs, targets=targets, weight=weight)
+    inputs = inputs.to(dtype)
+    if weight is not None:
+        weight = expanded("weight", weight.to(dtype), inputs)
+    norm = None
+    if by_class:
+        background = NO_INDEX if background_index is None else background_index
+        if mode == REDUCTIONS["mean"]:
+            mode = REDUCTIONS["sum"]
+            norm = (targets != ignore_index).sum() if num_positives is None else None
+        if weight is not None:
+            weight = weight.masked_fill((targets == ignore_index).unsqueeze(-1), 0)
+    else:
+        if background_index is not None:
+            raise ValueError("background_index: expected targets that are classes")
+        background = 0
+        targets = targets.to(dtype)
+    if num_positives is not None:
+        mode = REDUCTIONS["sum"] if mode == REDUCTIONS["mean"] else mode
+        norm = num_positives
+    norm = one_number("num_positives", norm, inputs)
+    after = None
+    if mode == REDUCTIONS["none"]:
+        norm, after = None, norm
+    options = (mode, numbers, ignore_index, background, autocast_to_fp32(inputs))
+    try:
+        loss = _sigmoid_focal_loss((inputs, targets, weight, norm), options)
+        return loss if after is None else (loss / after).to(loss.dtype)
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"targets: {error}") from None
+        raise

@@ -8,14 +8,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-import fastloss.losses.policy  # noqa: F401  the family that it joins
-from fastloss import reference
-from fastloss._ops.checks import check_floating, check_real, check_reduction, check_tensors
-from fastloss._ops.heads import choice
-from fastloss._registry import Draw, Loss, register
+from fastloss._ops.checks import check_floating, check_real, check_reduction, check_tensors, choice
+from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss.losses.classification import cross_entropy
 from fastloss.losses.elementwise import mse_loss
-from fastloss.losses.pointwise import is_wide
 
 __all__ = ["detailed_balance_loss"]
 
@@ -99,7 +95,7 @@ def detailed_balance_loss(
         raise RuntimeError(f"chosen: expected int64, got {chosen.dtype}")
 
     dtype = reduce(torch.promote_types, (t.dtype for t in flows.values()))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     flow, ahead, r = (t.to(wide) for t in flows.values())
     there = None if mask is None else mask != 0
     if there is not None:
@@ -125,41 +121,4 @@ def detailed_balance_loss(
         loss = loss if bound is None else loss + bound
     if reduction != "none":
         loss = loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
-    return loss if is_wide(logits) else loss.to(dtype)
-
-
-# ---- registration
-
-
-def _states(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    return {
-        "state_flow": draw.normal(*shape[:-1]),
-        "next_flows": draw.normal(*shape),
-        "logits": draw.normal(*shape),
-    }
-
-
-register(
-    Loss(
-        name="detailed_balance_loss",
-        family="policy",
-        function=detailed_balance_loss,
-        reference=reference.detailed_balance_loss,
-        inputs=_states,
-        wrt=("state_flow", "next_flows", "logits"),
-        forward_arguments=("state_flow", "next_flows", "logits", "mask", "chosen", "rewards"),
-        cases={
-            "all": {},
-            "masked": {"mask": lambda d, s: d.index(4, *s) > 0, "reduction": "sum"},
-            "chosen": {
-                "variant": "chosen",
-                "chosen": lambda d, s: d.index(s[-1], *s[:-1]),
-                "rewards": lambda d, s: d.uniform(*s[:-1], high=2.0),
-                "reduction": "none",
-            },
-        },
-        shapes=((7, 1), (3, 33), (2, 5, 4)),
-        bench_shape=(65536, 4),
-        traffic=lambda shape, itemsize, backward: (4 if backward else 2) * math.prod(shape) * itemsize,
-    )
-)
+    return loss if autocast_to_fp32(logits) else loss.to(dtype)

@@ -12,7 +12,7 @@ from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
 from fastloss._ops.chunked_linear_loss import LinearOp
-from fastloss._registry import Draw, Loss, register
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss.losses import classification
 
 __all__ = ["linear_cross_entropy"]
@@ -78,7 +78,7 @@ def _chunk_rows(options: torch.nn.LinearCrossEntropyOptions | None, dtype: torch
         return 0
     if not isinstance(options, torch.nn.LinearCrossEntropyOptions):
         raise TypeError(f"options: expected LinearCrossEntropyOptions or None, got {type(options).__name__}")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     if options.acc_dtype not in (None, dtype, wide):
         raise ValueError(
             f"options: expected acc_dtype {wide}, in which sums are done, got {options.acc_dtype}"
@@ -202,59 +202,3 @@ def linear_cross_entropy(
         (ignored, mode, check_number("logit_scale", logit_scale), cap, numbers, autocast, chunk),
     )
     return loss.squeeze(0) if single and reduction == "none" else loss
-
-
-def _classes(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return draw.index(shape[2], shape[0])
-
-
-def _some_ignored(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    target = _classes(draw, shape)
-    return torch.where(draw.index(3, *target.shape) == 0, -100, target)
-
-
-def _inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    rows, features, classes = shape
-    return {
-        "input": draw.normal(rows, features),
-        "linear_weight": draw.normal(classes, features, scale=2.0 * features**-0.5),
-        "target": _classes(draw, shape),
-    }
-
-
-register(
-    Loss(
-        name="linear_cross_entropy",
-        family="linear",
-        function=linear_cross_entropy,
-        reference=reference.linear_cross_entropy,
-        eager=getattr(F, "linear_cross_entropy", None),  # torch 2.11 and 2.12 have none
-        replaces="torch.nn.functional.linear_cross_entropy",
-        products=(1, 3),
-        inputs=_inputs,
-        wrt=("input", "linear_weight", "linear_bias"),
-        forward_arguments=("input", "linear_weight", "target", "linear_bias", "sample_weight"),
-        cases={
-            "plain": {},
-            "none": {"reduction": "none", "target": _some_ignored},
-            "bias+ignored": {"linear_bias": lambda d, s: d.normal(s[2]), "target": _some_ignored},
-            "probabilities": {"target": lambda d, s: d.simplex(s[0], s[2]), "label_smoothing": 0.1},
-            "everything": {
-                "reduction": "sum",
-                "target": _some_ignored,
-                "linear_bias": lambda d, s: d.normal(s[2]),
-                "weight": lambda d, s: d.uniform(s[2], low=0.5, high=2.0),
-                "label_smoothing": 0.1,
-                "logit_scale": 0.5,
-                "softcap": 10.0,
-                "z_loss": 1e-3,
-                "sample_weight": lambda d, s: d.uniform(s[0], low=0.0, high=2.0),
-            },
-        },
-        shapes=((3, 5, 7), (5, 33, 1), (2, 1, 65), (7, 200, 130), (3, 40, 1003)),
-        bench_shape=(4096, 1024, 32000),
-        traffic=lambda shape, itemsize, backward: (
-            (2 if backward else 1) * (shape[0] + shape[2]) * shape[1] * itemsize
-        ),
-    )
-)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,16 +10,24 @@ from torch.nn import _reduction
 from fastloss import reference
 from fastloss._ops.autograd import Op
 from fastloss._ops.checks import check_floating, check_number, check_real, check_reduction, check_tensors
-from fastloss._ops.chunked_linear import accumulation_type
-from fastloss._registry import Draw, Loss, register
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.similarity_losses import HardestOp
 
-__all__ = ["contrastive_loss", "cosine_embedding_loss", "kelp_ranking_loss", "triplet_margin_loss"]
+__all__ = [
+    "batch_all_triplet_loss",
+    "batch_hard_triplet_loss",
+    "contrastive_loss",
+    "cosine_embedding_loss",
+    "kelp_ranking_loss",
+    "triplet_margin_loss",
+]
+
 
 _formulas = reference.metric_learning
 _sums = Op(
     "feature_pairs",
     _formulas.pair_sums,
-    lambda a, b, c, eps: a.new_empty([4 if c is None else 8, a.shape[0]], dtype=accumulation_type(a.dtype)),
+    lambda a, b, c, eps: a.new_empty([4 if c is None else 8, a.shape[0]], dtype=accumulation_dtype(a.dtype)),
     tensors=3,
     wrt=(0, 1, 2),
 )
@@ -44,7 +50,7 @@ def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
         if t.dtype != x.dtype:
             raise RuntimeError(f"{name}: expected the dtype of {first}, {x.dtype}, got {t.dtype}")
     wide = torch.is_autocast_enabled(x.device.type)
-    dtype = accumulation_type(x.dtype) if wide else x.dtype
+    dtype = accumulation_dtype(x.dtype) if wide else x.dtype
     single = x.dim() == 1
     return [t.unsqueeze(0) if single else t for t in tensors.values()], dtype, single
 
@@ -167,7 +173,7 @@ def triplet_margin_loss(
     else:
 
         def distances(x: Tensor, *others: Tensor) -> list[Tensor]:
-            wide = accumulation_type(x.dtype)
+            wide = accumulation_dtype(x.dtype)
             found = (F.pairwise_distance(x.to(wide), y.to(wide), p, eps) for y in others)
             return [d.square() if squared else d for d in found]
 
@@ -261,73 +267,129 @@ def kelp_ranking_loss(
     return reduced(torch.relu(far - near + check_number("margin", margin)), reduction, dtype)
 
 
-# ---- registry
+_hardest = HardestOp("contrastive_hardest")
+_triplets = Op(
+    "triplets",
+    _formulas.triplets,
+    lambda x, ids, margin, root: x.new_empty([2, x.shape[0]]),
+    tensors=2,
+)
 
 
-def _drawn(*names: str):
-    return lambda draw, shape: {name: draw.normal(*shape) for name in names}
-
-
-def _pair(name: str, low: int, step: int):
-    def inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        rows = {"input1": draw.normal(*shape), "input2": draw.normal(*shape)}
-        return rows | {name: draw.index(2, shape[0]) * step + low}
-
-    return inputs
-
-
-def register_metric(function: Callable[..., Tensor], case: dict, **entry) -> None:
-    register(
-        Loss(
-            name=function.__name__,
-            family="metric",
-            function=function,
-            reference=getattr(reference, function.__name__),
-            cases={"plain": {}, **case},
-            shapes=((5, 7), (1, 9), (23, 16), (4, 33), (70, 200)),
-            traffic=lambda shape, itemsize, backward: (
-                (3 if backward else 1) * len(entry["wrt"]) * shape[0] * shape[1] * itemsize
-            ),
-            **entry,
+def _labelled_rows(embeddings: Tensor, labels: Tensor, distance: str) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Rows, of length 1 for cosines; their labels, and the type of the result."""
+    if distance not in ("euclidean", "squared", "cosine"):
+        raise ValueError(f"distance: expected 'euclidean', 'squared' or 'cosine', got {distance!r}")
+    (x,), dtype, single = rows_alike(embeddings=embeddings)
+    if single:
+        raise ValueError(f"embeddings: expected shape (B, D), got {tuple(embeddings.shape)}")
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a Tensor, got {type(labels).__name__}")
+    check_tensors(x, labels=labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise RuntimeError(f"labels: expected integers, got {labels.dtype}")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"labels: expected one for each of {x.shape[0]} rows, got shape {tuple(labels.shape)}"
         )
-    )
+    if distance == "cosine":
+        x = F.normalize(x.to(accumulation_dtype(x.dtype)))
+    return x, labels.long(), dtype
 
 
-register_metric(
-    cosine_embedding_loss,
-    {"everything": {"margin": -0.5, "reduction": "none"}},
-    replaces="torch.nn.functional.cosine_embedding_loss",
-    inputs=_pair("target", -1, 2),
-    wrt=("input1", "input2"),
-    forward_arguments=("input1", "input2", "target"),
-    bench_shape=(65536, 256),
-)
-register_metric(
-    triplet_margin_loss,
-    {
-        "swap": {"swap": True, "margin": 0.5},
-        "p=1": {"p": 1.0, "reduction": "sum"},
-        "everything": {"squared": True, "swap": True, "margin": 2.0, "reduction": "none"},
-    },
-    replaces="torch.nn.functional.triplet_margin_loss",
-    inputs=_drawn("anchor", "positive", "negative"),
-    wrt=("anchor", "positive", "negative"),
-    forward_arguments=("anchor", "positive", "negative"),
-    bench_shape=(65536, 256),
-)
-register_metric(
-    contrastive_loss,
-    {"everything": {"margin": 6.0, "reduction": "none"}},
-    inputs=_pair("label", 0, 1),
-    wrt=("input1", "input2"),
-    forward_arguments=("input1", "input2", "label"),
-    bench_shape=(65536, 256),
-)
-register_metric(
-    kelp_ranking_loss,
-    {"mean": {"variant": "mean_cosine"}, "everything": {"margin": 0.3, "reduction": "none"}},
-    inputs=_drawn("query", "positive", "negative"),
-    wrt=("query", "positive", "negative"),
-    forward_arguments=("query", "positive", "negative"),
-    bench_shape=(65536, 256),
-)
+def batch_hard_triplet_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    margin: float | None = 5.0,
+    *,
+    distance: str = "euclidean",
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Triplet loss of each row with the farthest row of its class and the nearest of another.
+
+    With these two distances :math:`d_p` and :math:`d_n` a row has :math:`\max(0, d_p - d_n + m)`, or without a
+    margin :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the matrix of similarities, which
+    is not stored; their distances are then computed from differences. A row without a positive or without a
+    negative has 0 and does not count in the mean.
+
+    Args:
+        embeddings: shape `(B, D)`; float32, float64, bfloat16 or float16.
+        labels: `(B)` integers.
+        margin: :math:`m`, or None. Default: 5.
+        distance: `"euclidean"`, `"squared"` (its square) or `"cosine"` (:math:`1 - \cos`).
+        reduction: `"none"`, `"mean"` or `"sum"`.
+
+    Returns:
+        A scalar, or for `"none"` one number for each row, of the embeddings' type (float32 for half types under
+        autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: https://arxiv.org/abs/1703.07737; `BatchHardTripletLoss` of sentence-transformers.
+    """
+    check_reduction(reduction)
+    x, labels, dtype = _labelled_rows(embeddings, labels, distance)
+    positive, negative = _hardest(x.detach(), labels).unbind(0)
+    counts = (positive >= 0) & (negative >= 0)
+
+    def distance_from(square: Tensor) -> Tensor:
+        if distance == "cosine":
+            return square / 2
+        return square if distance == "squared" else _formulas.length(square)
+
+    others = (x[i.clamp_min(0)] for i in (positive, negative))
+    near, far = (distance_from(sums[3]) for sums in pair_sums(x, *others))
+    gap = (near - far).masked_fill(~counts, -torch.inf)
+    loss = F.softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
+    if reduction == "none":
+        return loss.to(dtype)
+    return (loss.sum() / (counts.sum().clamp_min(1) if reduction == "mean" else 1)).to(dtype)
+
+
+def batch_all_triplet_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    margin: float = 5.0,
+    *,
+    distance: str = "euclidean",
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Triplet loss over all triplets of a batch, as a mean over those that are not satisfied.
+
+    With the other rows :math:`P_i` of its class and the rows :math:`N_i` of other classes row :math:`i` has
+
+    .. math:: \sum_{p \in P_i} \sum_{n \in N_i} \max(0, d(x_i, x_p) - d(x_i, x_n) + m)
+
+    The mean is divided by the number of terms greater than 0, and :math:`10^{-16}`: it is 0 if there is none.
+
+    Work grows with :math:`B^2 (D + \log B)`, not with the number of triplets, and memory with :math:`B D`: of a row
+    the fewer of its positives and negatives are sorted, and each of the others finds its place among them.
+    Distances are computed from differences.
+
+    Args:
+        embeddings: shape `(B, D)`; float32, float64, bfloat16 or float16.
+        labels: `(B)` integers.
+        margin: :math:`m`. Default: 5.
+        distance: `"euclidean"`, `"squared"` (its square) or `"cosine"` (:math:`1 - \cos`).
+        reduction: `"none"`, the sum over each row's triplets, `"mean"` or `"sum"`.
+
+    Returns:
+        A scalar, or for `"none"` one number for each row, of the embeddings' type (float32 for half types under
+        autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: https://arxiv.org/abs/1703.07737; `BatchAllTripletLoss` of sentence-transformers.
+    """
+    check_reduction(reduction)
+    x, labels, dtype = _labelled_rows(embeddings, labels, distance)
+    unit = 0.5 if distance == "cosine" else 1.0  # of rows of length 1: half the square of their distance
+    margin = check_number("margin", margin) / unit
+    x = x.to(accumulation_dtype(x.dtype))
+    loss, number = _triplets((x, labels), (margin, distance == "euclidean")).unbind(0)
+    loss = loss * unit
+    if reduction == "none":
+        return loss.to(dtype)
+    return (loss.sum() / (number.sum() + 1e-16 if reduction == "mean" else 1)).to(dtype)

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
-from fastloss._ops.checks import check_number, check_real
-from fastloss._ops.heads import SHAPES, choice, same_shape, zeros_like
-from fastloss._registry import Draw, Loss, register
-from fastloss.losses.pointwise import element_op, is_wide
+from fastloss._ops.checks import check_number, check_real, choice, same_shape
+from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
+from fastloss._ops.elementwise import element_op, zeros_like
 from fastloss.reference.policy import (
     AGGREGATION,
     FORMULA,
@@ -28,6 +27,7 @@ from fastloss.reference.policy import (
 )
 
 __all__ = ["policy_loss", "value_loss"]
+
 
 AGGREGATIONS = (
     "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none",
@@ -102,7 +102,7 @@ def _shares(mask: Tensor | None, x: Tensor, mode: str, horizon: float | None) ->
 def _aggregate(op, inputs, numbers, shares, mode, normalizer) -> Tensor:
     w, norm = shares
     x = inputs[0]
-    high = torch.float64 if x.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(x.dtype)
     if normalizer is not None:
         if mode == "none":
             raise ValueError("normalizer: not with loss_agg_mode 'none'")
@@ -299,7 +299,7 @@ def policy_loss(
             float(KL_TYPES.index("abs")), math.inf, 0.0,
         ]  # fmt: skip
         loss = loss + _aggregate(_policy, pull, of_pull, shares, mode, normalizer)
-    loss = loss if is_wide(logps) else loss.to(dtype)
+    loss = loss if autocast_to_fp32(logps) else loss.to(dtype)
     if not return_metrics:
         return loss
     return loss, policy_metrics(_wide(x), _wide(drawn), _wide(whole), mask, clip_low, clip_high)
@@ -351,72 +351,4 @@ def value_loss(
     shares = _shares(mask, v, loss_agg_mode, None if horizon is None else _positive("horizon", horizon))
     inputs = (v, r, zeros_like(v) if old is None else old)
     loss = _aggregate(_value, inputs, [bound], shares, loss_agg_mode, normalizer)
-    return loss if is_wide(values) else loss.to(dtype)
-
-
-# ---- registration
-
-
-def _tokens(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    x = draw.uniform(*shape, low=-4.0, high=-0.1)
-    return {"logps": x, "old_logps": x + draw.normal(*shape, scale=0.2), "advantages": draw.normal(*shape)}
-
-
-def _flags(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return draw.index(4, *shape) > 0
-
-
-_OPTIONAL = ("mask", "ref_logps", "entropies", "normalizer")
-
-register(
-    Loss(
-        name="policy_loss",
-        family="policy",
-        function=policy_loss,
-        reference=reference.policy_loss,
-        replaces="verl.trainer.ppo.core_algos.compute_policy_loss",
-        inputs=_tokens,
-        wrt=("logps", "entropies"),
-        forward_arguments=("logps", "old_logps", "advantages", *_OPTIONAL),
-        cases={
-            "ppo": {},
-            "grpo": {
-                "loss_type": "grpo",
-                "mask": _flags,
-                "ref_logps": lambda d, s: d.uniform(*s, low=-4.0, high=-0.1),
-                "kl_coef": 0.1,
-                "clip_high": 0.28,
-                "dual_clip": 1.1,
-                "entropies": lambda d, s: d.uniform(*s),
-                "entropy_coef": 0.1,
-            },
-        },
-        shapes=SHAPES,
-        bench_shape=(64, 4096),
-        traffic=lambda shape, itemsize, backward: (4 if backward else 3) * math.prod(shape) * itemsize,
-    )
-)
-register(
-    Loss(
-        name="value_loss",
-        family="policy",
-        function=value_loss,
-        reference=reference.value_loss,
-        replaces="verl.trainer.ppo.core_algos.compute_value_loss",
-        inputs=lambda d, s: {"values": d.normal(*s), "returns": d.normal(*s)},
-        wrt=("values",),
-        forward_arguments=("values", "returns", "old_values", "mask", "normalizer"),
-        cases={
-            "plain": {},
-            "clipped": {
-                "old_values": lambda d, s: d.normal(*s),
-                "mask": _flags,
-                "clip_range": 0.5,
-                "loss_agg_mode": "seq-mean-token-mean",
-            },
-        },
-        shapes=SHAPES,
-        bench_shape=(64, 4096),
-        traffic=lambda shape, itemsize, backward: (4 if backward else 3) * math.prod(shape) * itemsize,
-    )
-)
+    return loss if autocast_to_fp32(values) else loss.to(dtype)

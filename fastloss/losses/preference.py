@@ -6,38 +6,27 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.checks import check_floating, check_number, check_real, check_reduction, check_tensors
-from fastloss._ops.heads import (
-    BENCH,
-    SHAPES,
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_real,
+    check_reduction,
+    check_tensors,
     choice,
-    head,
-    logps,
-    of_logps,
     positive_beta,
     same_shape,
     smoothing_in,
-    traffic_of,
-    zeros_like,
 )
-from fastloss._registry import Loss, register
-from fastloss.losses.pointwise import element_op
-from fastloss.reference.preference import DPO_TYPES
+from fastloss._ops.elementwise import call_elementwise, element_op, zeros_like
+from fastloss.reference.dpo import DPO_TYPES
 
-__all__ = [
-    "alpha_po_loss",
-    "bradley_terry_loss",
-    "cpo_loss",
-    "kto_loss",
-    "orpo_loss",
-    "simpo_loss",
-]
+__all__ = ["alpha_po_loss", "cpo_loss", "kto_loss", "orpo_loss", "simpo_loss"]
+
 
 _formulas = reference.preference
 _kto = element_op("kto_loss", _formulas.kto_element, inputs=4, wrt=(0, 1))
 _reference_free = element_op("reference_free", _formulas.reference_free_element, inputs=3, wrt=(0, 1, 2))
 _orpo = element_op("orpo_loss", _formulas.orpo_element, inputs=3, wrt=(0, 1, 2))
-_bradley_terry = element_op("bradley_terry_loss", _formulas.bradley_terry_element, inputs=3, wrt=(0, 1, 2))
 
 
 def kto_loss(
@@ -102,7 +91,9 @@ def kto_loss(
         dtype = torch.promote_types(lp.dtype, kl.dtype) if kl.dim() or not lp.dim() else lp.dtype
         lp, ref, point = lp.to(dtype), ref.to(dtype), kl.detach().to(dtype)
         point = point if point.shape == lp.shape else point.reshape(()).expand(lp.shape)
-    return head(_kto, (lp, ref, labels if labels.dtype == torch.bool else labels > 0, point), numbers, mode)
+    return call_elementwise(
+        _kto, (lp, ref, labels if labels.dtype == torch.bool else labels > 0, point), numbers, mode
+    )
 
 
 _FREE_TYPES = ("sigmoid", "hinge", "ipo")
@@ -117,7 +108,7 @@ def _free(chosen, rejected, nll, loss_type, beta, margin, smoothing, nll_weight,
         float(DPO_TYPES.index(loss_type)), positive_beta(beta), check_number("gamma", margin), float(smoothing),
         0.0 if n is None else check_number("alpha", nll_weight), check_number("alpha", alpha),
     ]  # fmt: skip
-    return head(_reference_free, (c, r, zeros_like(c) if n is None else n), numbers, mode)
+    return call_elementwise(_reference_free, (c, r, zeros_like(c) if n is None else n), numbers, mode)
 
 
 def simpo_loss(
@@ -264,133 +255,4 @@ def orpo_loss(
     """
     mode, beta = check_reduction(reduction), positive_beta(beta)
     c, r, n = same_shape(chosen_logps=chosen_logps, rejected_logps=rejected_logps, chosen_nll=chosen_nll)
-    return head(_orpo, (c, r, zeros_like(c) if n is None else n), [beta, float(n is None)], mode)
-
-
-def bradley_terry_loss(
-    chosen: Tensor,
-    rejected: Tensor,
-    margin: Tensor | None = None,
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    center_coefficient: float = 0.0,
-    reduction: str = "mean",
-) -> Tensor:
-    r"""Pairwise loss of a reward model (Bradley and Terry), with margin, weight, smoothing and centering.
-
-    With :math:`u = r_c - r_r - m` the loss of a pair is
-
-    .. math:: w \left[-(1 - \varepsilon) \log \sigma(u) - \varepsilon \log \sigma(-u) + k\, (r_c + r_r)^2\right]
-
-    Args:
-        chosen, rejected: rewards :math:`r_c` and :math:`r_r`, of one shape, mostly `(N)`; float32, float64, bfloat16
-            or float16.
-        margin: :math:`m`, same shape. Default: 0.
-        weight: :math:`w`, same shape; pairs of weight 0 count nothing whatever they hold. Default: 1.
-        label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
-        center_coefficient: :math:`k`, draws the rewards towards a mean of 0. Default: 0.
-        reduction: `"none"`, `"mean"` (over the pairs, whatever their weights) or `"sum"`. Default: `"mean"`.
-
-    Returns:
-        A scalar, or for `"none"` a tensor of the shape of the inputs.
-
-    Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
-
-    Source: Bradley and Terry 1952; margin, weight and smoothing https://arxiv.org/abs/2401.06080; `RewardTrainer` of
-    TRL (`center_rewards_coefficient`).
-    """
-    mode = check_reduction(reduction)
-    numbers = [smoothing_in(label_smoothing), check_number("center_coefficient", center_coefficient)]
-    c, r, m, w = same_shape(chosen=chosen, rejected=rejected, margin=margin, weight=weight)
-    return head(_bradley_terry, (c, r, zeros_like(c) if m is None else m), numbers, mode, w)
-
-
-# ---- registration
-
-
-register(
-    Loss(
-        name="kto_loss",
-        family="preference",
-        function=kto_loss,
-        reference=reference.kto_loss,
-        replaces="trl.KTOTrainer.kto_loss",
-        inputs=lambda d, s: {
-            "policy_logps": logps(d, s),
-            "reference_logps": logps(d, s),
-            "labels": d.index(2, *s).bool(),
-        },
-        wrt=("policy_logps", "reference_logps"),
-        trained=("policy_logps",),
-        forward_arguments=("policy_logps", "reference_logps", "labels", "kl"),
-        cases={
-            "plain": {},
-            "weights": {
-                "kl": lambda d, s: d.uniform(*s),
-                "desirable_weight": 1.5,
-                "undesirable_weight": 0.75,
-                "reduction": "none",
-            },
-        },
-        shapes=SHAPES,
-        bench_shape=BENCH,
-        traffic=traffic_of(3, 1),
-    )
-)
-for _function, _cases in (
-    (simpo_loss, {"plain": {}}),
-    (
-        cpo_loss,
-        {
-            "plain": {},
-            "nll": {"chosen_nll": logps, "alpha": 0.5, "label_smoothing": 0.1, "reduction": "none"},
-        },
-    ),
-    (alpha_po_loss, {"smoothed": {"alpha": 0.5, "label_smoothing": 0.1, "reduction": "sum"}}),
-    (orpo_loss, {"plain": {}}),
-):
-    _names = (
-        "chosen_logps",
-        "rejected_logps",
-        *(("chosen_nll",) if _function in (cpo_loss, orpo_loss) else ()),
-    )
-    register(
-        Loss(
-            name=_function.__name__,
-            family="preference",
-            function=_function,
-            reference=getattr(reference, _function.__name__),
-            inputs=of_logps("chosen_logps", "rejected_logps"),
-            wrt=_names,
-            forward_arguments=_names,
-            cases=_cases,
-            shapes=SHAPES,
-            bench_shape=BENCH,
-            traffic=traffic_of(2, 2),
-        )
-    )
-register(
-    Loss(
-        name="bradley_terry_loss",
-        family="preference",
-        function=bradley_terry_loss,
-        reference=reference.bradley_terry_loss,
-        inputs=lambda d, s: {"chosen": d.normal(*s, scale=3.0), "rejected": d.normal(*s, scale=3.0)},
-        wrt=("chosen", "rejected", "margin"),
-        forward_arguments=("chosen", "rejected", "margin", "weight"),
-        cases={
-            "plain": {},
-            "everything": {
-                "margin": lambda d, s: d.uniform(*s),
-                "weight": lambda d, s: d.index(3, *s).to(d.dtype),
-                "label_smoothing": 0.1,
-                "center_coefficient": 0.01,
-                "reduction": "sum",
-            },
-        },
-        shapes=SHAPES,
-        bench_shape=BENCH,
-        traffic=traffic_of(2, 2),
-    )
-)
+    return call_elementwise(_orpo, (c, r, zeros_like(c) if n is None else n), [beta, float(n is None)], mode)

@@ -8,22 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss._ops.checks import check_reduction, check_tensors
-from fastloss._ops.chunked_linear import accumulation_type
-from fastloss._ops.features import (
-    drawn_weight,
+from fastloss._ops.checks import (
+    check_reduction,
+    check_tensors,
     labels_of_rows,
-    marks,
     number,
-    reduced,
-    register_contrastive,
     rows_of_features,
-    softmax,
-    two_sets,
     weight_of_rows,
 )
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.reductions import reduced
+from fastloss._ops.similarity import marks
+from fastloss.losses.contrastive import contrastive_softmax
 
 __all__ = ["multiple_negatives_ranking_loss"]
+
 
 DIRECTIONS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
 
@@ -100,7 +99,7 @@ def multiple_negatives_ranking_loss(
 
 def ranking_rows(
     anchor, positive, negatives, scale, directions, partition_mode, ids, normalize, sample_weight, label_offset=0,
-    softmax=softmax, first_query=0, first_doc=0,
+    softmax=contrastive_softmax, first_query=0, first_doc=0,
 ):  # fmt: skip
     """The queries' losses, their weights, and the type of the result; of the queries and documents that `softmax`
     sees these begin with the numbers `first_query` and `first_doc`."""
@@ -138,73 +137,30 @@ def ranking_rows(
         doc_ids = torch.cat([doc_ids, doc_ids.new_full((hard.shape[0],), torch.iinfo(torch.int64).min)])
     scale = number("scale", scale, q)
     if set(directions) & set(DIRECTIONS[2:]):  # several gradients of it, to be added up unrounded
-        scale = scale.reshape(()).to(accumulation_type(q.dtype))
+        scale = scale.reshape(()).to(accumulation_dtype(q.dtype))
     options = (False, False, bool(normalize), False, True)
     known = (None, None) if ids is None else (same, doc_ids)
     both = "doc_to_query" in directions
-    row, col, first = softmax((q, docs, scale, None, mark + first_doc, *known, None), (*options, both))
+    row, col, first = contrastive_softmax(
+        (q, docs, scale, None, mark + first_doc, *known, None), (*options, both)
+    )
     if partition_mode == "per_direction":
         loss = F.softplus(row) if not both else 0.5 * (F.softplus(row) + F.softplus(col))
         return loss, weight, dtype
     terms = [row, col] if both else [row]
     if "query_to_query" in directions:
-        terms.append(softmax((q, None, scale, first, None, same, None, None), (*options, False))[0])
+        terms.append(
+            contrastive_softmax((q, None, scale, first, None, same, None, None), (*options, False))[0]
+        )
     if "doc_to_doc" in directions:
         if ids is not None:  # of one query or of one id, which are not both expressed by one number for a row
             raise ValueError("ids: not with the direction doc_to_doc")
         terms.append(
-            softmax((d[mark], docs, scale, first, None, of_query[mark], of_query, None), (*options, False))[0]
+            contrastive_softmax(
+                (d[mark], docs, scale, first, None, of_query[mark], of_query, None), (*options, False)
+            )[0]
         )
     others = torch.stack(terms).logsumexp(0) if len(terms) > 1 else row
     # with both directions the positive stands in the sum twice
     loss = F.softplus(others - math.log(2)) + math.log(2) if both else F.softplus(others)
     return loss, weight, dtype
-
-
-# ---- registry
-
-
-register_contrastive(
-    multiple_negatives_ranking_loss,
-    replaces="sentence_transformers.losses.MultipleNegativesRankingLoss",
-    inputs=lambda d, s: two_sets("anchor", "positive", d, s),
-    wrt=("anchor", "positive", "negatives", "scale"),
-    forward_arguments=("anchor", "positive", "negatives", "sample_weight"),
-    cases={
-        "plain": {"scale": 5.0},
-        "hard negatives": {
-            "negatives": lambda d, s: d.normal(2, *s),
-            "scale": lambda d, s: d.uniform(low=4.0, high=6.0),
-            "ids": lambda d, s: d.index(3 * s[0], s[0]),
-        },
-        "four directions": {
-            "positive": lambda d, s: d.normal(s[0] + 2, s[1]),
-            "negatives": lambda d, s: d.normal(s[0] + 2, s[1]),
-            "directions": DIRECTIONS,
-            "label_offset": 1,
-            "scale": lambda d, s: d.uniform(low=4.0, high=6.0),
-            "sample_weight": drawn_weight,
-            "reduction": "sum",
-        },
-        "gathered": {
-            "positive": lambda d, s: d.normal(s[0] + 3, s[1]),
-            "negatives": lambda d, s: d.normal(s[0] + 3, s[1]),
-            "directions": DIRECTIONS[:3],
-            "ids": lambda d, s: d.index(3 * s[0] + 3, s[0] + 3),
-            "scale": 5.0,
-            "label_offset": 2,
-        },
-        "everything": {
-            "positive": lambda d, s: d.normal(s[0] + 1, s[1]),
-            "negatives": lambda d, s: d.normal(2, s[0] + 1, s[1]),
-            "normalize": False,
-            "directions": DIRECTIONS[:2],
-            "partition_mode": "per_direction",
-            "scale": lambda d, s: d.uniform(low=0.4, high=0.6),
-            "sample_weight": drawn_weight,
-            "reduction": "none",
-            "label_offset": 1,
-        },
-    },
-    bench_shape=(2048, 384),
-)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import reduce
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import Op
-from fastloss._registry import Draw, Loss, register_estimator
+from fastloss._ops.checks import check_number
 
-__all__ = ["discounted_returns", "gae", "td_lambda_returns", "vtrace"]
+__all__ = ["discounted_returns", "gae", "n_step_returns", "td_lambda_returns", "vtrace"]
 
 
 def _gae_reference(
@@ -284,57 +283,87 @@ def vtrace(
         return _vtrace((r, v, n, b, rho, term, trunc, m, cu), (options,))
 
 
-# ---- registration
+def n_step_returns(
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    *,
+    n: int = 5,
+    gamma: float = 0.99,
+    next_values: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+) -> Tensor:
+    r"""Returns of n steps: rewards as they came, then the value of where they led to.
 
+    .. math:: G_t = \sum_{k=0}^{n-1} \gamma^k r_{t+k} + \gamma^n V_{t+n}
 
-def _eager_gae(rewards, values, gamma=0.99, lam=0.95):
-    """The loop that people write."""
-    behind, value, found = 0.0, 0.0, []
-    for t in reversed(range(rewards.shape[-1])):
-        delta = rewards[..., t] + gamma * value - values[..., t]
-        behind = delta + gamma * lam * behind
-        value = values[..., t]
-        found.append(behind)
-    advantages = torch.stack(found[::-1], -1)
-    return advantages, advantages + values
+    ended early by a terminated step, behind which nothing follows, by a truncated step and by the last one, behind
+    which their own next value does. Windows are put together from halves, about :math:`\log_2 n` passes and no
+    difference of sums, so that nothing cancels.
 
+    Args:
+        rewards, values, terminated, truncated: as for `gae`, shape `(..., T)`.
+        n: number of steps, at least 1. Default: 5.
+        gamma: :math:`\gamma` in [0, 1]. Default: 0.99.
+        next_values: :math:`V(s_{t+1})` as it was before a reset, same shape; needed with `truncated`. Default:
+            `values` one step later.
+        bootstrap_value: :math:`V(s_T)` behind the last step, shape `(...)`. Default: 0.
 
-def _steps(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    return {"rewards": draw.normal(*shape), "values": draw.normal(*shape)}
+    Returns:
+        The returns, of the shape of rewards and the wider type of rewards and values; differentiable in both.
 
+    Raises:
+        ValueError, TypeError: as `gae`.
 
-def _ends(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return draw.index(9, *shape) == 0
-
-
-_ENDS = {"terminated": _ends, "truncated": _ends, "next_values": lambda d, s: d.normal(*s)}
-_MASKED = {"mask": lambda d, s: d.index(4, *s) > 0, "bootstrap_value": lambda d, s: d.normal(*s[:-1])}
-_MORE = ("terminated", "truncated", "next_values", "bootstrap_value", "mask", "cu_seqlens")
-
-for _function, _inputs, _eager, _count in (
-    (gae, _steps, _eager_gae, 4),
-    (td_lambda_returns, _steps, None, 4),
-    (discounted_returns, lambda d, s: {"rewards": d.normal(*s)}, None, 3),
-    (vtrace, lambda d, s: {"log_rhos": d.normal(*s, scale=0.3), **_steps(d, s)}, None, 5),
-):
-    _names = tuple(_inputs(Draw(), (1, 1)))
-    register_estimator(
-        Loss(
-            name=_function.__name__,
-            family="returns",
-            function=_function,
-            reference=getattr(reference, _function.__name__),
-            eager=_eager,
-            inputs=_inputs,
-            wrt=(),  # they are targets, called without gradients
-            forward_arguments=(*_names, *_MORE),
-            cases={"plain": {}, "masked": _MASKED}
-            | ({} if _function is discounted_returns else {"ends": _ENDS}),
-            shapes=((1, 1), (3, 33), (2, 3, 5)),
-            bench_shape=(64, 1024),
-            traffic=lambda shape, itemsize, backward, count=_count: (
-                (2 if backward else 1) * count * math.prod(shape) * itemsize
-            ),
-            unrolls=True,
-        )
+    Source: Sutton and Barto, Reinforcement Learning, chapter 7; https://arxiv.org/abs/1602.01783.
+    """
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n: expected an int, got {type(n).__name__}")
+    if n < 1:
+        raise ValueError(f"n: expected a positive number of steps, got {n}")
+    gamma = check_number("gamma", gamma, 0.0, 1.0)
+    (r, v, after), last, (term, trunc), _ = step_arguments(
+        {"rewards": rewards, "values": values, "next_values": next_values},
+        {"terminated": terminated, "truncated": truncated},
+        bootstrap_value, None,
+    )  # fmt: skip
+    dtype, steps = r.dtype, r.shape[-1]
+    if steps == 0:
+        return r + v
+    r, v, after, last = (
+        x.float() if x is not None and x.dtype in (torch.bfloat16, torch.float16) else x
+        for x in (r, v, after, last)
     )
+    if after is None:
+        end = torch.zeros_like(v[..., :1]) if last is None else last.unsqueeze(-1)
+        after = torch.cat([v[..., 1:], end], -1)
+    # step t takes what follows, x, to add + keep x
+    keep, add = torch.full_like(r, gamma), r
+    if trunc is not None:
+        add = torch.where(trunc, r + gamma * after, r)
+        keep = torch.where(trunc, 0.0, keep)
+    if term is not None:
+        add, keep = torch.where(term, r, add), torch.where(term, 0.0, keep)
+
+    def later(x: Tensor, count: int, behind: float) -> Tensor:
+        """x one window on; behind the last step a window is empty."""
+        return torch.cat([x[..., count:], torch.full_like(x[..., :count], behind)], -1)
+
+    n = min(n, steps)
+    window_keep = window_add = None
+    done, size = 0, 1
+    while True:
+        if n & size:
+            if window_keep is None:
+                window_keep, window_add = keep, add
+            else:
+                window_add = window_add + window_keep * later(add, done, 0.0)
+                window_keep = window_keep * later(keep, done, 1.0)
+            done += size
+        if done == n:
+            break
+        add, keep = add + keep * later(add, size, 0.0), keep * later(keep, size, 1.0)
+        size *= 2
+    reached = torch.cat([after[..., n - 1 :], after[..., -1:].expand(*after.shape[:-1], n - 1)], -1)
+    return (window_add + window_keep * reached).to(dtype)

@@ -9,17 +9,25 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import REDUCTIONS, Op
-from fastloss._ops.checks import check_floating, check_real, check_reduction, check_tensors
-from fastloss._ops.heads import choice
-from fastloss._registry import Draw, Loss, register
-from fastloss.losses.pointwise import is_wide
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_real,
+    check_reduction,
+    check_tensors,
+    choice,
+    same_shape,
+    smoothing_in,
+)
+from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
+from fastloss._ops.elementwise import call_elementwise, element_op, zeros_like
 from fastloss.reference.reward_model import KINDS
 
-__all__ = ["k_way_ranking_loss"]
+__all__ = ["bradley_terry_loss", "k_way_ranking_loss"]
 
 
 def _fake(rewards, ranks, kind):
-    high = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(rewards.dtype)
     rows, n = rewards.shape
     return (
         rewards.new_empty([rows], dtype=high),
@@ -82,7 +90,7 @@ def k_way_ranking_loss(
             raise RuntimeError(
                 f"{name}: expected the shape of rewards, {tuple(rewards.shape)}, got {tuple(t.shape)}"
             )
-    high = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(rewards.dtype)
     places = ranks.detach().to(high)
     if mask is not None:
         places = torch.where(mask != 0, places, math.nan)
@@ -94,29 +102,48 @@ def k_way_ranking_loss(
         loss = loss.sum() / (pairs > 0).sum().clamp(min=1)
     else:
         loss = loss.sum()
-    return loss if is_wide(rewards) else loss.to(rewards.dtype)
+    return loss if autocast_to_fp32(rewards) else loss.to(rewards.dtype)
 
 
-def _ranked(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    return {"rewards": draw.normal(*shape, scale=2.0), "ranks": draw.index(shape[-1], *shape)}
-
-
-register(
-    Loss(
-        name="k_way_ranking_loss",
-        family="preference",
-        function=k_way_ranking_loss,
-        reference=reference.k_way_ranking_loss,
-        inputs=_ranked,
-        wrt=("rewards",),
-        forward_arguments=("rewards", "ranks", "mask"),
-        cases={
-            "bradley_terry": {},
-            "plackett_luce": {"kind": "plackett_luce", "reduction": "none"},
-            "masked": {"mask": lambda d, s: d.index(4, *s) > 0, "reduction": "sum"},
-        },
-        shapes=((7, 1), (3, 9), (17, 4), (2, 3, 5)),
-        bench_shape=(4096, 9),
-        traffic=lambda shape, itemsize, backward: (3 if backward else 2) * math.prod(shape) * itemsize,
-    )
+_bradley_terry = element_op(
+    "bradley_terry_loss", reference.reward_model.bradley_terry_element, inputs=3, wrt=(0, 1, 2)
 )
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    center_coefficient: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Pairwise loss of a reward model (Bradley and Terry), with margin, weight, smoothing and centering.
+
+    With :math:`u = r_c - r_r - m` the loss of a pair is
+
+    .. math:: w \left[-(1 - \varepsilon) \log \sigma(u) - \varepsilon \log \sigma(-u) + k\, (r_c + r_r)^2\right]
+
+    Args:
+        chosen, rejected: rewards :math:`r_c` and :math:`r_r`, of one shape, mostly `(N)`; float32, float64, bfloat16
+            or float16.
+        margin: :math:`m`, same shape. Default: 0.
+        weight: :math:`w`, same shape; pairs of weight 0 count nothing whatever they hold. Default: 1.
+        label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
+        center_coefficient: :math:`k`, draws the rewards towards a mean of 0. Default: 0.
+        reduction: `"none"`, `"mean"` (over the pairs, whatever their weights) or `"sum"`. Default: `"mean"`.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the shape of the inputs.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+
+    Source: Bradley and Terry 1952; margin, weight and smoothing https://arxiv.org/abs/2401.06080; `RewardTrainer` of
+    TRL (`center_rewards_coefficient`).
+    """
+    mode = check_reduction(reduction)
+    numbers = [smoothing_in(label_smoothing), check_number("center_coefficient", center_coefficient)]
+    c, r, m, w = same_shape(chosen=chosen, rejected=rejected, margin=margin, weight=weight)
+    return call_elementwise(_bradley_terry, (c, r, zeros_like(c) if m is None else m), numbers, mode, w)

@@ -7,25 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.checks import check_reduction
-from fastloss._ops.chunked_linear import accumulation_type
-from fastloss._ops.features import (
-    drawn_temperature,
-    drawn_weight,
-    labelled,
+from fastloss._ops.checks import (
+    check_reduction,
     labels_of_rows,
-    marks,
     positive_temperature,
-    reduced,
-    register_contrastive,
     rows_of_features,
-    softmax,
-    two_sets,
     weight_of_rows,
 )
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.reductions import reduced
+from fastloss._ops.similarity import marks
 from fastloss._ops.similarity_losses import PairsOp
+from fastloss.losses.contrastive import contrastive_softmax
 
 __all__ = ["nt_xent_loss", "pair_nt_xent_loss", "sup_con_loss"]
+
 
 _formulas = reference.contrastive
 _pairs = PairsOp("contrastive_pairs", _formulas.pairs)
@@ -103,8 +99,8 @@ def sup_con_loss(
     (x, y), dtype = rows_of_features("features", features=features, keys=keys)
     weight = weight_of_rows(sample_weight, x)
     labels, key_labels, mark, others = _among(x, y, labels, key_labels, label_offset)
-    share = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_type(x.dtype)), 0.0)
-    row, *_ = softmax(
+    share = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_dtype(x.dtype)), 0.0)
+    row, *_ = contrastive_softmax(
         (x, y, positive_temperature(temperature, x), None, mark, labels, key_labels, share),
         (True, True, bool(normalize), True, True, False),
     )
@@ -204,70 +200,8 @@ def nt_xent_loss(
     weight = weight_of_rows(sample_weight, x)
     rows = torch.arange(2 * x.shape[0], device=x.device)
     temperature = positive_temperature(temperature, x)
-    row, *_ = softmax(
+    row, *_ = contrastive_softmax(
         (torch.cat([x, y]), None, temperature, None, rows.roll(x.shape[0]), rows, None, None),
         (False, False, bool(normalize), True, True, False),
     )
     return reduced(F.softplus(row), None if weight is None else weight.repeat(2), reduction, dtype)
-
-
-# ---- registry
-
-
-def _among_more(name: str):
-    """Keys, of which the rows are some or not."""
-
-    def keys(offset: int | None):
-        return {
-            "keys": lambda d, s: d.normal(s[0] + 4, s[1]),
-            "key_labels": lambda d, s: d.index(max(s[0] // 3, 2), s[0] + 4),
-            "label_offset": offset,
-        }
-
-    return {
-        "inputs": lambda d, s: labelled(name, d, s),
-        "wrt": (name, "temperature", "keys"),
-        "forward_arguments": (name, "labels", "sample_weight", "keys", "key_labels"),
-        "cases": {
-            "plain": {"temperature": 0.2},
-            "features as they are": {"temperature": 2.0, "normalize": False, "reduction": "sum"},
-            "weighted": {"temperature": drawn_temperature, "sample_weight": drawn_weight},
-            "others": {"temperature": 0.2, **keys(None)},
-            "everything": {
-                "temperature": drawn_temperature,
-                "sample_weight": drawn_weight,
-                "reduction": "none",
-                **keys(2),
-            },
-        },
-    }
-
-
-register_contrastive(
-    nt_xent_loss,
-    inputs=lambda d, s: two_sets("z1", "z2", d, s),
-    wrt=("z1", "z2", "temperature"),
-    forward_arguments=("z1", "z2", "sample_weight"),
-    cases={
-        "plain": {},
-        "features as they are": {"normalize": False, "sample_weight": drawn_weight},
-        "everything": {
-            "temperature": drawn_temperature,
-            "sample_weight": drawn_weight,
-            "reduction": "none",
-        },
-    },
-    bench_shape=(2048, 128),
-)
-register_contrastive(
-    sup_con_loss,
-    replaces="pytorch_metric_learning.losses.SupConLoss",
-    bench_shape=(2048, 128),
-    **_among_more("features"),
-)
-register_contrastive(
-    pair_nt_xent_loss,
-    replaces="pytorch_metric_learning.losses.NTXentLoss",
-    bench_shape=(256, 128),
-    **_among_more("embeddings"),
-)

@@ -9,12 +9,18 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import Op
-from fastloss._ops.checks import check_floating, check_number, check_real, check_reduction, check_tensors
-from fastloss._ops.heads import choice
-from fastloss._registry import Draw, Loss, register
-from fastloss.losses.pointwise import is_wide
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_real,
+    check_reduction,
+    check_tensors,
+    choice,
+)
+from fastloss._ops.dtypes import autocast_to_fp32
 
 __all__ = ["cox_ph_loss", "dart_loss"]
+
 
 COX, DART = 0, 1
 
@@ -82,7 +88,7 @@ def _reduced(loss: Tensor, mode: str, count: Tensor | int, score: Tensor) -> Ten
         loss = loss.reshape(score.shape)
     elif mode == "mean":
         loss = loss / count
-    return loss.to(torch.float32 if is_wide(score) else score.dtype)
+    return loss.to(torch.float32 if autocast_to_fp32(score) else score.dtype)
 
 
 def cox_ph_loss(
@@ -180,58 +186,3 @@ def dart_loss(
     tensors = (scores, log_time, _rows(events.detach() != 0), order, _numbered(residuals), None)
     loss = _survival(tensors, (DART, False, alpha, beta, reduction == "none"))
     return _reduced(loss, reduction, max(theta.numel(), 1), theta)
-
-
-# ---- registration
-
-
-def _eager_cox(log_h, durations, events, ties="breslow", reduction="mean"):
-    """What pycox computes, with torch's logcumsumexp; exact without ties."""
-    if ties != "breslow" or reduction == "none":
-        return reference.cox_ph_loss(log_h, durations, events, ties=ties, reduction=reduction)
-    order = durations.argsort(dim=-1, descending=True)
-    h, happened = log_h.gather(-1, order), events.gather(-1, order)
-    loss = -((h - h.logcumsumexp(-1)) * happened).sum()
-    return loss / happened.sum() if reduction == "mean" else loss
-
-
-def _of(name: str):
-    def inputs(draw: Draw, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        times = draw.index(max(2 * shape[-1] // 3, 1), *shape) + 1  # some are tied
-        return {
-            name: draw.normal(*shape),
-            "durations": times.to(draw.dtype),
-            "events": (draw.index(3, *shape) > 0).to(draw.dtype),
-        }
-
-    return inputs
-
-
-for _function, _name, _cases in (
-    (
-        cox_ph_loss,
-        "log_h",
-        {
-            "breslow": {},
-            "efron": {"ties": "efron", "reduction": "sum"},
-            "strata": {"strata": lambda d, s: d.index(3, *s), "ties": "efron", "reduction": "none"},
-        },
-    ),
-    (dart_loss, "theta", {"plain": {}, "weighted": {"alpha": 0.01, "beta": 0.02, "reduction": "none"}}),
-):
-    register(
-        Loss(
-            name=_function.__name__,
-            family="survival",
-            function=_function,
-            reference=getattr(reference, _function.__name__),
-            inputs=_of(_name),
-            wrt=(_name,),
-            forward_arguments=(_name, "durations", "events", *(("strata",) if _name == "log_h" else ())),
-            cases=_cases,
-            shapes=((1, 1), (3, 33), (2, 3, 5)),
-            bench_shape=(16, 2048),
-            traffic=lambda shape, itemsize, backward: (5 if backward else 3) * math.prod(shape) * itemsize,
-            replaces="pycox.models.loss.cox_ph_loss" if _name == "log_h" else "",
-        )
-    )

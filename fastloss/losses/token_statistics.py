@@ -8,14 +8,24 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, Op
+from fastloss._ops.autograd import Op
 from fastloss._ops.checks import check_floating, check_number, check_tensors
-from fastloss._registry import Draw, Loss, register
+from fastloss._ops.chunked_linear_stats import LinearStatsOp
+from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.elementwise import NO_INDEX
 from fastloss.losses.classification import cross_entropy_rows
-from fastloss.losses.pointwise import NO_INDEX
+from fastloss.losses.linear import as_autocast, check_linear
+from fastloss.reference.linear import logits_from
 from fastloss.reference.token_statistics import TokenStats
 
-__all__ = ["entropy_from_logits", "selective_log_softmax", "sequence_log_probs", "token_stats"]
+__all__ = [
+    "entropy_from_logits",
+    "linear_token_stats",
+    "selective_log_softmax",
+    "sequence_log_probs",
+    "token_stats",
+]
+
 
 STATISTICS = 4  # entropy, lse, log_sum_p2, mean_logit; then the log-probabilities, then the flags
 
@@ -33,7 +43,7 @@ def planes_of_reference(logits, index, mask, scale, cap, everything):
 
 
 def _fake(logits, index, mask, scale, cap, everything):
-    high = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(logits.dtype)
     rows = list(logits.shape[:-1])
     count = 1
     for size in rows:
@@ -266,92 +276,149 @@ def sequence_log_probs(
     return total / (labels != ignore_index).sum(-1).clamp(min=1) if average else total
 
 
-def _logits(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    return draw.normal(*shape, scale=3.0)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in HALF_TYPES else logits
-
-
-def _eager_log_softmax(logits, index, temperature=1.0):
-    several = index if index.dim() == logits.dim() else index.unsqueeze(-1)
-    return (_wide(logits) / temperature).log_softmax(-1).gather(-1, several).reshape(index.shape)
-
-
-def _eager_entropy(logits, temperature=1.0, mask=None):
-    z = _wide(logits) / temperature
-    entropy = z.logsumexp(-1) - (z.softmax(-1) * z).sum(-1)  # as verl has it
-    return entropy if mask is None else torch.where(mask != 0, entropy, 0.0)
-
-
-def _eager_sequence(logits, labels, ignore_index=-100, average=False):
-    valid = labels != ignore_index
-    logp = _eager_log_softmax(logits, torch.where(valid, labels, 0))
-    total = torch.where(valid, logp, 0.0).sum(-1)
-    return total / valid.sum(-1).clamp(min=1) if average else total
-
-
-def _some_labels(draw: Draw, shape: tuple[int, ...]) -> Tensor:
-    labels = draw.index(shape[-1], *shape[:-1])
-    return torch.where(draw.index(3, *shape[:-1]) == 0, -100, labels)
-
-
-def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
-    return (3 if backward else 1) * math.prod(shape) * itemsize
-
-
-register(
-    Loss(
-        name="selective_log_softmax",
-        family="statistics",
-        function=selective_log_softmax,
-        reference=reference.selective_log_softmax,
-        eager=_eager_log_softmax,
-        inputs=lambda d, s: {"logits": _logits(d, s), "index": d.index(s[-1], *s[:-1])},
-        wrt=("logits",),
-        forward_arguments=("logits", "index"),
-        cases={
-            "plain": {},
-            "several": {"index": lambda d, s: d.index(s[-1], *s[:-1], 3), "temperature": 0.7},
-        },
-        shapes=((3, 33), (2, 4099), (2, 5, 7)),
-        bench_shape=(1024, 32000),
-        traffic=_traffic,
+def _linear_reference(input, linear_weight, linear_bias, index, mask, scale, cap, everything):
+    return planes_of_reference(
+        logits_from(input, linear_weight, linear_bias), index, mask, scale, cap, everything
     )
-)
-register(
-    Loss(
-        name="entropy_from_logits",
-        family="statistics",
-        function=entropy_from_logits,
-        reference=reference.entropy_from_logits,
-        eager=_eager_entropy,
-        inputs=lambda d, s: {"logits": _logits(d, s)},
-        wrt=("logits",),
-        forward_arguments=("logits", "mask"),
-        cases={
-            "plain": {},
-            "masked": {"mask": lambda d, s: d.index(2, *s[:-1]) > 0, "temperature": 0.5},
-        },
-        shapes=((3, 33), (2, 4099), (2, 5, 7)),
-        bench_shape=(1024, 32000),
-        traffic=_traffic,
+
+
+_linear_stats = LinearStatsOp("linear_token_stats", _linear_reference)
+
+
+def _linear_planes(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, index: Tensor | None, mask: Tensor | None,
+    temperature: float, softcap: float | None, everything: bool, names: tuple[str, str] = ("input", "index"),
+) -> Tensor:  # fmt: skip
+    """As `token_stats`'s, [planes, rows], for rows of hidden states [rows, in_features] and index [rows, K]."""
+    scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
+    cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
+    try:
+        return _linear_stats((input, linear_weight, linear_bias, index, mask), (scale, cap, everything))
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"{names[1]}: {error}") from None
+        raise
+
+
+def _check_hidden(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, name: str = "input"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The arguments in the type in which they are multiplied, hidden states as rows."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(input).__name__}")
+    if input.dim() == 0:
+        raise RuntimeError(f"{name}: expected [..., in_features], got a tensor without dimensions")
+    check_tensors(input, linear_weight=linear_weight, linear_bias=linear_bias)
+    if linear_weight.dim() != 2:
+        raise RuntimeError(
+            f"linear_weight: expected (C, in_features), got shape {tuple(linear_weight.shape)}"
+        )
+    rows = (
+        input.reshape(-1, input.shape[-1])
+        if input.shape[-1]
+        else input.new_empty(input.shape[:-1].numel(), 0)
     )
-)
-register(
-    Loss(
-        name="sequence_log_probs",
-        family="statistics",
-        function=sequence_log_probs,
-        reference=reference.sequence_log_probs,
-        eager=_eager_sequence,
-        inputs=lambda d, s: {"logits": _logits(d, s), "labels": d.index(s[-1], *s[:-1])},
-        wrt=("logits",),
-        forward_arguments=("logits", "labels"),
-        cases={"plain": {}, "average": {"labels": _some_labels, "average": True}},
-        shapes=((3, 4, 33), (2, 2, 1030)),
-        bench_shape=(8, 512, 32000),
-        traffic=_traffic,
+    rows, linear_weight, linear_bias = as_autocast(input.device.type, rows, linear_weight, linear_bias)
+    check_linear(rows, linear_weight, linear_bias)
+    return rows, linear_weight, linear_bias
+
+
+def linear_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    linear_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> TokenStats:
+    r"""Log-probabilities, entropy and other statistics of the logits `input @ linear_weight.T + linear_bias`.
+
+    What `token_stats` gives for these logits (its formulas), which never exist all at once: they are made for a
+    chunk of rows, read once, and made again in backward. Nothing but six numbers of a row is kept between. Beyond
+    the gradients that takes at most 128 MiB (while one row of logits is smaller than that; on CUDA as much as the
+    weight has twice in float32, if that is more, up to 1 GiB). For DPO, KTO, GRPO and whatever needs
+    log-probabilities of a large vocabulary.
+
+    Args:
+        input: hidden states `[..., in_features]`; float32, float64, bfloat16 or float16.
+        linear_weight: `(C, in_features)`, of the input's type.
+        index: classes, int64, `[...]` or `[..., K]`.
+        temperature: `T` > 0, divides the logits. Default: 1.
+        linear_bias: `(C)`. Default: none.
+        mask: `[...]`, rows where it is 0 (False) have results 0 and no gradient; on the CPU they are left out of the
+            products.
+        softcap: `c` > 0, bounds the logits (Gemma 2). Default: none.
+
+    Returns:
+        The named tuple `(logp, entropy, lse, log_sum_p2, mean_logit, is_top1)` of `token_stats`, float32 for half
+        types.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        IndexError: on the CPU for a class out of bounds; on CUDA that has `logp` NaN.
+
+    Source: the statistics of `token_stats` in chunks of rows, as in Liger, https://arxiv.org/abs/2410.10989.
+    """
+    rows, linear_weight, linear_bias = _check_hidden(input, linear_weight, linear_bias)
+    shape = input.shape[:-1]
+    check_tensors(input, index=index, mask=mask)
+    several = None
+    if index is not None:
+        if index.dtype != torch.int64:
+            raise RuntimeError(f"index: expected classes of type int64, got {index.dtype}")
+        if index.shape[: len(shape)] != shape or index.dim() not in (len(shape), len(shape) + 1):
+            raise RuntimeError(
+                f"index: expected shape {tuple(shape)} or {(*shape, 'K')} for hidden states of shape "
+                f"{tuple(input.shape)}, got {tuple(index.shape)}"
+            )
+        count = index.shape[-1] if index.dim() > len(shape) else 1
+        several = index.reshape(rows.shape[0], count)
+    if mask is not None:
+        if mask.shape != shape:
+            raise RuntimeError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
+        mask = (mask.detach() != 0).reshape(-1)
+    planes = _linear_planes(rows, linear_weight, linear_bias, several, mask, temperature, softcap, True)
+    return stats_of_planes(planes.reshape(planes.shape[0], *shape), index)
+
+
+def linear_sequence_log_probs(
+    hidden: dict[str, Tensor], labels: dict[str, Tensor], linear_weight: Tensor, linear_bias: Tensor | None,
+    ignore_index: int, temperature: float, softcap: float | None,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Of each batch of sequences: the sum of its labels' log-probabilities, and how many labels count."""
+    rows, index = [], []
+    for (name, h), (of, y) in zip(hidden.items(), labels.items(), strict=True):
+        if not isinstance(h, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(h).__name__}")
+        if h.dim() != 3:
+            raise RuntimeError(f"{name}: expected [B, T, in_features], got shape {tuple(h.shape)}")
+        check_tensors(h, **{of: y})
+        if y.shape != h.shape[:2] or y.dtype != torch.int64:
+            raise RuntimeError(
+                f"{of}: expected int64 classes of shape {tuple(h.shape[:2])}, got {y.dtype} {tuple(y.shape)}"
+            )
+        rows.append(h.reshape(-1, h.shape[-1]))
+        index.append(y.reshape(-1))
+    names = list(hidden)
+    for name, h in zip(names[1:], rows[1:], strict=True):
+        if h.shape[1] != rows[0].shape[1] or h.dtype != rows[0].dtype:
+            raise RuntimeError(
+                f"{name}: expected in_features and type of {names[0]}, {rows[0].shape[1]} and {rows[0].dtype}, "
+                f"got {h.shape[1]} and {h.dtype}"
+            )
+    together, linear_weight, linear_bias = _check_hidden(
+        torch.cat(rows), linear_weight, linear_bias, names[0]
     )
-)
+    every = torch.cat(index)
+    valid = every != ignore_index
+    planes = _linear_planes(
+        together, linear_weight, linear_bias, torch.where(valid, every, 0).unsqueeze(1), valid, temperature,
+        softcap, False, (names[0], next(iter(labels))),
+    )  # fmt: skip
+    sizes = [y.numel() for y in index]
+    return [
+        (p.view(y.shape).sum(1), v.view(y.shape).sum(1))
+        for p, v, y in zip(planes[STATISTICS].split(sizes), valid.split(sizes), labels.values(), strict=True)
+    ]

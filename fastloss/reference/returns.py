@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-__all__ = ["discounted_returns", "gae", "td_lambda_returns", "vtrace"]
+__all__ = ["discounted_returns", "gae", "n_step_returns", "td_lambda_returns", "vtrace"]
 
 
 def _flags(flags: Tensor | None, like: Tensor, default: bool) -> Tensor:
@@ -145,3 +145,35 @@ def vtrace(
             rewards, cu_seqlens, bootstrap_value, values, next_values, log_rhos, terminated, truncated, mask,
         )  # fmt: skip
         return value + rest, advantage
+
+
+def n_step_returns(
+    rewards: Tensor,
+    values: Tensor,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    *,
+    n: int = 5,
+    gamma: float = 0.99,
+    next_values: Tensor | None = None,
+    bootstrap_value: Tensor | None = None,
+) -> Tensor:
+    """As `fastloss.functional.n_step_returns`, step by step."""
+    steps = rewards.shape[-1]
+    none = torch.zeros_like(rewards, dtype=torch.bool)
+    terminated = none if terminated is None else terminated.bool()
+    truncated = none if truncated is None else truncated.bool()
+    if next_values is None:
+        end = torch.zeros_like(values[..., 0]) if bootstrap_value is None else bootstrap_value
+        next_values = torch.cat([values[..., 1:], end.unsqueeze(-1)], -1)
+    found = []
+    for t in range(steps):
+        total, going, last = torch.zeros_like(rewards[..., t]), ~none[..., t], min(t + n, steps) - 1
+        for k, s in enumerate(range(t, last + 1)):
+            total = total + torch.where(going, gamma**k * rewards[..., s], 0.0)
+            stops = truncated[..., s] if s < last else torch.ones_like(going)
+            led_on = going & ~terminated[..., s]
+            total = total + torch.where(led_on & stops, gamma ** (k + 1) * next_values[..., s], 0.0)
+            going = led_on & ~stops
+        found.append(total)
+    return torch.stack(found, -1) if found else rewards + values

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastloss.reference.preference import softplus
+from fastloss.reference.dpo import reduced, softplus
 
-__all__ = ["k_way_ranking_loss"]
+__all__ = ["bradley_terry_loss", "k_way_ranking_loss"]
 
 KINDS = ("bradley_terry", "plackett_luce")
 
@@ -46,3 +46,26 @@ def k_way_ranking_loss(
     if reduction != "none":
         loss = loss.sum() / ((pairs > 0).sum().clamp(min=1) if reduction == "mean" else 1)
     return loss.to(rewards.dtype)
+
+
+def bradley_terry_element(chosen, rejected, margin, smoothing, center) -> Tensor:
+    u = chosen - rejected - margin
+    loss = (1 - smoothing) * softplus(-u) + smoothing * softplus(u)
+    return loss + center * (chosen + rejected).square()
+
+
+def bradley_terry_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    center_coefficient: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """As `fastloss.functional.bradley_terry_loss`."""
+    margin = 0.0 if margin is None else margin
+    loss = bradley_terry_element(chosen, rejected, margin, label_smoothing, center_coefficient)
+    if weight is not None:
+        loss = torch.where(weight != 0, weight * loss, 0.0)
+    return reduced(loss, reduction)

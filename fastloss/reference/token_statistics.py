@@ -9,8 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.reference.classification import nll_of
+from fastloss.reference.linear import logits_from
 
-__all__ = ["entropy_from_logits", "selective_log_softmax", "sequence_log_probs", "token_stats"]
+__all__ = [
+    "entropy_from_logits",
+    "linear_token_stats",
+    "selective_log_softmax",
+    "sequence_log_probs",
+    "token_stats",
+]
 
 
 class TokenStats(NamedTuple):
@@ -88,3 +95,18 @@ def sequence_log_probs(
     valid = labels != ignore_index
     logp = token_stats(logits, torch.where(valid, labels, 0), temperature, mask=valid).logp
     return logp.sum(-1) / valid.sum(-1).clamp(min=1) if average else logp.sum(-1)
+
+
+def linear_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    linear_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> TokenStats:
+    """As `fastloss.functional.linear_token_stats`."""
+    logits = logits_from(input, linear_weight, linear_bias)
+    return token_stats(logits, index, temperature, mask=mask, softcap=softcap)

@@ -11,7 +11,7 @@ from support import DTYPES, dtype_id, same_bits
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 import fastloss.functional as FL
-from fastloss._registry import Draw
+from fastloss._registry import InputSampler
 
 KINDS = ("bradley_terry", "plackett_luce")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -31,7 +31,7 @@ def by_hand(rewards, ranks, kind):
 
 @every_kind
 def test_rankings_with_ties_and_masks(kind, device):
-    draw = Draw(torch.float64, device)
+    draw = InputSampler(torch.float64, device)
     rewards, ranks = draw.normal(37, 6), draw.index(4, 37, 6)
     mask = draw.index(4, 37, 6) > 0
     got = FL.k_way_ranking_loss(rewards.masked_fill(~mask, math.nan), ranks, kind, mask, "none")
@@ -45,14 +45,14 @@ def test_rankings_with_ties_and_masks(kind, device):
 
 @every_kind
 def test_gradients(kind, device):
-    draw = Draw(torch.float64, device)
+    draw = InputSampler(torch.float64, device)
     rewards, ranks = draw.normal(3, 5).requires_grad_(), draw.index(4, 3, 5)
     assert gradcheck(lambda r: FL.k_way_ranking_loss(r, ranks, kind), rewards)
     assert gradgradcheck(lambda r: FL.k_way_ranking_loss(r, ranks, kind), rewards)
 
 
 def test_two_answers_are_a_pair(device):
-    draw = Draw(torch.float32, device)
+    draw = InputSampler(torch.float32, device)
     rewards = draw.normal(9, 2, scale=5.0).requires_grad_()
     ranks = torch.tensor([1, 2], device=rewards.device).expand(9, 2)
     pair = FL.bradley_terry_loss(rewards[:, 0], rewards[:, 1])
@@ -92,7 +92,7 @@ def test_nothing_to_compare(kind, device):
 
 @every_kind
 def test_a_row_does_not_depend_on_the_others(kind, device):
-    draw = Draw(torch.float32, device)
+    draw = InputSampler(torch.float32, device)
     rewards, ranks = draw.normal(35, 7), draw.index(5, 35, 7)
     whole = FL.k_way_ranking_loss(rewards, ranks, kind, reduction="none")
     for i in (0, 16, 34):

@@ -10,7 +10,7 @@ from support import DTYPES, dtype_id, same_bits
 from torch.autograd import grad
 
 import fastloss.functional as FL
-from fastloss._registry import Draw
+from fastloss._registry import InputSampler
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 WHOLE = {
@@ -48,7 +48,7 @@ def worst_mean(losses, q):
 @every_dtype
 def test_cvar_is_the_mean_of_the_worst(q, dtype, device):
     for n in (1, 2, 10, 97, 5000):
-        x = Draw(dtype, device).normal(n, scale=3.0)
+        x = InputSampler(dtype, device).normal(n, scale=3.0)
         got, dx = value_and_gradient(lambda y, q=q: FL.cvar_loss(y, q), x)
         rel = {2: 1e-2, 4: 2e-6, 8: 1e-12}[dtype.itemsize]
         assert got.item() == pytest.approx(worst_mean(x.double().tolist(), q), rel=rel, abs=rel)
@@ -57,7 +57,7 @@ def test_cvar_is_the_mean_of_the_worst(q, dtype, device):
 
 
 def test_cvar_is_the_least_over_theta(device):
-    x = Draw(torch.float64, device).normal(101)
+    x = InputSampler(torch.float64, device).normal(101)
     for q in (0.3, 0.85, 0.96):
         least = min(FL.cvar_loss(x, q, theta).item() for theta in x.tolist())
         assert FL.cvar_loss(x, q).item() == pytest.approx(least, rel=1e-12)
@@ -83,7 +83,7 @@ def test_cvar_of_negative_and_tiny_losses(device):
 
 
 def test_weights_repeat_samples(device):
-    x, times = Draw(torch.float64, device).normal(50), torch.arange(50, device=device) % 4
+    x, times = InputSampler(torch.float64, device).normal(50), torch.arange(50, device=device) % 4
     repeated = x.repeat_interleave(times)
     for loss in WHOLE.values():
         got = loss(x, sample_weight=times)
@@ -110,7 +110,7 @@ def ball(x, rho):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_chi2_is_the_worst_of_a_ball(rho, dtype, device):
     for n in (20, 300, 5000):
-        x = Draw(dtype, device).normal(n).square()
+        x = InputSampler(dtype, device).normal(n).square()
         value, dx = value_and_gradient(lambda y: FL.chi2_dro_loss(y, rho), x)
         p = ball(x, rho)
         tight = {"rtol": 1e-5, "atol": 1e-6 / n} if dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-10}
@@ -119,7 +119,7 @@ def test_chi2_is_the_worst_of_a_ball(rho, dtype, device):
 
 
 def test_chi2_from_the_mean_to_the_largest(device):
-    x = Draw(torch.float32, device).normal(100)
+    x = InputSampler(torch.float32, device).normal(100)
     mean, dx = value_and_gradient(lambda y: FL.chi2_dro_loss(y, 0.0), x)
     torch.testing.assert_close(mean, x.mean())
     torch.testing.assert_close(dx, torch.full_like(x, 0.01))
@@ -135,7 +135,7 @@ def test_chi2_from_the_mean_to_the_largest(device):
 
 def test_chi2_keeps_a_small_spread(device):
     """The deviation of losses that are close together, beside one that is far below."""
-    x = (5 + 1e-3 * Draw(torch.float64, device).normal(2000)).float()
+    x = (5 + 1e-3 * InputSampler(torch.float64, device).normal(2000)).float()
     x[7] = 0.0
     wide = x.double()
     wanted = wide.mean() + math.sqrt(2e-9) * wide.std(correction=0)
@@ -145,7 +145,7 @@ def test_chi2_keeps_a_small_spread(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
 def test_chi2_is_blind_to_scale(dtype, device):
     """Squares of the losses may overflow or vanish."""
-    x = Draw(dtype, device).normal(64).square()
+    x = InputSampler(dtype, device).normal(64).square()
     one = value_and_gradient(lambda y: FL.chi2_dro_loss(y, 0.5), x)
     far = {torch.float32: 100, torch.float64: 900}[dtype]
     for size in (2.0**-far, 2.0**far):
@@ -174,7 +174,7 @@ def test_gradient_of_theta(dtype, device):
 
 
 def test_theta_of_another_type_and_as_a_number(device):
-    x = Draw(torch.bfloat16, device).normal(30)
+    x = InputSampler(torch.bfloat16, device).normal(30)
     theta = torch.tensor(0.25, device=device, requires_grad=True)
     for loss in (lambda t: FL.cvar_loss(x, 0.7, t), lambda t: FL.soft_ad_loss(x, t)):
         assert same_bits(loss(theta), loss(0.25))
@@ -210,7 +210,7 @@ def test_flooding_turns_the_gradient_round(device):
 @pytest.mark.parametrize("t", [1e-30, 1e-12, 1e-7, 1e-4, 1e-2, 0.1, 1.0, 30.0])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_tilted_is_continuous_in_t(t, sign, device):
-    x = Draw(torch.float32, device).uniform(1000)
+    x = InputSampler(torch.float32, device).uniform(1000)
     wide, tilt = x.double(), sign * t
     d = wide - wide.mean()
     # the first cumulants where these suffice
@@ -221,7 +221,7 @@ def test_tilted_is_continuous_in_t(t, sign, device):
 
 
 def test_tilted_zero_is_the_mean(device):
-    x = Draw(torch.float64, device).normal(321)
+    x = InputSampler(torch.float64, device).normal(321)
     value, dx = value_and_gradient(lambda y: FL.tilted_loss(y, 0.0), x)
     torch.testing.assert_close(value, x.mean())
     torch.testing.assert_close(dx, torch.full_like(x, 1 / 321))
@@ -271,7 +271,7 @@ def test_of_one_and_of_equals(loss, dtype, device):
 
 @every_loss
 def test_weight_zero_hides_everything(loss, device):
-    x = Draw(torch.float32, device).normal(40).square()
+    x = InputSampler(torch.float32, device).normal(40).square()
     flags = torch.arange(40, device=device) % 3 > 0
     for strange in (math.nan, math.inf, -math.inf):
         value, dx = value_and_gradient(lambda y: loss(y, mask=flags), x.masked_fill(~flags, strange))
@@ -283,7 +283,7 @@ def test_weight_zero_hides_everything(loss, device):
 
 @every_loss
 def test_nan_and_infinity(loss, device):
-    x = Draw(torch.float32, device).normal(40).square()
+    x = InputSampler(torch.float32, device).normal(40).square()
     x[3] = math.nan
     assert loss(x).isnan()
     x[3] = math.inf
@@ -297,7 +297,7 @@ def test_nan_and_infinity(loss, device):
 
 @every_loss
 def test_order_of_samples_and_shape(loss, device):
-    x = Draw(torch.float64, device).normal(4, 5, 6)
+    x = InputSampler(torch.float64, device).normal(4, 5, 6)
     shuffled = torch.randperm(120, generator=torch.Generator().manual_seed(0)).to(x.device)
     value, dx = value_and_gradient(loss, x)
     assert same_bits(value, loss(x.flatten()))
@@ -307,7 +307,7 @@ def test_order_of_samples_and_shape(loss, device):
 
 
 def test_gradient_of_weights(device):
-    draw = Draw(torch.float64, device)
+    draw = InputSampler(torch.float64, device)
     x, w = draw.normal(6), draw.uniform(6, low=0.5).requires_grad_()
     for loss in WHOLE.values():
         assert torch.autograd.gradcheck(lambda v, loss=loss: loss(x, sample_weight=v), w)

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 import fastloss.functional as FL
 import fastloss.reference as R
 from fastloss._cli.check import compare
-from fastloss._registry import Draw, entries, estimators, losses
+from fastloss._registry import InputSampler, entries, estimators, losses
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_entries_are_losses_and_estimators():
 
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
 def test_group_advantages(kind):
-    rewards = Draw(torch.float64).normal(8)
+    rewards = InputSampler(torch.float64).normal(8)
     ids = torch.tensor([3, 0, 3, 1, 0, 3, 0, 0])
     got = FL.group_advantages(rewards, ids, kind)
     torch.testing.assert_close(got, R.group_advantages(rewards, ids, kind))
@@ -52,7 +52,7 @@ def test_group_advantages(kind):
 
 def test_groups_of_any_numbers():
     """Which integers they are changes no bit, nor do other groups or threads."""
-    draw = Draw(torch.float32)
+    draw = InputSampler(torch.float32)
     rewards, ids = draw.normal(1000), draw.index(40, 1000)
     names = torch.randperm(40, generator=torch.Generator().manual_seed(3)) * 10**15 - 10**16
     for kind in ("grpo", "dr_grpo", "rloo"):
@@ -71,7 +71,7 @@ def test_groups_of_any_numbers():
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
 def test_group_advantages_in_every_transformation(kind):
     ids = torch.tensor([10**12, -5, 10**12, 7, -5, 10**12, -5, -5])
-    r = Draw(torch.float64).normal(8).requires_grad_()
+    r = InputSampler(torch.float64).normal(8).requires_grad_()
     assert torch.autograd.gradcheck(lambda r: FL.group_advantages(r, ids, kind), r)
     assert torch.autograd.gradgradcheck(lambda r: FL.group_advantages(r, ids, kind), r)
     compiled = torch.compile(FL.group_advantages, fullgraph=True, backend="aot_eager")
@@ -96,7 +96,7 @@ def by_hand(rewards, values, end, n, gamma, bootstrap):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 8, 13, 40])
 def test_n_step_returns(n):
-    draw = Draw(torch.float64)
+    draw = InputSampler(torch.float64)
     rewards, values = draw.normal(2, 13), draw.normal(2, 13)
     end, last = draw.index(6, 2, 13) == 0, draw.normal(2)
     got = FL.n_step_returns(rewards, values, end, n=n, gamma=0.9, bootstrap_value=last)
@@ -108,7 +108,7 @@ def test_n_step_returns(n):
 
 
 def test_n_step_returns_at_truncated_steps_and_its_ends():
-    draw = Draw(torch.float64)
+    draw = InputSampler(torch.float64)
     rewards, values, after = (draw.normal(3, 9).requires_grad_() for _ in range(3))
     ends = {"terminated": draw.index(5, 3, 9) == 0, "truncated": draw.index(5, 3, 9) == 0}
     for n in (1, 4, 9):

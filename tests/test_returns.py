@@ -11,7 +11,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import fastloss.functional as FL
 import fastloss.reference as R
-from fastloss._registry import Draw
+from fastloss._registry import InputSampler
 
 KINDS = ("plain", "terminated", "truncated", "mask", "mask+bootstrap", "packed", "packed+everything")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -22,7 +22,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 
 def episodes(kind, dtype=torch.float64, shape=(3, 7), seed=0, device="cpu"):
     """Rewards, values and the further arguments of one call; masked steps hold NaN."""
-    draw = Draw(dtype, device, seed)
+    draw = InputSampler(dtype, device, seed)
     rows = shape[0]
     if kind.startswith("packed"):
         lengths = draw.index(shape[1] + 1, rows)
@@ -146,7 +146,7 @@ def test_discounted_and_lambda_returns(kind, device):
 def test_vtrace_is_the_loop(kind, dtype, device):
     for shape in SHAPES[:4]:
         rewards, values, kwargs = episodes(kind, dtype, shape, device=device)
-        log_rhos = Draw(dtype, device, 5).normal(*rewards.shape).requires_grad_()
+        log_rhos = InputSampler(dtype, device, 5).normal(*rewards.shape).requires_grad_()
         options = {"gamma": 0.9, "lam": 0.95, "clip_rho_threshold": 1.5, "clip_pg_rho_threshold": 1.2}
         got = FL.vtrace(log_rhos, rewards, values, **kwargs, **options)
         wide = [x.double() for x in (log_rhos, rewards, values)]

@@ -1,0 +1,111 @@
+"""Cross-entropy and focal loss of rows of logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss import reference
+from fastloss._registry.inputs import classes_of, some_ignored
+from fastloss._registry.spec import Loss, register
+from fastloss.losses.classification import cross_entropy, softmax_focal_loss
+
+register(
+    Loss(
+        name="cross_entropy",
+        family="classification",
+        function=cross_entropy,
+        reference=reference.cross_entropy,
+        eager=F.cross_entropy,
+        replaces="torch.nn.functional.cross_entropy",
+        inputs=lambda draw, shape: {
+            "input": draw.normal(*shape, scale=3.0),
+            "target": classes_of(draw, shape),
+        },
+        wrt=("input",),
+        forward_arguments=("input", "target", "sample_weight"),
+        cases={
+            "plain": {},
+            "sum": {"reduction": "sum"},
+            "none": {"reduction": "none"},
+            "ignored": {"target": some_ignored},
+            "weight": {"weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0)},
+            "smoothing": {"label_smoothing": 0.1, "target": some_ignored},
+            "weight+smoothing": {
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.2,
+                "target": some_ignored,
+            },
+            "probabilities": {"target": lambda d, s: d.simplex(*s)},
+            "probabilities+weight+smoothing": {
+                "target": lambda d, s: d.simplex(*s),
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.1,
+            },
+            "scale": {"logit_scale": 0.25},
+            "softcap": {"softcap": 5.0},
+            "z_loss": {"z_loss": 1e-2},
+            "sample_weight": {"sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0)},
+            "everything": {
+                "target": some_ignored,
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "label_smoothing": 0.1,
+                "logit_scale": 0.5,
+                "softcap": 10.0,
+                "z_loss": 1e-3,
+                "sample_weight": lambda d, s: d.uniform(s[0], *s[2:], low=0.0, high=2.0),
+            },
+        },
+        shapes=((7, 1), (3, 33), (5, 1000), (4, 4099), (2, 32003), (2, 5, 3), (2, 17, 3, 5)),
+        bench_shape=(4096, 32000),
+        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
+    )
+)
+
+
+def _eager_focal(input, target, gamma=2.0, alpha=None, ignore_index=-100, reduction="mean"):
+    """What people write today."""
+    nll = F.cross_entropy(input, target, ignore_index=ignore_index, reduction="none")
+    loss = (1 - torch.exp(-nll)) ** gamma * nll
+    if isinstance(alpha, Tensor):
+        if alpha.shape != (input.shape[min(input.dim() - 1, 1)],):
+            raise RuntimeError("alpha: expected one number for each class")
+        loss = alpha[torch.where(target == ignore_index, 0, target)] * loss
+    elif alpha is not None:
+        loss = alpha * loss
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
+
+
+register(
+    Loss(
+        name="softmax_focal_loss",
+        family="classification",
+        function=softmax_focal_loss,
+        reference=reference.softmax_focal_loss,
+        eager=_eager_focal,
+        inputs=lambda draw, shape: {
+            "input": draw.normal(*shape, scale=3.0),
+            "target": classes_of(draw, shape),
+        },
+        wrt=("input",),
+        forward_arguments=("input", "target"),
+        cases={
+            "plain": {},
+            "half power": {"gamma": 0.5, "reduction": "sum", "target": some_ignored},
+            "classes": {
+                "gamma": 1.7,
+                "alpha": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "target": some_ignored,
+            },
+            "background": {"alpha": 0.25, "background_class": 0, "reduction": "none"},
+        },
+        shapes=((7, 1), (3, 33), (3, 1030), (2, 17, 3, 5)),
+        bench_shape=(65536, 1000),
+        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
+    )
+)

@@ -1,0 +1,222 @@
+"""Direct preference optimisation and its relatives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss.reference.token_statistics import linear_token_stats
+
+__all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
+
+DPO_TYPES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+    "discopop", "sft",
+)  # fmt: skip
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+
+
+def reduced(loss: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=1e9)
+
+
+def divergence_map(x: Tensor, divergence: int, alpha: float, top: float) -> Tensor:
+    """What takes the place of a log-ratio x."""
+    if divergence == 0:
+        return x
+    if divergence == 2:
+        return math.log(2) - softplus(-x)
+    rate = -1.0 if divergence == 1 else alpha - 1
+    return torch.expm1((rate * x).clamp(max=top)) / rate
+
+
+def dpo_element(pc, pr, rc, rr, type, beta, smoothing, divergence, alpha, tau, top) -> Tensor:
+    type = DPO_TYPES[int(type)]
+    if type == "sft":
+        return -pc
+    c, r = (divergence_map(x, int(divergence), alpha, top) for x in (pc - rc, pr - rr))
+    u = beta * (c - r)
+    win, lose = softplus(-u), softplus(u)  # -log sigmoid(u), -log sigmoid(-u)
+    if type == "sigmoid":
+        return (1 - smoothing) * win + smoothing * lose
+    if type == "hinge":
+        return torch.relu(1 - u)
+    if type == "ipo":
+        return (c - r - 1 / (2 * beta)).square()
+    if type == "exo_pair":
+        keep, flip = math.log1p(-smoothing), math.log(smoothing)
+        return torch.sigmoid(u) * (-win - keep) + torch.sigmoid(-u) * (-lose - flip)
+    if type == "nca_pair":
+        return softplus(-beta * c) + 0.5 * softplus(beta * c) + 0.5 * softplus(beta * r)
+    if type == "robust":
+        return ((1 - smoothing) * win - smoothing * lose) / (1 - 2 * smoothing)
+    if type == "bco_pair":
+        return softplus(-beta * c) + softplus(beta * r)
+    if type == "sppo_hard":
+        return (c - 0.5 / beta).square() + (r + 0.5 / beta).square()
+    if type == "apo_zero":
+        return torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)
+    if type == "apo_down":
+        return torch.sigmoid(beta * c) + torch.sigmoid(-u)
+    # e^-u sigmoid(u / tau), of which for u < 0 neither factor may stand alone
+    above, below = u.clamp(min=0), u.clamp(max=0)
+    tail = torch.where(
+        u >= 0, torch.exp(-above) * torch.sigmoid(above / tau),
+        torch.exp(below * (1 / tau - 1)) * torch.sigmoid(-below / tau),
+    )  # fmt: skip
+    return win * torch.sigmoid(-u / tau) + tail
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    reduction: str = "mean",
+    *,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
+    exponent_clamp: float | None = None,
+    discopop_tau: float = 0.05,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    loss_weights: Sequence[float] | None = None,
+    weight: Tensor | None = None,
+    return_rewards: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """As `fastloss.functional.dpo_loss`."""
+    pc, pr = policy_chosen_logps, policy_rejected_logps
+    rc, rr = reference_chosen_logps, reference_rejected_logps
+    rewards = (beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()
+    kinds = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    shares = [1.0] * len(kinds) if loss_weights is None else loss_weights
+    divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
+    loss = 0.0
+    for kind, share in zip(kinds, shares, strict=True):
+        inputs = pc, pr, rc, rr
+        if kind in ("ipo", "sigmoid_norm", "sft"):
+            n = 1.0 if chosen_lengths is None else chosen_lengths
+            m = 1.0 if rejected_lengths is None else rejected_lengths
+            inputs = pc / n, pr / m, rc / n, rr / m
+        elif kind == "aot":
+            inputs = (pc - pr).sort(0)[0], 0.0, (rc - rr).sort(0)[0], 0.0
+        elif kind == "aot_unpaired":
+            inputs = (pc - rc).sort(0)[0], (pr - rr).sort(0)[0], 0.0, 0.0
+        formula = "sigmoid" if kind in ("aot", "aot_unpaired", "sigmoid_norm") else kind
+        loss = loss + share * dpo_element(
+            *inputs, DPO_TYPES.index(formula), beta, label_smoothing, DIVERGENCES.index(divergence), f_alpha,
+            discopop_tau, math.inf if exponent_clamp is None else exponent_clamp,
+        )  # fmt: skip
+    if weight is not None:
+        loss = torch.where(weight != 0, weight.detach() * loss, 0.0)
+    loss = reduced(loss, reduction)
+    return (loss, *rewards) if return_rewards else loss
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the chosen and those of the rejected answers."""
+    pairs = x.shape[0] // 2
+    return x[:pairs], x[pairs:]
+
+
+def shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
+    """Of tokens [2B, T], chosen answers first: 1 up to the shorter answer's number of tokens, then `ld_alpha`."""
+    place = valid.cumsum(-1)  # from 1 at the first token
+    length = place[:, -1:]
+    chosen, rejected = halves(length)
+    shorter = torch.minimum(chosen, rejected).repeat(2, 1)
+    return torch.where(place <= shorter, 1.0, ld_alpha)
+
+
+def dpo_loss_from_logits(
+    policy_logits: Tensor,
+    labels: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    loss_type: str | Sequence[str] = "sigmoid",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    *,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
+    exponent_clamp: float | None = None,
+    discopop_tau: float = 0.05,
+    loss_weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    return_rewards: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """As `fastloss.functional.dpo_loss_from_logits`."""
+    valid = labels != ignore_index
+    logits = policy_logits if policy_logits.dtype == torch.float64 else policy_logits.float()
+    every = (logits / temperature).log_softmax(-1)
+    tokens = every.gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
+    tokens = torch.where(valid, tokens, 0.0)
+    counted = tokens if ld_alpha is None else tokens * shared_prefix_weights(valid, ld_alpha)
+    length = valid.sum(-1).clamp(min=1)
+    weight = None
+    if use_weighting:
+        own = torch.where(valid, tokens - (2 * every).logsumexp(-1), 0.0).sum(-1) / length
+        weight = sum(halves(own.detach())).exp().clamp(max=1.0)
+    (chosen, rejected), (n, m) = halves(counted.sum(-1)), halves(length)
+    return dpo_loss(
+        chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
+        reduction, f_divergence=f_divergence, f_alpha=f_alpha, exponent_clamp=exponent_clamp,
+        discopop_tau=discopop_tau, chosen_lengths=n, rejected_lengths=m, loss_weights=loss_weights, weight=weight,
+        return_rewards=return_rewards,
+    )  # fmt: skip
+
+
+def linear_dpo_loss(
+    chosen_input: Tensor,
+    rejected_input: Tensor,
+    linear_weight: Tensor,
+    chosen_labels: Tensor,
+    rejected_labels: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    loss_type: str = "sigmoid",
+    reduction: str = "mean",
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `fastloss.functional.linear_dpo_loss`."""
+
+    def of_sequences(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        valid = labels != ignore_index
+        logp = linear_token_stats(
+            hidden, linear_weight, torch.where(valid, labels, 0), temperature, linear_bias=linear_bias,
+            mask=valid, softcap=softcap,
+        ).logp  # fmt: skip
+        return logp.sum(-1), valid.sum(-1).clamp(min=1)
+
+    chosen, chosen_lengths = of_sequences(chosen_input, chosen_labels)
+    rejected, rejected_lengths = of_sequences(rejected_input, rejected_labels)
+    lengths = {}
+    if loss_type in ("ipo", "sigmoid_norm"):
+        lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    return dpo_loss(
+        chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
+        reduction, **lengths,
+    )  # fmt: skip
