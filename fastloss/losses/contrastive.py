@@ -201,7 +201,7 @@ def info_nce_rows(
     weight = weight_of_rows(sample_weight, q)
     if negative_keys is None:
         mark = marks(q.shape[0], k.shape[0], label_offset, q, "positive_key")
-        row, *_ = contrastive_softmax(
+        row, *_ = softmax(
             (q, k, positive_temperature(temperature, q), None, mark + first_key, None, None, None),
             (False, False, bool(normalize), True, True, False),
         )
@@ -223,7 +223,7 @@ def info_nce_rows(
         negative = rest[0].to(high)
         if normalize:
             negative = F.normalize(negative)
-        row, *_ = contrastive_softmax(
+        row, *_ = softmax(
             (q, negative, temperature, positive, None, None, None, None),
             (False, False, False, True, True, False),
         )

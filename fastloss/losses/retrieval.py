@@ -141,24 +141,18 @@ def ranking_rows(
     options = (False, False, bool(normalize), False, True)
     known = (None, None) if ids is None else (same, doc_ids)
     both = "doc_to_query" in directions
-    row, col, first = contrastive_softmax(
-        (q, docs, scale, None, mark + first_doc, *known, None), (*options, both)
-    )
+    row, col, first = softmax((q, docs, scale, None, mark + first_doc, *known, None), (*options, both))
     if partition_mode == "per_direction":
         loss = F.softplus(row) if not both else 0.5 * (F.softplus(row) + F.softplus(col))
         return loss, weight, dtype
     terms = [row, col] if both else [row]
     if "query_to_query" in directions:
-        terms.append(
-            contrastive_softmax((q, None, scale, first, None, same, None, None), (*options, False))[0]
-        )
+        terms.append(softmax((q, None, scale, first, None, same, None, None), (*options, False))[0])
     if "doc_to_doc" in directions:
         if ids is not None:  # of one query or of one id, which are not both expressed by one number for a row
             raise ValueError("ids: not with the direction doc_to_doc")
         terms.append(
-            contrastive_softmax(
-                (d[mark], docs, scale, first, None, of_query[mark], of_query, None), (*options, False)
-            )[0]
+            softmax((d[mark], docs, scale, first, None, of_query[mark], of_query, None), (*options, False))[0]
         )
     others = torch.stack(terms).logsumexp(0) if len(terms) > 1 else row
     # with both directions the positive stands in the sum twice
