@@ -141,22 +141,25 @@ class Op:
             self._operators[_namespace] = found
         return found
 
-    def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+    def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any) -> Any:
+        """Apply to `tensors`. `how` is for `plan` alone: what changes the way to the gradients, never the results."""
         if torch.compiler.is_compiling():
             return self._compiled(tensors, options)
         if profiler is not None:
-            return self._profiled(profiler(self, tensors), tensors, options)
+            return self._profiled(profiler(self, tensors), tensors, options, *how)
         operators = self.operators()
         if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
-            plan = self.plan(operators, tensors, options)
+            plan = self.plan(operators, tensors, options, *how)
             return self._unwrap(_apply(self._function, *tensors, *options, plan))
         return self._unwrap(self.run_forward(Plan(operators), tensors, options))
 
-    def _profiled(self, record: Any, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+    def _profiled(
+        self, record: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any
+    ) -> Any:
         operators = self.operators()
         with record.forward():
             if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
-                plan = record.plan = self.plan(operators, tensors, options)
+                plan = record.plan = self.plan(operators, tensors, options, *how)
                 plan.record = record
                 return self._unwrap(record.made(_apply(self._function, *tensors, *options, plan)))
             return self._unwrap(record.made(self.run_forward(Plan(operators), tensors, options)))

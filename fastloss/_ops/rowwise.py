@@ -38,14 +38,10 @@ class RowOp(FusedOp):
 
         super().__init__(name, reference, fake, tensors=4)
 
-    def __call__(self, tensors, options, inplace_backward: bool = False) -> Tensor:
-        self._inplace = inplace_backward
-        return super().__call__(tensors, options)
-
-    def plan(self, operators, tensors, options):
+    def plan(self, operators, tensors, options, inplace_backward: bool = False):
         plan = super().plan(operators, tensors, options)
-        plan.inplace = self._inplace
-        plan.fuse = plan.fuse and not plan.inplace
+        plan.inplace = inplace_backward
+        plan.fuse = plan.fuse and not inplace_backward
         return plan
 
     def run_backward(self, plan, grads, tensors, saved, options):
