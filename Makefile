@@ -12,14 +12,14 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 CPP_FILES := find csrc tests '(' -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' ')' -print0
 
-.PHONY: help env build demo test gpu gpu-dry gpu-pack check bench lint format clean
+.PHONY: help env build demo test test-quick gpu gpu-dry gpu-pack check bench lint format clean
 .DEFAULT_GOAL := help
 
-help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "ARGS=... is handed on: make test ARGS='-k cross_entropy', make demo ARGS='--text my.txt --steps 500'"
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "ARGS=... is passed on: make test ARGS='-k cross_entropy', make demo ARGS='--text my.txt --steps 500'"
 
-env: $(VENV)/.env ## make .venv with torch and what the build needs
+env: $(VENV)/.env ## create .venv with torch and the build dependencies
 $(VENV)/.env:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=...") if sys.version_info < (3, 10) else 0'
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,7 @@ $(VENV)/.env:
 	$(PIP) numpy pybind11 ninja setuptools wheel
 	@touch $@
 
-build: $(VENV)/.built $(VENV)/.installed ## compile what has changed; fastloss is installed editable
+build: $(VENV)/.built $(VENV)/.installed ## compile what has changed and install fastloss editable
 $(VENV)/.built: $(VENV)/.env $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
@@ -43,35 +43,42 @@ $(VENV)/.extra-%: pyproject.toml | $(VENV)/.installed
 demo: $(VENV)/.built $(VENV)/.extra-demo ## train a small language model with torch's loss and with fastloss
 	$(BIN)/python benchmarks/train_lm.py $(ARGS)
 
-test: $(VENV)/.built $(VENV)/.extra-test ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)  # one thread for each of two workers
+# One thread for each of two workers.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-gpu: ## on a machine with a GPU: all that only a GPU can show, in nine minutes; PYTHON is one whose torch has CUDA
+test: $(VENV)/.built $(VENV)/.extra-test ## run the whole test suite
+	$(PYTEST) --durations=20 $(ARGS)
+
+test-quick: $(VENV)/.built $(VENV)/.extra-test ## run one dtype and one case of every family, without sanitizers
+	$(PYTEST) --quick --durations=20 $(ARGS)
+
+gpu: ## on a machine with a GPU: times, numerics, counters, sanitizers in nine minutes; PYTHON needs a torch with CUDA
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
-gpu-pack: $(VENV)/.built ## what travels to a machine with a GPU where nothing can be built
+gpu-pack: $(VENV)/.built ## pack what `make gpu` needs for a machine without compilers
 	$(BIN)/python benchmarks/gpu.py --pack $(ARGS)
 
-gpu-dry: $(VENV)/.built $(VENV)/.extra-test ## the stages of `make gpu`, in small, without a GPU
+gpu-dry: $(VENV)/.built $(VENV)/.extra-test ## rehearse the stages of `make gpu` without a GPU
 	$(BIN)/python benchmarks/gpu.py --device cpu $(ARGS)
 
-check: $(VENV)/.built $(VENV)/.extra-cli ## every loss against its float64 reference on every device here
+check: $(VENV)/.built $(VENV)/.extra-cli ## compare every loss with its float64 reference on every device
 	$(BIN)/python -m fastloss check $(ARGS)
 
-bench: $(VENV)/.built $(VENV)/.extra-cli ## every loss beside eager PyTorch and torch.compile
+bench: $(VENV)/.built $(VENV)/.extra-cli ## benchmark every loss against eager PyTorch and torch.compile
 	$(BIN)/python -m fastloss bench $(or $(ARGS),--all --out bench-out)
 
-lint: $(VENV)/.built $(VENV)/.extra-dev ## ruff and clang-format, changing nothing
+lint: $(VENV)/.built $(VENV)/.extra-dev ## check formatting and types: ruff, mypy, clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(CPP_FILES) | xargs -0 $(BIN)/clang-format --dry-run -Werror
 
-format: $(VENV)/.built $(VENV)/.extra-dev ## what ruff and clang-format can put right
+format: $(VENV)/.built $(VENV)/.extra-dev ## fix formatting: ruff and clang-format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(CPP_FILES) | xargs -0 $(BIN)/clang-format -i
 
-clean: ## what builds and runs left behind, except .venv
-	rm -rf build dist demo-out bench-out gpu-out gpu-pack *.egg-info .pytest_cache .hypothesis .ruff_cache $(VENV)/.built
+clean: ## remove everything generated, except .venv
+	rm -rf build dist demo-out bench-out gpu-out gpu-pack *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache $(VENV)/.built
 	rm -f fastloss/*.so
 	find fastloss tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""`python -m fastloss`: what was built, whether it is right, how fast it is."""
+"""`python -m fastloss`: build and hardware info, accuracy check, benchmark, profile."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m fastloss", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True, metavar="{info,losses,check,bench,profile}")
 
-    info = commands.add_parser("info", help="what was built, what this machine has, what will be used")
+    info = commands.add_parser("info", help="show build and hardware info")
     info.add_argument("--json", action="store_true", help="print JSON")
 
-    commands.add_parser("losses", help="the table of losses, as markdown")
+    commands.add_parser("losses", help="print the table of losses as Markdown")
 
     check = commands.add_parser("check", help="compare every loss with its float64 reference")
     check.add_argument("--loss", action="append", metavar="NAME", help="only this loss; may be repeated")
-    check.add_argument("--device", action="append", choices=("cpu", "cuda"), help="default: every one here")
+    check.add_argument("--device", action="append", choices=("cpu", "cuda"), help="default: all available")
     check.add_argument("--verbose", action="store_true", help="print every comparison")
 
-    bench = commands.add_parser("bench", help="time a loss beside eager PyTorch and torch.compile")
+    bench = commands.add_parser("bench", help="compare a loss with eager PyTorch and torch.compile")
     bench.add_argument("loss", nargs="?", help="name of the loss")
     bench.add_argument("--shape", type=shape, metavar="4096x32000", help="default: the loss's own")
-    bench.add_argument("--dtype", choices=DTYPES, help="default: float32; of --all float32 and bfloat16")
+    bench.add_argument("--dtype", choices=DTYPES, help="default: float32; with --all float32 and bfloat16")
     bench.add_argument("--case", help="one of the loss's cases; default: the first")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     bench.add_argument("--forward-only", action="store_true", help="no gradient")
@@ -47,20 +47,23 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="a candidate to leave out; may be repeated",
+        help="a candidate to skip; may be repeated",
     )
     bench.add_argument("--rounds", type=int, metavar="N", help="default: as many as the budget allows")
     bench.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="timing per loss and dtype; default: 20, of --all 5"
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="seconds of timing per loss and dtype; default: 20, with --all 5",
     )
     bench.add_argument(
         "--patience",
         type=float,
         metavar="SECONDS",
-        help="leave out who takes longer for a step, or 12 times as long to be checked; default: of --all 5",
+        help="skip candidates slower than this per step (12 times during the check); default: none, with --all 5",
     )
-    bench.add_argument("--peers", type=Path, metavar="FILE", help="Python file with more candidates")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw the times (.png, .svg, .pdf)")
+    bench.add_argument("--peers", type=Path, metavar="FILE", help="Python file with further candidates")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="plot the times (.png, .svg, .pdf)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     bench.add_argument(
         "--all", action="store_true", help="every loss, with fewer rows than its own; needs --out"
@@ -69,10 +72,17 @@ def parser() -> argparse.ArgumentParser:
         "--table", type=Path, metavar="FILE", help="what the JSON file lists, like benchmarks/cpu.json"
     )
     bench.add_argument("--out", type=Path, metavar="DIR", help="folder for the report of --all and --table")
+    bench.add_argument(
+        "--from",
+        type=Path,
+        metavar="DIR",
+        dest="again",
+        help="measure nothing: write the report and plot of DIR/results.json again",
+    )
 
-    profile = commands.add_parser("profile", help="what each fastloss call of a script costs")
+    profile = commands.add_parser("profile", help="profile the fastloss calls of a script")
     profile.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw bandwidth over size (.png, .svg, .pdf)"
+        "--plot", type=Path, metavar="FILE", help="plot bandwidth over size (.png, .svg, .pdf)"
     )
     profile.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for chrome://tracing")
     profile.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
@@ -85,10 +95,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     top = parser()
     args = top.parse_args(argv)
-    if args.command == "bench" and sum((args.all, args.table is not None, args.loss is not None)) != 1:
-        top.error("bench takes the name of a loss, or --all, or --table FILE")
-    if args.command == "bench" and (args.loss is None) != (args.out is not None):
-        top.error("--all or --table, and --out DIR go together")
+    if args.command == "bench":
+        chosen = (args.all, args.table is not None, args.again is not None, args.loss is not None)
+        if sum(chosen) != 1:
+            top.error("bench takes the name of a loss, or --all, or --table FILE, or --from DIR")
+        if (args.all or args.table is not None) != (args.out is not None):
+            top.error("--all or --table, and --out DIR go together")
     try:
         return importlib.import_module(f"fastloss._cli.{args.command}").main(args)
     except ModuleNotFoundError as error:

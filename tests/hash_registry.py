@@ -29,7 +29,7 @@ def hash_all(simt: bool, names: list[str]) -> dict[str, str]:
     import torch
     from support import DTYPES, differentiable, dtype_id, requiring
 
-    from fastloss._registry import Draw, entries
+    from fastloss._registry import InputSampler, entries
 
     def digest(x: torch.Tensor) -> str:
         raw = x.detach().contiguous().view(-1)
@@ -38,7 +38,7 @@ def hash_all(simt: bool, names: list[str]) -> dict[str, str]:
 
     def one(entry, case: str, dtype: torch.dtype, shape: tuple[int, ...], unit: bool) -> str:
         torch.manual_seed(0)
-        kwargs = entry.call(case, Draw(dtype, "cpu", 1), shape)
+        kwargs = entry.call(case, InputSampler(dtype, "cpu", 1), shape)
         wrt = [n for n in differentiable(entry, kwargs)] if entry.wrt else []
         kwargs = requiring(kwargs, wrt)
         result = entry.function(**kwargs)
@@ -48,7 +48,7 @@ def hash_all(simt: bool, names: list[str]) -> dict[str, str]:
         parts = [digest(t) for t in outputs]
         smooth = [t for t in outputs if t.requires_grad]
         if wrt and smooth:
-            draw = Draw(smooth[0].dtype, "cpu", 7)
+            draw = InputSampler(smooth[0].dtype, "cpu", 7)
             upstream = [
                 torch.ones_like(t) if unit else draw.uniform(*t.shape, low=0.5, high=1.5) for t in smooth
             ]

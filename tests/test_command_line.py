@@ -18,6 +18,7 @@ from fastloss._cli import bench_worker, check
 from fastloss._registry import losses
 
 ROOT = Path(__file__).parent.parent
+RESULTS = [path.parent for path in sorted(ROOT.glob("benchmarks/results/*/*/results.json"))]
 LOSS = losses()[0]
 CASE = next(iter(LOSS.cases))
 SHAPE = next(s for s in LOSS.shapes if len(s) == 2 and min(s) > 1)
@@ -204,7 +205,19 @@ def test_bench_of_a_table(tmp_path, capsys):
     report = (tmp_path / "out" / "report.md").read_text()
     assert "2x8 float32, forward, " in report
     assert "3x8 float32, forward + backward, " in report
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    plot = (tmp_path / "out" / "times.svg").read_text()
+    assert "2x8 float32, forward, " in plot
+    assert "3x8 float32, forward + backward, " in plot
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"report.md", "results.json", "times.svg"}
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: "/".join(p.parts[-2:]))
+def test_committed_reports_are_those_of_their_numbers(folder, tmp_path):
+    (tmp_path / "results.json").write_bytes((folder / "results.json").read_bytes())
+    assert main(["bench", "--from", str(tmp_path)]) == 0
+    for name in ("results.json", "report.md"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert (folder / "times.svg").is_file()
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*.json")), ids=lambda p: p.stem)

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -170,8 +171,21 @@ def show(progress: Progress, task: TaskID, label: str, done: float, what: str) -
     progress.update(task, completed=done, description=f"{label}: {what}")
 
 
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """The folder of a report: numbers, tables, one plot."""
+    from fastloss._cli import plot
+
+    report.write_folder(folder, results)
+    if any("times" in row for row in results["rows"]):
+        plot.draw(results["rows"], folder / report.PLOT)
+
+
 def main(args: argparse.Namespace) -> int:
     """`python -m fastloss bench`: returns 1 if a result of fastloss was refused as wrong."""
+    if args.again:
+        write(args.again, json.loads((args.again / "results.json").read_text()))
+        return 0
+
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -204,9 +218,9 @@ def main(args: argparse.Namespace) -> int:
                         f"{row['candidate']} is not timed: {row['refused']}", style="red", highlight=False
                     )
             if args.out:  # after every loss, so that an interrupted run leaves what it has
-                report.write_folder(args.out, results, specs[: i + 1])
-                if any("times" in row for row in rows):
-                    plot.draw(rows, args.out / f"{report.slug(spec)}.png")
+                report.write_folder(args.out, results)
+    if args.out:
+        write(args.out, results)
     if args.json:
         report.write_json(args.json, results)
     if args.plot:

@@ -2,52 +2,86 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from fastloss._cli.report import CEILINGS, number, title
+from fastloss._cli.report import CEILINGS, Row, measurements, number, title
 
 matplotlib.use("Agg")
-
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans"]  # an SVG repeats the list at every word
 
 
-def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One panel per allocator regime: a bar per candidate, a line where the ceiling stands."""
-    timed = [r for r in rows if "times" in r]
-    ceiling = next(r for r in timed if r["candidate"] in CEILINGS)
-    bars = [r for r in timed if r is not ceiling]
-    regimes = list(ceiling["times"])
-    figure, panels = plt.subplots(
-        1, len(regimes), figsize=(5.5 * len(regimes), 1.2 + 0.5 * len(bars)), sharey=True, squeeze=False
-    )
-    for panel, regime in zip(panels[0], regimes, strict=True):
-        names = [r["candidate"] for r in bars]
-        ms = [r["times"][regime]["ms"] for r in bars]
-        colors = ["tab:orange" if n.startswith("fastloss") else "tab:gray" for n in names]
-        drawn = panel.barh(names, ms, color=colors)
-        ratios = [r["times"][regime].get("x_eager") for r in bars]
-        labels = [
-            f"{number(t)} ms" + ("" if n == "eager" or x is None else f", {number(x)}x")
-            for n, t, x in zip(names, ms, ratios, strict=True)
-        ]
-        panel.bar_label(drawn, labels, padding=3, fontsize=9)
-        best = ceiling["times"][regime]["ms"]
-        panel.axvline(best, color="black", linestyle="--", linewidth=1)
-        panel.set(xlabel="ms", xlim=(0, 1.4 * max([*ms, best])))
-        panel.set_title(
-            f"{regime} (dashed: {CEILINGS[ceiling['candidate']].what}, {number(best)} ms)", fontsize=9
-        )
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].invert_yaxis()
-    figure.suptitle(title(ceiling), fontsize=11)
-    figure.tight_layout()
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure; an SVG keeps its text as text and is the same whenever it is drawn."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastloss"}):
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
+    if path.suffix == ".svg":  # positions: a tenth of a pixel is enough, and two thirds of the size
+        path.write_text(re.sub(r"\d+\.\d{4,}", lambda m: f"{float(m[0]):.1f}", path.read_text()))
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """One panel a measurement: a bar for every candidate and allocator regime, a line where the ceiling stands."""
+    timed = [m for m in measurements(rows) if any("times" in row for row in m)]
+    columns = min(len(timed), 2)
+    lines = [timed[i : i + columns] for i in range(0, len(timed), columns)]
+    heights = [0.7 + 0.35 * max(sum("times" in row for row in m) for m in line) for line in lines]
+    figure, grid = plt.subplots(
+        len(lines),
+        columns,
+        figsize=(7.5 * columns, sum(heights)),
+        squeeze=False,
+        height_ratios=heights,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(timed) :]:
+        axes.axis("off")
+    for axes, measurement in zip(grid.flat, timed):
+        panel(axes, measurement)
+    save(figure, path)
+
+
+def panel(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw one measurement."""
+    timed = [row for row in rows if "times" in row]
+    ceiling = next(row for row in timed if row["candidate"] in CEILINGS)
+    bars = [row for row in timed if row is not ceiling]
+    regimes = list(ceiling["times"])
+    thickness = 0.8 / len(regimes)
+    longest = max(row["times"][regime]["ms"] for row in timed for regime in regimes)
+    for i, regime in enumerate(regimes):
+        ours = ("tab:orange", "moccasin")[i % 2]
+        other = ("tab:gray", "lightgray")[i % 2]
+        for at, row in enumerate(bars):
+            found, name = row["times"][regime], row["candidate"]
+            y = at + (i - (len(regimes) - 1) / 2) * thickness
+            axes.barh(
+                y, found["ms"], thickness, color=ours if name.startswith("fastloss") else other, clip_on=False
+            )
+            ratio = found.get("x_eager")
+            label = f"{number(found['ms'])} ms" + (
+                "" if name == "eager" or ratio is None else f", {number(ratio)}x"
+            )
+            axes.text(found["ms"] + 0.01 * longest, y, label, va="center", fontsize=7)
+        best = ceiling["times"][regime]["ms"]
+        axes.axvline(best, color="black", linestyle=("--", ":")[i % 2], linewidth=1, clip_on=False)
+    axes.set(xlim=(0, 1.35 * longest), ylim=(len(bars) - 0.5, -0.5), xticks=[])
+    axes.set_yticks(range(len(bars)), [row["candidate"] for row in bars], fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    what = CEILINGS[ceiling["candidate"]].what
+    order = f"; upper bar {regimes[0]}, lower {regimes[1]}" if len(regimes) > 1 else ""
+    limits = " / ".join(number(ceiling["times"][regime]["ms"]) for regime in regimes)
+    axes.set_title(f"{title(ceiling)}\ndashed: {what}, {limits} ms{order}", fontsize=8, loc="left")
 
 
 def roofline(groups: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], path: Path) -> None:
@@ -66,6 +100,4 @@ def roofline(groups: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float],
     if groups:
         axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)

@@ -1,8 +1,9 @@
-"""What `bench` prints and writes: a table, a JSON file with its provenance, a folder for `--all`."""
+"""What `bench` prints and writes: a table, a JSON file with its provenance, a folder for many measurements."""
 
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -17,21 +18,23 @@ from fastloss._cli import info
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastloss._cli.bench_worker import Spec
-
 Row = dict[str, Any]
+
+PLOT = "times.svg"
+"""The plot in the folder of a report."""
 
 
 class Ceiling(NamedTuple):
     unit: str
     what: str
+    short: str
 
 
 CEILINGS = {
-    "copy": Ceiling("GB", "a copy of the same bytes"),
-    "products": Ceiling("GFLOP", "as many operations by the library"),
+    "copy": Ceiling("GB", "memcpy of the same traffic", "copy"),
+    "products": Ceiling("GFLOP", "torch.mm of as many FLOPs", "GEMM"),
 }
-"""What the machine can do at best: the last candidate of every measurement, the unit of its speed, and what it is."""
+"""The ceiling of a measurement, its last candidate: the unit of its speed, what it is, and its column."""
 
 
 def commit() -> str | None:
@@ -61,9 +64,10 @@ def header() -> dict[str, Any]:
     }
 
 
-def slug(spec: Spec) -> str:
-    passes = "" if spec.backward else "-forward"
-    return f"{spec.loss}-{spec.case}-{'x'.join(map(str, spec.shape))}-{spec.dtype}{passes}"
+def measurements(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of a report by measurement: the candidates of one loss, case, shape, dtype and pass together."""
+    keys = ("loss", "case", "shape", "dtype", "device", "backward")
+    return [list(group) for _, group in itertools.groupby(rows, lambda row: [row[k] for k in keys])]
 
 
 def title(row: Row) -> str:
@@ -84,22 +88,23 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Column names, on two lines, and text of the table over all candidates of one measurement."""
     regimes = next((list(r["times"]) for r in rows if "times" in r), [])
     ceiling = next((r["candidate"] for r in rows if r["candidate"] in CEILINGS), "copy")
-    unit = CEILINGS[ceiling].unit
+    unit, short = CEILINGS[ceiling].unit, CEILINGS[ceiling].short
     head = ["candidate"]
     for regime in regimes:
-        head += [f"{regime}\nms", f"\n{unit}/s", f"of\n{ceiling}", "x\neager", "x\ncompile"]
+        head += [f"{regime}\nms", f"\n{unit}/s", f"% of\n{short}", "x\neager", "x\ncompile"]
     head += ["extra\nMiB", "x\ninput"]
     body = []
     for row in rows:
-        line = [row["candidate"]]
+        name = row["candidate"]
+        line = [CEILINGS[name].short if name in CEILINGS else name]
         for regime in regimes:
             found = row.get("times", {}).get(regime, {})
             line += [number(found.get("ms")), number(found.get(f"{unit}_per_s"))]
-            share = found.get(f"of_{ceiling}")
-            line.append("-" if share is None else f"{share:.0%}")
+            fraction = found.get(f"of_{ceiling}")
+            line.append("-" if fraction is None else f"{100 * fraction:.0f}")
             line += [number(found.get("x_eager")), number(found.get("x_compile"))]
         extra = row.get("extra_MiB")
-        line.append("refused" if "refused" in row else "-" if extra is None else f"{extra:.1f}")
+        line.append("skipped" if "refused" in row else "-" if extra is None else f"{extra:.1f}")
         line.append(f"{row['extra_per_input']:.2f}" if "extra_per_input" in row else "-")
         body.append(line)
     return head, body
@@ -132,8 +137,16 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def write_folder(folder: Path, report: dict[str, Any], specs: Sequence[Spec]) -> None:
-    """`results.json` and `report.md` over everything measured so far."""
+EXPLANATION = (
+    "Times are medians over interleaved rounds; `x eager` and `x compile` are medians of the speed-ups within a round, "
+    "larger is faster. `malloc` is glibc's default allocator, `recycled` one that recycles pages. `% of copy` is "
+    "achieved bandwidth relative to a memcpy of the same traffic, `% of GEMM` the FLOP rate relative to `torch.mm`, "
+    "counting the GEMMs that eager needs. `extra` is the peak memory of a step beyond its inputs."
+)
+
+
+def write_folder(folder: Path, report: dict[str, Any]) -> None:
+    """`results.json`, and `report.md` with a table of every measurement and a link to their plot, `times.svg`."""
     write_json(folder / "results.json", report)
     machine = report["machine"]
     gpus = ", ".join(g["name"] for g in machine["gpus"])
@@ -143,18 +156,11 @@ def write_folder(folder: Path, report: dict[str, Any], specs: Sequence[Spec]) ->
         f"torch {machine['torch']} ({machine['torch_cpu_capability']}); "
         f"commit {report['commit']}; {report['date']}.",
         f"Command: `{report['command']}`.",
-        "Times are medians; ratios are medians of the ratios within each round, larger is faster. `of copy` "
-        "compares the least traffic of the loss per second with that of a copy measured in the same rounds, `of "
-        "products` its fewest operations in products of matrices with the library's product of square ones. "
-        "`extra` is the peak memory of a step beyond its inputs.",
+        EXPLANATION,
     ]
-    for spec in specs:
-        key = (spec.loss, spec.case, list(spec.shape), spec.dtype, spec.backward)
-        rows = [
-            r for r in report["rows"] if (r["loss"], r["case"], r["shape"], r["dtype"], r["backward"]) == key
-        ]
+    if any("times" in row for row in report["rows"]):
+        text.append(f"![times]({PLOT})")
+    for rows in measurements(report["rows"]):
         text += [f"## {title(rows[0])}", markdown(rows)]
-        text += [f"{r['candidate']} was not timed: {r['refused']}" for r in rows if "refused" in r]
-        if any("times" in r for r in rows):
-            text.append(f"![times]({slug(spec)}.png)")
+        text += [f"{row['candidate']} was not timed: {row['refused']}" for row in rows if "refused" in row]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")

@@ -15,7 +15,7 @@ __all__ = ["group_advantages", "ride_reward"]
 def group_advantages(
     rewards: Tensor, group_ids: Tensor, kind: str = "grpo", *, epsilon: float = 1e-4
 ) -> Tensor:
-    r"""Advantages of answers relative to those to the same prompt.
+    r"""Group-relative advantages of the completions of each prompt.
 
     With the mean :math:`\bar r` and the (unbiased) standard deviation :math:`s` of the rewards of a group of
     :math:`n` answers, :math:`(r - \bar r) / (s + \varepsilon)` (grpo), :math:`r - \bar r` (dr_grpo), or
@@ -66,7 +66,7 @@ def group_advantages(
 def ride_reward(
     embeddings: Tensor, next_embeddings: Tensor, counts: Tensor, kind: str = "next_sqrt"
 ) -> Tensor:
-    r"""Reward for changing the world (RIDE): how far an action moved the embedding of the state.
+    r"""RIDE exploration bonus: embedding distance between consecutive states.
 
     .. math:: \frac{\lVert \phi(s_{t+1}) - \phi(s_t) \rVert_2}{\sqrt{N}}
 

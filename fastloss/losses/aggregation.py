@@ -75,7 +75,7 @@ def cvar_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Conditional value at risk: the mean of the worst losses, a share of 1 - q of all.
+    r"""Conditional value at risk: mean of the :math:`1 - q` fraction of largest losses.
 
     .. math:: \theta + \frac{1}{(1 - q) N} \sum_i \max(\ell_i - \theta, 0)
 
@@ -121,7 +121,7 @@ def chi2_dro_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""The worst mean loss over all distributions in a ball of chi-square divergence around that of the samples.
+    r"""Distributionally robust loss: largest expected loss in a chi-square ball around the empirical distribution.
 
     .. math:: \theta + \sqrt{1 + 2 \rho} \, \sqrt{\frac1N \sum_i \max(\ell_i - \theta, 0)^2}
 
@@ -164,7 +164,7 @@ def flooding_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Flooding: the mean loss, which is not to fall below a level.
+    r"""Flooding: keeps the mean loss above a threshold.
 
     .. math:: |\bar\ell - b| + b
 
@@ -197,7 +197,7 @@ def soft_ad_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Soft ascent-descent: samples are drawn to a loss of theta from both sides, by a slope of at most sigma.
+    r"""Soft ascent-descent: pulls each sample's loss towards :math:`\theta`, with slope at most :math:`\sigma`.
 
     .. math:: \eta \theta + \frac{\sigma^2}{N} \sum_i \rho\left(\frac{\ell_i - \theta}{\sigma}\right), \qquad
               \rho(u) = \sqrt{1 + u^2} - 1

@@ -158,7 +158,7 @@ def softmax_focal_loss(
     background_class: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Focal loss of a softmax: cross-entropy that fades as the target's class is already probable.
+    r"""Softmax focal loss: cross-entropy that down-weights samples whose target is already probable.
 
     .. math:: -\alpha_y (1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(x)
 

@@ -95,7 +95,7 @@ def siglip_loss(
     normalize: bool = False,
     label_offset: int | None = 0,
 ) -> Tensor:
-    r"""SigLIP's loss: every pair of an image and a text is one two-class decision.
+    r"""SigLIP's loss: binary classification of every image-text pair as matching or not.
 
     With :math:`s_{ij} = a \langle x_i, y_j \rangle + b`, and :math:`z_{ij} = 1` where the two belong together
     and :math:`-1` elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`. The mean is over
@@ -147,7 +147,7 @@ def info_nce(
     normalize: bool = True,
     label_offset: int = 0,
 ) -> Tensor:
-    r"""InfoNCE: each query is to be nearer to its key than to all others.
+    r"""InfoNCE: contrasts each query with its positive key against all other keys.
 
     With :math:`s = \cos / \tau` query :math:`i` has
 

@@ -106,7 +106,7 @@ def dpo_loss(
     weight: Tensor | None = None,
     return_rewards: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    r"""Direct preference optimisation and its relatives, from log-probabilities of whole answers.
+    r"""Direct preference optimisation and variants, from log-probabilities of whole completions.
 
     With the log-ratios :math:`c` and :math:`r` of the chosen and the rejected answer (policy minus reference),
     :math:`u = \beta (c - r)`, :math:`\ell = -\log \sigma` and label smoothing :math:`\varepsilon`, the loss of a
@@ -232,7 +232,7 @@ def dpo_loss_from_logits(
     use_weighting: bool = False,
     return_rewards: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    r"""`dpo_loss` from the logits of both answers: read once forward and once backward, their gradient written once.
+    r"""`dpo_loss` from the logits of both completions: read once forward and once backward, gradient written once.
 
     The batch is concatenated chosen first, as TRL does: sequence `i` of the first half is the chosen, sequence `i`
     of the second half the rejected answer of pair `i`. The log-probability of an answer is
@@ -342,7 +342,7 @@ def linear_dpo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    r"""Direct preference optimisation from hidden states, without the matrix of logits.
+    r"""Direct preference optimisation from hidden states, the logits computed in chunks.
 
     `dpo_loss` of the log-probabilities of whole answers, :math:`\sum_t \log \mathrm{softmax}(W h_t + b)_{y_t}` over
     the labels that are not ignored. Logits are made for a chunk of tokens, forward and again backward, chosen and

@@ -102,7 +102,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Cross-entropy of the logits `input @ linear_weight.T + linear_bias`, which never exist all at once.
+    r"""Cross-entropy of the logits `input @ linear_weight.T + linear_bias`, computed in chunks.
 
     The loss is `cross_entropy`'s: with :math:`x = W h + b`, :math:`z = c \tanh(s x / c)` (without softcap
     :math:`z = s x`) and :math:`\mathrm{lse} = \log \sum_c e^{z_c}`, a row with class :math:`y` has

@@ -88,7 +88,7 @@ def cosine_embedding_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Draws pairs with target 1 together and pairs with target -1 apart.
+    r"""Pulls together pairs with target 1, pushes apart pairs with target -1.
 
     A pair has :math:`1 - \cos(x_1, x_2)` if its target is :math:`y = 1`, and :math:`\max(0, \cos(x_1, x_2) - m)` if
     :math:`y = -1`.
@@ -137,7 +137,7 @@ def triplet_margin_loss(
     *,
     squared: bool = False,
 ) -> Tensor:
-    r"""An anchor is to be nearer to its positive than to its negative, by a margin.
+    r"""Triplet loss: anchor-positive distance below anchor-negative distance by a margin.
 
     .. math:: \max(0, d(a, p) - d(a, n) + m), \quad d(x, y) = \lVert x - y + \epsilon \rVert_p
 
@@ -186,7 +186,7 @@ def triplet_margin_loss(
 def contrastive_loss(
     input1: Tensor, input2: Tensor, label: Tensor, margin: float = 1.0, *, reduction: str = "mean"
 ) -> Tensor:
-    r"""Hadsell's contrastive loss: similar pairs are drawn together, others pushed a margin apart.
+    r"""Hadsell's contrastive loss: pulls together similar pairs, pushes others apart up to a margin.
 
     With the distance :math:`D` of a pair and its label :math:`Y`, 0 for similar,
 
@@ -234,7 +234,7 @@ def kelp_ranking_loss(
     variant: str = "ranking",
     reduction: str = "sum",
 ) -> Tensor:
-    r"""KELP's ranking of knowledge paths: a query is to be nearer to a useful path than to another.
+    r"""KELP's ranking of knowledge paths: contrasts each query with a useful path against another.
 
     Query :math:`i` has :math:`\max(0, \cos(q_i, n_i) - \cos(q_i, p_i) + m)`. The variant `"mean_cosine"` is what the
     released code computes instead, of the means over queries:

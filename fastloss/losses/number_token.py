@@ -219,7 +219,7 @@ def number_token_loss(
     reweigh: bool = False,
     squash_factor: float | None = None,
 ) -> Tensor:
-    r"""How far the predicted number is from the label's, at positions whose label is a number token.
+    r"""Distance between predicted and true number, at positions whose label is a number token.
 
     With :math:`q` the softmax over the number tokens alone, :math:`v` their values and :math:`v_y` the label's:
 

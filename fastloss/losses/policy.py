@@ -316,7 +316,7 @@ def value_loss(
     normalizer: float | Tensor | None = None,
     horizon: float | None = None,
 ) -> Tensor:
-    r"""PPO's loss of a value function, clipped around the values at the time of the rollout.
+    r"""PPO's value-function loss, clipped around the values at the time of the rollout.
 
     .. math:: \tfrac{1}{2} \max\left((V - R)^2,
               (\mathrm{clip}(V, V_{old} - \epsilon, V_{old} + \epsilon) - R)^2\right)

@@ -41,7 +41,7 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     loss_type: str = "kto",
 ) -> Tensor:
-    r"""Kahneman-Tversky optimisation, of answers that are desirable or not, without pairs.
+    r"""Kahneman-Tversky optimisation from unpaired completions labelled desirable or undesirable.
 
     With the log-ratio :math:`x` of policy and reference and the reference point :math:`z`, the loss of an answer is
 
@@ -158,7 +158,7 @@ def cpo_loss(
     loss_type: str = "sigmoid",
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Contrastive preference optimisation: DPO with a uniform reference, and the likelihood of the chosen answer.
+    r"""Contrastive preference optimisation: DPO with a uniform reference, plus NLL of the chosen completion.
 
     The loss of a pair is :math:`-(1 - \varepsilon) \log \sigma(u) - \varepsilon \log \sigma(-u)
     + \alpha\, \mathrm{nll}` with :math:`u = \beta (c - r)`; for `"hinge"` :math:`\max(0, 1 - u)`, for `"ipo"`
@@ -197,7 +197,7 @@ def alpha_po_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""AlphaPO: SimPO with the reward :math:`(1 - p^{-\alpha}) / \alpha` of an answer's mean probability :math:`p`.
+    r"""AlphaPO: SimPO with the reward :math:`(1 - p^{-\alpha}) / \alpha`, :math:`p` a completion's mean probability.
 
     Computed as :math:`-\mathrm{expm1}(-\alpha \log p) / \alpha`, which is finite where :math:`p` itself underflows.
     With :math:`u = \beta (R_c - R_r) - \gamma` the loss of a pair is :math:`-(1 - \varepsilon) \log \sigma(u)

@@ -203,7 +203,7 @@ def discounted_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    r"""Discounted sums of the rewards to come (reward to go).
+    r"""Discounted sums of future rewards (reward to go).
 
     .. math:: G_t = r_t + \gamma (1 - \mathrm{terminated}_t)\, G_{t+1}
 
@@ -294,7 +294,7 @@ def n_step_returns(
     next_values: Tensor | None = None,
     bootstrap_value: Tensor | None = None,
 ) -> Tensor:
-    r"""Returns of n steps: rewards as they came, then the value of where they led to.
+    r"""n-step returns: discounted rewards, then the bootstrapped value.
 
     .. math:: G_t = \sum_{k=0}^{n-1} \gamma^k r_{t+k} + \gamma^n V_{t+n}
 

@@ -46,7 +46,7 @@ def k_way_ranking_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Loss of a reward model on a ranking of K answers: all pairs of it, or the choices that lead to it.
+    r"""Reward model loss on a ranking of K completions: all pairs, or Plackett-Luce.
 
     With rewards :math:`r` and ranks, of which the smaller is the better, a row's loss is
 

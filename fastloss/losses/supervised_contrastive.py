@@ -64,7 +64,7 @@ def sup_con_loss(
     key_labels: Tensor | None = None,
     label_offset: int | None = 0,
 ) -> Tensor:
-    r"""Supervised contrastive loss: rows of one class are to be nearer to each other than to the rest.
+    r"""Supervised contrastive loss: contrasts each row with the rows of its class against all others.
 
     With :math:`s = \cos / \tau` and the other rows :math:`P_i` of its class, row :math:`i` has
 
@@ -172,7 +172,7 @@ def nt_xent_loss(
     sample_weight: Tensor | None = None,
     normalize: bool = True,
 ) -> Tensor:
-    r"""SimCLR's NT-Xent: the two views of a sample are to be nearer to each other than to all others.
+    r"""SimCLR's NT-Xent: contrasts the two views of each sample against all other samples.
 
     With the :math:`2 B` rows :math:`z = (z_1, z_2)`, :math:`s = \cos / \tau` and the other view :math:`p_i`,
     row :math:`i` has :math:`\log \sum_{a \ne i} e^{s_{ia}} - s_{i p_i}`.
