@@ -13,13 +13,14 @@ CUDA, where counting would wait for the device, all rows are multiplied, by cuBL
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastloss._ops.autograd import LIBRARY, REDUCTIONS
 from fastloss._ops.dtypes import accumulation_dtype
-from fastloss._ops.logit_transforms import Shape
+from fastloss._ops.logit_transforms import LogitTransform
 
 BUDGET = 116 << 20
 MOST, MOST_ROWS = 1025 << 20, 4096
@@ -52,13 +53,13 @@ class PackedProducts:
 
 
 class BlasProducts:
-    """The products by cuBLAS; rows and logits in the type of the weight, gradients summed in float32."""
+    """The GEMMs by cuBLAS; rows and logits in the dtype of the weight, gradients accumulated in float32."""
 
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias = weight, bias
         self.logits_type = self.row_type = weight.dtype
-        high = accumulation_dtype(weight.dtype)
-        self.wide = {} if high == weight.dtype else {"out_dtype": high}
+        acc_dtype = accumulation_dtype(weight.dtype)
+        self.out_dtype = {} if acc_dtype == weight.dtype else {"out_dtype": acc_dtype}
 
     def logits(self, out: Tensor, x: Tensor) -> None:
         if self.bias is None:
@@ -67,46 +68,27 @@ class BlasProducts:
             torch.addmm(self.bias, x, self.weight.t(), out=out)
 
     def input_gradient(self, out: Tensor, g: Tensor) -> None:
-        torch.mm(g, self.weight, **self.wide, out=out)
+        torch.mm(g, self.weight, **self.out_dtype, out=out)
 
     def weight_gradient(
         self, out: Tensor | None, bias_out: Tensor | None, g: Tensor, x: Tensor, add: bool
     ) -> None:
         if out is not None and add:
-            torch.addmm(out, g.t(), x, **self.wide, out=out)
+            torch.addmm(out, g.t(), x, **self.out_dtype, out=out)
         elif out is not None:
-            torch.mm(g.t(), x, **({} if out.dtype == g.dtype else self.wide), out=out)
+            torch.mm(g.t(), x, **({} if out.dtype == g.dtype else self.out_dtype), out=out)
         if bias_out is not None:
             total = g.sum(0, dtype=bias_out.dtype)
             bias_out.add_(total) if add else bias_out.copy_(total)
 
 
-class RowByRow:
-    """In the place of cuBLAS where the CUDA kernels run on the CPU: products that know one row at a time."""
-
-    def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
-        self.wide = weight.to(accumulation_dtype(weight.dtype))
-        self.bias = 0 if bias is None else bias.to(self.wide.dtype)
-        self.logits_type = self.row_type = weight.dtype
-
-    def logits(self, out: Tensor, x: Tensor) -> None:
-        for row, to in zip(x.to(self.wide.dtype), out, strict=True):
-            to.copy_(torch.mv(self.wide, row) + self.bias)
-
-    def input_gradient(self, out: Tensor, g: Tensor) -> None:
-        for row, to in zip(g.to(self.wide.dtype), out, strict=True):
-            to.copy_(torch.mv(self.wide.t(), row))
-
-    def weight_gradient(
-        self, out: Tensor | None, bias_out: Tensor | None, g: Tensor, x: Tensor, add: bool
-    ) -> None:
-        g = g.to(self.wide.dtype)
-        for to, part in ((out, g.t() @ x.to(g.dtype)), (bias_out, g.sum(0))):
-            if to is not None:
-                to.add_(part) if add else to.copy_(part)
+PRODUCTS: dict[tuple[str, str], type] = {(LIBRARY, "cpu"): PackedProducts, (LIBRARY, "cuda"): BlasProducts}
+"""Who multiplies, by namespace of the kernels and type of device. Another build of these brings its own."""
 
 
-PRODUCTS = {"cpu": PackedProducts, "simt": RowByRow, "cuda": BlasProducts}
+def products_for(operators: Any, device: torch.device) -> type:
+    """Return the GEMMs that go with the kernels `operators`."""
+    return PRODUCTS[operators.name, device.type]
 
 
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, asked: int) -> int:
@@ -147,38 +129,55 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 64 else x
 
 
-@torch.no_grad()
+class LinearInputs(NamedTuple):
+    input: Tensor  # [rows, features]
+    linear_weight: Tensor  # [classes, features]
+    linear_bias: Tensor | None  # [classes]
+    target: Tensor  # [rows] int64, or [rows, classes]
+    weight: Tensor | None  # [classes]
+    row_weight: Tensor | None  # [rows]
+
+
+class LinearAttrs(NamedTuple):
+    ignore_index: int
+    reduction: int
+    logit_scale: float
+    softcap: float
+    hparams: list[float]  # two of the row loss, then those of the logit transform
+    out_fp32: bool
+    chunk: int  # rows of a chunk at most; 0: as many as fit
+
+
 def forward(
-    name: str, shape: type[Shape] | None, operators: Any, products: type, input: Tensor, linear_weight: Tensor,
-    linear_bias: Tensor | None, target: Tensor, weight: Tensor | None, row_weight: Tensor | None,
-    ignore_index: int, reduction: int, logit_scale: float, softcap: float, numbers: list[float],
-    wide: bool, chunk: int, wanted: int,
+    operators: Any, row_loss: str, logit_transform: type[LogitTransform] | None, inputs: LinearInputs,
+    attrs: LinearAttrs, needs_grad_mask: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, norm, and the wanted gradients of the sum of all rows' losses, in the accumulation type.
+    """Return loss, norm, and the gradients of the mask of the sum of all rows' losses, in the accumulation dtype.
 
     The gradients are divided by the norm of "mean", save for half types: there, what is that small would be lost
     in the logits' gradient, and backward divides at the end, all but a weight's gradient in a half type (see
-    `narrow_weight_gradient`). The numbers after the row loss's two are those of the shape that stands between the
-    products and the logits.
+    `narrow_weight_gradient`).
     """
+    input, linear_weight, linear_bias, target, weight, row_weight = inputs
+    products = products_for(operators, input.device)
     on_cpu = products is PackedProducts
     if not on_cpu:
         input, linear_weight = aligned(input), aligned(linear_weight)
     (rows, features), classes = input.shape, linear_weight.shape[0]
-    between = shape(numbers[2:], features) if shape else None
-    numbers = numbers[:2]
-    high = accumulation_dtype(input.dtype)
+    transform = logit_transform(attrs.hparams[2:], features) if logit_transform else None
+    hparams = attrs.hparams[:2]
+    acc_dtype = accumulation_dtype(input.dtype)
     narrow = narrow_weight_gradient(products, linear_weight)
-    row_kernel = getattr(operators, f"{name}_rows")
+    row_kernel = getattr(operators, f"{row_loss}_rows")
     hard = not target.is_floating_point()
-    row_weight = None if row_weight is None else row_weight.to(high)
+    row_weight = None if row_weight is None else row_weight.to(acc_dtype)
 
     counted = None  # the rows that count, where some do not
     if on_cpu:
         counts = None
         if hard:
-            _check_targets(target, ignore_index, between.classes(classes) if between else classes)
-            counts = target != ignore_index
+            _check_targets(target, attrs.ignore_index, transform.classes(classes) if transform else classes)
+            counts = target != attrs.ignore_index
         if row_weight is not None:
             counts = row_weight != 0 if counts is None else counts & (row_weight != 0)
         if counts is not None and not counts.all():
@@ -188,22 +187,25 @@ def forward(
         return operators.scratch(input, shape)
 
     loss = result(rows) if counted is None else result(rows).zero_()
-    norm = operators.row_norm(loss, target, weight, row_weight, ignore_index) if reduction == 1 else None
-    inner_norm = norm if input.dtype == high else None
-    dx = result(rows, features) if wanted & INPUT else result(0)
-    db = result(classes) if wanted & BIAS else result(0)
-    if wanted & INPUT and counted is not None:
+    norm = None
+    if attrs.reduction == REDUCTIONS["mean"]:
+        norm = operators.row_norm(loss, target, weight, row_weight, attrs.ignore_index)
+    inner_norm = norm if input.dtype == acc_dtype else None
+    dx = result(rows, features) if needs_grad_mask & INPUT else result(0)
+    db = result(classes) if needs_grad_mask & BIAS else result(0)
+    if needs_grad_mask & INPUT and counted is not None:
         dx.zero_()
 
     product = products(operators, linear_weight, linear_bias)
     total = rows if counted is None else counted.numel()
-    width = classes + (between.beside(classes) if between else 0)
-    step = min(rows_of_a_chunk(width, features, product.logits_type, on_cpu, chunk), max(total, 1))
-    if wanted & WEIGHT and narrow and total <= step:
+    width = classes + (transform.extra_per_row(classes) if transform else 0)
+    step = min(rows_of_a_chunk(width, features, product.logits_type, on_cpu, attrs.chunk), max(total, 1))
+    if needs_grad_mask & WEIGHT and narrow and total <= step:
         dw = input.new_empty(classes, features)
     else:
-        dw = result(classes, features) if wanted & WEIGHT else result(0)
-    room = result(step, classes) if product.logits_type == high else input.new_empty(step, classes)
+        dw = result(classes, features) if needs_grad_mask & WEIGHT else result(0)
+    one_type = product.logits_type == acc_dtype
+    workspace = result(step, classes) if one_type else input.new_empty(step, classes)
     for begin in range(0, total, step):
         size = min(step, total - begin)
         if counted is None:
@@ -215,49 +217,34 @@ def forward(
         x = input[pick].to(product.row_type)
         if on_cpu:
             x = x.contiguous()
-        g = room[:size]
+        g = workspace[:size]
         product.logits(g, x)
-        z = between.enter(g, target[pick]) if between else g
+        z = transform.forward(g, target[pick]) if transform else g
         row_kernel(
             z, part_loss, target[pick], weight, None if row_weight is None else row_weight[pick], inner_norm,
-            ignore_index, logit_scale, softcap, numbers, wanted != 0,
+            attrs.ignore_index, attrs.logit_scale, attrs.softcap, hparams, needs_grad_mask != 0,
         )  # fmt: skip
         if counted is not None:
             loss[pick] = part_loss
-        if between and wanted:
-            g = between.leave(z)
-        if wanted & INPUT:
+        if transform and needs_grad_mask:
+            g = transform.backward(z)
+        if needs_grad_mask & INPUT:
             if counted is None:
                 product.input_gradient(dx[pick], g)
             else:
                 part = dx.new_empty(size, features)
                 product.input_gradient(part, g)
                 dx[pick] = part
-        if wanted & (WEIGHT | BIAS):
-            into = dw if wanted & WEIGHT else None, db if wanted & BIAS else None
+        if needs_grad_mask & (WEIGHT | BIAS):
+            into = dw if needs_grad_mask & WEIGHT else None, db if needs_grad_mask & BIAS else None
             if narrow and norm is not None:
                 x = torch.mul(x, (1 / (norm + (norm == 0))).view(1, 1), out=torch.empty_like(x))
             product.weight_gradient(*into, g, x, begin > 0)
     if total == 0:
         dw.zero_()
         db.zero_()
-    value = operators.row_reduce(loss, norm) if reduction else loss
+    value = operators.row_reduce(loss, norm) if attrs.reduction else loss
     if narrow:
         dw = dw.to(input.dtype)
-    return value if wide else value.to(input.dtype), result(0) if norm is None else norm, dx, dw, db
-
-
-def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, own: bool) -> Tensor:
-    """`factor * d` in the type of `like`; with `own` it may be `d` itself, written or left as it is."""
-    if type(d) is not Tensor or not own:  # a tensor that stands for others, or for none
-        return (d.to(factor.dtype) * factor).to(like.dtype)
-    if d.dtype == like.dtype:
-        if d.device.type == "cpu" and operators is torch.ops.fastloss:
-            return d if factor.item() == 1 else d.mul_(factor)
-        operators.linear_scale_(d, factor)  # the device looks whether it is 1
-        return d
-    if d.device.type == "cpu":
-        if operators is torch.ops.fastloss:
-            return operators.linear_scaled(d, factor, like)
-        return (d * factor).to(like.dtype)
-    return torch.mul(d, factor, out=torch.empty_like(d, dtype=like.dtype))
+    value = value if attrs.out_fp32 else value.to(input.dtype)
+    return value, result(0) if norm is None else norm, dx, dw, db

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, wanted_bits
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, needs_grad_mask
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
 NO_INDEX = -(2**63)  # the operators take the number of classes for it
@@ -48,7 +48,7 @@ class ElementOp(FusedOp):
         return grads[0] if len(grads) == 1 else tuple(grads)
 
     def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, wanted_bits(self, tensors)))
+        return super().__call__(tensors, (*options, needs_grad_mask(self, tensors)))
 
 
 def element_reference(formula: Callable[..., Tensor], inputs: int) -> Callable[..., Tensor]:

@@ -17,12 +17,12 @@ from torch import Tensor
 from fastloss._ops.dtypes import accumulation_dtype
 
 
-class Shape(Protocol):
-    def __init__(self, numbers: Sequence[float], features: int): ...
+class LogitTransform(Protocol):
+    def __init__(self, hparams: Sequence[float], features: int): ...
     def classes(self, products: int) -> int: ...
-    def beside(self, products: int) -> int: ...
-    def enter(self, products: Tensor, target: Tensor) -> Tensor: ...
-    def leave(self, gradient: Tensor) -> Tensor: ...
+    def extra_per_row(self, products: int) -> int: ...
+    def forward(self, products: Tensor, target: Tensor) -> Tensor: ...
+    def backward(self, gradient: Tensor) -> Tensor: ...
 
 
 LEAST_SIN2 = 1e-7
@@ -35,18 +35,18 @@ class AngularMargin:
     Numbers: 1 for a margin of the cosine in place of the angle; the margin; easy; straight-through; centres.
     """
 
-    def __init__(self, numbers: Sequence[float], features: int):
-        additive, self.margin, easy, straight, centres = numbers
+    def __init__(self, hparams: Sequence[float], features: int):
+        additive, self.margin, easy, straight, centres = hparams
         self.additive, self.easy, self.straight = additive != 0, easy != 0, straight != 0
         self.centres = int(centres)
 
     def classes(self, products: int) -> int:
         return products // self.centres
 
-    def beside(self, products: int) -> int:
+    def extra_per_row(self, products: int) -> int:
         return 3 * self.classes(products) if self.centres > 1 else 0  # the nearest, and which (64 bits)
 
-    def enter(self, products: Tensor, target: Tensor) -> Tensor:
+    def forward(self, products: Tensor, target: Tensor) -> Tensor:
         self._products = cosines = products
         if self.centres > 1:
             cosines, self._nearest = products.view(len(products), -1, self.centres).max(-1)
@@ -55,7 +55,7 @@ class AngularMargin:
         value, self._slope = self._margin(cosine.to(accumulation_dtype(cosine.dtype)))
         return cosines.scatter_(1, self._target, value.to(cosines.dtype))
 
-    def leave(self, gradient: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor) -> Tensor:
         of_target = gradient.gather(1, self._target)
         gradient.scatter_(1, self._target, (of_target * self._slope).to(gradient.dtype))
         if self.centres == 1:
@@ -83,19 +83,19 @@ class Harmonic:
     """Squared distances become -n log(distance). Numbers: n (0: the square root of the embeddings' width, to which
     two features are added), and what is added to the squares."""
 
-    def __init__(self, numbers: Sequence[float], features: int):
-        self.n, self.eps = numbers
+    def __init__(self, hparams: Sequence[float], features: int):
+        self.n, self.eps = hparams
         self.n = self.n or math.sqrt(features - 2)
 
     def classes(self, products: int) -> int:
         return products
 
-    def beside(self, products: int) -> int:
+    def extra_per_row(self, products: int) -> int:
         return products
 
-    def enter(self, products: Tensor, target: Tensor) -> Tensor:
+    def forward(self, products: Tensor, target: Tensor) -> Tensor:
         self._squares = products.clamp_(min=0).add_(self.eps)
         return products.log().mul_(-self.n / 2)
 
-    def leave(self, gradient: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor) -> Tensor:
         return torch.div(gradient.mul_(-self.n / 2), self._squares, out=self._squares)

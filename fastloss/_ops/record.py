@@ -167,7 +167,7 @@ class Record:
         with self._watched("forward") as done:
             yield
             done.bytes = self.read
-        made, self.plan = getattr(self.plan, "ready", None), None
+        made, self.plan = getattr(self.plan, "precomputed_grads", None), None
         done.flops = self.op.flops(self.shapes, self.needed if made else ())
         self.call.forward = done
         self.profile.seen.append(self.call)
@@ -177,7 +177,7 @@ class Record:
         if autograd.profiler != self.profile.record:  # which is over
             yield
             return
-        ready = bool(getattr(ctx.plan, "ready", None))
+        ready = bool(getattr(ctx.plan, "precomputed_grads", None))
         with self._watched("backward") as done:
             yield
             if ready:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastloss._ops.autograd import REDUCTIONS, FusedOp, wanted_bits
+from fastloss._ops.autograd import REDUCTIONS, FusedOp, needs_grad_mask
 from fastloss._ops.dtypes import accumulation_dtype
 
 
@@ -108,4 +108,4 @@ class DivergenceOp(FusedOp):
         return tuple(self._empty_gradients(args[1], args[-1]))
 
     def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, wanted_bits(self, tensors)))
+        return super().__call__(tensors, (*options, needs_grad_mask(self, tensors)))

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastloss._ops.autograd import HALF_TYPES
+from fastloss._ops.similarity import in_order
 
 __all__ = ["all_gather", "sum_of_gradients"]
 
@@ -89,14 +90,6 @@ def sum_of_gradients(x: Tensor, group: Any = None) -> Tensor:
 
 
 # ---- rows of which each rank holds some
-
-
-def in_order(parts: Sequence[Tensor] | Tensor) -> Tensor:
-    """Their sum from the first to the last, written over the first."""
-    total = parts[0]
-    for part in parts[1:]:
-        total.add_(part)
-    return total
 
 
 class Ranks:

@@ -18,6 +18,7 @@ from fastloss._ops.checks import (
     check_tensors,
     check_weight_type,
 )
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.logit_transforms import LEAST_SIN2, AngularMargin, Harmonic
 from fastloss.losses.linear import as_autocast
@@ -26,38 +27,33 @@ from fastloss.reference.angular_margin import nearest, with_margin
 __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
 
 
-def _of_logits(logits, target, weight, row_weight, ignore_index, reduction, scale, smoothing, wide):
+def _of_logits(
+    logits: Tensor, inputs: LinearInputs, attrs: LinearAttrs, label_smoothing: float = 0.0
+) -> Tensor:
     loss = reference.cross_entropy(
-        logits, target, weight, reduction=list(REDUCTIONS)[reduction], ignore_index=ignore_index,
-        label_smoothing=smoothing, logit_scale=scale, sample_weight=row_weight,
+        logits, inputs.target, inputs.weight, reduction=list(REDUCTIONS)[attrs.reduction],
+        ignore_index=attrs.ignore_index, label_smoothing=label_smoothing, logit_scale=attrs.logit_scale,
+        sample_weight=inputs.row_weight,
     )  # fmt: skip
-    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+    return loss.float() if attrs.out_fp32 and loss.dtype in HALF_TYPES else loss
 
 
-def _margin_reference(
-    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers,
-    wide, chunk,
-):  # fmt: skip
-    smoothing, _, additive, m, easy, straight, centres = numbers
-    cosines = nearest(input @ linear_weight.t(), int(centres))
-    logits = with_margin(cosines, target, m, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
-    return _of_logits(logits, target, weight, row_weight, ignore_index, reduction, scale, smoothing, wide)
+def _margin_reference(inputs: LinearInputs, attrs: LinearAttrs) -> Tensor:
+    smoothing, _, additive, m, easy, straight, centres = attrs.hparams
+    cosines = nearest(inputs.input @ inputs.linear_weight.t(), int(centres))
+    logits = with_margin(cosines, inputs.target, m, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
+    return _of_logits(logits, inputs, attrs, smoothing)
 
 
-def _harmonic_reference(
-    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, scale, cap, numbers,
-    wide, chunk,
-):  # fmt: skip
-    _, _, n, eps = numbers
-    n = n or math.sqrt(input.shape[1] - 2)
-    squares = (input @ linear_weight.t()).clamp(min=0) + eps
-    return _of_logits(
-        -n / 2 * squares.log(), target, weight, row_weight, ignore_index, reduction, scale, 0.0, wide
-    )
+def _harmonic_reference(inputs: LinearInputs, attrs: LinearAttrs) -> Tensor:
+    _, _, n, eps = attrs.hparams
+    n = n or math.sqrt(inputs.input.shape[1] - 2)
+    squares = (inputs.input @ inputs.linear_weight.t()).clamp(min=0) + eps
+    return _of_logits(-n / 2 * squares.log(), inputs, attrs)
 
 
-_margin = LinearOp("margin_loss", _margin_reference, rows="cross_entropy", shape=AngularMargin)
-_harmonic = LinearOp("harmonic_loss", _harmonic_reference, rows="cross_entropy", shape=Harmonic)
+_margin = LinearOp("margin_loss", _margin_reference, "cross_entropy", AngularMargin)
+_harmonic = LinearOp("harmonic_loss", _harmonic_reference, "cross_entropy", Harmonic)
 
 
 def _check(
@@ -135,12 +131,15 @@ def _margin_loss(
     elif half:
         unit, centre = unit.to(dtype), centre.to(dtype)
     rows, centred = as_autocast(device, unit, centre)
-    numbers = [smoothing, 0.0, float(additive), m, float(easy), float(straight), float(centres)]
+    hparams = [smoothing, 0.0, float(additive), m, float(easy), float(straight), float(centres)]
     try:
         loss = _margin(
-            (rows, centred, None, target, None, sample_weight),
-            (ignore_index, mode, scale, 0.0, numbers, autocast, 0),
-        )
+            LinearInputs(rows, centred, None, target, None, sample_weight),
+            LinearAttrs(
+                ignore_index=ignore_index, reduction=mode, logit_scale=scale, softcap=0.0, hparams=hparams,
+                out_fp32=autocast, chunk=0,
+            ),
+        )  # fmt: skip
     except IndexError:
         if classes is None:
             raise
@@ -304,7 +303,10 @@ def harmonic_loss(
     x = torch.cat([-2 * input, torch.ones_like(input[:, :1]), input.square().sum(1, keepdim=True)], 1)
     w = torch.cat([weight, weight.square().sum(1, keepdim=True), torch.ones_like(weight[:, :1])], 1)
     loss = _harmonic(
-        (x, w, None, target.long(), None, sample_weight),
-        (ignore_index, mode, 1.0, 0.0, [0.0, 0.0, power, check_number("eps", eps, math.ulp(0.0))], False, 0),
-    )
+        LinearInputs(x, w, None, target.long(), None, sample_weight),
+        LinearAttrs(
+            ignore_index=ignore_index, reduction=mode, logit_scale=1.0, softcap=0.0,
+            hparams=[0.0, 0.0, power, check_number("eps", eps, math.ulp(0.0))], out_fp32=False, chunk=0,
+        ),
+    )  # fmt: skip
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss.losses import classification
@@ -18,21 +19,18 @@ from fastloss.losses import classification
 __all__ = ["linear_cross_entropy"]
 
 
-def _linear_cross_entropy_reference(
-    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
-    numbers, wide, chunk,
-):  # fmt: skip
+def _linear_cross_entropy_reference(inputs: LinearInputs, attrs: LinearAttrs) -> Tensor:
+    label_smoothing, z_loss = attrs.hparams
     loss = reference.linear_cross_entropy(
-        input, linear_weight, target, linear_bias=linear_bias, weight=weight, ignore_index=ignore_index,
-        reduction=list(REDUCTIONS)[reduction], label_smoothing=numbers[0], z_loss=numbers[1],
-        logit_scale=logit_scale, softcap=softcap, sample_weight=row_weight,
+        inputs.input, inputs.linear_weight, inputs.target, linear_bias=inputs.linear_bias, weight=inputs.weight,
+        ignore_index=attrs.ignore_index, reduction=list(REDUCTIONS)[attrs.reduction],
+        label_smoothing=label_smoothing, z_loss=z_loss, logit_scale=attrs.logit_scale, softcap=attrs.softcap,
+        sample_weight=inputs.row_weight,
     )  # fmt: skip
-    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+    return loss.float() if attrs.out_fp32 and loss.dtype in HALF_TYPES else loss
 
 
-_linear_cross_entropy = LinearOp(
-    "linear_cross_entropy", _linear_cross_entropy_reference, rows="cross_entropy"
-)
+_linear_cross_entropy = LinearOp("linear_cross_entropy", _linear_cross_entropy_reference, "cross_entropy")
 
 
 def as_autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -189,7 +187,7 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
-    numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
+    hparams = [float(label_smoothing), check_number("z_loss", z_loss)]
     if target.dtype == torch.uint8:
         target = target.long()
     single = input.dim() == 1
@@ -198,7 +196,10 @@ def linear_cross_entropy(
         target = target.unsqueeze(0) if soft else target.reshape(1)
         sample_weight = None if sample_weight is None else sample_weight.reshape(1)
     loss = _linear_cross_entropy(
-        (input, linear_weight, linear_bias, target, weight, sample_weight),
-        (ignored, mode, check_number("logit_scale", logit_scale), cap, numbers, autocast, chunk),
-    )
+        LinearInputs(input, linear_weight, linear_bias, target, weight, sample_weight),
+        LinearAttrs(
+            ignore_index=ignored, reduction=mode, logit_scale=check_number("logit_scale", logit_scale),
+            softcap=cap, hparams=hparams, out_fp32=autocast, chunk=chunk,
+        ),
+    )  # fmt: skip
     return loss.squeeze(0) if single and reduction == "none" else loss

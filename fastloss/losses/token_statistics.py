@@ -10,7 +10,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops.autograd import Op
 from fastloss._ops.checks import check_floating, check_number, check_tensors
-from fastloss._ops.chunked_linear_stats import LinearStatsOp
+from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
 from fastloss.losses.classification import cross_entropy_rows
@@ -276,10 +276,9 @@ def sequence_log_probs(
     return total / (labels != ignore_index).sum(-1).clamp(min=1) if average else total
 
 
-def _linear_reference(input, linear_weight, linear_bias, index, mask, scale, cap, everything):
-    return planes_of_reference(
-        logits_from(input, linear_weight, linear_bias), index, mask, scale, cap, everything
-    )
+def _linear_reference(inputs: LinearStatsInputs, attrs: LinearStatsAttrs) -> Tensor:
+    logits = logits_from(inputs.input, inputs.linear_weight, inputs.linear_bias)
+    return planes_of_reference(logits, inputs.index, inputs.mask, *attrs)
 
 
 _linear_stats = LinearStatsOp("linear_token_stats", _linear_reference)
@@ -293,7 +292,10 @@ def _linear_planes(
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
     try:
-        return _linear_stats((input, linear_weight, linear_bias, index, mask), (scale, cap, everything))
+        return _linear_stats(
+            LinearStatsInputs(input, linear_weight, linear_bias, index, mask),
+            LinearStatsAttrs(logit_scale=scale, softcap=cap, everything=everything),
+        )
     except RuntimeError as error:
         if "is out of bounds" in str(error):
             raise IndexError(f"{names[1]}: {error}") from None
