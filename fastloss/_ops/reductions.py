@@ -15,3 +15,21 @@ def reduced(loss: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dt
     elif reduction == "sum":
         loss = loss.sum()
     return loss.to(dtype)
+
+
+def reduced_over(
+    loss: Tensor, counts: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    """Return the rows' losses weighted and reduced; a mean is divided by the sum of `counts` times the weights.
+
+    Where nothing counts the mean is 0.
+    """
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+        counts = counts * weight.to(loss.dtype)
+    if reduction == "mean":
+        total = counts.sum()
+        loss = loss.sum() / torch.where(total == 0, 1, total).to(loss.dtype)
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.to(dtype)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss import reference
 from fastloss._ops.checks import (
     check_reduction,
     labels_of_rows,
@@ -19,6 +18,7 @@ from fastloss._ops.checks import (
 )
 from fastloss._ops.checks import number as number_of
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.reductions import reduced_over
 from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs
 from fastloss.distributed.call import Call
 from fastloss.losses.contrastive import info_nce_rows
@@ -154,7 +154,7 @@ def sup_con_loss(
     loss = row.masked_fill(~counts[rows.own], 0.0)
     loss, weight = call.to_reduce(loss, weight, rows)
     counts = counts[rows.own] if reduction == "none" else counts
-    return reference.supervised_contrastive.mean_over(loss, counts, weight, reduction).to(dtype)
+    return reduced_over(loss, counts, weight, reduction, dtype)
 
 
 def nt_xent_loss(

@@ -15,7 +15,7 @@ from fastloss._ops.checks import (
     weight_of_rows,
 )
 from fastloss._ops.dtypes import accumulation_dtype
-from fastloss._ops.reductions import reduced
+from fastloss._ops.reductions import reduced, reduced_over
 from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, target_columns
 from fastloss._ops.similarity_losses import PairsAttrs, PairsInputs, PairsOp
 from fastloss.losses.contrastive import contrastive_softmax
@@ -23,8 +23,7 @@ from fastloss.losses.contrastive import contrastive_softmax
 __all__ = ["nt_xent_loss", "pair_nt_xent_loss", "sup_con_loss"]
 
 
-_formulas = reference.contrastive
-_pairs = PairsOp("contrastive_pairs", _formulas.pairs)
+_pairs = PairsOp("contrastive_pairs", reference.contrastive.pairs)
 
 
 def _among(
@@ -111,7 +110,7 @@ def sup_con_loss(
         ),
     )  # fmt: skip
     loss = row.masked_fill(others == 0, 0.0)
-    return _formulas.mean_over(loss, others > 0, weight, reduction).to(dtype)
+    return reduced_over(loss, others > 0, weight, reduction, dtype)
 
 
 def pair_nt_xent_loss(
@@ -168,7 +167,7 @@ def pair_nt_xent_loss(
         PairsInputs(x, y, positive_temperature(temperature, x), itself, labels, key_labels),
         PairsAttrs(normalize=bool(normalize), temperature=True),
     )
-    return _formulas.mean_over(loss, others, weight, reduction).to(dtype)
+    return reduced_over(loss, others, weight, reduction, dtype)
 
 
 def nt_xent_loss(
