@@ -6,13 +6,10 @@ of it.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
-import runpy
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import autograd
-from fastloss._ops.record import Call, Pass, Record, Span
+from fastloss._ops.record import Call, Pass, Record, Recorder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -91,7 +88,7 @@ def _median(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-class profile:
+class profile(Recorder):
     """Records every call of fastloss inside the block: times, bytes, memory, share of what the machine can do.
 
     ```python
@@ -118,13 +115,9 @@ class profile:
     """
 
     def __init__(self, *, memory: bool = True, nvtx: bool = False):
-        self.memory, self.nvtx = memory, nvtx
-        self.seen: list[Call] = []
-        self.spans: list[tuple[Span, Pass]] = []
-        self.origins: dict[torch.device, tuple[Any, float]] = {}
-        self.began = 0.0
+        super().__init__(memory, nvtx)
 
-    def record(self, op: autograd.Op, tensors: Sequence[Tensor | None]) -> Record:
+    def record(self, op: autograd.Differentiable, tensors: Sequence[Tensor | None]) -> Record:
         return Record(self, op, tensors)
 
     def __enter__(self) -> profile:
@@ -234,33 +227,3 @@ class profile:
                         | {"tid": call.device, "ts": p.start_ms * 1e3, "dur": p.ms * 1e3, "args": about}
                     )
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-
-
-def main(args: argparse.Namespace) -> int:
-    """`python -m fastloss profile SCRIPT ...`: runs the script, then says what its calls cost."""
-    from rich.console import Console
-
-    if args.plot:
-        from fastloss._cli import plot  # noqa: F401  before the script runs, not after
-    before = sys.argv, sys.path[0]
-    sys.argv, sys.path[0] = [args.script, *args.arguments], str(Path(args.script).resolve().parent)
-    code: Any = 0
-    try:
-        with profile(nvtx=args.nvtx) as p:
-            runpy.run_path(args.script, run_name="__main__")
-    except SystemExit as exit:
-        code = exit.code
-    finally:
-        sys.argv, sys.path[0] = before
-    Console(width=None if sys.stdout.isatty() else 150).print(
-        p.table() if p.calls else "no calls of fastloss"
-    )
-    if args.json:
-        args.json.write_text(json.dumps([asdict(g) for g in p.groups()], indent=1) + "\n")
-    if args.trace:
-        p.chrome_trace(args.trace)
-    if args.plot and p.calls:
-        p.plot(args.plot)
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-    return code if isinstance(code, int) else int(code is not None)

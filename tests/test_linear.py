@@ -124,8 +124,8 @@ def test_frozen(frozen, device, monkeypatch):
     inputs = [t.detach().requires_grad_(i != frozen) for i, t in enumerate((x, w, b))]
     value = linear_cross_entropy(inputs[0], inputs[1], target, linear_bias=inputs[2])
     function = value.grad_fn
-    assert function.plan.wanted == 7 - (1 << frozen)
-    assert function.plan.ready[1 + frozen].numel() == 0
+    assert function.plan.needs_grad_mask == 7 - (1 << frozen)
+    assert function.plan.precomputed_grads[1 + frozen].numel() == 0
     value.backward()
     assert len(wanted) == 1, "the logits are made once"
     for i, (t, g) in enumerate(zip(inputs, all_, strict=True)):
@@ -193,7 +193,7 @@ def test_bfloat16_gradients(size, upstream, direct, device, monkeypatch):
     )
     value = linear_cross_entropy(x, w, target, linear_bias=b, options=options)
     if device == "cuda" or fastloss._ops.autograd._namespace != "fastloss":
-        assert value.grad_fn.plan.ready[2].dtype == (torch.float32 if direct else torch.bfloat16)
+        assert value.grad_fn.plan.precomputed_grads[2].dtype == (torch.float32 if direct else torch.bfloat16)
     scale = torch.tensor(upstream, dtype=torch.bfloat16, device=device)
     got = gradients(value, x, w, b, upstream=scale)
     wide = [t.detach().double().requires_grad_() for t in (x, w, b)]

@@ -27,7 +27,9 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, inplace: bool) -> Tensor:
     """Return `factor * d` in the dtype of `like`; with `inplace` it may be `d` itself, written or left as it is."""
-    if type(d) is not Tensor or not inplace:  # a tensor that stands for others, or for none
+    if (
+        type(d) is not Tensor or not inplace or d.numel() == 1
+    ):  # the first stands for other tensors, or for none
         return (d.to(factor.dtype) * factor).to(like.dtype)
     on_cpu = runs_on_cpu(d, operators)
     if d.dtype == like.dtype:

@@ -1,4 +1,4 @@
-"""What ranks say to each other: rows gathered, parts added up in the order of ranks, and who holds how much."""
+"""Collectives: rows gathered, parts added up in the order of ranks, and who holds how much."""
 
 from __future__ import annotations
 
@@ -43,35 +43,31 @@ def _added_up(x: Tensor, group: Any) -> Tensor:
     return total.to(x.dtype)
 
 
-class _AllGather(Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group, ctx.rows = group, x.shape[0]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts)
+class _Linear(Function):
+    """A linear map of one tensor, and what it does to gradients."""
 
     @staticmethod
-    @once_differentiable
+    def forward(ctx, x, forward, adjoint):
+        ctx.adjoint = adjoint
+        return forward(x)
+
+    @staticmethod
     def backward(ctx, grad):
-        begin = dist.get_rank(ctx.group) * ctx.rows
-        return _added_up(grad, ctx.group)[begin : begin + ctx.rows].clone(), None
+        return ctx.adjoint(grad), None, None
 
 
-class _SumOfGradients(Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
+def _alias(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _added_up(grad, ctx.group), None
+
+def _once(adjoint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what raises where its result is differentiated."""
+    wrapped = once_differentiable(lambda _, grad: adjoint(grad))
+    return lambda grad: wrapped(None, grad)
 
 
 def all_gather(x: Tensor, group: Any = None) -> Tensor:
-    """The tensors of all ranks one after another along their first dimension, differentiable.
+    """Return the tensors of all ranks one after another along their first dimension, differentiable.
 
     Backward adds the gradients up over the ranks and gives each its own part: that of the sum of all ranks' losses.
 
@@ -80,13 +76,23 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
         group: a process group. Default: all processes.
     """
     check_group(group)
-    return _AllGather.apply(x.contiguous(), group)
+    rows, begin = x.shape[0], dist.get_rank(group) * x.shape[0]
+
+    def gather(x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    def own_part(grad: Tensor) -> Tensor:
+        return _added_up(grad, group)[begin : begin + rows].clone()
+
+    return _Linear.apply(x.contiguous(), gather, _once(own_part))
 
 
 def sum_of_gradients(x: Tensor, group: Any = None) -> Tensor:
-    """`x`, which all ranks hold alike and of which each computes a part: backward adds its gradient up over them."""
+    """Return `x`, which all ranks hold alike and of which each computes a part: backward all-reduces its gradient."""
     check_group(group)
-    return _SumOfGradients.apply(x, group)
+    return _Linear.apply(x, _alias, _once(lambda grad: _added_up(grad, group)))
 
 
 # ---- rows of which each rank holds some
@@ -152,53 +158,36 @@ class Ranks:
         return wait
 
 
-class _Everyone(Function):
-    """All rows, of which every rank makes the same number: each gets that number's gradient of its own."""
+def everyone(x: Tensor, ranks: Ranks) -> Tensor:
+    """Return all rows, of which every rank makes the same number: each gets that number's gradient of its own."""
 
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
+    def gather(x: Tensor) -> Tensor:
         found = ranks.gathered(x)
-        return found.view_as(found) if found is x else found
+        return _alias(found) if found is x else found
 
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.ranks.own], None
+    return _Linear.apply(x, gather, lambda grad: grad[ranks.own])
 
 
-class _Completed(Function):
-    """One number that all ranks hold alike: its gradient is added up over them, in their order."""
+def completed(x: Tensor, ranks: Ranks) -> Tensor:
+    """Return one number that all ranks hold alike: its gradient is added up over them, in their order."""
 
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
+    def add_up(grad: Tensor) -> Tensor:
         check_once()
-        single = Ranks(ctx.ranks.group, [1] * ctx.ranks.size)
-        return in_order(single.gathered(grad.reshape(1, 1).clone())).reshape(grad.shape), None
+        single = Ranks(ranks.group, [1] * ranks.size)
+        return in_order(single.gathered(grad.reshape(1, 1).clone())).reshape(grad.shape)
+
+    return _Linear.apply(x, _alias, add_up)
 
 
-class _Multiplied(Function):
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.factor, None
-
-
-everyone, completed, multiplied = _Everyone.apply, _Completed.apply, _Multiplied.apply
+def multiplied(x: Tensor, factor: int) -> Tensor:
+    """Return `x`, whose gradient is multiplied by `factor`."""
+    return _Linear.apply(x, _alias, lambda grad: grad * factor)
 
 
 # ---- what has to be the same everywhere
 
 
-_ROOM = 32
+_CAPACITY = 32
 
 
 def _is_size(value: Any) -> bool:
@@ -209,7 +198,7 @@ def agreed(call: str, group: Any, counts: Sequence[int], same: dict[str, Any]) -
     """Each rank's `counts`, once all are found to make the same call with equal values in `same`. On the CPU."""
     codes = [v if _is_size(v) else zlib.crc32(repr(v).encode()) for v in same.values()]
     mine = [zlib.crc32(call.encode()), *counts, *codes]
-    mine += [0] * (_ROOM - len(mine))
+    mine += [0] * (_CAPACITY - len(mine))
     world = Ranks(group, [1] * dist.get_world_size(group))
     found = world.gathered(torch.tensor([mine], device="cpu")).tolist()
     if any(row[0] != mine[0] for row in found):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
+from fastloss._ops.autograd import REDUCTIONS, Differentiable
 from fastloss._ops.checks import check_floating, check_number, check_reduction, check_tensors
 from fastloss.distributed.collectives import check_group, check_once, sum_of_gradients
 from fastloss.losses.token_statistics import linear_token_stats, token_stats
@@ -21,15 +21,20 @@ from fastloss.losses.token_statistics import linear_token_stats, token_stats
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
 
-class _NegativeLogProbability(Function):
+class _NegativeLogProbability(Differentiable):
     """-log p of the target from what each rank knows of its slice: `lse`, and where it is `own`, `logp` in it.
+
+    Tensors `(lse, logp, own)`, the option is the group; returns the loss, and how many ranks hold the target.
 
     Everything is relative to the largest lse M. With the mass s = exp(lse - M) of a slice, and `others` all of it
     but the target's exp(z), the loss is log(1 + others / exp(z)): exact however far the target wins.
     """
 
-    @staticmethod
-    def forward(ctx, lse, logp, own, group):
+    def __init__(self):
+        super().__init__("vocabulary_parallel_nll", None, tensors=3, wrt=(0, 1), outputs=2)
+
+    def run_forward(self, plan, tensors, options):
+        (lse, logp, own), (group,) = tensors, options
         top = lse.clone()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         top = torch.where(top.isfinite(), top, 0.0)
@@ -40,15 +45,18 @@ class _NegativeLogProbability(Function):
         dist.all_reduce(sums, group=group)
         others, z, owners = sums.unbind(0)
         total = others + z.exp()
-        ctx.save_for_backward(torch.where(own, apart - others, mass) / total, own)
-        ctx.mark_non_differentiable(owners)
-        return torch.logaddexp(others.log() - z, torch.zeros_like(z)), owners
+        grad_lse = torch.where(own, apart - others, mass) / total
+        return torch.logaddexp(others.log() - z, torch.zeros_like(z)), owners, grad_lse
 
-    @staticmethod
-    def backward(ctx, grad, _):
+    def run_backward(self, plan, grads, tensors, saved, options):
+        grad, own, (grad_lse,) = grads[0], tensors[2], saved
+        return [grad * grad_lse, torch.where(own, -grad, 0.0)]
+
+    def differentiable_again(self, plan):
         check_once()  # what is saved depends on every rank's logits
-        of_lse, own = ctx.saved_tensors
-        return grad * of_lse, torch.where(own, -grad, 0.0), None, None
+
+
+_negative_log_probability = _NegativeLogProbability()
 
 
 def _targets(
@@ -66,7 +74,7 @@ def _targets(
 
 
 def _loss(stats, valid: Tensor, own: Tensor, target: Tensor, mode: int, dtype: torch.dtype, group) -> Tensor:
-    nll, owners = _NegativeLogProbability.apply(stats.lse, stats.logp, own, group)
+    nll, owners = _negative_log_probability((stats.lse, stats.logp, own), (group,))
     if target.is_cpu:
         wrong = valid & (owners != 1)
         if wrong.any():
@@ -76,10 +84,10 @@ def _loss(stats, valid: Tensor, own: Tensor, target: Tensor, mode: int, dtype: t
     else:
         nll = torch.where(owners == 1, nll, torch.nan)
     nll = torch.where(valid, nll, 0.0)
-    if mode == 0:
+    if mode == REDUCTIONS["none"]:
         return nll.to(dtype)
     total = nll.sum()
-    return (total / valid.sum() if mode == 1 else total).to(dtype)
+    return (total / valid.sum() if mode == REDUCTIONS["mean"] else total).to(dtype)
 
 
 def _scales(logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
