@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -292,9 +293,9 @@ def check_profile(rank, size):
     x, y = drawn(4, 6, seed=rank).requires_grad_(), drawn(4, 6, seed=size + rank)
     for exchange in EXCHANGES:
         calls = (
-            lambda: distributed.clip_loss(x, y, 2.0, exchange=exchange),
-            lambda: distributed.siglip_loss(x, y, 2.0, exchange=exchange),
-            lambda: distributed.nt_xent_loss(x, y, exchange=exchange),
+            partial(distributed.clip_loss, x, y, 2.0, exchange=exchange),
+            partial(distributed.siglip_loss, x, y, 2.0, exchange=exchange),
+            partial(distributed.nt_xent_loss, x, y, exchange=exchange),
         )
         expected = [torch.autograd.grad(call(), x)[0] for call in calls]
         with fastloss.profile() as p:
