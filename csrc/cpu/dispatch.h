@@ -1,57 +1,48 @@
-// The CPU kernels of every instruction set that was compiled, and the choice among them.
+// The choice among the CPU kernels of the instruction sets that were compiled.
 #pragma once
-#include <cstdint>
+#include <stdexcept>
 
-#include "../drivers/elements.h"
-#include "../drivers/rows.h"
-#include "../drivers/scan.h"
-#include "../losses/classification.h"
-#include "../losses/elements.h"
-#include "../losses/returns.h"
-#include "../losses/reward_model_args.h"
 #include "../math/visibility.h"
 
 namespace fastloss::cpu {
 
-using RowKernel = void (*)(const RowArgs& args, int64_t begin, int64_t end);
+// What FASTLOSS_CPU_CAPABILITY may say, each better than those before it.
+inline constexpr const char* kCapabilities[] = {"sse2", "avx2", "avx512", "amx"};
 
-struct Kernels {
-#define FASTLOSS_FIELD(name, Loss) RowKernel name;
-  FASTLOSS_ROW_KERNELS(FASTLOSS_FIELD)
-#undef FASTLOSS_FIELD
-};
+// Chosen once: the best that this machine has, or less if FASTLOSS_CPU_CAPABILITY asks for it; raises where
+// that says anything else. amx: whether matrix products may use the tile registers, beside avx512.
+enum class Isa : int { sse2, avx2, avx512 };
+Isa isa();
+bool amx();
 
-using ScanKernel = void (*)(const ScanArgs& args, int64_t begin, int64_t end);
-
-struct ScanKernels {
-#define FASTLOSS_FIELD(name, Loss) ScanKernel name;
-  FASTLOSS_SCANS(FASTLOSS_FIELD)
-#undef FASTLOSS_FIELD
-};
-
-// Blocks begin, ..., end - 1 of kElementBlock elements.
-using ElementKernel = void (*)(const ElementArgs& args, int64_t begin, int64_t end);
-
-struct ElementKernels {
-#define FASTLOSS_FIELD(name, Loss) ElementKernel name;
-  FASTLOSS_ELEMENT_LOSSES(FASTLOSS_FIELD)
-#undef FASTLOSS_FIELD
-};
-
-// Rows begin, ..., end - 1.
-using RankingKernel = void (*)(const RankingArgs& args, int64_t begin, int64_t end);
-
-extern const Kernels kernels_sse2, kernels_avx2, kernels_avx512;
-extern const ScanKernels scans_sse2, scans_avx2, scans_avx512;
-extern const ElementKernels elements_sse2, elements_avx2, elements_avx512;
-extern const RankingKernel ranking_sse2, ranking_avx2, ranking_avx512;
-
-// Chosen once: the best that this machine has, or less if FASTLOSS_CPU_CAPABILITY asks for it.
-const Kernels& kernels();
-const ScanKernels& scan_kernels();
-const ElementKernels& element_kernels();
-RankingKernel ranking_kernel();
 FASTLOSS_EXPORT const char* capability();
 FASTLOSS_EXPORT const char* linear_capability();  // of matrix products: also "amx"
+
+// A kernel, or a table of kernels, that is compiled once for each instruction set. `best` is not to be called
+// in what is compiled so: the linker keeps one copy of it for all.
+template <class T>
+struct PerIsa {
+  const T *sse2 = nullptr, *avx2 = nullptr, *avx512 = nullptr;
+
+  const T& best() const {
+    const T* const all[] = {sse2, avx2, avx512};
+    const T* const chosen = all[static_cast<int>(isa())];
+    if (!chosen) throw std::logic_error("fastloss: the CPU kernels are not part of this build");
+    return *chosen;
+  }
+};
+
+// In a header, the PerIsa `name`; in the file that is compiled for each set, what it holds for the one that
+// FL_ISA names: FASTLOSS_OF_ISA(T, name) = ...
+#if defined(FL_SIMT)  // the operators of this build know only the CUDA kernels
+#define FASTLOSS_PER_ISA(T, name) inline constexpr PerIsa<T> name{};
+#else
+#define FASTLOSS_PER_ISA(T, name)                         \
+  extern const T name##_sse2, name##_avx2, name##_avx512; \
+  inline constexpr PerIsa<T> name{&name##_sse2, &name##_avx2, &name##_avx512};
+#endif
+#define FASTLOSS_JOIN_(a, b) a##b
+#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
+#define FASTLOSS_OF_ISA(T, name) const T FASTLOSS_JOIN(name##_, FL_ISA)
 
 }  // namespace fastloss::cpu

@@ -1,6 +1,5 @@
 // Large output buffers that keep their pages. A fresh page costs a fault and a clearing, together more than
-// the kernels that fill it; a buffer given back here is used again by the next call that wants about its
-// size.
+// the kernels that fill it; a buffer given back here goes to the next call that wants about its size.
 #pragma once
 #include <cstddef>
 #include <cstdint>

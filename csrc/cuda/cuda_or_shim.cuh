@@ -10,8 +10,10 @@
 
 #if defined(FL_SIMT)
 
-#define FL_DEVICE_MATH  // math/scalar_math.h: take the approximate functions that the GPU takes
-#include "simt.h"       // defines FL_SHARED and FL_DYN_SHARED too
+#if !defined(FL_DEVICE_MATH)
+#error "kernels are built with FL_DEVICE_MATH, or formulas would take other functions than on a GPU"
+#endif
+#include "simt.h"  // defines FL_SHARED and FL_DYN_SHARED too
 
 namespace fastloss::cuda {
 using simt::launch;
@@ -85,8 +87,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
   if (error != cudaSuccess) throw_launch_error(error, "launch", entry, grid, block, smem);
 }
 
-// The device's attribute, or what is given where it cannot be asked: the launch that follows says what is
-// wrong.
+// An attribute of the device, or `otherwise` where it cannot be asked: the launch to follow says why.
 inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) == cudaSuccess &&

@@ -4,19 +4,18 @@
 #include "../drivers/rows.h"
 #include "../drivers/scan.h"
 #include "../drivers/similarity.h"
-#include "../losses/aggregation_args.h"
+#include "../losses/aggregation.h"
 #include "../losses/classification.h"
+#include "../losses/ctc.h"
 #include "../losses/distillation.h"
-#include "../losses/elements.h"
-#include "../losses/feature_sums_args.h"
+#include "../losses/elementwise.h"
+#include "../losses/feature_sums.h"
+#include "../losses/policy.h"
+#include "../losses/preference.h"
 #include "../losses/returns.h"
-#include "../losses/reward_model_args.h"
-#include "../losses/triplets_args.h"
-
-namespace fastloss {
-struct SurvivalArgs;
-struct AlignmentArgs;
-}  // namespace fastloss
+#include "../losses/reward_model.h"
+#include "../losses/survival.h"
+#include "../losses/triplets.h"
 
 namespace fastloss::cuda {
 

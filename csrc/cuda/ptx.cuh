@@ -1,7 +1,9 @@
 // Inline PTX, and beside each instruction what it does in C++ for tests/cuda_on_cpu. Included where the
-// compiler builds for a GPU or plays one; knows nothing of the rest.
+// compiler builds for a GPU or plays one.
 #pragma once
 #include <cstring>
+
+#include "cuda_or_shim.cuh"
 
 namespace fastloss::cuda {
 

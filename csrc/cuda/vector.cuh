@@ -1,14 +1,13 @@
 // Element types and 16-byte accesses on CUDA.
 #pragma once
-#include "cuda_or_shim.cuh"
-// cuda_or_shim.cuh first: it decides what __device__ means
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstring>
 #include <type_traits>
 
-#include "../math/scalar_math.h"
+#include "../math/math.h"
+#include "cuda_or_shim.cuh"
 
 namespace fastloss::cuda {
 

@@ -2,7 +2,7 @@
 //
 // A loss is a struct over the accumulation type R (float, double) and a variant:
 //   kInputs, kWrt     how many numbers an element has, and a bit for each that can be differentiated
-//   kVariants, variant(options)    instantiations, and which one a call takes
+//   kVariants, variant(hparams)    instantiations, and which one a call takes
 //   kLogSum           the loss is v + log(1 + u), u in [0, 1]: a sum then takes one logarithm of a product
 //   kSteps, F step<i>(const F* v, const F* t)
 //                     what is computed first, if anything: t[i] from v and the steps before. A CPU takes a
@@ -14,7 +14,8 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
-#include "../math/scalar_math.h"
+#include "../math/math.h"
+#include "names.h"
 #include "rows.h"
 
 namespace fastloss {
@@ -53,7 +54,7 @@ struct ElementArgs {
   void* dx[kMaxInputs];     // [n] gradients; null where not wanted
   bool past_cache;          // CPU: outputs are too large for the caches, write around them
   bool skip_unit_upstream;  // do nothing if upstream is 1
-  double options[kMaxOptions];
+  double hparams[kMaxHparams];
 };
 
 // A tensor without gaps, to be multiplied by one number of its accumulation type.

@@ -3,12 +3,13 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
+#include "names.h"
 
 namespace fastloss {
 
-// Where the rows of a tensor lie, in elements: row r starts at (r / inner) * outer_stride + (r % inner) *
-// inner_stride and its classes are class_stride apart. [N, C] has inner = 1; [N, C, d1, ...] has inner = d1 *
-// ...
+// Where the rows of a tensor lie, in elements: row r starts at
+//   (r / inner) * outer_stride + (r % inner) * inner_stride
+// and its classes are class_stride apart. [N, C] has inner = 1; [N, C, d1, ...] has inner = d1 * ...
 struct RowLayout {
   int64_t inner = 1, outer_stride = 0, inner_stride = 0, class_stride = 1;
 #if defined(__CUDACC__)
@@ -25,7 +26,6 @@ enum class RowPass : int {
   backward           // the gradient from the saved statistics
 };
 
-inline constexpr int kMaxOptions = 10;
 // On a GPU one block adds up at most kRowsOfBlock rows; of more, several leave at most kRowPartials sums.
 inline constexpr int64_t kRowsOfBlock = 4096, kRowPartials = 256;
 
@@ -65,7 +65,7 @@ struct RowArgs {
   const void* number_worst;        // one number of it
   const int64_t* number_position;  // [rows]: the label's among number_ids
   const void* number_weight;       // [rows] in the accumulation type, 0 for no number
-  double options[kMaxOptions];     // the loss's own, in the order of its struct
+  double hparams[kMaxHparams];     // the loss's own, see drivers/names.h
 };
 
 }  // namespace fastloss

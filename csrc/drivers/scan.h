@@ -3,7 +3,8 @@
 #include <cstdint>
 
 #include "../math/dtype.h"
-#include "../math/scalar_math.h"
+#include "../math/math.h"
+#include "names.h"
 
 namespace fastloss {
 
@@ -20,7 +21,7 @@ struct ScanArgs {
   const void* grad[kScanGrads];                  // backward: of the outputs, null where there is none
   void* out[kScanOutputs];                       // outputs of the pass, null where unwanted
   void* initial_grad;                            // backward: [rows], or null
-  double options[4];
+  double hparams[kMaxHparams];
 };
 
 }  // namespace fastloss

@@ -20,14 +20,18 @@ struct CrossEntropy : RowLossDefaults {
   static constexpr bool kSoftcap = kTargets == kSoft, kSideStreams = kTargets == kSoft;
   static constexpr bool kProportional = kTargets == kHard;
   static constexpr int kSaved = kTargets == kSoft ? 2 : 1;
+  FL_HPARAMS(label_smoothing, z_loss);
   R smoothing, z_loss, per_class;  // per_class = smoothing / n
 
   static int variant(const RowArgs& a) {
-    if (a.q || a.softcap > 0 || (a.class_weight && a.options[0] != 0)) return kSoft;
-    return a.options[0] != 0 ? kSmooth : kHard;
+    const bool smooth = a.hparams[H::label_smoothing] != 0;
+    if (a.q || a.softcap > 0 || (a.class_weight && smooth)) return kSoft;
+    return smooth ? kSmooth : kHard;
   }
-  FL_FN CrossEntropy(const double* options, int64_t n)
-      : smoothing(R(options[0])), z_loss(R(options[1])), per_class(R(options[0] / double(n))) {}
+  FL_FN CrossEntropy(const double* hparams, int64_t n)
+      : smoothing(R(hparams[H::label_smoothing])),
+        z_loss(R(hparams[H::z_loss])),
+        per_class(R(hparams[H::label_smoothing] / double(n))) {}
 
   template <class F>
   struct SmoothSums {
@@ -52,12 +56,12 @@ struct CrossEntropy : RowLossDefaults {
   using Sums = std::conditional_t<kTargets == kHard, NoSums,
                                   std::conditional_t<kTargets == kSmooth, SmoothSums<F>, SoftSums<F>>>;
 
-  FL_FN R finish(RowState<R>& row, const Sums<R>& sums, R others, R e, const Target<R>& t) const {
+  FL_FN R project(RowState<R>& row, const Sums<R>& sums, R others, R e, const Target<R>& t) const {
     R loss = 0;
     if (t.hard) {
-      const TargetShare<R> share = target_share(others, e, t.d, row.log_sum);
-      loss = (1 - smoothing) * t.weight * share.nll;
-      row.saved[0] = share.rest;
+      const TargetProb<R> target = target_prob(others, e, t.d, row.log_sum);
+      loss = (1 - smoothing) * t.weight * target.nll;
+      row.saved[0] = target.one_minus_p;
     }
     if constexpr (kTargets == kSmooth) loss += per_class * (sums.count * row.log_sum - sums.d);
     if constexpr (kTargets == kSoft) {
@@ -68,38 +72,38 @@ struct CrossEntropy : RowLossDefaults {
     return loss + t.weight * z_loss * lse * lse;
   }
 
-  struct Coef {
-    R p, y, hard;    // d/dz_j = p softmax_j - y w_j (...) - hard [j is the target]
-    R beside, rest;  // p without the hard target's share; 1 - softmax of the target
+  struct GradCoef {
+    R p, y, hard;               // d/dz_j = p softmax_j - y w_j (...) - hard [j is the target]
+    R dense_coef, one_minus_p;  // p without the hard target's share; 1 - softmax of the target
   };
-  FL_FN Coef coef(const RowState<R>& row, const Target<R>& t, R g) const {
-    Coef c{};
+  FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>& t, R g) const {
+    GradCoef c{};
     c.hard = t.hard ? g * t.weight * (1 - smoothing) : 0;
-    c.rest = t.hard ? row.saved[0] : 0;
-    c.beside = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
+    c.one_minus_p = t.hard ? row.saved[0] : 0;
+    c.dense_coef = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
     if constexpr (kTargets == kSmooth) {
-      c.beside += product(g, smoothing);
+      c.dense_coef += product(g, smoothing);
       c.y = product(g, per_class);
     }
     if constexpr (kTargets == kSoft) {
-      c.beside += product(g, row.saved[1]);
+      c.dense_coef += product(g, row.saved[1]);
       c.y = g;
     }
-    c.p = c.hard + c.beside;
+    c.p = c.hard + c.dense_coef;
     return c;
   }
   template <class F>
-  FL_FN F grad(F p, F, F w, F q, const Coef& c) const {
+  FL_FN F grad(F p, F, F w, F q, const GradCoef& c) const {
     if constexpr (kTargets == kHard) return p * c.p;
     if constexpr (kTargets == kSmooth) return alone(p, fill<F>(c.p)) - c.y;
     const F y = alone(w, alone(fill<F>(1 - smoothing), q) + per_class);
     return alone(p, fill<F>(c.p)) - alone(fill<F>(c.y), y);
   }
-  FL_FN R target(R p, R, R w, const Coef& c) const {
+  FL_FN R grad_at_target(R p, R, R w, const GradCoef& c) const {
     R dense = 0;
     if constexpr (kTargets == kSmooth) dense = c.y;
     if constexpr (kTargets == kSoft) dense = product(c.y, w * per_class);
-    return (alone(c.beside, p) - dense) - alone(c.hard, c.rest);  // of one class: exactly 0
+    return (alone(c.dense_coef, p) - dense) - alone(c.hard, c.one_minus_p);  // of one class: exactly 0
   }
 };
 
@@ -109,14 +113,17 @@ struct CrossEntropyNumbers : CrossEntropy<R, kHard> {
   using Base = CrossEntropy<R, kHard>;
   static constexpr int kVariants = 1;
   static constexpr bool kNumbers = true;
+  FL_HPARAMS(label_smoothing, z_loss, squared, reweigh);
+  static_assert(H::label_smoothing == int(Base::H::label_smoothing) && H::z_loss == int(Base::H::z_loss));
   NumberTokens<R> numbers;
 
   static int variant(const RowArgs&) { return 0; }
-  FL_FN CrossEntropyNumbers(const double* options, int64_t n) : Base(options, n), numbers(options) {}
+  FL_FN CrossEntropyNumbers(const double* hparams, int64_t n)
+      : Base(hparams, n), numbers(hparams[H::squared] != 0, hparams[H::reweigh] != 0) {}
 
-  static FL_FN void add(typename Base::Coef& c, R beside) {
-    c.beside += beside;
-    c.p += beside;
+  static FL_FN void add(typename Base::GradCoef& c, R more) {
+    c.dense_coef += more;
+    c.p += more;
   }
 };
 
@@ -127,45 +134,45 @@ template <class R, int>
 struct Focal : RowLossDefaults {
   static constexpr int kSaved = 2;
   static constexpr bool kNormCountsRows = true, kProportional = true;
+  FL_HPARAMS(gamma);
   R gamma;
 
   static int variant(const RowArgs&) { return 0; }
-  FL_FN Focal(const double* options, int64_t) : gamma(R(options[0])) {}
+  FL_FN Focal(const double* hparams, int64_t) : gamma(R(hparams[H::gamma])) {}
 
   template <class>
   using Sums = NoSums;
-  FL_FN R power(R rest) const {
+  FL_FN R power(R one_minus_p) const {
     if (gamma == 0) return 1;
-    if (gamma == 0.5) return sqrt(rest);
-    if (gamma == 1) return rest;
-    if (gamma == 2) return rest * rest;
-    return pow(rest, gamma);
+    if (gamma == 0.5) return sqrt(one_minus_p);
+    if (gamma == 1) return one_minus_p;
+    if (gamma == 2) return one_minus_p * one_minus_p;
+    return pow(one_minus_p, gamma);
   }
-  FL_FN R finish(RowState<R>& row, const NoSums&, R others, R e, const Target<R>& t) const {
-    const TargetShare<R> share = target_share(others, e, t.d, row.log_sum);
-    const R p = e / (others + e), factor = power(share.rest);
-    const R ratio = share.rest == 0 ? 1 : share.nll / share.rest;
+  FL_FN R project(RowState<R>& row, const NoSums&, R others, R e, const Target<R>& t) const {
+    const TargetProb<R> target = target_prob(others, e, t.d, row.log_sum);
+    const R p = e / (others + e), factor = power(target.one_minus_p);
+    const R ratio = target.one_minus_p == 0 ? 1 : target.nll / target.one_minus_p;
     row.saved[0] = t.weight * factor * (p == 0 ? 1 : 1 + gamma * p * ratio);
-    row.saved[1] = share.rest;
-    return t.weight * factor * share.nll;
+    row.saved[1] = target.one_minus_p;
+    return t.weight * factor * target.nll;
   }
-  struct Coef {
-    R p, rest;
+  struct GradCoef {
+    R p, one_minus_p;
   };
-  FL_FN Coef coef(const RowState<R>& row, const Target<R>&, R g) const {
+  FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>&, R g) const {
     return {g * row.saved[0], row.saved[1]};
   }
   template <class F>
-  FL_FN F grad(F p, F, F, F, const Coef& c) const {
+  FL_FN F grad(F p, F, F, F, const GradCoef& c) const {
     return p * c.p;
   }
-  FL_FN R target(R, R, R, const Coef& c) const { return -c.p * c.rest; }
+  FL_FN R grad_at_target(R, R, R, const GradCoef& c) const { return -c.p * c.one_minus_p; }
 };
 
 }  // namespace fastloss::inline FL_ISA
 
-// The token losses: name of the operator and struct. A new loss is its struct, its line here and its Python
-// function.
+// The token losses: name of the operator and struct. A new loss is a struct, a line here, a Python function.
 #define FASTLOSS_TOKEN_LOSSES(X) \
   X(cross_entropy, CrossEntropy) \
   X(softmax_focal_loss, Focal)

@@ -9,7 +9,7 @@
 // two sweeps over a row in cache, and a third for the gradients.
 #pragma once
 #include "../drivers/rows.h"
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss {
 
@@ -34,10 +34,14 @@ enum DivergenceKind { kForward, kReverse, kMixture };
 
 template <class R, int kKind>
 struct LogitDivergence {
+  FL_HPARAMS(beta, odds, log_p, log_q);
   R beta, odds, log_p, log_q;  // (1 - beta) / beta, log beta, log(1 - beta)
 
-  FL_FN explicit LogitDivergence(const double* options)
-      : beta(R(options[0])), odds(R(options[1])), log_p(R(options[2])), log_q(R(options[3])) {}
+  FL_FN explicit LogitDivergence(const double* hparams)
+      : beta(R(hparams[H::beta])),
+        odds(R(hparams[H::odds])),
+        log_p(R(hparams[H::log_p])),
+        log_q(R(hparams[H::log_q])) {}
 
   template <class F>
   struct Shares {

@@ -1,7 +1,7 @@
 // Pointwise losses: of a prediction and a target, element by element. The protocol is in drivers/elements.h.
 #pragma once
 #include "../drivers/elements.h"
-#include "../math/logit.h"
+#include "../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -38,18 +38,19 @@ struct SigmoidFocal : OfLogit {
   static constexpr int kInputs = 2, kVariants = 5;
   static constexpr unsigned kWrt = 0b11;
   static constexpr bool kLogSum = false;
+  FL_HPARAMS(alpha, gamma);
   R of_one, of_zero, gamma;
 
-  static int variant(const double* options) {
+  static int variant(const double* hparams) {
     const double special[] = {0, 0.5, 1, 2};
     for (int i = 0; i < 4; ++i)
-      if (options[1] == special[i]) return i;
+      if (hparams[H::gamma] == special[i]) return i;
     return 4;
   }
-  FL_FN explicit SigmoidFocal(const double* options)
-      : of_one(options[0] < 0 ? R(1) : R(options[0])),
-        of_zero(options[0] < 0 ? R(1) : R(1 - options[0])),
-        gamma(R(options[1])) {}
+  FL_FN explicit SigmoidFocal(const double* hparams)
+      : of_one(hparams[H::alpha] < 0 ? R(1) : R(hparams[H::alpha])),
+        of_zero(hparams[H::alpha] < 0 ? R(1) : R(1 - hparams[H::alpha])),
+        gamma(R(hparams[H::gamma])) {}
 
   template <class F>
   FL_FN F operator()(const F* v, const F* t, F* d) const {
@@ -88,6 +89,7 @@ struct Regression {
   static constexpr int kInputs = 2, kVariants = 1;
   static constexpr unsigned kWrt = 0b11;
   static constexpr bool kLogSum = false;
+  FL_HPARAMS();
   static int variant(const double*) { return 0; }
 };
 
@@ -118,8 +120,9 @@ struct AbsoluteError : Regression {
 // e^2 / (2 beta) below beta, |e| - beta / 2 above.
 template <class R, int>
 struct SmoothAbsoluteError : Regression {
+  FL_HPARAMS(beta);
   R beta;
-  FL_FN explicit SmoothAbsoluteError(const double* options) : beta(R(options[0])) {}
+  FL_FN explicit SmoothAbsoluteError(const double* hparams) : beta(R(hparams[H::beta])) {}
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
     const F e = v[0] - v[1], size = abs(e);
@@ -133,8 +136,9 @@ struct SmoothAbsoluteError : Regression {
 // e^2 / 2 up to delta, delta (|e| - delta / 2) above.
 template <class R, int>
 struct Huber : Regression {
+  FL_HPARAMS(delta);
   R delta;
-  FL_FN explicit Huber(const double* options) : delta(R(options[0])) {}
+  FL_FN explicit Huber(const double* hparams) : delta(R(hparams[H::delta])) {}
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
     const F e = v[0] - v[1], size = abs(e);
@@ -213,7 +217,8 @@ struct Hinge : Regression {
 template <class R, int kLogTarget>
 struct KLDivergence : Regression {
   static constexpr int kVariants = 2;
-  static int variant(const double* options) { return options[0] != 0; }
+  FL_HPARAMS(log_target);
+  static int variant(const double* hparams) { return hparams[H::log_target] != 0; }
   FL_FN explicit KLDivergence(const double*) {}
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
@@ -239,3 +244,7 @@ struct KLDivergence : Regression {
   X(weighted_binary_cross_entropy_with_logits, WeightedBinaryCrossEntropyWithLogits) \
   X(hinge_loss, Hinge)                                                               \
   X(kl_div, KLDivergence)
+
+// All losses of the elements driver: whoever asks for them includes preference.h and policy.h too.
+#define FASTLOSS_ELEMENT_LOSSES(X) \
+  FASTLOSS_POINTWISE_LOSSES(X) FASTLOSS_PREFERENCE_LOSSES(X) FASTLOSS_POLICY_LOSSES(X)

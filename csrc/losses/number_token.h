@@ -1,12 +1,13 @@
 // What a row adds to its cross-entropy where its label is a number: a loss of the numbers that it predicts.
 //
 // The number tokens have a softmax q of their own. With a table of how far token k is from token i, the
-// label's, S = sum_k q_k table_ik; the term is S, with |v_k - v_i| the Wasserstein distance, or S^2, with v_k
-// - v_i the squared error; reweighed by the mass m that number tokens have among all, it is S m + worst (1 -
-// m). All it needs beyond the row's statistics are the logits of the number tokens, while the row is in
-// cache.
+// label's, and S = sum_k q_k table_ik, the term is
+//   S                        the Wasserstein distance, of a table |v_k - v_i|
+//   S^2                      the squared error, of a table v_k - v_i
+//   loss m + worst (1 - m)   either of them, reweighed by the mass m that number tokens have among all
+// All it needs beyond the row's statistics are the logits of the number tokens, while the row is in cache.
 #pragma once
-#include "../math/scalar_math.h"
+#include "../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -22,7 +23,7 @@ template <class R>
 struct NumberTokens {
   bool squared, reweigh;
 
-  FL_FN explicit NumberTokens(const double* options) : squared(options[2] != 0), reweigh(options[3] != 0) {}
+  FL_FN NumberTokens(bool squared_, bool reweigh_) : squared(squared_), reweigh(reweigh_) {}
 
   FL_FN NumberTerm<R> term(R weight, R worst, R mean, R top, R total, R row_max, R row_log_sum) const {
     const R loss = squared ? mean * mean : mean, slope = squared ? 2 * mean : R(1);

@@ -4,8 +4,8 @@
 
 namespace fastloss::inline FL_ISA {
 
-enum class Policy : int { clip, cispo, sapo, gradient, dro, geometric, bounded_change, bounded_kl };
-enum class Kl : int { none, k1, k2, k3, absolute, k1_straight, k3_straight };
+FL_ENUM(Policy, clip, cispo, sapo, gradient, dro, geometric, bounded_change, bounded_kl)
+FL_ENUM(Kl, none, k1, k2, k3, absolute, k1_straight, k3_straight)
 
 // Inputs: log-probabilities l, those of the policy that drew the tokens, advantages A, log-probabilities of
 // the reference model, and entropies. With the ratio rho = exp(l - old):
@@ -23,21 +23,23 @@ struct PolicyGradient {
   static constexpr int kInputs = 5, kVariants = 1;
   static constexpr unsigned kWrt = 0b10001;
   static constexpr bool kLogSum = false;
+  FL_HPARAMS(type, low, high, dual, two_sided, kl_coef, kl_type, top, entropy_coef);
+  static constexpr Choice kChoices[] = {{H::type, names_of(Policy{})}, {H::kl_type, names_of(Kl{})}};
   Policy type;
   Kl kl_type;
   R low, high, dual, two_sided, kl, top, entropy;  // top: bound of the ratio's exponent, both ways
 
   static int variant(const double*) { return 0; }
-  FL_FN explicit PolicyGradient(const double* o)
-      : type(static_cast<Policy>(int(o[0]))),
-        kl_type(static_cast<Kl>(int(o[6]))),
-        low(R(o[1])),
-        high(R(o[2])),
-        dual(R(o[3])),
-        two_sided(R(o[4])),
-        kl(R(o[5])),
-        top(R(o[7])),
-        entropy(R(o[8])) {}
+  FL_FN explicit PolicyGradient(const double* hparams)
+      : type(static_cast<Policy>(int(hparams[H::type]))),
+        kl_type(static_cast<Kl>(int(hparams[H::kl_type]))),
+        low(R(hparams[H::low])),
+        high(R(hparams[H::high])),
+        dual(R(hparams[H::dual])),
+        two_sided(R(hparams[H::two_sided])),
+        kl(R(hparams[H::kl_coef])),
+        top(R(hparams[H::top])),
+        entropy(R(hparams[H::entropy_coef])) {}
 
   // Whether the probability of a token has moved too far, the way of A, from what it was drawn with.
   template <class F>
@@ -54,7 +56,7 @@ struct PolicyGradient {
     const F l = v[0], a = v[2], zero{}, raw = l - v[1];
     const F x = min(zero + top, max(zero - top, raw));
     const F rho = exp(x), slope = select((raw < -top) | (raw > top), zero, rho);  // of rho by l
-    F value, by_l;
+    F value{}, by_l{};
     switch (type) {
       case Policy::clip: {
         const F free = -a * min(zero + two_sided, rho),
@@ -91,13 +93,13 @@ struct PolicyGradient {
         by_l = select(beyond(l, v[1], a), zero, -a * min(zero + two_sided, rho));
         value = by_l * l;
         break;
-      default:
+      case Policy::dro:
         by_l = low * raw - a;
         value = R(0.5) * low * (raw * raw) - a * l;
     }
     if (kl_type != Kl::none) {
       const F y = v[3] - l, square = R(0.5) * (y * y);
-      F k, by;
+      F k{}, by{};
       switch (kl_type) {
         case Kl::k1:
         case Kl::k1_straight:
@@ -109,10 +111,14 @@ struct PolicyGradient {
         case Kl::absolute:
           k = abs(y), by = select(y > 0, zero - 1, select(y < 0, zero + 1, zero));
           break;
-        default: {
+        case Kl::k3:
+        case Kl::k3_straight: {
           const F e = expm1(y);
           k = e - y, by = kl_type == Kl::k3 ? -e : -y;
+          break;
         }
+        case Kl::none:
+          break;
       }
       value += kl * k;
       by_l += kl * by;
@@ -129,10 +135,11 @@ struct ClippedValue {
   static constexpr int kInputs = 3, kVariants = 1;
   static constexpr unsigned kWrt = 0b001;
   static constexpr bool kLogSum = false;
+  FL_HPARAMS(clip_range);
   R range;
 
   static int variant(const double*) { return 0; }
-  FL_FN explicit ClippedValue(const double* o) : range(R(o[0])) {}
+  FL_FN explicit ClippedValue(const double* hparams) : range(R(hparams[H::clip_range])) {}
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {

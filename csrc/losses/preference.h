@@ -24,21 +24,9 @@ FL_FN PairLoss<F> hinge_pair(F u) {
   return {select(inside, rest, F{}), select(inside, F{} - 1, F{})};
 }
 
-enum class Dpo : int {
-  sigmoid,
-  hinge,
-  ipo,
-  exo_pair,
-  nca_pair,
-  robust,
-  bco_pair,
-  sppo_hard,
-  apo_zero,
-  apo_down,
-  discopop,
-  sft
-};
-enum class Divergence : int { reverse_kl, forward_kl, js, alpha };
+FL_ENUM(Dpo, sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down,
+        discopop, sft)
+FL_ENUM(Divergence, reverse_kl, forward_kl, js, alpha)
 
 // Inputs: log-probabilities of the chosen and the rejected answer, then the same of the reference model. With
 // the log-ratios c and r, each through the map of a divergence, and D = c - r.
@@ -47,19 +35,21 @@ struct DirectPreference {
   static constexpr int kInputs = 4, kVariants = 1;
   static constexpr unsigned kWrt = 0b1111;
   static constexpr bool kLogSum = false;
+  FL_HPARAMS(type, beta, label_smoothing, divergence, alpha, tau, top);
+  static constexpr Choice kChoices[] = {{H::type, names_of(Dpo{})}, {H::divergence, names_of(Divergence{})}};
   Dpo type;
   Divergence divergence;
   R beta, smoothing, alpha, tau, top;  // top: bound of a divergence's exponent
 
   static int variant(const double*) { return 0; }
-  FL_FN explicit DirectPreference(const double* o)
-      : type(static_cast<Dpo>(int(o[0]))),
-        divergence(static_cast<Divergence>(int(o[3]))),
-        beta(R(o[1])),
-        smoothing(R(o[2])),
-        alpha(R(o[4])),
-        tau(R(o[5])),
-        top(R(o[6])) {}
+  FL_FN explicit DirectPreference(const double* hparams)
+      : type(static_cast<Dpo>(int(hparams[H::type]))),
+        divergence(static_cast<Divergence>(int(hparams[H::divergence]))),
+        beta(R(hparams[H::beta])),
+        smoothing(R(hparams[H::label_smoothing])),
+        alpha(R(hparams[H::alpha])),
+        tau(R(hparams[H::tau])),
+        top(R(hparams[H::top])) {}
 
   // What takes the place of a log-ratio, and its derivative.
   template <class F>
@@ -73,15 +63,16 @@ struct DirectPreference {
         slope = s.q;
         return R(0.6931471805599453) - (s.l + max(-x, F{}));
       }
-      default: {
-        const R rate = divergence == Divergence::forward_kl ? R(-1) : alpha - 1;
-        const F exponent = x * rate;
-        const auto inside = exponent <= top;
-        const F bounded = select(inside, exponent, F{} + top);
-        slope = select(inside, exp(bounded), F{});
-        return expm1(bounded) / rate;
-      }
+      case Divergence::forward_kl:
+      case Divergence::alpha:
+        break;
     }
+    const R rate = divergence == Divergence::forward_kl ? R(-1) : alpha - 1;
+    const F exponent = x * rate;
+    const auto inside = exponent <= top;
+    const F bounded = select(inside, exponent, F{} + top);
+    slope = select(inside, exp(bounded), F{});
+    return expm1(bounded) / rate;
   }
 
   template <class F>
@@ -172,18 +163,22 @@ struct DirectPreference {
   }
 };
 
-// KTO: inputs are log-probabilities, those of the reference model, 1 where the answer is desirable (else 0),
-// and the reference point z: w sigmoid(-s beta (log-ratio - z)) with s = 1 and its weight, or s = -1 and the
-// other.
+// KTO: w sigmoid(-s beta (log-ratio - z)), with s = 1 and its weight w where the answer is desirable, else
+// s = -1 and the other weight. Inputs are log-probabilities, those of the reference model, 1 where the answer
+// is desirable (else 0), and the reference point z.
 template <class R, int>
 struct Kto {
   static constexpr int kInputs = 4, kVariants = 1;
   static constexpr unsigned kWrt = 0b0011;
   static constexpr bool kLogSum = false;
+  FL_HPARAMS(beta, desirable_weight, undesirable_weight);
   R beta, desirable, undesirable;
 
   static int variant(const double*) { return 0; }
-  FL_FN explicit Kto(const double* o) : beta(R(o[0])), desirable(R(o[1])), undesirable(R(o[2])) {}
+  FL_FN explicit Kto(const double* hparams)
+      : beta(R(hparams[H::beta])),
+        desirable(R(hparams[H::desirable_weight])),
+        undesirable(R(hparams[H::undesirable_weight])) {}
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
@@ -197,6 +192,8 @@ struct Kto {
   }
 };
 
+FL_ENUM(PairwiseType, sigmoid, hinge, ipo)
+
 // Without a reference model: inputs are (mean) log-probabilities of chosen and rejected, and the chosen
 // answer's negative log-likelihood. With alpha the log-probability l becomes (1 - e^(-alpha l)) / alpha.
 template <class R, int>
@@ -204,17 +201,19 @@ struct ReferenceFree {
   static constexpr int kInputs = 3, kVariants = 1;
   static constexpr unsigned kWrt = 0b111;
   static constexpr bool kLogSum = false;
-  Dpo type;
+  FL_HPARAMS(type, beta, margin, label_smoothing, nll_weight, alpha);
+  static constexpr Choice kChoices[] = {{H::type, names_of(PairwiseType{})}};
+  PairwiseType type;
   R beta, margin, smoothing, nll, alpha;
 
   static int variant(const double*) { return 0; }
-  FL_FN explicit ReferenceFree(const double* o)
-      : type(static_cast<Dpo>(int(o[0]))),
-        beta(R(o[1])),
-        margin(R(o[2])),
-        smoothing(R(o[3])),
-        nll(R(o[4])),
-        alpha(R(o[5])) {}
+  FL_FN explicit ReferenceFree(const double* hparams)
+      : type(static_cast<PairwiseType>(int(hparams[H::type]))),
+        beta(R(hparams[H::beta])),
+        margin(R(hparams[H::margin])),
+        smoothing(R(hparams[H::label_smoothing])),
+        nll(R(hparams[H::nll_weight])),
+        alpha(R(hparams[H::alpha])) {}
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
@@ -224,12 +223,12 @@ struct ReferenceFree {
       c = -expm1(-alpha * c) / alpha, r = -expm1(-alpha * r) / alpha;
     }
     F value, slope;
-    if (type == Dpo::ipo) {
+    if (type == PairwiseType::ipo) {
       const F e = (c - r) - 1 / (2 * beta);
       value = e * e, slope = 2 * e;
     } else {
       const F u = beta * (c - r) - margin;
-      const PairLoss<F> p = type == Dpo::hinge ? hinge_pair(u) : smooth_pair(u, smoothing);
+      const PairLoss<F> p = type == PairwiseType::hinge ? hinge_pair(u) : smooth_pair(u, smoothing);
       value = p.value, slope = beta * p.slope;
     }
     d[0] = slope * slope_c;
@@ -247,10 +246,12 @@ struct OddsRatio {
   static constexpr int kInputs = 3, kVariants = 1;
   static constexpr unsigned kWrt = 0b111;
   static constexpr bool kLogSum = false;
+  FL_HPARAMS(beta, nll_from_logps);
   R beta, own;
 
   static int variant(const double*) { return 0; }
-  FL_FN explicit OddsRatio(const double* o) : beta(R(o[0])), own(R(o[1])) {}
+  FL_FN explicit OddsRatio(const double* hparams)
+      : beta(R(hparams[H::beta])), own(R(hparams[H::nll_from_logps])) {}
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
@@ -275,10 +276,12 @@ struct BradleyTerry {
   static constexpr int kInputs = 3, kVariants = 1;
   static constexpr unsigned kWrt = 0b111;
   static constexpr bool kLogSum = false;
+  FL_HPARAMS(label_smoothing, center_coefficient);
   R smoothing, center;
 
   static int variant(const double*) { return 0; }
-  FL_FN explicit BradleyTerry(const double* o) : smoothing(R(o[0])), center(R(o[1])) {}
+  FL_FN explicit BradleyTerry(const double* hparams)
+      : smoothing(R(hparams[H::label_smoothing])), center(R(hparams[H::center_coefficient])) {}
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {

@@ -14,11 +14,14 @@ template <class R>
 struct Gae {
   static constexpr int kInputs = 3, kOutputs = 2, kGradients = 3;  // r, V, V next -> A, A + V
   static constexpr bool kBackward = true;
+  FL_HPARAMS(gamma, lam);
   R gamma, trace;
   bool next;  // V next is given, instead of V one step later
 
   FL_FN explicit Gae(const ScanArgs& a)
-      : gamma(R(a.options[0])), trace(R(a.options[0] * a.options[1])), next(a.in[2] != nullptr) {}
+      : gamma(R(a.hparams[H::gamma])),
+        trace(R(a.hparams[H::gamma] * a.hparams[H::lam])),
+        next(a.in[2] != nullptr) {}
 
   template <class F>
   FL_FN F discount(const ScanStep<F>& x) const {
@@ -73,10 +76,15 @@ template <class R>
 struct VTrace {
   static constexpr int kInputs = 4, kOutputs = 2, kGradients = 0;  // r, V, V next, log rho -> v, advantage
   static constexpr bool kBackward = false;
+  FL_HPARAMS(gamma, lam, clip_rho_threshold, clip_pg_rho_threshold);
+  static_assert(H::gamma == int(Gae<R>::H::gamma) && H::lam == int(Gae<R>::H::lam));
   Gae<R> gae;
   R rho_max, pg_max;
 
-  FL_FN explicit VTrace(const ScanArgs& a) : gae(a), rho_max(R(a.options[2])), pg_max(R(a.options[3])) {}
+  FL_FN explicit VTrace(const ScanArgs& a)
+      : gae(a),
+        rho_max(R(a.hparams[H::clip_rho_threshold])),
+        pg_max(R(a.hparams[H::clip_pg_rho_threshold])) {}
 
   template <class F>
   FL_FN AffineStep<F> step(const ScanStep<F>& x) const {

@@ -6,8 +6,35 @@
 //
 // `row` gives F reward(j), rank(j), normalizer(j): an item of one row, or on the CPU of several rows at once.
 #pragma once
+#include <cstdint>
+
+#include "../drivers/names.h"
+#include "../math/dtype.h"
+#include "../math/math.h"
 #include "elementwise.h"
-#include "reward_model_args.h"
+
+namespace fastloss {
+
+FL_ENUM(Ranking, bradley_terry, plackett_luce)
+
+// What a kernel of rankings is told, on CPU and CUDA alike. Plain data: no torch.
+struct RankingArgs {
+  Ranking kind;
+  bool backward;
+  DType dtype;      // of rewards and their gradient
+  int64_t rows, n;  // [rows, n], contiguous
+  const void* rewards;
+  const void* ranks;     // in the accumulation type; NaN: not ranked
+  void *loss, *pairs;    // [rows] in the accumulation type: forward's results
+  void* state;           // [rows, state_width] in it: what backward needs
+  const void* upstream;  // backward: [rows] in it
+  void* gradient;        // backward: [rows, n]
+
+  // The number of pairs of a row, and before it for plackett_luce what each item gave.
+  FL_FN int64_t state_width() const { return kind == Ranking::plackett_luce ? n + 1 : 1; }
+};
+
+}  // namespace fastloss
 
 namespace fastloss::inline FL_ISA {
 

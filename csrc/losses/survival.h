@@ -3,7 +3,52 @@
 // to the first. After forward's, `value(p)` is the loss of the individual at place p; after back's,
 // `gradient(p)` its derivative. `Cohort` is one row of the arguments.
 #pragma once
-#include "survival_args.h"
+#include <cstdint>
+
+#include "../drivers/names.h"
+#include "../math/dtype.h"
+#include "../math/math.h"
+
+namespace fastloss {
+
+inline constexpr int kSurvivalItem = 5;  // words of an element of a scan, at most
+
+FL_ENUM(Survival, cox, dart)
+
+// What a kernel of survival losses is told, on CPU and CUDA alike. Plain data: no torch.
+//
+// Cohorts of n individuals each. `order` sorts a cohort; in that order, equals stand together and bear the
+// same number in `group`, and so do the members of a stratum. Whatever the type of `score`, sums over a
+// cohort, which may have millions of terms, are in float64.
+struct SurvivalArgs {
+  Survival kind;
+  bool backward;
+  bool efron;              // cox: how ties are handled
+  double alpha, beta;      // dart: weights of the mean squares
+  DType dtype;             // of score and gradient
+  int64_t rows, n;         // [rows, n], contiguous
+  const void* score;       // log hazard, or the prediction of log time
+  const double* log_time;  // dart
+  const uint8_t* events;
+  const int64_t *order, *group, *stratum;  // by place in the order; stratum or null: one
+  double* state;                           // [rows, n, state_width] by place: of forward, for backward
+  double *loss, *total;                    // forward: [rows, n] or null, and their sum or null
+  const double* upstream;                  // backward: [rows, n], or one number
+  bool each;                               // upstream is one for each
+  double* slope;                           // backward: [rows, n, 2], scratch; a row's on the CPU
+  void* gradient;                          // backward: [rows, n]
+  double *partial, *items;                 // scratch, see survival_tiles
+
+  // How many numbers of each individual backward needs.
+  FL_FN int64_t state_width() const { return kind == Survival::dart ? 1 : (efron ? 4 : 2); }
+};
+
+// A GPU takes a cohort in tiles: `partial` has one number for each, `items` kSurvivalItem.
+inline constexpr int kSurvivalThreads = 256, kSurvivalSteps = 8;
+inline constexpr int64_t kSurvivalTile = kSurvivalThreads * kSurvivalSteps;
+FL_FN int64_t survival_tiles(const SurvivalArgs& a) { return (a.n + kSurvivalTile - 1) / kSurvivalTile; }
+
+}  // namespace fastloss
 
 namespace fastloss::inline FL_ISA {
 
@@ -15,7 +60,7 @@ struct Cohort {
   FL_FN int64_t individual(int64_t p) const { return base + a.order[base + p]; }
   FL_FN bool event(int64_t p) const { return a.events[individual(p)] != 0; }
   FL_FN double upstream(int64_t p) const { return a.upstream[a.each ? individual(p) : 0]; }
-  FL_FN double* state(int64_t p) const { return a.state + (base + p) * state_width(a); }
+  FL_FN double* state(int64_t p) const { return a.state + (base + p) * a.state_width(); }
   FL_FN double* slope(int64_t p) const { return a.slope + (base + p) * 2; }
   FL_FN bool same_group(int64_t p, int64_t q) const { return a.group[base + p] == a.group[base + q]; }
   FL_FN bool same_stratum(int64_t p, int64_t q) const {

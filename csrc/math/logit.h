@@ -1,10 +1,7 @@
 // What losses of a logit need of e = e^-|x|, in [0, 1]: two units in the last place at most. On the GPU
 // without the branches that larger or smaller numbers would need.
 #pragma once
-#include "scalar_math.h"
-#if defined(__CUDACC__) || defined(FL_DEVICE_MATH)
-#include "../cuda/ptx.cuh"
-#endif
+#include "math.h"
 
 namespace fastloss::inline FL_ISA {
 

@@ -16,16 +16,21 @@
 #define FL_NOINLINE __attribute__((noinline))
 
 // Everything that depends on the instruction set lives in an inline namespace named after it, so that the
-// copies compiled for different sets are different functions to the linker.
-#ifndef FL_ISA
+// copies compiled for different sets are different functions to the linker. FL_VECTORS: there is such a set.
+#if defined(FL_ISA)
+#define FL_VECTORS
+#else
 #define FL_ISA generic
 #endif
 
 namespace fastloss::inline FL_ISA {
 
+template <class R>
+inline constexpr R kLog2e = R(1.4426950408889634);
+
 FL_FN float exp(float x) {
 #if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
-  return cuda::exp2_approx(x * 1.4426950408889634f);  // 2 ulp + |x| * 2^-24, and x is at most 0 here
+  return cuda::exp2_approx(x * kLog2e<float>);  // 2 ulp + |x| * 2^-24, and x is at most 0 here
 #else
   return ::expf(x);
 #endif

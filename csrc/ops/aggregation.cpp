@@ -1,14 +1,11 @@
 // aggregate: losses [n] reduced to one number, see losses/aggregation.h. `state` is what backward needs.
-#include <optional>
 #include <tuple>
 
 #include "../cpu/kernels/aggregation.h"
-#include "device.h"
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 struct AggregateCall {
   AggregateArgs args{};
@@ -21,7 +18,7 @@ struct AggregateCall {
       : losses(contiguous_as(losses_, losses_.scalar_type())),
         accumulation(accumulation_type(dtype_of(losses_, "losses"))) {
     STD_TORCH_CHECK(losses.dim() == 1, "losses: expected one dimension");
-    args.kind = static_cast<Aggregate>(kind);
+    args.kind = enum_of<Aggregate>(kind, "kind");
     args.dtype = dtype_of(losses, "losses");
     args.n = losses.numel();
     args.losses = losses.const_data_ptr();
@@ -44,35 +41,24 @@ struct AggregateCall {
   int64_t cpu_parts() const { return (args.n + cpu::kAggregatePart - 1) / cpu::kAggregatePart; }
 
   void forward() {
-    const bool on_cuda = runs_on_cuda(losses);
-#if defined(FASTLOSS_HAS_CUDA)
-    args.partials = on_cuda ? cuda::aggregate_partials(args.n) : cpu_parts();
-#else
-    args.partials = cpu_parts();
-#endif
+    const bool gpu = on_cuda(losses);
+    args.partials = gpu ? call_cuda(FASTLOSS_CUDA_FUNCTION(aggregate_partials), args.n) : cpu_parts();
     const int64_t shape[] = {kMostSums + kMostTops, args.partials};
     const Tensor partial = empty(losses, shape, ScalarType::Double);
     args.partial = static_cast<double*>(partial.mutable_data_ptr());
-    void (*const launcher)(const AggregateArgs&, void*) = FASTLOSS_CUDA_KERNEL(aggregate);
-    if (on_cuda) return launch_on(losses, launcher, args);
-    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels();
+    if (gpu) return launch_on_cuda(losses, FASTLOSS_CUDA_FUNCTION(aggregate), args);
+    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels.best();
     for (int i = 0; i < args.passes; ++i) {
       const AggregatePass pass = args.plan[i];
-      each_part([&](int64_t begin, int64_t end) { kernels.sum(args, pass, begin, end); });
+      in_parallel(args.partials, 1, [&](int64_t begin, int64_t end) { kernels.sum(args, pass, begin, end); });
       kernels.finish(args, pass);
     }
   }
   void backward() {
-    void (*const launcher)(const AggregateArgs&, void*) = FASTLOSS_CUDA_KERNEL(aggregate_gradient);
-    if (runs_on_cuda(losses)) return launch_on(losses, launcher, args);
-    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels();
+    if (on_cuda(losses)) return launch_on_cuda(losses, FASTLOSS_CUDA_FUNCTION(aggregate_gradient), args);
+    const cpu::AggregateKernels& kernels = cpu::aggregate_kernels.best();
     if (args.n == 0) return kernels.gradient(args, 0, 0);
-    each_part([&](int64_t begin, int64_t end) { kernels.gradient(args, begin, end); });
-  }
-  template <class Body>
-  void each_part(Body body) const {
-    if (cpu_parts() <= 1) return body(0, cpu_parts());
-    torch::stable::parallel_for(0, cpu_parts(), 1, body);
+    in_parallel(cpu_parts(), 1, [&](int64_t begin, int64_t end) { kernels.gradient(args, begin, end); });
   }
 };
 
@@ -105,9 +91,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor losses, OptionalTensor t
   return {gradient, theta_gradient};
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def(
       "aggregate_fwd(Tensor losses, Tensor? theta, Tensor? weight, int kind, float number, float eta, float "
       "flood) -> (Tensor value, Tensor state)");
@@ -116,15 +100,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
       "float "
       "number, float eta, float flood) -> (Tensor dlosses, Tensor dtheta)");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("aggregate_fwd", TORCH_BOX(&forward));
   m.impl("aggregate_bwd", TORCH_BOX(&backward));
 }
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("aggregate_fwd", TORCH_BOX(&forward));
-  m.impl("aggregate_bwd", TORCH_BOX(&backward));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

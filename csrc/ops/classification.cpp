@@ -12,26 +12,25 @@ struct Ops {
   static std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, Tensor target, OptionalTensor weight,
                                                     OptionalTensor row_weight, int64_t ignore_index,
                                                     int64_t reduction, double logit_scale, double softcap,
-                                                    Options options, bool wide, bool with_gradient) {
+                                                    Hparams hparams, bool wide, bool with_gradient) {
     const RowPass pass = with_gradient ? RowPass::forward_gradient : RowPass::forward;
-    Call call(kLoss, pass, input, target, weight, logit_scale, softcap, options);
+    Call call(kLoss, pass, input, target, weight, logit_scale, softcap, hparams);
     RowArgs& a = call.args;
     a.ignore_index = ignore_index;
     if (row_weight) {
       STD_TORCH_CHECK(row_weight->numel() == a.rows, "sample_weight: expected ", a.rows, " numbers, got ",
                       row_weight->numel());
-      row_weight = as_type(*row_weight, call.accumulation);
+      row_weight = contiguous_as(*row_weight, call.accumulation);
       a.row_weight = row_weight->const_data_ptr();
     }
-    return forward_results(kLoss, call, reduction, wide);
+    return forward_results(kLoss, call, enum_of<Reduction>(reduction, "reduction"), wide);
   }
 
-  // Row weights are in the state already; they stand in the schema because backward takes all of forward's
-  // tensors.
+  // Row weights are in the state already; they are in the schema as are all of forward's tensors.
   static Tensor backward(Tensor grad, Tensor input, Tensor target, OptionalTensor weight,
                          OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap,
-                         Options options) {
-    Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, options);
+                         Hparams hparams) {
+    Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, hparams);
     const Tensor dx = empty_like_pooled(call.x);
     write_gradient(kLoss, call, grad, state, dx, false);
     return dx;
@@ -41,8 +40,8 @@ struct Ops {
   // do if it is 1), or the input's own memory.
   static void backward_into(Tensor grad, Tensor dx, Tensor input, Tensor target, OptionalTensor weight,
                             OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap,
-                            Options options, bool skip_unit) {
-    Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, options);
+                            Hparams hparams, bool skip_unit) {
+    Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, hparams);
     STD_TORCH_CHECK(
         row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
         "dx: expected a tensor like input with rows of one stride");
@@ -50,32 +49,28 @@ struct Ops {
   }
 };
 
-}  // namespace
-
 #define FASTLOSS_DEFINE(name, Loss)                                                                         \
   m.def(#name                                                                                               \
         "_fwd(Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index, "          \
-        "int reduction, float logit_scale, float softcap, float[] options, bool wide, bool with_gradient) " \
+        "int reduction, float logit_scale, float softcap, float[] hparams, bool wide, bool with_gradient) " \
         "-> (Tensor loss, Tensor state, Tensor dx)");                                                       \
   m.def(#name                                                                                               \
         "_bwd(Tensor grad, Tensor input, Tensor target, Tensor? weight, Tensor? row_weight, Tensor state, " \
-        "float logit_scale, float softcap, float[] options) -> Tensor");                                    \
+        "float logit_scale, float softcap, float[] hparams) -> Tensor");                                    \
   m.def(#name                                                                                               \
         "_bwd_into(Tensor grad, Tensor(a!) dx, Tensor input, Tensor target, Tensor? weight, "               \
-        "Tensor? row_weight, Tensor state, float logit_scale, float softcap, float[] options, bool "        \
+        "Tensor? row_weight, Tensor state, float logit_scale, float softcap, float[] hparams, bool "        \
         "skip_unit) -> ()");
 #define FASTLOSS_IMPLEMENT(name, Loss)                          \
   m.impl(#name "_fwd", TORCH_BOX(&Ops<name##_loss>::forward));  \
   m.impl(#name "_bwd", TORCH_BOX(&Ops<name##_loss>::backward)); \
   m.impl(#name "_bwd_into", TORCH_BOX(&Ops<name##_loss>::backward_into));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m){
-    FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)}
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
-}
-#endif
+void define(StableLibrary& m) { FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE) }
+void implement(StableLibrary& m) { FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT) }
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

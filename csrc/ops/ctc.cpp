@@ -1,14 +1,10 @@
 // ctc: the loss of each sequence of input [T, N, C] with targets [N, L], see losses/ctc.h. Saved are
 // the alphas and a number or two of each row.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
-#include "../losses/ctc_args.h"
-#include "device.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/ctc.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -45,7 +41,7 @@ struct AlignmentCall {
     a.targets = static_cast<const int64_t*>(targets.const_data_ptr());
     a.input_lengths = static_cast<const int64_t*>(input_lengths.const_data_ptr());
     a.target_lengths = static_cast<const int64_t*>(target_lengths.const_data_ptr());
-    if (!runs_on_cuda(input)) check();
+    if (!on_cuda(input)) check();
   }
   void check() const {
     for (int64_t n = 0; n < args.batch; ++n) {
@@ -66,14 +62,9 @@ struct AlignmentCall {
   }
   void run() const {
     if (args.batch == 0) return;
-    if (runs_on_cuda(input)) {
-      void (*const launcher)(const AlignmentArgs&, void*) = FASTLOSS_CUDA_KERNEL(alignment);
-      return launch_on(input, launcher, args);
-    }
-#if !defined(FL_SIMT)
-    const cpu::AlignmentKernel kernel = cpu::alignment_kernel();
-    torch::stable::parallel_for(0, args.batch, 1, [&](int64_t b, int64_t e) { kernel(args, b, e); });
-#endif
+    if (on_cuda(input)) return launch_on_cuda(input, FASTLOSS_CUDA_FUNCTION(alignment), args);
+    const cpu::AlignmentKernel kernel = cpu::alignment_kernel.best();
+    in_parallel(args.batch, 1, [&](int64_t b, int64_t e) { kernel(args, b, e); });
   }
 };
 
@@ -101,7 +92,7 @@ Tensor backward(Tensor grad, Tensor input, Tensor targets, Tensor input_lengths,
   AlignmentArgs& a = call.args;
   const Tensor g = contiguous_as(grad, call.accumulation);
   STD_TORCH_CHECK(g.numel() == a.batch, "grad: expected a number for each sequence");
-  const int64_t width = runs_on_cuda(call.input) ? 2 * a.width + 1 : 0;
+  const int64_t width = on_cuda(call.input) ? 2 * a.width + 1 : 0;
   const Tensor posterior = call.scratch({a.batch, a.steps, width}, call.accumulation);
   const Tensor betas = call.scratch({a.batch, 2, width}, call.accumulation);
   const Tensor links = call.scratch({a.batch, width}, ScalarType::Long);
@@ -118,26 +109,22 @@ Tensor backward(Tensor grad, Tensor input, Tensor targets, Tensor input_lengths,
   return gradient;
 }
 
-}  // namespace
-
 #define FASTLOSS_CTC_TENSORS "Tensor input, Tensor targets, Tensor input_lengths, Tensor target_lengths"
 #define FASTLOSS_CTC_OPTIONS "int blank, bool from_logits, bool zero_infinity"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def("ctc_fwd(" FASTLOSS_CTC_TENSORS ", " FASTLOSS_CTC_OPTIONS
         ") -> (Tensor loss, Tensor alpha, Tensor rows)");
   m.def("ctc_bwd(Tensor grad, " FASTLOSS_CTC_TENSORS ", Tensor alpha, Tensor rows, " FASTLOSS_CTC_OPTIONS
         ") -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("ctc_fwd", TORCH_BOX(&forward));
   m.impl("ctc_bwd", TORCH_BOX(&backward));
 }
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("ctc_fwd", TORCH_BOX(&forward));
-  m.impl("ctc_bwd", TORCH_BOX(&backward));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

@@ -38,8 +38,11 @@ struct Divergences {
     a.q = teacher.const_data_ptr();
     a.q_layout = *row_layout_last(teacher);
     a.logit_scale = logit_scale;
-    const double options[] = {beta, (1 - beta) / beta, std::log(beta), std::log1p(-beta)};
-    std::copy(std::begin(options), std::end(options), a.options);
+    using H = LogitDivergence<double, kMixture>::H;
+    a.hparams[H::beta] = beta;
+    a.hparams[H::odds] = (1 - beta) / beta;
+    a.hparams[H::log_p] = std::log(beta);
+    a.hparams[H::log_q] = std::log1p(-beta);
     a.variant = divergence_kind(beta);
   }
   static Tensor rows_of(const Tensor& t) {
@@ -73,28 +76,17 @@ struct Divergences {
   void run() const {
     const RowArgs& a = args.rows;
     if (a.rows == 0) return;
-    if (on_cuda(student)) {
-#if defined(FASTLOSS_HAS_CUDA)
-      const DeviceScope scope(student);
-      cuda::divergence(args, current_stream(student));
-#else
-      throw std::runtime_error("fastloss was built without CUDA kernels");
-#endif
-      return;
-    }
-#if !defined(FL_SIMT)
-    const cpu::DivergenceKernel kernel = cpu::divergence_kernel();
+    if (on_cuda(student)) return launch_on_cuda(student, FASTLOSS_CUDA_FUNCTION(divergence), args);
+    const cpu::DivergenceKernel kernel = cpu::divergence_kernel.best();
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(a.n, 1));
-    if (a.rows <= grain) return kernel(args, 0, a.rows);
-    torch::stable::parallel_for(0, a.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
-#endif
+    in_parallel(a.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
   }
   template <class R>
-  Tensor reduced(int64_t reduction) {
+  Tensor reduced(Reduction reduction) {
     RowArgs& a = args.rows;
     const Tensor result = empty(student, {}, accumulation);
     R norm;
-    if (reduction == kMean) {
+    if (reduction == Reduction::mean) {
       norm = static_cast<R>(norm_of<R>(a));
       a.norm = &norm;
     }
@@ -102,24 +94,18 @@ struct Divergences {
     reduce(a, static_cast<R*>(result.mutable_data_ptr()));
     return result;
   }
-  Tensor reduced_on_cuda([[maybe_unused]] int64_t reduction) {
-#if defined(FASTLOSS_HAS_CUDA)
+  Tensor reduced_on_cuda(Reduction reduction) {
     RowArgs& a = args.rows;
     const int64_t two[] = {2};  // the result, the norm: where the kernels can read them
     const Tensor numbers = empty(student, two, accumulation);
     char* result = static_cast<char*>(numbers.mutable_data_ptr());
     void* norm = result + (a.dtype == DType::f64 ? sizeof(double) : sizeof(float));
-    if (reduction == kMean) a.norm = norm;
+    if (reduction == Reduction::mean) a.norm = norm;
     const DeviceScope scope(student);
-    void* stream = current_stream(student);
-    if (a.norm) cuda::row_norm(a, norm, stream);
-    run();
-    cuda::row_reduce(a, result, stream);
+    if (a.norm) scope.launch(FASTLOSS_CUDA_FUNCTION(row_norm), a, norm);
+    if (a.rows) scope.launch(FASTLOSS_CUDA_FUNCTION(divergence), args);
+    scope.launch(FASTLOSS_CUDA_FUNCTION(row_reduce), a, result);
     return torch::stable::select(numbers, 0, 0);
-#else
-    run();  // which says that there are no CUDA kernels
-    return student;
-#endif
   }
 };
 
@@ -132,9 +118,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor student, Tensor teache
   if (row_weight) {
     STD_TORCH_CHECK(row_weight->numel() == a.rows, "sample_weight: expected ", a.rows, " numbers, got ",
                     row_weight->numel());
-    call.weight = as_type(*row_weight, call.accumulation);
+    call.weight = contiguous_as(*row_weight, call.accumulation);
     a.row_weight = call.weight->const_data_ptr();
   }
+  const Reduction mode = enum_of<Reduction>(reduction, "reduction");
   const int64_t state_shape[] = {a.rows, kDivergenceState};
   const Tensor state = empty(call.student, state_shape, call.accumulation);
   Tensor loss = empty(call.student, call.row_shape, call.accumulation);
@@ -143,23 +130,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor student, Tensor teache
   a.state = state.mutable_data_ptr();
   a.loss = loss.mutable_data_ptr();
   call.set_gradients(dx, dq);
-  if (reduction == kNone) {
+  if (mode == Reduction::none) {
     call.run();
   } else if (on_cuda(call.student)) {
-    loss = call.reduced_on_cuda(reduction);
+    loss = call.reduced_on_cuda(mode);
   } else {
-    loss = a.dtype == DType::f64 ? call.reduced<double>(reduction) : call.reduced<float>(reduction);
+    loss = a.dtype == DType::f64 ? call.reduced<double>(mode) : call.reduced<float>(mode);
   }
   return {loss, state, dx, dq};
 }
 
-// Row weights are in the state already; they stand in the schema because backward takes all of forward's
-// tensors.
+// Row weights are in the state already; they are in the schema as are all of forward's tensors.
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor student, Tensor teacher,
                                     OptionalTensor /*row_weight*/, Tensor state, double logit_scale,
                                     double beta, int64_t wanted) {
   Divergences call(RowPass::backward, student, teacher, logit_scale, beta);
-  const Tensor g = as_type(grad, call.accumulation), dx = call.gradient(wanted & 1),
+  const Tensor g = contiguous_as(grad, call.accumulation), dx = call.gradient(wanted & 1),
                dq = call.gradient(wanted & 2);
   call.set_gradients(dx, dq);
   call.set_upstream(g, state, false);
@@ -172,15 +158,13 @@ void backward_into(Tensor grad, Tensor dx, Tensor dq, Tensor student, Tensor tea
                    OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double beta,
                    int64_t /*wanted*/, bool skip_unit) {
   Divergences call(RowPass::backward, student, teacher, logit_scale, beta);
-  const Tensor g = as_type(grad, call.accumulation);
+  const Tensor g = contiguous_as(grad, call.accumulation);
   call.set_gradients(dx, dq);
   call.set_upstream(g, state, skip_unit);
   call.run();
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def(
       "divergence_fwd(Tensor student, Tensor teacher, Tensor? row_weight, int reduction, float logit_scale, "
       "float beta, int wanted, bool with_gradient) -> (Tensor loss, Tensor state, Tensor dx, Tensor dq)");
@@ -191,17 +175,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
       "divergence_bwd_into(Tensor grad, Tensor(a!) dx, Tensor(b!) dq, Tensor student, Tensor teacher, "
       "Tensor? row_weight, Tensor state, float logit_scale, float beta, int wanted, bool skip_unit) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("divergence_fwd", TORCH_BOX(&forward));
   m.impl("divergence_bwd", TORCH_BOX(&backward));
   m.impl("divergence_bwd_into", TORCH_BOX(&backward_into));
 }
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("divergence_fwd", TORCH_BOX(&forward));
-  m.impl("divergence_bwd", TORCH_BOX(&backward));
-  m.impl("divergence_bwd_into", TORCH_BOX(&backward_into));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

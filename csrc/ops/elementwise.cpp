@@ -1,26 +1,21 @@
 // The operators of the elementwise losses: one way from tensors to ElementArgs for all. A loss adds only its
-// line in FASTLOSS_ELEMENT_LOSSES; its number of inputs and the set of those that can be differentiated shape
-// its schema.
+// line in FASTLOSS_ELEMENT_LOSSES; its schema follows from kInputs and kWrt.
 //
 // Inputs have one shape; what is broadcast comes expanded and is read where it lies. An int64 input holds
 // classes [...] and stands for their one-hot encoding [..., C]. A weight of 0 leaves an element out. The
-// result is the loss of each element, or their weighted sum, divided by `norm` and, for the mean, by their
-// number.
+// result is the loss of each element, or their weighted sum: divided by `norm` and, for the mean, by the
+// number of elements.
 #include <algorithm>
 #include <bit>
-#include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
 
-#include "../cpu/dispatch.h"
-#include "device.h"
+#include "../cpu/kernels/tables.h"
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
 
-enum Reduction : int64_t { kNone, kMean, kSum };
-using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kGrain = 32;  // blocks that are worth a thread
@@ -29,14 +24,16 @@ struct ElementLoss {
   const char* name;
   int inputs;
   unsigned wrt;
+  int hparams;
+  std::span<const Choice> choices;
   int (*variant)(const double*);
-  cpu::ElementKernel cpu::ElementKernels::* cpu_kernel;
+  cpu::ElementKernels::Kernel cpu::ElementKernels::* cpu_kernel;
   void (*cuda_kernel)(const ElementArgs&, void* stream);
 };
 
 struct Options {
-  int64_t reduction;
-  std::vector<double> numbers;
+  Reduction reduction;
+  Hparams hparams;
   int64_t ignore_index, background_index;
   bool wide;
   int64_t wanted;  // the differentiable inputs whose gradients are, a bit for each input
@@ -66,9 +63,6 @@ ElementInput place(Tensor& t, Source source) {
   x.p = t.const_data_ptr();
   return x;
 }
-Tensor as_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
 bool same_sizes(const Tensor& a, const Tensor& b) {
   const auto x = a.sizes(), y = b.sizes();
   return std::equal(x.begin(), x.end(), y.begin(), y.end());
@@ -77,6 +71,7 @@ bool same_sizes(const Tensor& a, const Tensor& b) {
 // What forward and backward tell the kernels alike; holds the tensors that `args` points into.
 struct ElementCall {
   const ElementLoss& loss;
+  const Reduction reduction;
   ElementArgs args{};
   Tensors inputs;
   OptionalTensor weight, norm, classes;
@@ -85,6 +80,7 @@ struct ElementCall {
   ElementCall(const ElementLoss& loss_, Tensors given, const OptionalTensor& weight_,
               const OptionalTensor& norm_, const Options& o)
       : loss(loss_),
+        reduction(o.reduction),
         inputs(std::move(given)),
         weight(weight_),
         norm(norm_),
@@ -125,12 +121,13 @@ struct ElementCall {
       norm = as_type(*norm, accumulation);
       args.norm = norm->const_data_ptr();
     }
-    args.divisor = o.reduction == kMean ? double(args.n) : 1.0;
+    args.divisor = o.reduction == Reduction::mean ? double(args.n) : 1.0;
     args.scale = 1 / args.divisor;
     args.out_wide = o.wide;
-    STD_TORCH_CHECK(o.numbers.size() <= kMaxOptions, "options: too many");
-    std::copy(o.numbers.begin(), o.numbers.end(), args.options);
-    args.variant = loss.variant(args.options);
+    check_hparams(o.hparams, loss.hparams);
+    for (const Choice& c : loss.choices) check_choice(o.hparams[c.hparam], c.names, "hparams");
+    std::copy(o.hparams.begin(), o.hparams.end(), args.hparams);
+    args.variant = loss.variant(args.hparams);
   }
 
   ElementInput place_number(Tensor& t) const {
@@ -138,7 +135,6 @@ struct ElementCall {
     t = as_type(t, type);
     return place(t, Source::element);
   }
-  bool on_cuda() const { return runs_on_cuda(inputs[0]); }
   ScalarType result_type() const { return args.out_wide ? accumulation : type; }
 
   void set_gradients(const Tensors& dx) {
@@ -164,22 +160,20 @@ struct ElementCall {
   }
 
   void run() {
-    if (on_cuda()) {
-      if (args.n || args.partial) launch_on(inputs[0], loss.cuda_kernel, args);
+    if (on_cuda(inputs[0])) {
+      if (args.n || args.partial) launch_on_cuda(inputs[0], loss.cuda_kernel, args);
       return;
     }
     int64_t bytes = args.out ? args.n * inputs[0].element_size() : 0;
     for (void* d : args.dx) bytes += d ? args.n * inputs[0].element_size() : 0;
     args.past_cache = bytes > kPastCache;
-    const cpu::ElementKernel kernel = cpu::element_kernels().*loss.cpu_kernel;
+    const cpu::ElementKernels::Kernel kernel = cpu::element_kernels.best().*loss.cpu_kernel;
     const int64_t blocks = element_blocks(args.n);
-    if (blocks <= kGrain) return kernel(args, 0, blocks);
-    torch::stable::parallel_for(0, blocks, kGrain,
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    in_parallel(blocks, kGrain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 
   void check_classes() const {
-    if (!classes || on_cuda()) return;
+    if (!classes || on_cuda(inputs[0])) return;
     const int64_t* c = static_cast<const int64_t*>(classes->const_data_ptr());
     const int64_t columns = inputs[0].size(-1);
     for (int64_t i = 0; i < classes->numel(); ++i)
@@ -192,16 +186,13 @@ struct ElementCall {
   // A number: the sum of all losses, divided.
   Tensor reduced() {
     const Tensor result = empty(inputs[0], {}, result_type());
-    if (on_cuda()) {
-#if defined(FASTLOSS_HAS_CUDA)
-      const int64_t count[] = {std::max<int64_t>(1, cuda::element_partials(args.dtype, args.n))};
+    if (on_cuda(inputs[0])) {
+      const int64_t partials = call_cuda(FASTLOSS_CUDA_FUNCTION(element_partials), args.dtype, args.n);
+      const int64_t count[] = {std::max<int64_t>(1, partials)};
       const Tensor partial = empty(inputs[0], count, ScalarType::Double);
       args.partial = static_cast<double*>(partial.mutable_data_ptr());
       args.result = result.mutable_data_ptr();
       run();
-#else
-      run();  // which says that there are no CUDA kernels
-#endif
       return result;
     }
     std::vector<double> partial(std::max<int64_t>(1, element_blocks(args.n)));
@@ -233,7 +224,7 @@ struct ElementCall {
     Tensor g = as_type(grad, result_type());
     args.upstream = place(g, result_type() == type ? Source::element : Source::wide);
     STD_TORCH_CHECK(g.numel() == 1 || g.numel() == args.n, "grad: expected 1 or ", args.n, " numbers");
-    if (skip_unit && !on_cuda() && g.numel() == 1 && is_one(g)) return;
+    if (skip_unit && !on_cuda(inputs[0]) && g.numel() == 1 && is_one(g)) return;
     args.skip_unit_upstream = skip_unit;
     run();
   }
@@ -247,14 +238,15 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
   using Each = Tensor;
 
   static std::tuple<Tensor, Each<G>...> forward(Each<I>... inputs, OptionalTensor weight, OptionalTensor norm,
-                                                int64_t reduction, std::vector<double> numbers,
-                                                int64_t ignore_index, int64_t background_index, bool wide,
-                                                int64_t wanted, bool with_gradient) {
-    ElementCall call(kLoss, {inputs...}, weight, norm,
-                     {reduction, numbers, ignore_index, background_index, wide, wanted});
+                                                int64_t reduction, Hparams hparams, int64_t ignore_index,
+                                                int64_t background_index, bool wide, int64_t wanted,
+                                                bool with_gradient) {
+    ElementCall call(
+        kLoss, {inputs...}, weight, norm,
+        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
     call.check_classes();
     const Tensors dx = call.empty_gradients(with_gradient ? wanted : 0);
-    if (reduction != kNone) {
+    if (call.reduction != Reduction::none) {
       const Tensor loss = call.reduced();
       return {loss, dx[G]...};
     }
@@ -265,11 +257,12 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
   }
 
   static std::tuple<Each<G>...> backward(Tensor grad, Each<I>... inputs, OptionalTensor weight,
-                                         OptionalTensor norm, int64_t reduction, std::vector<double> numbers,
+                                         OptionalTensor norm, int64_t reduction, Hparams hparams,
                                          int64_t ignore_index, int64_t background_index, bool wide,
                                          int64_t wanted) {
-    ElementCall call(kLoss, {inputs...}, weight, norm,
-                     {reduction, numbers, ignore_index, background_index, wide, wanted});
+    ElementCall call(
+        kLoss, {inputs...}, weight, norm,
+        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
     const Tensors dx = call.empty_gradients(wanted);
     call.backward(grad, false);
     return {dx[G]...};
@@ -277,11 +270,11 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
 
   // Into the buffers that the forward pass filled for an upstream gradient of 1.
   static void backward_into(Tensor grad, Each<G>... dx, Each<I>... inputs, OptionalTensor weight,
-                            OptionalTensor norm, int64_t reduction, std::vector<double> numbers,
-                            int64_t ignore_index, int64_t background_index, bool wide, int64_t wanted,
-                            bool skip_unit) {
-    ElementCall call(kLoss, {inputs...}, weight, norm,
-                     {reduction, numbers, ignore_index, background_index, wide, wanted});
+                            OptionalTensor norm, int64_t reduction, Hparams hparams, int64_t ignore_index,
+                            int64_t background_index, bool wide, int64_t wanted, bool skip_unit) {
+    ElementCall call(
+        kLoss, {inputs...}, weight, norm,
+        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
     call.set_gradients({dx...});
     call.backward(grad, skip_unit);
   }
@@ -295,11 +288,11 @@ std::string repeated(const char* before, int count, const char* after) {
   for (int i = 0; i < count; ++i) s += before + std::to_string(i) + after;
   return s;
 }
-void define(torch::stable::detail::StableLibrary& m, const ElementLoss& loss) {
+void define(StableLibrary& m, const ElementLoss& loss) {
   const int gradients = std::popcount(loss.wrt);
   const std::string name = loss.name, inputs = repeated("Tensor input", loss.inputs, ", ");
   const std::string options =
-      "Tensor? weight, Tensor? norm, int reduction, float[] options, int ignore_index, int background_index, "
+      "Tensor? weight, Tensor? norm, int reduction, float[] hparams, int ignore_index, int background_index, "
       "bool wide, int wanted";
   std::string results = repeated("Tensor d", gradients, ", ");
   results.resize(results.size() - 2);
@@ -312,16 +305,16 @@ void define(torch::stable::detail::StableLibrary& m, const ElementLoss& loss) {
   m.def((name + "_bwd_into(Tensor grad, " + buffers + inputs + options + ", bool skip_unit) -> ()").c_str());
 }
 
-#define FASTLOSS_DESCRIBE(name, Loss)                           \
-  constexpr ElementLoss name##_loss{#name,                      \
-                                    Loss<float, 0>::kInputs,    \
-                                    Loss<float, 0>::kWrt,       \
-                                    &Loss<float, 0>::variant,   \
-                                    &cpu::ElementKernels::name, \
-                                    FASTLOSS_CUDA_KERNEL(name)};
+#define FASTLOSS_DESCRIBE(name, Loss)                             \
+  constexpr ElementLoss name##_loss{#name,                        \
+                                    Loss<float, 0>::kInputs,      \
+                                    Loss<float, 0>::kWrt,         \
+                                    Loss<float, 0>::H::count,     \
+                                    choices_of<Loss<float, 0>>(), \
+                                    &Loss<float, 0>::variant,     \
+                                    &cpu::ElementKernels::name,   \
+                                    FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DESCRIBE)
-
-}  // namespace
 
 #define FASTLOSS_DEFINE(name, Loss) define(m, name##_loss);
 #define FASTLOSS_IMPLEMENT(name, Loss)                            \
@@ -329,13 +322,11 @@ FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DESCRIBE)
   m.impl(#name "_bwd", TORCH_BOX(&OpsOf<name##_loss>::backward)); \
   m.impl(#name "_bwd_into", TORCH_BOX(&OpsOf<name##_loss>::backward_into));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m){
-    FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT)}
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT)
-}
-#endif
+void define_all(StableLibrary& m) { FASTLOSS_ELEMENT_LOSSES(FASTLOSS_DEFINE) }
+void implement(StableLibrary& m) { FASTLOSS_ELEMENT_LOSSES(FASTLOSS_IMPLEMENT) }
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define_all, implement)
 
 }  // namespace fastloss

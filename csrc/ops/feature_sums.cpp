@@ -1,20 +1,13 @@
 // feature_pairs: of rows a and b [N, D] the sums <a, b>, <a, a>, <b, b>, |a - b + eps|^2, [4, N]; with c
 // those of a and c after them.
 #include <algorithm>
-#include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../losses/feature_sums_args.h"
-#include "device.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/feature_sums.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 struct Pairs {
   FeatureArgs args{};
@@ -41,14 +34,10 @@ struct Pairs {
   }
   void run() const {
     if (args.rows == 0) return;
-#if defined(FASTLOSS_HAS_CUDA)
-    if (runs_on_cuda(a)) return launch_on(a, &cuda::feature_pairs, args);
-#endif
-#if !defined(FL_SIMT)
-    const cpu::FeatureKernel kernel = cpu::feature_kernel();
+    if (on_cuda(a)) return launch_on_cuda(a, FASTLOSS_CUDA_FUNCTION(feature_pairs), args);
+    const cpu::FeatureKernel kernel = cpu::feature_kernel.best();
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(args.n, 1));
-    torch::stable::parallel_for(0, args.rows, grain, [&](int64_t i, int64_t e) { kernel(args, i, e); });
-#endif
+    in_parallel(args.rows, grain, [&](int64_t i, int64_t e) { kernel(args, i, e); });
   }
 };
 
@@ -79,23 +68,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor a, Tensor b, Opt
   return {da, db, dc};
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def("feature_pairs_fwd(Tensor a, Tensor b, Tensor? c, float eps) -> Tensor");
   m.def(
       "feature_pairs_bwd(Tensor grad, Tensor a, Tensor b, Tensor? c, float eps) -> (Tensor da, Tensor db, "
       "Tensor dc)");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("feature_pairs_fwd", TORCH_BOX(&forward));
   m.impl("feature_pairs_bwd", TORCH_BOX(&backward));
 }
-#if !defined(FL_SIMT) && defined(FASTLOSS_HAS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("feature_pairs_fwd", TORCH_BOX(&forward));
-  m.impl("feature_pairs_bwd", TORCH_BOX(&backward));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

@@ -1,29 +1,22 @@
-// What a row loss from hidden states is made of (fastloss/_ops/chunked_linear.py puts it together, chunk by chunk): the
-// row losses on a chunk of logits in place, sums over all rows, and on the CPU the matrix products.
+// What a row loss from hidden states is made of (fastloss/_ops/chunked_linear.py puts it together, chunk by
+// chunk): the row losses on a chunk of logits in place, sums over rows, and on the CPU the matrix products.
 #include <tuple>
 
-#include "../cpu/pool.h"
-#include "row_ops.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/linear.h"
-#endif
+#include "row_ops.h"
 
 namespace fastloss {
 namespace {
-
-size_t real_size(ScalarType accumulation) {
-  return accumulation == ScalarType::Double ? sizeof(double) : sizeof(float);
-}
 
 // ---- the row losses in place
 
 // loss[r] = row_weight[r] * (loss of the row) and, if wanted, logits = gradient of sum loss[r] / norm.
 template <const TokenLoss& kLoss>
 void rows(Tensor logits, Tensor loss, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
-          OptionalTensor norm, int64_t ignore_index, double logit_scale, double softcap, Options options,
+          OptionalTensor norm, int64_t ignore_index, double logit_scale, double softcap, Hparams hparams,
           bool with_gradient) {
   Call call(kLoss, with_gradient ? RowPass::forward_gradient : RowPass::forward, logits, target, weight,
-            logit_scale, softcap, options);
+            logit_scale, softcap, hparams);
   RowArgs& a = call.args;
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected rows without gaps");
   STD_TORCH_CHECK(loss.numel() == a.rows && loss.is_contiguous() && loss.scalar_type() == call.accumulation,
@@ -31,15 +24,15 @@ void rows(Tensor logits, Tensor loss, Tensor target, OptionalTensor weight, Opti
   a.ignore_index = ignore_index;
   if (row_weight) {
     STD_TORCH_CHECK(row_weight->numel() == a.rows, "row_weight: expected ", a.rows, " numbers");
-    row_weight = as_type(*row_weight, call.accumulation);
+    row_weight = contiguous_as(*row_weight, call.accumulation);
     a.row_weight = row_weight->const_data_ptr();
   }
   if (norm) {
-    norm = as_type(*norm, call.accumulation);
+    norm = contiguous_as(*norm, call.accumulation);
     a.norm = norm->const_data_ptr();
   }
   const int64_t state_shape[] = {a.rows, kStateHead + kLoss.saved};
-  const Tensor state = torch::stable::new_empty(logits, state_shape, call.accumulation);
+  const Tensor state = empty(logits, state_shape, call.accumulation);
   call.set_state(state);
   a.loss = loss.mutable_data_ptr();
   if (with_gradient) call.set_gradient(logits);
@@ -57,24 +50,21 @@ Tensor row_norm(Tensor loss, Tensor target, OptionalTensor weight, OptionalTenso
   a.rows = loss.numel();
   a.ignore_index = ignore_index;
   if (target.scalar_type() == ScalarType::Long) {
-    target = as_type(target, ScalarType::Long);
+    target = contiguous_as(target, ScalarType::Long);
     a.target = static_cast<const int64_t*>(target.const_data_ptr());
   }
   if (weight) {
-    weight = as_type(*weight, loss.scalar_type());
+    weight = contiguous_as(*weight, loss.scalar_type());
     a.class_weight = weight->const_data_ptr();
     a.n = weight->numel();
   }
   if (row_weight) {
-    row_weight = as_type(*row_weight, loss.scalar_type());
+    row_weight = contiguous_as(*row_weight, loss.scalar_type());
     a.row_weight = row_weight->const_data_ptr();
   }
-  const Tensor norm = torch::stable::new_empty(loss, std::vector<int64_t>{});
+  const Tensor norm = empty(loss, {}, loss.scalar_type());
   if (on_cuda(loss)) {
-#if defined(FASTLOSS_HAS_CUDA)
-    const DeviceScope scope(loss);
-    cuda::row_norm(a, norm.mutable_data_ptr(), current_stream(loss));
-#endif
+    launch_on_cuda(loss, FASTLOSS_CUDA_FUNCTION(row_norm), a, norm.mutable_data_ptr());
   } else if (dtype == DType::f64) {
     *static_cast<double*>(norm.mutable_data_ptr()) = norm_of<double>(a);
   } else {
@@ -84,18 +74,15 @@ Tensor row_norm(Tensor loss, Tensor target, OptionalTensor weight, OptionalTenso
 }
 
 Tensor row_reduce(Tensor given, OptionalTensor norm) {
-  const Tensor loss = as_type(given, given.scalar_type());
+  const Tensor loss = contiguous_as(given, given.scalar_type());
   RowArgs a{};
   a.dtype = dtype_of(loss, "loss");
   a.rows = loss.numel();
   a.loss = const_cast<void*>(loss.const_data_ptr());
   a.norm = norm ? norm->const_data_ptr() : nullptr;
-  const Tensor result = torch::stable::new_empty(loss, std::vector<int64_t>{});
+  const Tensor result = empty(loss, {}, loss.scalar_type());
   if (on_cuda(loss)) {
-#if defined(FASTLOSS_HAS_CUDA)
-    const DeviceScope scope(loss);
-    cuda::row_reduce(a, result.mutable_data_ptr(), current_stream(loss));
-#endif
+    launch_on_cuda(loss, FASTLOSS_CUDA_FUNCTION(row_reduce), a, result.mutable_data_ptr());
   } else if (a.dtype == DType::f64) {
     reduce(a, static_cast<double*>(result.mutable_data_ptr()));
   } else {
@@ -106,18 +93,9 @@ Tensor row_reduce(Tensor given, OptionalTensor norm) {
 
 // Uninitialised, of the accumulation type of `like`; large ones on the CPU come from the pool of warm pages.
 Tensor scratch(Tensor like, std::vector<int64_t> shape) {
-  const ScalarType type = accumulation_type(dtype_of(like, "input"));
-  size_t bytes = real_size(type);
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= shape[d]) strides[d] = stride;
-  bytes *= stride;
-  if (!like.is_cpu() || bytes < cpu::kPoolMinimum) return torch::stable::new_empty(like, shape, type);
-  return torch::stable::from_blob(cpu::pool_acquire(bytes), shape, strides, like.device(), type,
-                                  &cpu::pool_release);
+  return empty_pooled(like, shape, accumulation_type(dtype_of(like, "input")));
 }
 
-#if defined(FASTLOSS_HAS_CUDA)
 // d *= factor, one number of the accumulation type; where that is 1, which the device sees, d is not read.
 void linear_scale_(Tensor d, Tensor factor) {
   ScaleArgs a{};
@@ -128,10 +106,8 @@ void linear_scale_(Tensor d, Tensor factor) {
   a.n = d.numel();
   a.p = d.mutable_data_ptr();
   a.factor = factor.const_data_ptr();
-  const DeviceScope scope(d);
-  cuda::scale(a, current_stream(d));
+  launch_on_cuda(d, FASTLOSS_CUDA_FUNCTION(scale), a);
 }
-#endif
 
 #if !defined(FL_SIMT)
 
@@ -159,32 +135,30 @@ void check_chunk(const cpu::LinearArgs& a, const Tensor& t, const char* name) {
       name, ": expected ", a.rows, " rows of ", a.features, " features of the accumulation type");
 }
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
-void in_parallel(cpu::LinearKernels::Kernel kernel, const cpu::LinearArgs& a, int64_t tasks) {
-  if (tasks == 1) return kernel(a, 0, 1);
-  if (tasks > 1)
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+void run_tasks(cpu::LinearKernels::Kernel kernel, const cpu::LinearArgs& a, int64_t tasks) {
+  in_parallel(tasks, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 Tensor packing_room(cpu::LinearArgs& a, const Tensor& x) {
   check_chunk(a, x, "x");
   a.x = x.const_data_ptr();
-  const int64_t number = static_cast<int64_t>(real_size(x.scalar_type()));
-  const Tensor room = scratch(x, {blocks(cpu::linear_kernels().packed_bytes(a), number)});
+  const int64_t number = x.element_size();
+  const Tensor room = scratch(x, {blocks(cpu::best_linear_kernels().packed_bytes(a), number)});
   a.panels = room.mutable_data_ptr();
   return room;
 }
 
 // logits = x w^T + bias
 void linear_logits(Tensor logits, Tensor x, Tensor w, OptionalTensor bias) {
-  const cpu::LinearKernels& kernels = cpu::linear_kernels();
+  const cpu::LinearKernels& kernels = cpu::best_linear_kernels();
   cpu::LinearArgs a = products(w, logits);
   const Tensor room = packing_room(a, x);
   if (bias) {
     STD_TORCH_CHECK(bias->numel() == a.n, "linear_bias: expected ", a.n, " numbers");
-    bias = as_type(*bias, logits.scalar_type());
+    bias = contiguous_as(*bias, logits.scalar_type());
     a.bias = bias->const_data_ptr();
   }
-  in_parallel(kernels.pack_left, a, blocks(a.rows, cpu::kRowBlock));
-  in_parallel(kernels.logits, a, blocks(a.n, cpu::kClassBlock));
+  run_tasks(kernels.pack_left, a, blocks(a.rows, cpu::kRowBlock));
+  run_tasks(kernels.logits, a, blocks(a.n, cpu::kClassBlock));
 }
 
 // dx = g w
@@ -199,25 +173,25 @@ void linear_dx(Tensor dx, Tensor g, Tensor w) {
   const auto tiles = [&] { return blocks(a.rows, a.tile_rows) * blocks(a.features, a.tile_columns); };
   while (tiles() < threads && a.tile_columns > 64) a.tile_columns /= 2;
   while (tiles() < threads && a.tile_rows > 48) a.tile_rows /= 2;
-  in_parallel(cpu::linear_kernels().dx, a, tiles());
+  run_tasks(cpu::best_linear_kernels().dx, a, tiles());
 }
 
 // dw (+)= g^T x, db (+)= sum over rows of g; either may be left out. w is not read.
 void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, Tensor w, bool add) {
-  const cpu::LinearKernels& kernels = cpu::linear_kernels();
+  const cpu::LinearKernels& kernels = cpu::best_linear_kernels();
   cpu::LinearArgs a = products(w, g);
   const Tensor room = packing_room(a, x);
   if (dw) {
     STD_TORCH_CHECK(dw->is_contiguous() && dw->numel() == a.n * a.features, "dw: expected no gaps");
     a.dw = dw->mutable_data_ptr();
-    in_parallel(kernels.pack_right, a, blocks(a.rows, cpu::kRowBlock));
+    run_tasks(kernels.pack_right, a, blocks(a.rows, cpu::kRowBlock));
   }
   if (db) {
     STD_TORCH_CHECK(db->numel() == a.n && db->is_contiguous(), "db: expected ", a.n, " numbers");
     a.db = db->mutable_data_ptr();
   }
   a.add = add;
-  in_parallel(kernels.dw, a, blocks(a.n, cpu::kClassBlock));
+  run_tasks(kernels.dw, a, blocks(a.n, cpu::kClassBlock));
 }
 
 // ---- the end: d is the gradient for an upstream gradient of 1, in the accumulation type
@@ -228,31 +202,25 @@ Tensor linear_scaled(Tensor d, Tensor factor, Tensor like) {
   STD_TORCH_CHECK(d.is_contiguous() && accumulation_type(dtype) == d.scalar_type(), "d: expected no gaps");
   const double f = dtype == DType::f64 ? *static_cast<const double*>(factor.const_data_ptr())
                                        : *static_cast<const float*>(factor.const_data_ptr());
-  const size_t bytes = static_cast<size_t>(d.numel()) * like.element_size();
-  const Tensor out = bytes < cpu::kPoolMinimum
-                         ? torch::stable::new_empty(d, d.sizes(), like.scalar_type())
-                         : torch::stable::from_blob(cpu::pool_acquire(bytes), d.sizes(), d.strides(),
-                                                    d.device(), like.scalar_type(), &cpu::pool_release);
+  const Tensor out = empty_pooled(d, d.sizes(), like.scalar_type());
   const void* from = d.const_data_ptr();
   void* to = out.mutable_data_ptr();
-  const auto kernel = cpu::linear_kernels().scale;
-  torch::stable::parallel_for(0, d.numel(), 1 << 16,
-                              [&](int64_t begin, int64_t end) { kernel(from, f, dtype, to, begin, end); });
+  const auto kernel = cpu::best_linear_kernels().scale;
+  in_parallel(d.numel(), 1 << 16,
+              [&](int64_t begin, int64_t end) { kernel(from, f, dtype, to, begin, end); });
   return out;
 }
 
 #endif
 
-}  // namespace
-
 #define FASTLOSS_DEFINE(name, Loss)                                                                     \
   m.def(#name                                                                                           \
         "_rows(Tensor(a!) logits, Tensor(b!) loss, Tensor target, Tensor? weight, Tensor? row_weight, " \
-        "Tensor? norm, int ignore_index, float logit_scale, float softcap, float[] options, "           \
+        "Tensor? norm, int ignore_index, float logit_scale, float softcap, float[] hparams, "           \
         "bool with_gradient) -> ()");
 #define FASTLOSS_IMPLEMENT(name, Loss) m.impl(#name "_rows", TORCH_BOX(&rows<name##_loss>));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   FASTLOSS_TOKEN_LOSSES(FASTLOSS_DEFINE)
   m.def(
       "row_norm(Tensor loss, Tensor target, Tensor? weight, Tensor? row_weight, int ignore_index) -> Tensor");
@@ -264,30 +232,28 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
   m.def("linear_scaled(Tensor d, Tensor factor, Tensor like) -> Tensor");
   m.def("linear_scale_(Tensor(a!) d, Tensor factor) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
   m.impl("row_norm", TORCH_BOX(&row_norm));
   m.impl("row_reduce", TORCH_BOX(&row_reduce));
   m.impl("scratch", TORCH_BOX(&scratch));
+}
 #if !defined(FL_SIMT)
+void implement_products(StableLibrary& m) {
   m.impl("linear_logits", TORCH_BOX(&linear_logits));
   m.impl("linear_dx", TORCH_BOX(&linear_dx));
   m.impl("linear_dw", TORCH_BOX(&linear_dw));
   m.impl("linear_scaled", TORCH_BOX(&linear_scaled));
-#else
-  m.impl("linear_scale_", TORCH_BOX(&linear_scale_));
-#endif
 }
+#endif
+void implement_scale(StableLibrary& m) { m.impl("linear_scale_", TORCH_BOX(&linear_scale_)); }
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 #if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  FASTLOSS_TOKEN_LOSSES(FASTLOSS_IMPLEMENT)
-  m.impl("row_norm", TORCH_BOX(&row_norm));
-  m.impl("row_reduce", TORCH_BOX(&row_reduce));
-  m.impl("scratch", TORCH_BOX(&scratch));
-#if defined(FASTLOSS_HAS_CUDA)
-  m.impl("linear_scale_", TORCH_BOX(&linear_scale_));
+FASTLOSS_CPU_OPERATORS(implement_products)
 #endif
-}
-#endif
+FASTLOSS_CUDA_OPERATORS(implement_scale)
 
 }  // namespace fastloss

@@ -1,7 +1,6 @@
 // Cross-entropy with a term for labels that are numbers, see losses/number_token.h: the operator of the token
-// losses (ops/classification.cpp) with the number tokens `ids` (ascending), their table of distances, the
-// largest one, and for every row its label's place among them and the weight of its term, 0 where it is no
-// number.
+// losses (ops/classification.cpp) with the number tokens `ids` (ascending), their table of distances and the
+// largest one, and for every row its label's place among them and its term's weight, 0 where it is no number.
 #include "row_ops.h"
 
 namespace fastloss {
@@ -12,11 +11,11 @@ struct Numbers {
 
   Numbers(Call& call, const Tensor& ids_, const Tensor& table_, const Tensor& worst_, const Tensor& position_,
           const Tensor& weight_)
-      : ids(as_type(ids_, ScalarType::Long)),
-        table(as_type(table_, call.accumulation)),
-        worst(as_type(worst_, call.accumulation)),
-        position(as_type(position_, ScalarType::Long)),
-        weight(as_type(weight_, call.accumulation)) {
+      : ids(contiguous_as(ids_, ScalarType::Long)),
+        table(contiguous_as(table_, call.accumulation)),
+        worst(contiguous_as(worst_, call.accumulation)),
+        position(contiguous_as(position_, ScalarType::Long)),
+        weight(contiguous_as(weight_, call.accumulation)) {
     RowArgs& a = call.args;
     a.numbers = ids.numel();
     STD_TORCH_CHECK(table.numel() == a.numbers * a.numbers && worst.numel() == 1,
@@ -38,57 +37,52 @@ constexpr const TokenLoss& kLoss = cross_entropy_numbers_loss;
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, Tensor target, Tensor ids, Tensor table,
                                            Tensor worst, Tensor position, Tensor number_weight,
-                                           int64_t ignore_index, int64_t reduction, Options options,
+                                           int64_t ignore_index, int64_t reduction, Hparams hparams,
                                            bool wide, bool with_gradient) {
   Call call(kLoss, with_gradient ? RowPass::forward_gradient : RowPass::forward, input, target, std::nullopt,
-            1, 0, options);
+            1, 0, hparams);
   const Numbers numbers(call, ids, table, worst, position, number_weight);
   call.args.ignore_index = ignore_index;
-  return forward_results(kLoss, call, reduction, wide);
+  return forward_results(kLoss, call, enum_of<Reduction>(reduction, "reduction"), wide);
 }
 
 void backward_into(Tensor grad, Tensor dx, Tensor input, Tensor target, Tensor ids, Tensor table,
-                   Tensor worst, Tensor position, Tensor number_weight, Tensor state, Options options,
+                   Tensor worst, Tensor position, Tensor number_weight, Tensor state, Hparams hparams,
                    bool skip_unit) {
-  Call call(kLoss, RowPass::backward, input, target, std::nullopt, 1, 0, options);
+  Call call(kLoss, RowPass::backward, input, target, std::nullopt, 1, 0, hparams);
   const Numbers numbers(call, ids, table, worst, position, number_weight);
   STD_TORCH_CHECK(row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
                   "dx: expected a tensor like input with rows of one stride");
   write_gradient(kLoss, call, grad, state, dx, skip_unit);
 }
 Tensor backward(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor table, Tensor worst,
-                Tensor position, Tensor number_weight, Tensor state, Options options) {
+                Tensor position, Tensor number_weight, Tensor state, Hparams hparams) {
   const Tensor dx = empty_like_pooled(as_rows(input));
-  backward_into(grad, dx, input, target, ids, table, worst, position, number_weight, state, options, false);
+  backward_into(grad, dx, input, target, ids, table, worst, position, number_weight, state, hparams, false);
   return dx;
+}
+
+void define(StableLibrary& m) {
+  m.def(
+      "cross_entropy_numbers_fwd(Tensor input, Tensor target, Tensor ids, Tensor table, Tensor worst, "
+      "Tensor position, Tensor number_weight, int ignore_index, int reduction, float[] hparams, bool wide, "
+      "bool with_gradient) -> (Tensor loss, Tensor state, Tensor dx)");
+  m.def(
+      "cross_entropy_numbers_bwd(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor table, "
+      "Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] hparams) -> Tensor");
+  m.def(
+      "cross_entropy_numbers_bwd_into(Tensor grad, Tensor(a!) dx, Tensor input, Tensor target, Tensor ids, "
+      "Tensor table, Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] hparams, "
+      "bool skip_unit) -> ()");
+}
+void implement(StableLibrary& m) {
+  m.impl("cross_entropy_numbers_fwd", TORCH_BOX(&forward));
+  m.impl("cross_entropy_numbers_bwd", TORCH_BOX(&backward));
+  m.impl("cross_entropy_numbers_bwd_into", TORCH_BOX(&backward_into));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
-  m.def(
-      "cross_entropy_numbers_fwd(Tensor input, Tensor target, Tensor ids, Tensor table, Tensor worst, "
-      "Tensor position, Tensor number_weight, int ignore_index, int reduction, float[] options, bool wide, "
-      "bool with_gradient) -> (Tensor loss, Tensor state, Tensor dx)");
-  m.def(
-      "cross_entropy_numbers_bwd(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor table, "
-      "Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] options) -> Tensor");
-  m.def(
-      "cross_entropy_numbers_bwd_into(Tensor grad, Tensor(a!) dx, Tensor input, Tensor target, Tensor ids, "
-      "Tensor table, Tensor worst, Tensor position, Tensor number_weight, Tensor state, float[] options, "
-      "bool skip_unit) -> ()");
-}
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
-  m.impl("cross_entropy_numbers_fwd", TORCH_BOX(&forward));
-  m.impl("cross_entropy_numbers_bwd", TORCH_BOX(&backward));
-  m.impl("cross_entropy_numbers_bwd_into", TORCH_BOX(&backward_into));
-}
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("cross_entropy_numbers_fwd", TORCH_BOX(&forward));
-  m.impl("cross_entropy_numbers_bwd", TORCH_BOX(&backward));
-  m.impl("cross_entropy_numbers_bwd_into", TORCH_BOX(&backward_into));
-}
-#endif
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

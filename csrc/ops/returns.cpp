@@ -1,20 +1,16 @@
-// The operators of the recursions in time. All share one schema; a recursion adds only its line in
-// FASTLOSS_SCANS.
+// The operators of the recursions in time. All share one schema: a new one is a line in FASTLOSS_SCANS.
 #include <algorithm>
 #include <tuple>
-#include <vector>
 
-#include "../cpu/dispatch.h"
-#include "device.h"
+#include "../cpu/kernels/tables.h"
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using Options = std::vector<double>;
-
 struct Scan {
-  cpu::ScanKernel cpu::ScanKernels::* cpu_kernel;
+  int hparams;
+  cpu::ScanKernels::Kernel cpu::ScanKernels::* cpu_kernel;
   void (*cuda_kernel)(const ScanArgs&, void* stream);
 };
 
@@ -25,10 +21,10 @@ struct ScanCall {
   ScalarType type;
   std::vector<Tensor> held;
 
-  ScanCall(const Tensor& rewards, const OptionalTensor& values, const OptionalTensor& next_values,
-           const OptionalTensor& bootstrap_value, const OptionalTensor& log_rhos,
-           const OptionalTensor& terminated, const OptionalTensor& truncated, const OptionalTensor& mask,
-           const OptionalTensor& cu_seqlens, const Options& options)
+  ScanCall(const Scan& scan, const Tensor& rewards, const OptionalTensor& values,
+           const OptionalTensor& next_values, const OptionalTensor& bootstrap_value,
+           const OptionalTensor& log_rhos, const OptionalTensor& terminated, const OptionalTensor& truncated,
+           const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const Hparams& hparams)
       : x(rewards.is_contiguous() ? rewards : torch::stable::contiguous(rewards)), type(x.scalar_type()) {
     STD_TORCH_CHECK(x.dim() >= 1, "rewards: expected at least one dimension");
     held.reserve(10);
@@ -40,7 +36,7 @@ struct ScanCall {
       STD_TORCH_CHECK(x.dim() == 1, "rewards: expected one dimension with cu_seqlens");
       args.rows = cu_seqlens->numel() - 1;
       args.offsets = static_cast<const int64_t*>(hold(*cu_seqlens, ScalarType::Long));
-      if (!runs_on_cuda(x)) check_offsets();
+      if (!on_cuda(x)) check_offsets();
     }
     args.in[0] = x.const_data_ptr();
     args.in[1] = step_input(values, "values", type);
@@ -54,8 +50,8 @@ struct ScanCall {
                       " numbers, got ", bootstrap_value->numel());
       args.initial = hold(*bootstrap_value, type);
     }
-    STD_TORCH_CHECK(options.size() <= std::size(args.options), "options: too many");
-    std::copy(options.begin(), options.end(), args.options);
+    check_hparams(hparams, scan.hparams);
+    std::copy(hparams.begin(), hparams.end(), args.hparams);
   }
 
   const void* hold(const Tensor& t, ScalarType as) {
@@ -79,13 +75,11 @@ struct ScanCall {
   }
   void run(const Scan& scan) const {
     if (args.rows <= 0) return;
-    if (runs_on_cuda(x)) return launch_on(x, scan.cuda_kernel, args);
-    const cpu::ScanKernel kernel = cpu::scan_kernels().*scan.cpu_kernel;
+    if (on_cuda(x)) return launch_on_cuda(x, scan.cuda_kernel, args);
+    const cpu::ScanKernels::Kernel kernel = cpu::scan_kernels.best().*scan.cpu_kernel;
     const int64_t mean = std::max<int64_t>(args.offsets ? args.n / args.rows : args.n, 1);
     const int64_t grain = std::max<int64_t>(16, 32768 / mean / 16 * 16);
-    if (args.rows <= grain) return kernel(args, 0, args.rows);
-    torch::stable::parallel_for(0, args.rows, grain,
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    in_parallel(args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 };
 
@@ -94,9 +88,9 @@ struct ScanOps {
   static std::tuple<Tensor, Tensor> forward(Tensor rewards, OptionalTensor values, OptionalTensor next_values,
                                             OptionalTensor bootstrap_value, OptionalTensor log_rhos,
                                             OptionalTensor terminated, OptionalTensor truncated,
-                                            OptionalTensor mask, OptionalTensor cu_seqlens, Options options) {
-    ScanCall call(rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
-                  cu_seqlens, options);
+                                            OptionalTensor mask, OptionalTensor cu_seqlens, Hparams hparams) {
+    ScanCall call(kScan, rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
+                  cu_seqlens, hparams);
     const Tensor first = empty_pooled(call.x, call.x.sizes(), call.type);
     const Tensor second = empty_pooled(call.x, call.x.sizes(), call.type);
     call.args.out[0] = first.mutable_data_ptr();
@@ -110,9 +104,9 @@ struct ScanOps {
       OptionalTensor grad_first, OptionalTensor grad_second, Tensor rewards, OptionalTensor values,
       OptionalTensor next_values, OptionalTensor bootstrap_value, OptionalTensor log_rhos,
       OptionalTensor terminated, OptionalTensor truncated, OptionalTensor mask, OptionalTensor cu_seqlens,
-      Options options) {
-    ScanCall call(rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
-                  cu_seqlens, options);
+      Hparams hparams) {
+    ScanCall call(kScan, rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask,
+                  cu_seqlens, hparams);
     ScanArgs& a = call.args;
     a.backward = true;
     a.grad[0] = call.step_input(grad_first, "gradient", call.type);
@@ -132,17 +126,15 @@ struct ScanOps {
 };
 
 #define FASTLOSS_DESCRIBE(name, Loss) \
-  constexpr Scan name##_scan{&cpu::ScanKernels::name, FASTLOSS_CUDA_KERNEL(name)};
+  constexpr Scan name##_scan{Loss<float>::H::count, &cpu::ScanKernels::name, FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_SCANS(FASTLOSS_DESCRIBE)
 
 template <template <class> class Loss>
 inline constexpr bool differentiates = Loss<float>::kBackward;
 
-}  // namespace
-
 #define FASTLOSS_SCAN_TENSORS                                                                        \
   "Tensor rewards, Tensor? values, Tensor? next_values, Tensor? bootstrap_value, Tensor? log_rhos, " \
-  "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, float[] options"
+  "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, float[] hparams"
 #define FASTLOSS_DEFINE(name, Loss)                                                    \
   m.def(#name "_fwd(" FASTLOSS_SCAN_TENSORS ") -> (Tensor, Tensor)");                  \
   if (differentiates<Loss>)                                                            \
@@ -152,13 +144,11 @@ inline constexpr bool differentiates = Loss<float>::kBackward;
   m.impl(#name "_fwd", TORCH_BOX(&ScanOps<name##_scan>::forward)); \
   if (differentiates<Loss>) m.impl(#name "_bwd", TORCH_BOX(&ScanOps<name##_scan>::backward));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m){
-    FASTLOSS_SCANS(FASTLOSS_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU,
-                                                               m){FASTLOSS_SCANS(FASTLOSS_IMPLEMENT)}
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  FASTLOSS_SCANS(FASTLOSS_IMPLEMENT)
-}
-#endif
+void define(StableLibrary& m) { FASTLOSS_SCANS(FASTLOSS_DEFINE) }
+void implement(StableLibrary& m) { FASTLOSS_SCANS(FASTLOSS_IMPLEMENT) }
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

@@ -1,11 +1,10 @@
 // ranking: the loss of each row of rewards [rows, n] with ranks [rows, n], see losses/reward_model.h. `state`
 // is what backward needs of each row.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
-#include "../cpu/dispatch.h"
-#include "device.h"
+#include "../cpu/kernels/reward_model.h"
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -23,7 +22,7 @@ struct RankingCall {
                         ranks_.size(1) == rewards.size(1),
                     "ranks: expected the shape of rewards, two dimensions");
     ranks = contiguous_as(ranks_, accumulation);
-    args.kind = static_cast<Ranking>(kind);
+    args.kind = enum_of<Ranking>(kind, "kind");
     args.dtype = dtype_of(rewards, "rewards");
     args.rows = rewards.size(0);
     args.n = rewards.size(1);
@@ -32,20 +31,17 @@ struct RankingCall {
   }
   void run() const {
     if (args.rows == 0) return;
-    void (*const launcher)(const RankingArgs&, void*) = FASTLOSS_CUDA_KERNEL(ranking);
-    if (runs_on_cuda(rewards)) return launch_on(rewards, launcher, args);
-    const cpu::RankingKernel kernel = cpu::ranking_kernel();
+    if (on_cuda(rewards)) return launch_on_cuda(rewards, FASTLOSS_CUDA_FUNCTION(ranking), args);
+    const cpu::RankingKernel kernel = cpu::ranking_kernel.best();
     const int64_t grain = 16 * std::max<int64_t>(1, 2048 / std::max<int64_t>(args.n * args.n, 1));
-    if (args.rows <= grain) return kernel(args, 0, args.rows);
-    torch::stable::parallel_for(0, args.rows, grain,
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    in_parallel(args.rows, grain, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor rewards, Tensor ranks, int64_t kind) {
   RankingCall call(rewards, ranks, kind);
   RankingArgs& a = call.args;
-  const int64_t rows[] = {a.rows}, state_shape[] = {a.rows, state_width(a)};
+  const int64_t rows[] = {a.rows}, state_shape[] = {a.rows, a.state_width()};
   const Tensor loss = empty(call.rewards, rows, call.accumulation);
   const Tensor pairs = empty(call.rewards, rows, call.accumulation);
   const Tensor state = empty(call.rewards, state_shape, call.accumulation);
@@ -57,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor rewards, Tensor ranks, int64_t
 }
 
 // The number of pairs has no gradient.
-Tensor backward(Tensor grad, std::optional<Tensor> /*grad_pairs*/, Tensor rewards, Tensor ranks, Tensor state,
+Tensor backward(Tensor grad, OptionalTensor /*grad_pairs*/, Tensor rewards, Tensor ranks, Tensor state,
                 int64_t kind) {
   RankingCall call(rewards, ranks, kind);
   RankingArgs& a = call.args;
@@ -72,23 +68,19 @@ Tensor backward(Tensor grad, std::optional<Tensor> /*grad_pairs*/, Tensor reward
   return gradient;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def("ranking_fwd(Tensor rewards, Tensor ranks, int kind) -> (Tensor loss, Tensor pairs, Tensor state)");
   m.def(
       "ranking_bwd(Tensor grad, Tensor? grad_pairs, Tensor rewards, Tensor ranks, Tensor state, int kind) -> "
       "Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("ranking_fwd", TORCH_BOX(&forward));
   m.impl("ranking_bwd", TORCH_BOX(&backward));
 }
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("ranking_fwd", TORCH_BOX(&forward));
-  m.impl("ranking_bwd", TORCH_BOX(&backward));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

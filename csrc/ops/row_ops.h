@@ -2,44 +2,23 @@
 // rows. Shared by all operators that run the row kernels.
 #pragma once
 #include <algorithm>
-#include <optional>
-#include <stdexcept>
 #include <tuple>
-#include <vector>
 
-#include "../cpu/dispatch.h"
-#include "library.h"
-#if defined(FASTLOSS_CUDA) || defined(FL_SIMT)
-#define FASTLOSS_HAS_CUDA 1
-#include "../cuda/launchers.h"
-#endif
+#include "../cpu/kernels/tables.h"
+#include "runtime.h"
 
 namespace fastloss {
-enum Reduction : int64_t { kNone, kMean, kSum };
-using OptionalTensor = std::optional<Tensor>;
-using Options = std::vector<double>;
 
 // Gradients of shorter rows, in bytes, are never written past the caches.
 constexpr int64_t kRowPastCache = 2048;
-constexpr int kStateHead = 3;  // m, log_sum, k; then what the loss saves
 
 struct TokenLoss {
   int (*variant)(const RowArgs&);
-  int saved;
+  int saved, hparams;
   bool norm_counts_rows;
-  cpu::RowKernel cpu::Kernels::* cpu_kernel;
-#if defined(FASTLOSS_HAS_CUDA)
+  cpu::RowKernels::Kernel cpu::RowKernels::* cpu_kernel;
   void (*cuda_kernel)(const RowArgs&, void* stream);
-#endif
 };
-
-// The same for all variants of a loss, so that the state's shape depends on nothing but the loss.
-template <template <class, int> class Loss, int kVariant = 0>
-constexpr int saved() {
-  if constexpr (kVariant + 1 < Loss<float, 0>::kVariants)
-    return std::max(Loss<float, kVariant>::kSaved, saved<Loss, kVariant + 1>());
-  return Loss<float, kVariant>::kSaved;
-}
 
 // ---- tensors as rows
 
@@ -75,10 +54,6 @@ inline std::optional<RowLayout> row_layout_last(const Tensor& t) {
   return RowLayout{count[0], stride[1], stride[0], strides[classes]};
 }
 inline Tensor as_rows(const Tensor& t) { return row_layout(t) ? t : torch::stable::contiguous(t); }
-inline Tensor as_type(const Tensor& t, ScalarType type) {
-  const Tensor typed = t.scalar_type() == type ? t : torch::stable::to(t, type);
-  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
-}
 
 // What forward and backward tell the kernels alike; holds the tensors that `args` points into.
 struct Call {
@@ -89,7 +64,7 @@ struct Call {
   std::vector<int64_t> row_shape;
 
   Call(const TokenLoss& loss, RowPass pass, const Tensor& input, const Tensor& target_,
-       const OptionalTensor& weight_, double logit_scale, double softcap, const Options& options)
+       const OptionalTensor& weight_, double logit_scale, double softcap, const Hparams& hparams)
       : x(as_rows(input)), target(target_), accumulation(accumulation_type(dtype_of(input, "input"))) {
     STD_TORCH_CHECK(input.dim() >= 1, "input: expected at least one dimension");
     const auto sizes = x.sizes();
@@ -106,7 +81,7 @@ struct Call {
     if (target.scalar_type() == ScalarType::Long) {
       STD_TORCH_CHECK(target.numel() == args.rows, "target: expected ", args.rows, " class indices, got ",
                       target.numel());
-      target = as_type(target, ScalarType::Long);
+      target = contiguous_as(target, ScalarType::Long);
       args.target = static_cast<const int64_t*>(target.const_data_ptr());
     } else {
       STD_TORCH_CHECK(target.numel() == x.numel(), "target: expected a probability for each class");
@@ -117,13 +92,13 @@ struct Call {
     if (weight_) {
       STD_TORCH_CHECK(weight_->numel() == args.n, "weight: expected ", args.n, " numbers, got ",
                       weight_->numel());
-      weight = as_type(*weight_, accumulation);
+      weight = contiguous_as(*weight_, accumulation);
       args.class_weight = weight->const_data_ptr();
     }
     args.logit_scale = logit_scale;
     args.softcap = softcap;
-    STD_TORCH_CHECK(options.size() <= kMaxOptions, "options: too many");
-    std::copy(options.begin(), options.end(), args.options);
+    check_hparams(hparams, loss.hparams);
+    std::copy(hparams.begin(), hparams.end(), args.hparams);
     args.norm_counts_rows = loss.norm_counts_rows;
     args.variant = loss.variant(args);
   }
@@ -144,40 +119,13 @@ struct Call {
 
 // ---- where a kernel runs
 
-#if defined(FL_SIMT)
-inline bool on_cuda(const Tensor&) { return true; }  // the CUDA kernels, executed on the CPU
-struct DeviceScope {
-  explicit DeviceScope(const Tensor&) {}
-};
-#else
-inline bool on_cuda(const Tensor& t) { return !t.is_cpu(); }
-struct DeviceScope {
-  torch::stable::accelerator::DeviceGuard guard;
-  explicit DeviceScope(const Tensor& t) : guard(t.get_device_index()) {}
-};
-#endif
-
-#if defined(FASTLOSS_HAS_CUDA)
-inline void run_cuda(const TokenLoss& loss, const Call& call) {
-  const DeviceScope scope(call.x);
-  loss.cuda_kernel(call.args, current_stream(call.x));
-}
-#else
-[[noreturn]] inline void run_cuda(const TokenLoss&, const Call&) {
-  throw std::runtime_error(
-      "fastloss was built without CUDA kernels: install nvcc and rebuild with FASTLOSS_CUDA=1 pip install "
-      "--no-build-isolation --force-reinstall --no-deps .");
-}
-#endif
-
 inline void run(const TokenLoss& loss, const Call& call) {
   const RowArgs& a = call.args;
   if (a.rows == 0) return;
-  if (on_cuda(call.x)) return run_cuda(loss, call);
-  const cpu::RowKernel kernel = cpu::kernels().*loss.cpu_kernel;
+  if (on_cuda(call.x)) return launch_on_cuda(call.x, loss.cuda_kernel, a);
+  const cpu::RowKernels::Kernel kernel = cpu::row_kernels.best().*loss.cpu_kernel;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(a.n, 1));
-  if (a.rows <= grain) return kernel(a, 0, a.rows);
-  torch::stable::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  in_parallel(a.rows, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
 
 // ---- reduction on the CPU: in double, in the order of the rows
@@ -211,9 +159,9 @@ void reduce(const RowArgs& a, R* out) {
 // ---- a call of a loss with one result a row
 
 template <class R>
-Tensor reduced_as(const TokenLoss& loss, Call& call, int64_t reduction) {
+Tensor reduced_as(const TokenLoss& loss, Call& call, Reduction reduction) {
   R norm;
-  if (reduction == kMean) {
+  if (reduction == Reduction::mean) {
     norm = static_cast<R>(norm_of<R>(call.args));
     call.args.norm = &norm;
   }
@@ -222,8 +170,7 @@ Tensor reduced_as(const TokenLoss& loss, Call& call, int64_t reduction) {
   reduce(call.args, static_cast<R*>(result.mutable_data_ptr()));
   return result;
 }
-inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, [[maybe_unused]] int64_t reduction) {
-#if defined(FASTLOSS_HAS_CUDA)
+inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, Reduction reduction) {
   RowArgs& a = call.args;
   const int64_t number = a.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   const int64_t partials = a.rows > kRowsOfBlock ? kRowPartials * sizeof(double) / number : 0;
@@ -233,19 +180,15 @@ inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, [[maybe_unused]
   char* result = static_cast<char*>(numbers.mutable_data_ptr());
   void* norm = result + number;
   if (partials) a.partial = reinterpret_cast<double*>(result + 2 * number);
-  if (reduction == kMean) a.norm = norm;
+  if (reduction == Reduction::mean) a.norm = norm;
   const DeviceScope scope(call.x);
-  void* stream = current_stream(call.x);
-  if (a.norm) cuda::row_norm(a, norm, stream);
-  if (a.rows) loss.cuda_kernel(a, stream);
-  cuda::row_reduce(a, result, stream);
+  if (a.norm) scope.launch(FASTLOSS_CUDA_FUNCTION(row_norm), a, norm);
+  if (a.rows) scope.launch(loss.cuda_kernel, a);
+  scope.launch(FASTLOSS_CUDA_FUNCTION(row_reduce), a, result);
   return torch::stable::select(numbers, 0, 0);
-#else
-  run_cuda(loss, call);
-#endif
 }
 // Runs the loss and adds its rows up.
-inline Tensor reduced(const TokenLoss& loss, Call& call, int64_t reduction) {
+inline Tensor reduced(const TokenLoss& loss, Call& call, Reduction reduction) {
   if (on_cuda(call.x)) return reduced_on_cuda(loss, call, reduction);
   if (call.args.dtype == DType::f64) return reduced_as<double>(loss, call, reduction);
   return reduced_as<float>(loss, call, reduction);
@@ -254,7 +197,7 @@ inline Tensor reduced(const TokenLoss& loss, Call& call, int64_t reduction) {
 // What the forward operators give: the loss, the state of the rows, their gradient or nothing. `call` is
 // ready but for where these lie.
 inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind, Call& call,
-                                                          int64_t reduction, bool wide) {
+                                                          Reduction reduction, bool wide) {
   RowArgs& a = call.args;
   if (!on_cuda(call.x)) check_targets(a);
   const bool with_gradient = a.pass == RowPass::forward_gradient;
@@ -265,7 +208,7 @@ inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind,
   call.set_state(state);
   a.loss = loss.mutable_data_ptr();
   if (with_gradient) call.set_gradient(dx);
-  if (reduction == kNone) {
+  if (reduction == Reduction::none) {
     run(kind, call);
   } else {
     loss = reduced(kind, call, reduction);
@@ -277,7 +220,7 @@ inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind,
 inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upstream, const Tensor& state,
                            const Tensor& dx, bool skip_unit) {
   RowArgs& a = call.args;
-  const Tensor g = as_type(upstream, call.accumulation);
+  const Tensor g = contiguous_as(upstream, call.accumulation);
   STD_TORCH_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
   a.upstream = g.const_data_ptr();
   a.upstream_stride = g.dim() == 0 || a.rows == 1 ? 0 : 1;
@@ -294,17 +237,11 @@ inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upst
 
 // ---- what there is to run: `<name>_loss`
 
-#if defined(FASTLOSS_HAS_CUDA)
-#define FASTLOSS_CUDA_FIELD(name) &cuda::name
-#else
-#define FASTLOSS_CUDA_FIELD(name)
-#endif
-#define FASTLOSS_DESCRIBE(name, Loss)                                                          \
-  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved<Loss>(),              \
-                                         Loss<float, 0>::kNormCountsRows, &cpu::Kernels::name, \
-                                         FASTLOSS_CUDA_FIELD(name)};
+#define FASTLOSS_DESCRIBE(name, Loss)                                                               \
+  inline constexpr TokenLoss name##_loss{&Loss<float, 0>::variant, saved_numbers<Loss>(),           \
+                                         Loss<float, 0>::H::count, Loss<float, 0>::kNormCountsRows, \
+                                         &cpu::RowKernels::name,   FASTLOSS_CUDA_FUNCTION(name)};
 FASTLOSS_ROW_KERNELS(FASTLOSS_DESCRIBE)
 #undef FASTLOSS_DESCRIBE
-#undef FASTLOSS_CUDA_FIELD
 
 }  // namespace fastloss

@@ -1,21 +1,14 @@
 // The walks over a matrix of similarities that the contrastive losses are made of
-// (fastloss/_ops/similarity.py puts them together): on the CPU the whole matrix in tiles, products included; on CUDA
-// what is made of a block of it, whose products lie in memory.
+// (fastloss/_ops/similarity.py puts them together): on the CPU the whole matrix in tiles, products included;
+// on CUDA what is made of a block of it, whose products lie in memory.
 #include <algorithm>
 #include <limits>
-#include <optional>
-#include <vector>
 
-#include "../drivers/similarity.h"
-#include "device.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/similarity.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // The arrays that both kinds of walk take, in the order of the schema.
 struct Arrays {
@@ -38,8 +31,7 @@ void* data(const OptionalTensor& t, const char* name, ScalarType type, int64_t c
 template <class Args>
 void fill(Args& a, int64_t pass, bool same_is_positive, bool with_positives, int64_t m, int64_t n,
           ScalarType type, const OptionalTensor& mark, const Arrays& t) {
-  STD_TORCH_CHECK(pass >= 0 && pass < kTilePasses, "pass: unknown");
-  a.pass = static_cast<TilePass>(pass);
+  a.pass = enum_of<TilePass>(pass, "kind");
   a.same_is_positive = same_is_positive;
   a.with_positives = with_positives;
   a.m = m;
@@ -57,7 +49,6 @@ void fill(Args& a, int64_t pass, bool same_is_positive, bool with_positives, int
   a.hardest = static_cast<int64_t*>(data(t.hardest, "hardest", ScalarType::Long, 2 * m));
 }
 
-#if defined(FASTLOSS_HAS_CUDA)
 // s [rows, cols]: products of the rows `row`, row + 1, ... of all m and the columns `col`, col + 1, ... of
 // all n. The gradient goes to g, or to where s is; what it adds to that of the scale, row by row, to dots.
 void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor s, OptionalTensor g,
@@ -100,12 +91,11 @@ void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor
   a.row_ids = static_cast<const int64_t*>(data(row_ids, "row_ids", ScalarType::Long, m));
   a.col_ids = static_cast<const int64_t*>(data(col_ids, "col_ids", ScalarType::Long, n));
   if (!a.rows || !a.cols) return;
-  const int64_t numbers[] = {cuda::tile_partials(a)};
-  const Tensor part = torch::stable::new_empty(s, numbers);
+  const int64_t numbers[] = {call_cuda(FASTLOSS_CUDA_FUNCTION(tile_partials), a)};
+  const Tensor part = empty(s, numbers, type);
   a.part = part.mutable_data_ptr();
-  launch_on(s, &cuda::tile_chunk, a);
+  launch_on_cuda(s, FASTLOSS_CUDA_FUNCTION(tile_chunk), a);
 }
-#endif
 
 #if !defined(FL_SIMT)
 
@@ -149,7 +139,7 @@ void walk(cpu::TileCall& a, const Tensor& x, const Tensor& y, const OptionalTens
     a.row_ids = codes->row.data();
     a.col_ids = codes->col.data();
   }
-  const cpu::TileKernels& kernels = cpu::tile_kernels();
+  const cpu::TileKernels& kernels = cpu::tile_kernels.best();
   const int64_t size[] = {kernels.packed_size(a)};
   const Tensor panels = empty_pooled(y, size, y.scalar_type());
   std::optional<Tensor> depth_panels;
@@ -205,9 +195,7 @@ void tile_walk(int64_t pass, bool same_is_positive, bool with_positives, Tensor 
 
 #endif
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def(
       "tile_walk(int kind, bool same_is_positive, bool with_positives, Tensor x, Tensor y, float scale, "
       "float bias, " FASTLOSS_TILE_ARRAYS ", Tensor(h!)? dx, Tensor(i!)? dy, Tensor(j!)? dots) -> ()");
@@ -216,13 +204,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
       "scale, Tensor? bias, int row, int m, int col, int n, " FASTLOSS_TILE_ARRAYS
       ", Tensor(x!)? dots) -> ()");
 }
-#if defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) { m.impl("tile_chunk", TORCH_BOX(&tile_chunk)); }
-#else
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) { m.impl("tile_walk", TORCH_BOX(&tile_walk)); }
-#if defined(FASTLOSS_HAS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) { m.impl("tile_chunk", TORCH_BOX(&tile_chunk)); }
+void implement_chunk(StableLibrary& m) { m.impl("tile_chunk", TORCH_BOX(&tile_chunk)); }
+#if !defined(FL_SIMT)
+void implement_walk(StableLibrary& m) { m.impl("tile_walk", TORCH_BOX(&tile_walk)); }
 #endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) { define(m); }
+FASTLOSS_CUDA_OPERATORS(implement_chunk)
+#if !defined(FL_SIMT)
+FASTLOSS_CPU_OPERATORS(implement_walk)
 #endif
 
 }  // namespace fastloss

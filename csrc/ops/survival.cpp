@@ -1,19 +1,13 @@
 // survival: the losses of cohorts [rows, n], see losses/survival.h, one for each individual or their sum, in
 // float64. `state` is what backward needs.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
-#include "../losses/survival_args.h"
-#include "device.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/survival.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // Holds the tensors that `args` points into.
 struct SurvivalCall {
@@ -34,7 +28,7 @@ struct SurvivalCall {
     STD_TORCH_CHECK(score.dim() == 2, "score: expected two dimensions");
     for (const Tensor& t : {log_time, events, order, group, stratum})
       STD_TORCH_CHECK(t.numel() == score.numel(), "expected as many numbers as scores");
-    args.kind = static_cast<Survival>(kind);
+    args.kind = enum_of<Survival>(kind, "kind");
     args.efron = efron;
     args.alpha = alpha;
     args.beta = beta;
@@ -48,7 +42,7 @@ struct SurvivalCall {
     args.group = static_cast<const int64_t*>(group.const_data_ptr());
     if (stratum_) args.stratum = static_cast<const int64_t*>(stratum.const_data_ptr());
     partial = empty_doubles(args.rows * std::max<int64_t>(survival_tiles(args), 1));
-    items = empty_doubles(runs_on_cuda(score) ? args.rows * survival_tiles(args) * kSurvivalItem : 0);
+    items = empty_doubles(on_cuda(score) ? args.rows * survival_tiles(args) * kSurvivalItem : 0);
     args.partial = static_cast<double*>(partial.mutable_data_ptr());
     args.items = static_cast<double*>(items.mutable_data_ptr());
   }
@@ -57,18 +51,13 @@ struct SurvivalCall {
     return empty(score, shape, ScalarType::Double);
   }
   void run() const {
-    if (runs_on_cuda(score)) {
-      void (*const launcher)(const SurvivalArgs&, void*) = FASTLOSS_CUDA_KERNEL(survival);
-      return launch_on(score, launcher, args);
-    }
-#if !defined(FL_SIMT)
-    const cpu::SurvivalKernel kernel = cpu::survival_kernel();
+    if (on_cuda(score)) return launch_on_cuda(score, FASTLOSS_CUDA_FUNCTION(survival), args);
+    const cpu::SurvivalKernel kernel = cpu::survival_kernel.best();
     const int64_t grain = std::max<int64_t>(1, 4096 / args.n);
-    torch::stable::parallel_for(0, args.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+    in_parallel(args.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
     if (!args.total) return;
     *args.total = 0;
     for (int64_t r = 0; r < args.rows; ++r) *args.total += args.partial[r];
-#endif
   }
 };
 
@@ -79,7 +68,7 @@ std::tuple<Tensor, Tensor> forward(Tensor score, OptionalTensor log_time, Tensor
   SurvivalArgs& a = call.args;
   Tensor loss = empty(call.score, each ? call.score.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(),
                       ScalarType::Double);
-  const int64_t state_shape[] = {a.rows, a.n, state_width(a)};
+  const int64_t state_shape[] = {a.rows, a.n, a.state_width()};
   const Tensor state = empty(call.score, state_shape, ScalarType::Double);
   (each ? a.loss : a.total) = static_cast<double*>(loss.mutable_data_ptr());
   a.state = static_cast<double*>(state.mutable_data_ptr());
@@ -99,7 +88,7 @@ Tensor backward(Tensor grad, Tensor score, OptionalTensor log_time, Tensor event
   const Tensor g = contiguous_as(grad, ScalarType::Double);
   STD_TORCH_CHECK(g.numel() == (each ? a.rows * a.n : 1), "grad: expected the shape of the loss");
   const Tensor gradient = empty_pooled(call.score, call.score.sizes(), call.score.scalar_type());
-  const Tensor slope = call.empty_doubles(runs_on_cuda(call.score) ? 2 * a.rows * a.n : 0);
+  const Tensor slope = call.empty_doubles(on_cuda(call.score) ? 2 * a.rows * a.n : 0);
   a.backward = true;
   a.each = each;
   a.upstream = static_cast<const double*>(g.const_data_ptr());
@@ -110,27 +99,23 @@ Tensor backward(Tensor grad, Tensor score, OptionalTensor log_time, Tensor event
   return gradient;
 }
 
-}  // namespace
-
 #define FASTLOSS_SURVIVAL_TENSORS \
   "Tensor score, Tensor? log_time, Tensor events, Tensor order, Tensor group, Tensor? stratum"
 #define FASTLOSS_SURVIVAL_OPTIONS "int kind, bool efron, float alpha, float beta, bool each"
 
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def("survival_fwd(" FASTLOSS_SURVIVAL_TENSORS ", " FASTLOSS_SURVIVAL_OPTIONS
         ") -> (Tensor loss, Tensor state)");
   m.def("survival_bwd(Tensor grad, " FASTLOSS_SURVIVAL_TENSORS ", Tensor state, " FASTLOSS_SURVIVAL_OPTIONS
         ") -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("survival_fwd", TORCH_BOX(&forward));
   m.impl("survival_bwd", TORCH_BOX(&backward));
 }
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("survival_fwd", TORCH_BOX(&forward));
-  m.impl("survival_bwd", TORCH_BOX(&backward));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

@@ -1,6 +1,5 @@
 // token_stats: several statistics of every row of logits [..., V], and log-probabilities of the classes
-// `index`
-// [..., K]. The results are planes [4 + 2 K, ...], see losses/token_statistics.h.
+// `index` [..., K]. The results are planes [4 + 2 K, ...], see losses/token_statistics.h.
 #include <tuple>
 
 #include "row_ops.h"
@@ -27,10 +26,10 @@ struct Stats {
     args.x_layout = *row_layout_last(x);
     args.logit_scale = logit_scale;
     args.softcap = softcap;
-    args.options[0] = all;
+    args.hparams[TokenStats<float, 0>::H::all] = all;
     args.variant = all;
     if (index_) {
-      index = as_type(*index_, ScalarType::Long);
+      index = contiguous_as(*index_, ScalarType::Long);
       args.asked = static_cast<const int64_t*>(index->const_data_ptr());
       args.asked_each = index->size(-1);
       STD_TORCH_CHECK(index->numel() == args.rows * args.asked_each, "index: expected K classes for each of ",
@@ -40,19 +39,10 @@ struct Stats {
   }
   void run() const {
     if (args.rows == 0) return;
-    if (on_cuda(x)) {
-#if defined(FASTLOSS_HAS_CUDA)
-      const DeviceScope scope(x);
-      cuda::token_stats(args, current_stream(x));
-#else
-      throw std::runtime_error("fastloss was built without CUDA kernels");
-#endif
-      return;
-    }
-    const cpu::RowKernel kernel = cpu::kernels().token_stats;
+    if (on_cuda(x)) return launch_on_cuda(x, FASTLOSS_CUDA_FUNCTION(token_stats), args);
+    const cpu::RowKernels::Kernel kernel = cpu::row_kernels.best().token_stats;
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(args.n, 1));
-    if (args.rows <= grain) return kernel(args, 0, args.rows);
-    torch::stable::parallel_for(0, args.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+    in_parallel(args.rows, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
   }
 };
 
@@ -62,7 +52,7 @@ std::tuple<Tensor, Tensor> forward(Tensor logits, OptionalTensor index, Optional
   RowArgs& a = s.args;
   if (mask) {
     STD_TORCH_CHECK(mask->numel() == a.rows, "mask: expected one number for each of ", a.rows, " rows");
-    s.mask = as_type(*mask, s.accumulation);
+    s.mask = contiguous_as(*mask, s.accumulation);
     a.row_weight = s.mask->const_data_ptr();
   }
   if (!on_cuda(s.x) && s.index)
@@ -86,7 +76,7 @@ Tensor backward(Tensor grad, Tensor logits, OptionalTensor index, OptionalTensor
                 double logit_scale, double softcap, bool all) {
   Stats s(RowPass::backward, logits, index, logit_scale, softcap, all);
   RowArgs& a = s.args;
-  const Tensor g = as_type(grad, s.accumulation);
+  const Tensor g = contiguous_as(grad, s.accumulation);
   STD_TORCH_CHECK(g.numel() == a.planes * a.rows, "grad: expected ", a.planes, " numbers for each row");
   const Tensor dx = empty_like_pooled(s.x);
   a.upstream = g.const_data_ptr();
@@ -100,9 +90,7 @@ Tensor backward(Tensor grad, Tensor logits, OptionalTensor index, OptionalTensor
   return dx;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def(
       "token_stats_fwd(Tensor logits, Tensor? index, Tensor? mask, float logit_scale, float softcap, bool "
       "all) "
@@ -111,15 +99,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
       "token_stats_bwd(Tensor grad, Tensor logits, Tensor? index, Tensor? mask, Tensor state, "
       "float logit_scale, float softcap, bool all) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("token_stats_fwd", TORCH_BOX(&forward));
   m.impl("token_stats_bwd", TORCH_BOX(&backward));
 }
-#if !defined(FL_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("token_stats_fwd", TORCH_BOX(&forward));
-  m.impl("token_stats_bwd", TORCH_BOX(&backward));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

@@ -1,12 +1,8 @@
-// triplets: of each row x_i [m, d] as an anchor the sum over its triplets, and how many of them count, [2,
-// m].
+// triplets: of each row of x [m, d] as an anchor the sum over its triplets, and how many count: [2, m].
 #include <algorithm>
 
-#include "../losses/triplets_args.h"
-#include "device.h"
-#if !defined(FL_SIMT)
 #include "../cpu/kernels/triplets.h"
-#endif
+#include "runtime.h"
 
 namespace fastloss {
 namespace {
@@ -46,8 +42,7 @@ struct TripletCall {
   void run() {
     if (args.m == 0) return;
     const int64_t bytes = args.wide ? 8 : 4;
-#if defined(FASTLOSS_HAS_CUDA)
-    if (runs_on_cuda(x)) {
+    if (on_cuda(x)) {
       args.step = args.m;
       args.room = 1;
       while (args.room < args.m / 2) args.room *= 2;
@@ -58,11 +53,10 @@ struct TripletCall {
                    places = empty(x, places_size, ScalarType::Int);
       args.keys = keys.mutable_data_ptr();
       args.places = static_cast<int32_t*>(places.mutable_data_ptr());
-      return chunks(kCudaBudget, row_bytes, [&] { launch_on(x, &cuda::triplets, args); });
+      return chunks(kCudaBudget, row_bytes,
+                    [&] { launch_on_cuda(x, FASTLOSS_CUDA_FUNCTION(triplets), args); });
     }
-#endif
-#if !defined(FL_SIMT)
-    const cpu::TripletKernels& kernels = cpu::triplet_kernels();
+    const cpu::TripletKernels& kernels = cpu::triplet_kernels.best();
     const int64_t groups = (args.m + cpu::kTripletRows - 1) / cpu::kTripletRows;
     args.step = groups * cpu::kTripletRows;
     const int64_t size[] = {args.step * std::max<int64_t>(args.d, 1)};
@@ -70,7 +64,7 @@ struct TripletCall {
     args.panels = panels.mutable_data_ptr();
     const auto parallel = [&](int64_t n, int64_t work, void (*kernel)(const TripletArgs&, int64_t, int64_t)) {
       const int64_t grain = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(work, 1));
-      torch::stable::parallel_for(0, n, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
+      in_parallel(n, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
     };
     parallel(groups, cpu::kTripletRows * args.d, kernels.pack);
     chunks(kBudget, args.step * bytes, [&] {
@@ -79,7 +73,6 @@ struct TripletCall {
       parallel(args.rows, args.m * args.d, kernels.draw_anchors);
       parallel(args.m, args.rows * args.d, kernels.draw_others);
     });
-#endif
   }
 };
 
@@ -103,21 +96,17 @@ Tensor backward(Tensor grad, Tensor x, Tensor ids, double margin, bool root) {
   return dx;
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) {
+void define(StableLibrary& m) {
   m.def("triplets_fwd(Tensor x, Tensor ids, float margin, bool root) -> Tensor");
   m.def("triplets_bwd(Tensor grad, Tensor x, Tensor ids, float margin, bool root) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) {
+void implement(StableLibrary& m) {
   m.impl("triplets_fwd", TORCH_BOX(&forward));
   m.impl("triplets_bwd", TORCH_BOX(&backward));
 }
-#if !defined(FL_SIMT) && defined(FASTLOSS_HAS_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) {
-  m.impl("triplets_fwd", TORCH_BOX(&forward));
-  m.impl("triplets_bwd", TORCH_BOX(&backward));
-}
-#endif
+
+}  // namespace
+
+FASTLOSS_OPERATORS(define, implement)
 
 }  // namespace fastloss

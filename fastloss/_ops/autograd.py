@@ -20,7 +20,6 @@ import contextlib
 import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -28,14 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-_library = Path(__file__).parents[1] / "_library.so"
-if not _library.exists():
-    raise ImportError(
-        "fastloss is not built: run `pip install --no-build-isolation .` in its checkout (`make build` there)"
-    )
-torch.ops.load_library(str(_library))
+from fastloss._ops import abi
 
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+REDUCTIONS = abi.enum("Reduction")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 LIBRARY = "fastloss"

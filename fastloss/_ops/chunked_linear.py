@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastloss._ops import abi
 from fastloss._ops.autograd import LIBRARY, REDUCTIONS
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import LogitTransform
@@ -29,7 +30,7 @@ DIRECT = 1 << 24
 """Elements of a weight so large that its gradient is written as bfloat16 at once: cuBLAS splits no sum then."""
 INPUT, WEIGHT, BIAS = 1, 2, 4
 """Bits of the gradients that are wanted."""
-PANEL = 384
+PANEL = abi.constant("linear_rows")
 """Rows that a product on the CPU adds up as one: chunks of whole panels give the same bits whatever their size."""
 
 
@@ -156,7 +157,7 @@ def forward(
 
     The gradients are divided by the norm of "mean", save for half types: there, what is that small would be lost
     in the logits' gradient, and backward divides at the end, all but a weight's gradient in a half type (see
-    `narrow_weight_gradient`).
+    `narrow_weight_gradient`). After the row loss's hyperparameters come those of the logit transform.
     """
     input, linear_weight, linear_bias, target, weight, row_weight = inputs
     products = products_for(operators, input.device)
@@ -164,8 +165,11 @@ def forward(
     if not on_cpu:
         input, linear_weight = aligned(input), aligned(linear_weight)
     (rows, features), classes = input.shape, linear_weight.shape[0]
-    transform = logit_transform(attrs.hparams[2:], features) if logit_transform else None
-    hparams = attrs.hparams[:2]
+    own = len(abi.fact(row_loss, "hparams"))
+    hparams, transform = attrs.hparams[:own], None
+    if logit_transform is not None:
+        named = dict(zip(logit_transform.HPARAMS, attrs.hparams[own:], strict=True))
+        transform = logit_transform(features, **named)
     acc_dtype = accumulation_dtype(input.dtype)
     narrow = narrow_weight_gradient(products, linear_weight)
     row_kernel = getattr(operators, f"{row_loss}_rows")

@@ -7,8 +7,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from fastloss._ops import autograd, chunked_linear
-from fastloss._ops.autograd import REDUCTIONS
+from fastloss._ops import abi, autograd, chunked_linear
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import LogitTransform
@@ -32,7 +32,11 @@ class LinearOp(PrecomputedOp):
     Where the loss is one number, the gradients are computed in forward, while the logits are at hand, and the first
     backward multiplies them by its upstream gradient. Any other backward runs the chunks again.
 
+    The attribute `hparams` comes from `pack`: those of the row loss, then those of the logit transform.
+
     Args:
+        reference: takes the inputs, and by name `ignore_index, reduction, logit_scale, softcap` and the
+            hyperparameters.
         row_loss: whose row kernels turn a chunk of logits into their gradient.
         logit_transform: what stands between the GEMMs and the logits. Default: nothing.
     """
@@ -49,7 +53,20 @@ class LinearOp(PrecomputedOp):
         logit_transform: type[LogitTransform] | None = None,
     ):
         self._row_loss, self._logit_transform = row_loss, logit_transform
-        super().__init__(name, reference, wrt=(0, 1, 2))
+        of_rows = abi.hparams(row_loss)
+        names = (*of_rows.names, *(logit_transform.HPARAMS if logit_transform else ()))
+        self.hparams = abi.Hparams(name, names, of_rows.choices)
+        self.hparams.check_taken_by(reference)
+        self.pack = self.hparams.pack
+
+        def by_name(inputs, attrs):
+            loss = reference(
+                *inputs, ignore_index=attrs.ignore_index, reduction=list(REDUCTIONS)[attrs.reduction],
+                logit_scale=attrs.logit_scale, softcap=attrs.softcap, **self.hparams.unpack(attrs.hparams),
+            )  # fmt: skip
+            return loss.float() if attrs.out_fp32 and loss.dtype in HALF_TYPES else loss
+
+        super().__init__(name, by_name, wrt=(0, 1, 2))
 
     def shapes(self, inputs, attrs, mask):
         input, weight = inputs.input, inputs.linear_weight

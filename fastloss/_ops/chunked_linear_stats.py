@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss._ops import autograd, chunked_linear
+from fastloss._ops import abi, autograd, chunked_linear
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.rowwise import state_width
 
-_STATE = 6  # numbers of a row that backward needs
+_STATE = state_width("token_stats")
+_STATISTICS = abi.fact("token_stats", "outputs")
 
 
 class LinearStatsInputs(NamedTuple):
@@ -33,11 +35,11 @@ class LinearStatsAttrs(NamedTuple):
 
 
 class LinearStatsOutputs(NamedTuple):
-    planes: Tensor  # [4 + 2 K, rows] as `token_stats` has them, 0 in rows that are masked
+    planes: Tensor  # [statistics + 2 K, rows] as `token_stats` has them, 0 in rows that are masked
 
 
 class LinearStatsState(NamedTuple):
-    state: Tensor  # [rows, 6]
+    state: Tensor  # [rows, numbers that backward needs]
 
 
 class LinearStatsGradients(NamedTuple):
@@ -101,7 +103,7 @@ class LinearStatsOp(autograd.PythonOp):
 
     def shapes(self, inputs, attrs, mask):
         input, index = inputs.input, inputs.index
-        planes = 4 + (2 * index.shape[-1] if index is not None else 0)
+        planes = _STATISTICS + (2 * index.shape[-1] if index is not None else 0)
         for shape in ([planes, input.shape[0]], [input.shape[0], _STATE]):
             yield input.new_empty(shape, dtype=accumulation_dtype(input.dtype))
 

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fastloss._ops import abi
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, needs_grad_mask
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
-NO_INDEX = -(2**63)  # the operators take the number of classes for it
+NO_INDEX = abi.constant("default_background")  # the operators take the number of classes for it
 
 
 class ElementOp(FusedOp):
-    """An elementwise loss: `inputs` tensors of one shape, then `weight` of that shape and `norm`, one number.
+    """An elementwise loss: its inputs, tensors of one shape, then `weight` of that shape and `norm`, one number.
 
     An int64 tensor among the inputs holds classes and stands for their one-hot encoding along a last dimension.
     What is broadcast comes expanded; it is read where it lies. A weight of 0 leaves an element out; a reduced
-    loss is divided by `norm`. `wrt` must name the inputs that the struct in C++ differentiates.
+    loss is divided by `norm`.
 
-    `options` are `reduction, numbers, ignore_index, background_index, wide`; `numbers` are the struct's. The
-    reference takes the tensors and these.
+    `options` are `reduction, hparams, ignore_index, background_index, wide`, with `hparams` from `pack`. `formula`,
+    the reference of one element's loss, takes the inputs, and by name the hyperparameters.
     """
 
     saved = 0
     reduction = 0
 
-    def __init__(self, name: str, reference: Callable[..., Tensor], inputs: int, wrt: Sequence[int]):
+    def __init__(self, name: str, formula: Callable[..., Tensor]):
+        inputs = abi.fact(name, "inputs")
+        self.hparams = abi.hparams(name)
+        self.hparams.check_taken_by(formula, after=inputs)
+        self.pack = self.hparams.pack
+        reference = _whole(formula, inputs, self.hparams)
+
         def fake(*args):
             input, reduction, wide, wanted, gradient = args[0], args[inputs + 2], *args[-3:]
             shape = input.shape if reduction == REDUCTIONS["none"] else []
@@ -38,7 +45,7 @@ class ElementOp(FusedOp):
         def for_inputs(*args):
             return reference(*args[:-1])  # without `wanted`
 
-        super().__init__(name, for_inputs, fake, tensors=inputs + 2, wrt=wrt)
+        super().__init__(name, for_inputs, fake, tensors=inputs + 2, wrt=abi.fact(name, "wrt"))
 
     def _empty_gradients(self, input: Tensor, wanted: int) -> list[Tensor]:
         return [input.new_empty(input.shape if wanted >> i & 1 else [0]) for i in self.wrt]
@@ -51,11 +58,11 @@ class ElementOp(FusedOp):
         return super().__call__(tensors, (*options, needs_grad_mask(self, tensors)))
 
 
-def element_reference(formula: Callable[..., Tensor], inputs: int) -> Callable[..., Tensor]:
-    """The reference of an `ElementOp` from the loss of one element, `formula(*inputs, *numbers)`."""
+def _whole(formula: Callable[..., Tensor], inputs: int, named: abi.Hparams) -> Callable[..., Tensor]:
+    """Return the reference of an `ElementOp` from that of one element."""
 
     def whole(*args):
-        tensors, (weight, norm, reduction, numbers, ignore_index, _, wide) = args[:inputs], args[inputs:]
+        tensors, (weight, norm, reduction, hparams, ignore_index, _, wide) = args[:inputs], args[inputs:]
         shape, first = tensors[0].shape, tensors[0]
         counted = None
         columns = []
@@ -64,7 +71,7 @@ def element_reference(formula: Callable[..., Tensor], inputs: int) -> Callable[.
                 counted = (t != ignore_index).unsqueeze(-1).expand(shape)
                 t = (t.unsqueeze(-1) == torch.arange(shape[-1], device=t.device)).to(first.dtype)
             columns.append(t)
-        loss = formula(*columns, *numbers)
+        loss = formula(*columns, **named.unpack(hparams))
         if weight is not None:
             loss = torch.where(weight != 0, weight * loss, 0.0)
         elif counted is not None:
@@ -78,14 +85,10 @@ def element_reference(formula: Callable[..., Tensor], inputs: int) -> Callable[.
     return whole
 
 
-def element_op(name: str, formula: Callable[..., Tensor], inputs: int = 2, wrt=(0, 1)) -> ElementOp:
-    return ElementOp(name, element_reference(formula, inputs), inputs, wrt)
-
-
 def zeros_like(x: Tensor) -> Tensor:
     """One zero that every element reads."""
     return x.new_zeros(()).expand(x.shape)
 
 
-def call_elementwise(op, inputs, numbers, mode, weight=None) -> Tensor:
-    return op((*inputs, weight, None), (mode, numbers, -100, 0, autocast_to_fp32(inputs[0])))
+def call_elementwise(op, inputs, hparams, mode, weight=None) -> Tensor:
+    return op((*inputs, weight, None), (mode, hparams, -100, 0, autocast_to_fp32(inputs[0])))

@@ -1,15 +1,15 @@
-"""What may stand between the products of a chunk and its row loss: in place where it can be, and back.
+"""What may stand between the GEMM of a chunk and its row loss: in place where it can be, and back.
 
-A shape is made from numbers and the width of the hidden states. `enter` turns a chunk of products into logits,
-`leave` the logits' gradient into that of the products; `classes` says how many logits a row of products makes,
-`beside` how many numbers a row takes beyond its products. Nothing lives longer than a chunk.
+A logit transform is made from the width of the hidden states and its hyperparameters, `HPARAMS`. `forward` turns a
+chunk of products into logits, `backward` the logits' gradient into that of the products; `classes` says how many
+logits a row of products makes, `extra_per_row` how many numbers a row takes beyond its products. Nothing lives longer
+than a chunk.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 
 class LogitTransform(Protocol):
-    def __init__(self, hparams: Sequence[float], features: int): ...
+    HPARAMS: ClassVar[tuple[str, ...]]
+
+    def __init__(self, features: int, **hparams: float): ...
     def classes(self, products: int) -> int: ...
     def extra_per_row(self, products: int) -> int: ...
     def forward(self, products: Tensor, target: Tensor) -> Tensor: ...
@@ -32,11 +34,15 @@ LEAST_SIN2 = 1e-7
 class AngularMargin:
     """Cosines, of which the target's has a margin; of several centres of a class the nearest counts.
 
-    Numbers: 1 for a margin of the cosine in place of the angle; the margin; easy; straight-through; centres.
+    Where `additive` is not 0 the margin is one of the cosine in place of the angle.
     """
 
-    def __init__(self, hparams: Sequence[float], features: int):
-        additive, self.margin, easy, straight, centres = hparams
+    HPARAMS = ("additive", "margin", "easy", "straight", "centres")
+
+    def __init__(
+        self, features: int, *, additive: float, margin: float, easy: float, straight: float, centres: float
+    ):
+        self.margin = margin
         self.additive, self.easy, self.straight = additive != 0, easy != 0, straight != 0
         self.centres = int(centres)
 
@@ -65,7 +71,7 @@ class AngularMargin:
         return self._products
 
     def _margin(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The cosine with its margin, and its derivative."""
+        """Return the cosine with its margin, and its derivative."""
         one = torch.ones_like(c)
         if self.additive:
             return c - self.margin, one
@@ -80,12 +86,16 @@ class AngularMargin:
 
 
 class Harmonic:
-    """Squared distances become -n log(distance). Numbers: n (0: the square root of the embeddings' width, to which
-    two features are added), and what is added to the squares."""
+    """Squared distances become -n log(distance).
 
-    def __init__(self, hparams: Sequence[float], features: int):
-        self.n, self.eps = hparams
-        self.n = self.n or math.sqrt(features - 2)
+    n is 0 for the square root of the embeddings' width, to which two features are added; `eps` is added to the squares.
+    """
+
+    HPARAMS = ("n", "eps")
+
+    def __init__(self, features: int, *, n: float, eps: float):
+        self.n = n or math.sqrt(features - 2)
+        self.eps = eps
 
     def classes(self, products: int) -> int:
         return products

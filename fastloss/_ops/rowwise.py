@@ -7,25 +7,42 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastloss._ops.autograd import REDUCTIONS, FusedOp, needs_grad_mask
+from fastloss._ops import abi
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, needs_grad_mask
 from fastloss._ops.dtypes import accumulation_dtype
+
+
+def state_width(name: str) -> int:
+    """How many numbers of a row backward needs: its statistics, its weight and what the loss saves."""
+    return abi.constant("state_head") + abi.fact(name, "saved")
 
 
 class RowOp(FusedOp):
     """A loss of rows of logits: tensors `(input, target, weight, row_weight)`, one output.
 
-    `options` are `ignore_index, reduction, logit_scale, softcap, numbers, wide`, as in the operator's schema;
-    `saved` is how many numbers a row saves beside its statistics.
+    `options` are `ignore_index, reduction, logit_scale, softcap, hparams, wide`, as in the operator's schema, with
+    `hparams` from `pack`. The reference takes `input, target` and by name `weight, sample_weight, ignore_index,
+    reduction, logit_scale, softcap` and the hyperparameters.
     """
 
     backward_options = slice(2, 5)
     saved = 1
     reduction = 1
 
-    def __init__(self, name: str, reference: Callable[..., Tensor], saved: int):
-        width = 3 + saved
+    def __init__(self, name: str, reference: Callable[..., Tensor]):
+        self.hparams = abi.hparams(name)
+        self.hparams.check_taken_by(reference)
+        self.pack = self.hparams.pack
+        width = state_width(name)
 
-        def fake(input, target, weight, row_weight, index, reduction, scale, cap, numbers, wide, gradient):
+        def by_name(input, target, weight, row_weight, index, reduction, scale, cap, hparams, wide):
+            loss = reference(
+                input, target, weight=weight, sample_weight=row_weight, ignore_index=index,
+                reduction=list(REDUCTIONS)[reduction], logit_scale=scale, softcap=cap, **self.hparams.unpack(hparams),
+            )  # fmt: skip
+            return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+
+        def fake(input, target, weight, row_weight, index, reduction, scale, cap, hparams, wide, gradient):
             rows = list(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else []
             high = accumulation_dtype(input.dtype)
             shape = rows if reduction == REDUCTIONS["none"] else []
@@ -36,7 +53,7 @@ class RowOp(FusedOp):
             state = input.new_empty([count, width], dtype=high)
             return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
 
-        super().__init__(name, reference, fake, tensors=4)
+        super().__init__(name, by_name, fake, tensors=4)
 
     def plan(self, operators, tensors, options, inplace_backward: bool = False):
         plan = super().plan(operators, tensors, options)
@@ -60,23 +77,37 @@ class RowOp(FusedOp):
 class NumberOp(FusedOp):
     """A row loss with a term for numbers: `(input, target, ids, table, worst, position, number_weight)`, one output.
 
-    `options` are `ignore_index, reduction, numbers, wide`, as in the operator's schema.
+    `options` are `ignore_index, reduction, hparams, wide`, as in the operator's schema; the reference takes the
+    tensors, and by name the first two and the hyperparameters.
     """
 
     backward_options = slice(2, 3)
     saved = 1
     reduction = 1
 
-    def __init__(self, name: str, reference: Callable[..., Tensor], saved: int):
+    def __init__(self, name: str, reference: Callable[..., Tensor]):
+        self.hparams = abi.hparams(name)
+        self.hparams.check_taken_by(reference)
+        self.pack = self.hparams.pack
+        width = state_width(name)
+
+        def by_name(*args):
+            tensors, (index, reduction, hparams, wide) = args[:7], args[7:]
+            loss = reference(
+                *tensors, ignore_index=index, reduction=list(REDUCTIONS)[reduction],
+                **self.hparams.unpack(hparams),
+            )  # fmt: skip
+            return loss if wide else loss.to(tensors[0].dtype)
+
         def fake(input, target, *rest):
             reduction, wide, gradient = rest[6], *rest[-2:]
             high = accumulation_dtype(input.dtype)
             shape = target.shape if reduction == REDUCTIONS["none"] else []
             loss = input.new_empty(shape, dtype=high if wide else input.dtype)
-            state = input.new_empty([target.numel(), 3 + saved], dtype=high)
+            state = input.new_empty([target.numel(), width], dtype=high)
             return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
 
-        super().__init__(name, reference, fake, tensors=7)
+        super().__init__(name, by_name, fake, tensors=7)
 
 
 class DivergenceOp(FusedOp):
@@ -90,13 +121,15 @@ class DivergenceOp(FusedOp):
     reduction = 0
 
     def __init__(self, name: str, reference: Callable[..., Tensor]):
+        width = abi.constant("divergence_state")
+
         def fake(student, teacher, row_weight, reduction, scale, beta, wanted, gradient):
             high = accumulation_dtype(student.dtype)
             rows = [] if reduction != REDUCTIONS["none"] else student.shape[:-1]
             count = 1
             for size in student.shape[:-1]:
                 count = count * size
-            loss, state = student.new_empty(rows, dtype=high), student.new_empty([count, 7], dtype=high)
+            loss, state = student.new_empty(rows, dtype=high), student.new_empty([count, width], dtype=high)
             return loss, state, *self._empty_gradients(student, wanted if gradient else 0)
 
         super().__init__(name, lambda *args: reference(*args[:-1]), fake, tensors=3, wrt=(0, 1))

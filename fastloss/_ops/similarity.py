@@ -16,17 +16,21 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastloss._ops import abi
 from fastloss._ops.autograd import PythonOp, runs_on_cpu
 from fastloss._ops.chunked_linear import aligned
 from fastloss._ops.dtypes import accumulation_dtype
 
 BUDGET = 256 << 20
 """Bytes of similarities that lie in memory on CUDA; their gradient in a half type takes half as many more."""
-STATISTICS, SOFTMAX_GRADIENT, PAIRS, PAIRS_GRADIENT, SIGMOID, HARDEST = range(6)
-ARRAYS = (
-    "row_max", "row_log_sum", "row_grad", "col_max", "col_log_sum", "col_grad", "positive", "positive_grad",
-    "col_positive_grad", "hardest",
-)  # fmt: skip
+_PASSES = abi.enum("TilePass")
+STATISTICS, SOFTMAX_GRADIENT = _PASSES["statistics"], _PASSES["softmax_gradient"]
+PAIRS, PAIRS_GRADIENT = _PASSES["pairs"], _PASSES["pairs_gradient"]
+SIGMOID, HARDEST = _PASSES["sigmoid"], _PASSES["hardest"]
+_ARGUMENTS = [argument.name for argument in torch.ops.fastloss.tile_walk.default._schema.arguments]
+ARRAYS = tuple(_ARGUMENTS[_ARGUMENTS.index("row_max") : _ARGUMENTS.index("hardest") + 1])
+"""The arrays of rows and of columns that a pass reads or writes, in the order of the operators."""
+_GRADIENTS = [ARRAYS.index(f"{name}_grad") for name in ("row", "col", "positive", "col_positive")]
 
 
 def target_columns(rows: int, columns: int, offset: int, like: Tensor, keys: str = "") -> Tensor:
@@ -219,7 +223,8 @@ class Matrix:
         both = self.itself and kind in (SOFTMAX_GRADIENT, PAIRS_GRADIENT) and arrays.get("col_grad") is None
         both = both and self.on_cpu  # cuBLAS's s_ij and s_ji differ, and so would what they are relative to
         if both:
-            arrays |= {name.replace("row", "col"): arrays.get(name) for name in ARRAYS[:3]}
+            of_rows = ("row_max", "row_log_sum", "row_grad")
+            arrays |= {name.replace("row", "col"): arrays.get(name) for name in of_rows}
             arrays["col_positive_grad"] = arrays.get("positive_grad")
         given = [arrays.get(name) for name in ARRAYS]
         dx = dy = dots = None
@@ -282,7 +287,7 @@ class Matrix:
             x, y = x.to(dtype), y.to(dtype)
             if dx is not None and dtype == torch.float16:
                 # relative to the largest number among them, so that small ones are not lost
-                places = [i for i in (2, 5, 7, 8) if given[i] is not None]
+                places = [i for i in _GRADIENTS if given[i] is not None]
                 finite = (given[i].abs().nan_to_num(0.0, 0.0) for i in places)
                 top = torch.stack([g.amax() for g in finite]).amax()
                 top = top + (top == 0)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops import abi
 from fastloss._ops.autograd import Op
 from fastloss._ops.checks import check_floating, check_number, check_real, check_tensors, one_number
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
-from fastloss.reference.aggregation import KINDS
 
 __all__ = ["chi2_dro_loss", "cvar_loss", "flooding_loss", "soft_ad_loss", "tilted_loss"]
 
 
-STATE = 44  # numbers in AggregateState
+_KINDS = abi.enum("Aggregate")
 
 
 def _high(losses: Tensor) -> torch.dtype:
@@ -24,10 +24,16 @@ def _high(losses: Tensor) -> torch.dtype:
 
 
 def _fake(losses, theta, weight, kind, number, eta, flood):
-    return losses.new_empty([], dtype=_high(losses)), losses.new_empty([STATE], dtype=torch.float64)
+    return losses.new_empty([], dtype=_high(losses)), losses.new_empty(
+        [abi.constant("aggregate_state")], dtype=torch.float64
+    )
 
 
-_aggregate = Op("aggregate", reference.aggregation.aggregated, _fake, tensors=3, wrt=(0, 1))
+def _of_kind(losses, theta, weight, kind, number, eta, flood):
+    return reference.aggregation.aggregated(losses, theta, weight, list(_KINDS)[kind], number, eta, flood)
+
+
+_aggregate = Op("aggregate", _of_kind, _fake, tensors=3, wrt=(0, 1))
 
 
 def _reduce(
@@ -61,7 +67,7 @@ def _reduce(
             one_number("theta", theta, losses),
             None if weight is None else weight.reshape(-1),
         ),
-        (KINDS.index(kind), number, eta, math.nan if flood is None else check_number("flood", flood)),
+        (_KINDS[kind], number, eta, math.nan if flood is None else check_number("flood", flood)),
     )
     return value if autocast_to_fp32(losses) else value.to(losses.dtype)
 

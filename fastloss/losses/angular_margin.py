@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, runs_on_cpu
+from fastloss._ops.autograd import HALF_TYPES, runs_on_cpu
 from fastloss._ops.checks import (
     check_floating,
     check_number,
@@ -27,29 +27,28 @@ from fastloss.reference.angular_margin import nearest, with_margin
 __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
 
 
-def _of_logits(
-    logits: Tensor, inputs: LinearInputs, attrs: LinearAttrs, label_smoothing: float = 0.0
-) -> Tensor:
-    loss = reference.cross_entropy(
-        logits, inputs.target, inputs.weight, reduction=list(REDUCTIONS)[attrs.reduction],
-        ignore_index=attrs.ignore_index, label_smoothing=label_smoothing, logit_scale=attrs.logit_scale,
-        sample_weight=inputs.row_weight,
+def _margin_reference(
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
+    label_smoothing, z_loss, additive, margin, easy, straight, centres,
+):  # fmt: skip
+    cosines = nearest(input @ linear_weight.t(), int(centres))
+    logits = with_margin(cosines, target, margin, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
+    return reference.cross_entropy(
+        logits, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        logit_scale=logit_scale, sample_weight=row_weight,
     )  # fmt: skip
-    return loss.float() if attrs.out_fp32 and loss.dtype in HALF_TYPES else loss
 
 
-def _margin_reference(inputs: LinearInputs, attrs: LinearAttrs) -> Tensor:
-    smoothing, _, additive, m, easy, straight, centres = attrs.hparams
-    cosines = nearest(inputs.input @ inputs.linear_weight.t(), int(centres))
-    logits = with_margin(cosines, inputs.target, m, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
-    return _of_logits(logits, inputs, attrs, smoothing)
-
-
-def _harmonic_reference(inputs: LinearInputs, attrs: LinearAttrs) -> Tensor:
-    _, _, n, eps = attrs.hparams
-    n = n or math.sqrt(inputs.input.shape[1] - 2)
-    squares = (inputs.input @ inputs.linear_weight.t()).clamp(min=0) + eps
-    return _of_logits(-n / 2 * squares.log(), inputs, attrs)
+def _harmonic_reference(
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
+    label_smoothing, z_loss, n, eps,
+):  # fmt: skip
+    n = n or math.sqrt(input.shape[1] - 2)
+    squares = (input @ linear_weight.t()).clamp(min=0) + eps
+    return reference.cross_entropy(
+        -n / 2 * squares.log(), target, weight, reduction=reduction, ignore_index=ignore_index,
+        logit_scale=logit_scale, sample_weight=row_weight,
+    )  # fmt: skip
 
 
 _margin = LinearOp("margin_loss", _margin_reference, "cross_entropy", AngularMargin)
@@ -131,7 +130,10 @@ def _margin_loss(
     elif half:
         unit, centre = unit.to(dtype), centre.to(dtype)
     rows, centred = as_autocast(device, unit, centre)
-    hparams = [smoothing, 0.0, float(additive), m, float(easy), float(straight), float(centres)]
+    hparams = _margin.pack(
+        label_smoothing=smoothing, z_loss=0.0, additive=float(additive), margin=m, easy=float(easy),
+        straight=float(straight), centres=float(centres),
+    )  # fmt: skip
     try:
         loss = _margin(
             LinearInputs(rows, centred, None, target, None, sample_weight),
@@ -302,11 +304,14 @@ def harmonic_loss(
     # the squared distance as one product
     x = torch.cat([-2 * input, torch.ones_like(input[:, :1]), input.square().sum(1, keepdim=True)], 1)
     w = torch.cat([weight, weight.square().sum(1, keepdim=True), torch.ones_like(weight[:, :1])], 1)
+    hparams = _harmonic.pack(
+        label_smoothing=0.0, z_loss=0.0, n=power, eps=check_number("eps", eps, math.ulp(0.0))
+    )
     loss = _harmonic(
         LinearInputs(x, w, None, target.long(), None, sample_weight),
         LinearAttrs(
-            ignore_index=ignore_index, reduction=mode, logit_scale=1.0, softcap=0.0,
-            hparams=[0.0, 0.0, power, check_number("eps", eps, math.ulp(0.0))], out_fp32=False, chunk=0,
+            ignore_index=ignore_index, reduction=mode, logit_scale=1.0, softcap=0.0, hparams=hparams, out_fp32=False,
+            chunk=0,
         ),
     )  # fmt: skip
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(dtype)

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
 from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.rowwise import RowOp
@@ -17,18 +16,7 @@ from fastloss._ops.rowwise import RowOp
 __all__ = ["cross_entropy", "softmax_focal_loss"]
 
 
-def _cross_entropy_reference(
-    input, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap, numbers, wide
-):
-    loss = reference.cross_entropy(
-        input, target, weight, ignore_index=ignore_index, reduction=list(REDUCTIONS)[reduction],
-        label_smoothing=numbers[0], z_loss=numbers[1], logit_scale=logit_scale, softcap=softcap,
-        sample_weight=row_weight,
-    )  # fmt: skip
-    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
-
-
-cross_entropy_rows = RowOp("cross_entropy", _cross_entropy_reference, saved=2)
+cross_entropy_rows = RowOp("cross_entropy", reference.cross_entropy)
 
 
 def call_rows(
@@ -123,28 +111,19 @@ def cross_entropy(
         input, target = input.to(wider), target.to(wider)
     elif input.dim() == 1 and not target.is_floating_point():
         target = target.reshape(())
-    numbers = [float(label_smoothing), check_number("z_loss", z_loss)]
-    options = (
-        ignore_index,
-        mode,
-        check_number("logit_scale", logit_scale),
-        cap,
-        numbers,
-        autocast_to_fp32(input),
+    hparams = cross_entropy_rows.pack(
+        label_smoothing=float(label_smoothing), z_loss=check_number("z_loss", z_loss)
     )
+    scale = check_number("logit_scale", logit_scale)
+    options = (ignore_index, mode, scale, cap, hparams, autocast_to_fp32(input))
     return call_rows(cross_entropy_rows, (input, target, weight, sample_weight), options, inplace_backward)
 
 
-def _focal_reference(
-    input, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap, numbers, wide
-):
-    loss = reference.softmax_focal_loss(
-        input, target, numbers[0], weight, ignore_index, list(REDUCTIONS)[reduction]
-    )
-    return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+def _focal_reference(input, target, gamma, weight, ignore_index, reduction, **_):
+    return reference.softmax_focal_loss(input, target, gamma, weight, ignore_index, reduction)
 
 
-_focal = RowOp("softmax_focal_loss", _focal_reference, saved=2)
+_focal = RowOp("softmax_focal_loss", _focal_reference)
 
 
 def softmax_focal_loss(
@@ -202,7 +181,8 @@ def softmax_focal_loss(
         raise ValueError("background_class: needs a number as alpha")
     if background_class is not None and not 0 <= background_class < classes:
         raise ValueError(f"background_class: expected a class below {classes}, got {background_class}")
-    options = (ignore_index, mode, 1.0, 0.0, [check_number("gamma", gamma, low=0.0)], autocast_to_fp32(input))
+    hparams = _focal.pack(gamma=check_number("gamma", gamma, low=0.0))
+    options = (ignore_index, mode, 1.0, 0.0, hparams, autocast_to_fp32(input))
     weight = reference.classification.class_weights(alpha, background_class, input)
     target = target.long() if target.dtype == torch.uint8 else target
     target = target.reshape(()) if input.dim() == 1 else target

@@ -19,19 +19,19 @@ from fastloss._ops.checks import (
     same_shape,
     smoothing_in,
 )
-from fastloss._ops.elementwise import call_elementwise, element_op, zeros_like
+from fastloss._ops.elementwise import ElementOp, call_elementwise, zeros_like
 from fastloss.losses.token_statistics import label_log_probs, linear_sequence_log_probs, token_stats
-from fastloss.reference.dpo import DIVERGENCES, DPO_TYPES, halves, shared_prefix_weights
+from fastloss.reference.dpo import halves, shared_prefix_weights
 
 __all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
 
 
-_dpo = element_op("dpo_loss", reference.dpo.dpo_element, inputs=4, wrt=(0, 1, 2, 3))
+_dpo = ElementOp("dpo_loss", reference.dpo.dpo_element)
 
 _SORTED = ("aot", "aot_unpaired")
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", *_SORTED)
 _OF_LENGTHS = ("ipo", "sigmoid_norm", "sft")
-_NAMES = (*DPO_TYPES, "sigmoid_norm", *_SORTED)
+_NAMES = (*_dpo.hparams.choices["type"], "sigmoid_norm", *_SORTED)
 
 
 def _types(loss_type, loss_weights) -> list[tuple[str, float]]:
@@ -170,7 +170,7 @@ def dpo_loss(
     """
     types = _types(loss_type, loss_weights)
     kinds = [kind for kind, _ in types]
-    choice("f_divergence", f_divergence, DIVERGENCES)
+    choice("f_divergence", f_divergence, _dpo.hparams.choices["divergence"])
     mode = check_reduction(reduction)
     smoothing, beta = smoothing_in(label_smoothing), positive_beta(beta)
     if check_number("discopop_tau", discopop_tau) <= 0:
@@ -201,11 +201,11 @@ def dpo_loss(
         inputs = means if kind in _OF_LENGTHS else sums
         inputs = _sorted_pairs(kind, *inputs) if kind in _SORTED else inputs
         formula = "sigmoid" if kind in ("sigmoid_norm", *_SORTED) else kind
-        numbers = [
-            float(DPO_TYPES.index(formula)), beta, smoothing, float(DIVERGENCES.index(divergence)),
-            check_number("f_alpha", f_alpha), float(discopop_tau), top,
-        ]  # fmt: skip
-        one = call_elementwise(_dpo, inputs, numbers, mode, w)
+        hparams = _dpo.pack(
+            type=formula, beta=beta, label_smoothing=smoothing, divergence=divergence,
+            alpha=check_number("f_alpha", f_alpha), tau=float(discopop_tau), top=top,
+        )  # fmt: skip
+        one = call_elementwise(_dpo, inputs, hparams, mode, w)
         one = one if share == 1 else share * one
         loss = one if loss is None else loss + one
     return (loss, *rewards) if return_rewards else loss

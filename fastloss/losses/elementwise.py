@@ -18,7 +18,7 @@ from fastloss._ops.checks import (
     promoted,
 )
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
-from fastloss._ops.elementwise import NO_INDEX, ElementOp, element_op
+from fastloss._ops.elementwise import NO_INDEX, ElementOp
 
 __all__ = [
     "binary_cross_entropy",
@@ -35,16 +35,16 @@ __all__ = [
 
 
 _formulas = reference.elementwise
-_mse_loss = element_op("mse_loss", _formulas.squared_error)
-_l1_loss = element_op("l1_loss", _formulas.absolute_error)
-_smooth_l1_loss = element_op("smooth_l1_loss", _formulas.smooth_absolute_error)
-_huber_loss = element_op("huber_loss", _formulas.huber)
-_hinge_loss = element_op("hinge_loss", _formulas.hinge)
-_kl_div = element_op("kl_div", _formulas.kl_divergence)
-_binary_cross_entropy = element_op("binary_cross_entropy", _formulas.binary)
-_binary = element_op("binary_cross_entropy_with_logits", _formulas.binary_with_logits)
-_weighted_binary = element_op(
-    "weighted_binary_cross_entropy_with_logits", _formulas.weighted_binary_with_logits, inputs=3
+_mse_loss = ElementOp("mse_loss", _formulas.squared_error)
+_l1_loss = ElementOp("l1_loss", _formulas.absolute_error)
+_smooth_l1_loss = ElementOp("smooth_l1_loss", _formulas.smooth_absolute_error)
+_huber_loss = ElementOp("huber_loss", _formulas.huber)
+_hinge_loss = ElementOp("hinge_loss", _formulas.hinge)
+_kl_div = ElementOp("kl_div", _formulas.kl_divergence)
+_binary_cross_entropy = ElementOp("binary_cross_entropy", _formulas.binary)
+_binary = ElementOp("binary_cross_entropy_with_logits", _formulas.binary_with_logits)
+_weighted_binary = ElementOp(
+    "weighted_binary_cross_entropy_with_logits", _formulas.weighted_binary_with_logits
 )
 
 
@@ -59,7 +59,7 @@ def _together(
     input: Tensor,
     target: Tensor,
     reduction: str,
-    numbers: tuple[float, ...] = (),
+    hparams: list[float] | None = None,
     weight: Tensor | None = None,
     by_weight: bool = False,
     pos_weight: Tensor | None = None,
@@ -82,7 +82,8 @@ def _together(
     inputs = [x.to(dtype), y.to(dtype)]
     if pos_weight is not None:
         inputs.append(expanded("pos_weight", pos_weight.to(dtype), x))
-    return op((*inputs, weight, norm), (mode, list(numbers), -1, -1, wide or autocast_to_fp32(inputs[0])))
+    hparams = op.pack() if hparams is None else hparams
+    return op((*inputs, weight, norm), (mode, hparams, -1, -1, wide or autocast_to_fp32(inputs[0])))
 
 
 def _check_weight(weight: Tensor | None, input: Tensor, target: Tensor) -> None:
@@ -127,7 +128,7 @@ def mse_loss(
     Source: `torch.nn.functional.mse_loss`.
     """
     _check_weight(weight, input, target)
-    return _together(_mse_loss, input, target, _legacy(size_average, reduce, reduction), (), weight, True)
+    return _together(_mse_loss, input, target, _legacy(size_average, reduce, reduction), None, weight, True)
 
 
 def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
@@ -184,7 +185,7 @@ def l1_loss(
     Source: `torch.nn.functional.l1_loss`.
     """
     _check_weight(weight, input, target)
-    return _together(_l1_loss, input, target, _legacy(size_average, reduce, reduction), (), weight, True)
+    return _together(_l1_loss, input, target, _legacy(size_average, reduce, reduction), None, weight, True)
 
 
 def smooth_l1_loss(
@@ -215,8 +216,8 @@ def smooth_l1_loss(
     """
     if beta < 0:
         raise RuntimeError(f"beta: smooth_l1_loss does not support negative values, got {beta}")
-    numbers = (check_number("beta", beta),)
-    return _together(_smooth_l1_loss, input, target, _legacy(size_average, reduce, reduction), numbers)
+    hparams = _smooth_l1_loss.pack(beta=check_number("beta", beta))
+    return _together(_smooth_l1_loss, input, target, _legacy(size_average, reduce, reduction), hparams)
 
 
 def huber_loss(
@@ -247,8 +248,8 @@ def huber_loss(
     if delta <= 0:
         raise RuntimeError(f"delta: huber_loss does not support non-positive values, got {delta}")
     _check_weight(weight, input, target)
-    numbers = (check_number("delta", delta),)
-    loss = _together(_huber_loss, input, target, reduction, numbers, weight)
+    hparams = _huber_loss.pack(delta=check_number("delta", delta))
+    loss = _together(_huber_loss, input, target, reduction, hparams, weight)
     return loss if autocast_to_fp32(input) else loss.to(promoted(input, weight=weight))
 
 
@@ -290,7 +291,7 @@ def binary_cross_entropy(
     if target.dtype != input.dtype:
         raise RuntimeError(f"target: found dtype {target.dtype} but expected {input.dtype}, that of input")
     mode = _legacy(size_average, reduce, reduction)
-    return _together(_binary_cross_entropy, input, target, mode, (), weight)
+    return _together(_binary_cross_entropy, input, target, mode, None, weight)
 
 
 def binary_cross_entropy_with_logits(
@@ -331,7 +332,7 @@ def binary_cross_entropy_with_logits(
         )
     op = _binary if pos_weight is None else _weighted_binary
     mode = _legacy(size_average, reduce, reduction)
-    loss = _together(op, input, target, mode, (), weight, pos_weight=pos_weight)
+    loss = _together(op, input, target, mode, None, weight, pos_weight=pos_weight)
     return loss if autocast_to_fp32(target) else loss.to(target.dtype)
 
 
@@ -387,13 +388,14 @@ def kl_div(
     """
     reduction = _legacy(size_average, reduce, reduction)
     check_tensors(input, target=target)
+    hparams = _kl_div.pack(log_target=float(log_target))
     if reduction != "batchmean":
-        return _together(_kl_div, input, target, reduction, (float(log_target),))
-    total = _together(_kl_div, input, target, "sum", (float(log_target),))
+        return _together(_kl_div, input, target, reduction, hparams)
+    total = _together(_kl_div, input, target, "sum", hparams)
     return total / input.shape[0] if input.dim() else total
 
 
-_sigmoid_focal_loss = element_op("sigmoid_focal_loss", reference.elementwise.sigmoid_focal_element)
+_sigmoid_focal_loss = ElementOp("sigmoid_focal_loss", reference.elementwise.sigmoid_focal_element)
 
 
 def sigmoid_focal_loss(
@@ -446,7 +448,9 @@ def sigmoid_focal_loss(
     `mmcv.ops.sigmoid_focal_loss`, `num_positives` with background -1 and ignored -2 as in apex.
     """
     mode = check_reduction(reduction)
-    numbers = [check_number("alpha", alpha, high=1.0), check_number("gamma", gamma, low=0.0)]
+    hparams = _sigmoid_focal_loss.pack(
+        alpha=check_number("alpha", alpha, high=1.0), gamma=check_number("gamma", gamma, low=0.0)
+    )
     if not isinstance(inputs, Tensor):
         raise TypeError(f"inputs: expected a Tensor, got {type(inputs).__name__}")
     positives = num_positives if isinstance(num_positives, Tensor) else None
@@ -482,7 +486,7 @@ def sigmoid_focal_loss(
     after = None
     if mode == REDUCTIONS["none"]:
         norm, after = None, norm
-    options = (mode, numbers, ignore_index, background, autocast_to_fp32(inputs))
+    options = (mode, hparams, ignore_index, background, autocast_to_fp32(inputs))
     try:
         loss = _sigmoid_focal_loss((inputs, targets, weight, norm), options)
         return loss if after is None else (loss / after).to(loss.dtype)

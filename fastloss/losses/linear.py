@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
 from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.chunked_linear_loss import LinearOp
@@ -19,15 +18,15 @@ from fastloss.losses import classification
 __all__ = ["linear_cross_entropy"]
 
 
-def _linear_cross_entropy_reference(inputs: LinearInputs, attrs: LinearAttrs) -> Tensor:
-    label_smoothing, z_loss = attrs.hparams
-    loss = reference.linear_cross_entropy(
-        inputs.input, inputs.linear_weight, inputs.target, linear_bias=inputs.linear_bias, weight=inputs.weight,
-        ignore_index=attrs.ignore_index, reduction=list(REDUCTIONS)[attrs.reduction],
-        label_smoothing=label_smoothing, z_loss=z_loss, logit_scale=attrs.logit_scale, softcap=attrs.softcap,
-        sample_weight=inputs.row_weight,
+def _linear_cross_entropy_reference(
+    input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
+    label_smoothing, z_loss,
+):  # fmt: skip
+    return reference.linear_cross_entropy(
+        input, linear_weight, target, linear_bias=linear_bias, weight=weight, ignore_index=ignore_index,
+        reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap,
+        sample_weight=row_weight,
     )  # fmt: skip
-    return loss.float() if attrs.out_fp32 and loss.dtype in HALF_TYPES else loss
 
 
 _linear_cross_entropy = LinearOp("linear_cross_entropy", _linear_cross_entropy_reference, "cross_entropy")
@@ -187,7 +186,9 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
-    hparams = [float(label_smoothing), check_number("z_loss", z_loss)]
+    hparams = _linear_cross_entropy.pack(
+        label_smoothing=float(label_smoothing), z_loss=check_number("z_loss", z_loss)
+    )
     if target.dtype == torch.uint8:
         target = target.long()
     single = input.dim() == 1

@@ -25,8 +25,9 @@ KINDS = ("wasserstein", "mse")
 
 
 def _of_operator(
-    input, target, ids, table, worst, position, number_weight, ignore_index, reduction, numbers, wide
-):
+    input, target, ids, table, worst, position, number_weight, ignore_index, reduction, label_smoothing, z_loss,
+    squared, reweigh,
+):  # fmt: skip
     dim = 1 if input.dim() > 1 else 0
     z = input.float() if input.dtype in HALF_TYPES else input
     plain = reference.cross_entropy(z, target, ignore_index=ignore_index, reduction="none")
@@ -34,18 +35,18 @@ def _of_operator(
     z = torch.where(counts.unsqueeze(-1), z.movedim(dim, -1), 0.0)
     logp = z.log_softmax(-1)[..., ids]
     loss = (logp.softmax(-1) * table[position]).sum(-1)
-    if numbers[2]:
+    if squared:
         loss = loss.square()
-    if numbers[3]:
+    if reweigh:
         mass = logp.exp().sum(-1)
         loss = loss * mass + worst * (1 - mass)
     each = plain + torch.where(counts, number_weight * loss, 0.0)
-    if reduction != REDUCTIONS["none"]:
-        each = each.sum() / (target != ignore_index).sum() if reduction == REDUCTIONS["mean"] else each.sum()
-    return each if wide else each.to(input.dtype)
+    if reduction == "none":
+        return each
+    return each.sum() / (target != ignore_index).sum() if reduction == "mean" else each.sum()
 
 
-_cross_entropy_numbers = NumberOp("cross_entropy_numbers", _of_operator, saved=1)
+_cross_entropy_numbers = NumberOp("cross_entropy_numbers", _of_operator)
 
 
 def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: torch.Size) -> None:
@@ -350,11 +351,13 @@ def cross_entropy_with_number_token_loss(
     )
     if flat:
         labels, position, share = (t.flatten() if logits.dim() > 1 else t for t in (labels, position, share))
-    numbers = [0.0, 0.0, float(kind == "mse"), float(reweigh)]
+    hparams = _cross_entropy_numbers.pack(
+        label_smoothing=0.0, z_loss=0.0, squared=float(kind == "mse"), reweigh=float(reweigh)
+    )
     tensors = rows, labels, ids, far, 1.01 * most, position, share
     try:
         loss = _cross_entropy_numbers(
-            tensors, (ignore_index, REDUCTIONS[reduction], numbers, autocast_to_fp32(logits))
+            tensors, (ignore_index, REDUCTIONS[reduction], hparams, autocast_to_fp32(logits))
         )
     except RuntimeError as error:
         if "is out of bounds" in str(error):

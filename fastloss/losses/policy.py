@@ -12,7 +12,7 @@ from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import check_number, check_real, choice, same_shape
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
-from fastloss._ops.elementwise import element_op, zeros_like
+from fastloss._ops.elementwise import ElementOp, zeros_like
 from fastloss.reference.policy import (
     AGGREGATION,
     FORMULA,
@@ -32,8 +32,8 @@ __all__ = ["policy_loss", "value_loss"]
 AGGREGATIONS = (
     "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none",
 )  # fmt: skip
-_policy = element_op("policy_loss", reference.policy.policy_element, inputs=5, wrt=(0, 4))
-_value = element_op("value_loss", reference.policy.value_element, inputs=3, wrt=(0,))
+_policy = ElementOp("policy_loss", reference.policy.policy_element)
+_value = ElementOp("value_loss", reference.policy.value_element)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _shares(mask: Tensor | None, x: Tensor, mode: str, horizon: float | None) ->
     return None, max(x.numel(), 1)
 
 
-def _aggregate(op, inputs, numbers, shares, mode, normalizer) -> Tensor:
+def _aggregate(op, inputs, hparams, shares, mode, normalizer) -> Tensor:
     w, norm = shares
     x = inputs[0]
     high = accumulation_dtype(x.dtype)
@@ -121,7 +121,7 @@ def _aggregate(op, inputs, numbers, shares, mode, normalizer) -> Tensor:
             reduction, norm = "mean", None
         else:
             norm = None if norm == 1 else torch.full((), norm, dtype=high, device=x.device)
-    return op((*inputs, w, norm), (REDUCTIONS[reduction], numbers, -100, 0, x.dtype in HALF_TYPES))
+    return op((*inputs, w, norm), (REDUCTIONS[reduction], hparams, -100, 0, x.dtype in HALF_TYPES))
 
 
 def policy_loss(
@@ -241,7 +241,7 @@ def policy_loss(
     choice("loss_type", loss_type, tuple(AGGREGATION))
     mode = AGGREGATION[loss_type] if loss_agg_mode is None else loss_agg_mode
     choice("loss_agg_mode", mode, AGGREGATIONS)
-    choice("kl_type", kl_type, KL_TYPES)
+    choice("kl_type", kl_type, tuple(KL_TYPES))
     _check_bounds(loss_type, dual_clip, delta, log_ratio_clamp)
     if horizon is not None and mode != "seq-mean-token-sum-norm":
         raise ValueError(f"horizon: {mode} has none")
@@ -282,22 +282,23 @@ def policy_loss(
     elif loss_type == "kl_cov":
         low, high = 1.0, math.inf
     two_sided = RATIO_CAP if delta is None and loss_type.startswith("dppo") else _positive("delta", delta)
-    numbers = [
-        float(FORMULA.get(loss_type, 0)), low, high, _positive("dual_clip", dual_clip), two_sided,
-        check_number("kl_coef", kl_coef), float(KL_TYPES.index(kl_type) if ref is not None else 0),
-        _positive("log_ratio_clamp", log_ratio_clamp), 0.0 if h is None else check_number("entropy_coef", entropy_coef),
-    ]  # fmt: skip
+    hparams = _policy.pack(
+        type=FORMULA.get(loss_type, "clip"), low=low, high=high, dual=_positive("dual_clip", dual_clip),
+        two_sided=two_sided, kl_coef=check_number("kl_coef", kl_coef),
+        kl_type="none" if ref is None else KL_TYPES[kl_type], top=_positive("log_ratio_clamp", log_ratio_clamp),
+        entropy_coef=0.0 if h is None else check_number("entropy_coef", entropy_coef),
+    )  # fmt: skip
     inputs = (x, old, a, zeros_like(x) if ref is None else ref, zeros_like(x) if h is None else h)
     shares = _shares(mask, x, mode, None if horizon is None else _positive("horizon", horizon))
-    loss = _aggregate(_policy, inputs, numbers, shares, mode, normalizer)
+    loss = _aggregate(_policy, inputs, hparams, shares, mode, normalizer)
     if (
         loss_type == "kl_cov"
     ):  # |l - old| as a divergence from where the token is drawn back to, else from itself
         pull = (x, old, zeros_like(x), torch.where(chosen, old, x.detach()), zeros_like(x))
-        of_pull = [
-            float(FORMULA["gpg"]), 0.0, 0.0, math.inf, math.inf, check_number("cov_kl_coef", cov_kl_coef),
-            float(KL_TYPES.index("abs")), math.inf, 0.0,
-        ]  # fmt: skip
+        of_pull = _policy.pack(
+            type="gradient", low=0.0, high=0.0, dual=math.inf, two_sided=math.inf,
+            kl_coef=check_number("cov_kl_coef", cov_kl_coef), kl_type="absolute", top=math.inf, entropy_coef=0.0,
+        )  # fmt: skip
         loss = loss + _aggregate(_policy, pull, of_pull, shares, mode, normalizer)
     loss = loss if autocast_to_fp32(logps) else loss.to(dtype)
     if not return_metrics:
@@ -350,5 +351,6 @@ def value_loss(
     bound = _positive("clip_range", clip_range) if old is not None else math.inf
     shares = _shares(mask, v, loss_agg_mode, None if horizon is None else _positive("horizon", horizon))
     inputs = (v, r, zeros_like(v) if old is None else old)
-    loss = _aggregate(_value, inputs, [bound], shares, loss_agg_mode, normalizer)
+    hparams = _value.pack(clip_range=bound)
+    loss = _aggregate(_value, inputs, hparams, shares, loss_agg_mode, normalizer)
     return loss if autocast_to_fp32(values) else loss.to(dtype)

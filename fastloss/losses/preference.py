@@ -17,16 +17,15 @@ from fastloss._ops.checks import (
     same_shape,
     smoothing_in,
 )
-from fastloss._ops.elementwise import call_elementwise, element_op, zeros_like
-from fastloss.reference.dpo import DPO_TYPES
+from fastloss._ops.elementwise import ElementOp, call_elementwise, zeros_like
 
 __all__ = ["alpha_po_loss", "cpo_loss", "kto_loss", "orpo_loss", "simpo_loss"]
 
 
 _formulas = reference.preference
-_kto = element_op("kto_loss", _formulas.kto_element, inputs=4, wrt=(0, 1))
-_reference_free = element_op("reference_free", _formulas.reference_free_element, inputs=3, wrt=(0, 1, 2))
-_orpo = element_op("orpo_loss", _formulas.orpo_element, inputs=3, wrt=(0, 1, 2))
+_kto = ElementOp("kto_loss", _formulas.kto_element)
+_reference_free = ElementOp("reference_free", _formulas.reference_free_element)
+_orpo = ElementOp("orpo_loss", _formulas.orpo_element)
 
 
 def kto_loss(
@@ -70,10 +69,11 @@ def kto_loss(
     """
     choice("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
     mode = check_reduction(reduction)
-    numbers = [
-        positive_beta(beta), check_number("desirable_weight", desirable_weight),
-        check_number("undesirable_weight", undesirable_weight),
-    ]  # fmt: skip
+    hparams = _kto.pack(
+        beta=positive_beta(beta),
+        desirable_weight=check_number("desirable_weight", desirable_weight),
+        undesirable_weight=check_number("undesirable_weight", undesirable_weight),
+    )
     lp, ref = same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
     check_tensors(lp, labels=labels, kl=kl)
     check_real(labels=labels)
@@ -92,11 +92,11 @@ def kto_loss(
         lp, ref, point = lp.to(dtype), ref.to(dtype), kl.detach().to(dtype)
         point = point if point.shape == lp.shape else point.reshape(()).expand(lp.shape)
     return call_elementwise(
-        _kto, (lp, ref, labels if labels.dtype == torch.bool else labels > 0, point), numbers, mode
+        _kto, (lp, ref, labels if labels.dtype == torch.bool else labels > 0, point), hparams, mode
     )
 
 
-_FREE_TYPES = ("sigmoid", "hinge", "ipo")
+_FREE_TYPES = _reference_free.hparams.choices["type"]
 
 
 def _free(chosen, rejected, nll, loss_type, beta, margin, smoothing, nll_weight, alpha, reduction) -> Tensor:
@@ -104,11 +104,12 @@ def _free(chosen, rejected, nll, loss_type, beta, margin, smoothing, nll_weight,
     if smoothing_in(smoothing) and loss_type != "sigmoid":
         raise ValueError(f"label_smoothing: {loss_type} has none")
     c, r, n = same_shape(chosen_logps=chosen, rejected_logps=rejected, chosen_nll=nll)
-    numbers = [
-        float(DPO_TYPES.index(loss_type)), positive_beta(beta), check_number("gamma", margin), float(smoothing),
-        0.0 if n is None else check_number("alpha", nll_weight), check_number("alpha", alpha),
-    ]  # fmt: skip
-    return call_elementwise(_reference_free, (c, r, zeros_like(c) if n is None else n), numbers, mode)
+    hparams = _reference_free.pack(
+        type=loss_type, beta=positive_beta(beta), margin=check_number("gamma", margin),
+        label_smoothing=float(smoothing), nll_weight=0.0 if n is None else check_number("alpha", nll_weight),
+        alpha=check_number("alpha", alpha),
+    )  # fmt: skip
+    return call_elementwise(_reference_free, (c, r, zeros_like(c) if n is None else n), hparams, mode)
 
 
 def simpo_loss(
@@ -255,4 +256,5 @@ def orpo_loss(
     """
     mode, beta = check_reduction(reduction), positive_beta(beta)
     c, r, n = same_shape(chosen_logps=chosen_logps, rejected_logps=rejected_logps, chosen_nll=chosen_nll)
-    return call_elementwise(_orpo, (c, r, zeros_like(c) if n is None else n), [beta, float(n is None)], mode)
+    hparams = _orpo.pack(beta=beta, nll_from_logps=float(n is None))
+    return call_elementwise(_orpo, (c, r, zeros_like(c) if n is None else n), hparams, mode)

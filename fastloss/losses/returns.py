@@ -8,29 +8,32 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops import abi
 from fastloss._ops.autograd import Op
 from fastloss._ops.checks import check_number
 
 __all__ = ["discounted_returns", "gae", "n_step_returns", "td_lambda_returns", "vtrace"]
 
 
+_GAE, _VTRACE = abi.hparams("gae"), abi.hparams("vtrace")
+
+
 def _gae_reference(
-    rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask, cu_seqlens, options
+    rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask, cu_seqlens, hparams
 ):
     values = torch.zeros_like(rewards) if values is None else values
     return reference.gae(
-        rewards, values, terminated, truncated, gamma=options[0], lam=options[1], next_values=next_values,
-        bootstrap_value=bootstrap_value, mask=mask, cu_seqlens=cu_seqlens,
+        rewards, values, terminated, truncated, next_values=next_values, bootstrap_value=bootstrap_value, mask=mask,
+        cu_seqlens=cu_seqlens, **_GAE.unpack(hparams),
     )  # fmt: skip
 
 
 def _vtrace_reference(
-    rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask, cu_seqlens, options
+    rewards, values, next_values, bootstrap_value, log_rhos, terminated, truncated, mask, cu_seqlens, hparams
 ):
     return reference.vtrace(
-        log_rhos, rewards, values, terminated, truncated, gamma=options[0], lam=options[1],
-        clip_rho_threshold=options[2], clip_pg_rho_threshold=options[3], next_values=next_values,
-        bootstrap_value=bootstrap_value, mask=mask, cu_seqlens=cu_seqlens,
+        log_rhos, rewards, values, terminated, truncated, next_values=next_values, bootstrap_value=bootstrap_value,
+        mask=mask, cu_seqlens=cu_seqlens, **_VTRACE.unpack(hparams),
     )  # fmt: skip
 
 
@@ -96,11 +99,11 @@ def step_arguments(
     )
 
 
-def _discounts(gamma: float, lam: float) -> list[float]:
+def _discounts(gamma: float, lam: float) -> dict[str, float]:
     for name, x in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= x <= 1.0:
             raise ValueError(f"{name}: expected a number between 0 and 1, got {x}")
-    return [float(gamma), float(lam)]
+    return {"gamma": float(gamma), "lam": float(lam)}
 
 
 def gae(
@@ -153,7 +156,7 @@ def gae(
         {"terminated": terminated, "truncated": truncated, "mask": mask},
         bootstrap_value, cu_seqlens,
     )  # fmt: skip
-    return _gae((r, v, n, b, None, term, trunc, m, cu), (_discounts(gamma, lam),))
+    return _gae((r, v, n, b, None, term, trunc, m, cu), (_GAE.pack(**_discounts(gamma, lam)),))
 
 
 def td_lambda_returns(
@@ -226,7 +229,7 @@ def discounted_returns(
     (r,), b, (term, m), cu = step_arguments(
         {"rewards": rewards}, {"terminated": terminated, "mask": mask}, bootstrap_value, cu_seqlens
     )
-    return _gae((r, None, None, b, None, term, None, m, cu), (_discounts(gamma, 1.0),))[0]
+    return _gae((r, None, None, b, None, term, None, m, cu), (_GAE.pack(**_discounts(gamma, 1.0)),))[0]
 
 
 def vtrace(
@@ -277,10 +280,14 @@ def vtrace(
         {"terminated": terminated, "truncated": truncated, "mask": mask},
         bootstrap_value, cu_seqlens,
     )  # fmt: skip
-    options = [*_discounts(gamma, lam), float(clip_rho_threshold), float(clip_pg_rho_threshold)]
+    hparams = _VTRACE.pack(
+        **_discounts(gamma, lam),
+        clip_rho_threshold=float(clip_rho_threshold),
+        clip_pg_rho_threshold=float(clip_pg_rho_threshold),
+    )
     with torch.no_grad():
         r, v, n, b, rho = (None if x is None else x.detach() for x in (r, v, n, b, rho))
-        return _vtrace((r, v, n, b, rho, term, trunc, m, cu), (options,))
+        return _vtrace((r, v, n, b, rho, term, trunc, m, cu), (hparams,))
 
 
 def n_step_returns(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops import abi
 from fastloss._ops.autograd import REDUCTIONS, Op
 from fastloss._ops.checks import (
     check_floating,
@@ -20,10 +21,22 @@ from fastloss._ops.checks import (
     smoothing_in,
 )
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
-from fastloss._ops.elementwise import call_elementwise, element_op, zeros_like
-from fastloss.reference.reward_model import KINDS
+from fastloss._ops.elementwise import ElementOp, call_elementwise, zeros_like
 
 __all__ = ["bradley_terry_loss", "k_way_ranking_loss"]
+
+
+_KINDS = abi.enum("Ranking")
+
+
+def _state_width(kind: int, items: int) -> int:
+    if kind == _KINDS["plackett_luce"]:
+        return abi.constant("plackett_luce_state") + items
+    return abi.constant("bradley_terry_state")
+
+
+def _of_kind(rewards, ranks, kind):
+    return reference.reward_model.rows_of_ranking(rewards, ranks, list(_KINDS)[kind])
 
 
 def _fake(rewards, ranks, kind):
@@ -32,11 +45,11 @@ def _fake(rewards, ranks, kind):
     return (
         rewards.new_empty([rows], dtype=high),
         rewards.new_empty([rows], dtype=high),
-        rewards.new_empty([rows, n + 1 if KINDS[kind] == "plackett_luce" else 1], dtype=high),
+        rewards.new_empty([rows, _state_width(kind, n)], dtype=high),
     )
 
 
-_ranking = Op("ranking", reference.reward_model.rows_of_ranking, _fake, tensors=2, outputs=2)
+_ranking = Op("ranking", _of_kind, _fake, tensors=2, outputs=2)
 
 
 def k_way_ranking_loss(
@@ -77,7 +90,7 @@ def k_way_ranking_loss(
     Source: Ouyang et al., https://arxiv.org/abs/2203.02155 (K answers, one mean over their pairs); Plackett 1975.
     """
     mode = check_reduction(reduction)
-    kind_number = KINDS.index(choice("kind", kind, KINDS))
+    kind_number = _KINDS[choice("kind", kind, tuple(_KINDS))]
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards: expected a Tensor, got {type(rewards).__name__}")
     check_tensors(rewards, ranks=ranks, mask=mask)
@@ -105,9 +118,7 @@ def k_way_ranking_loss(
     return loss if autocast_to_fp32(rewards) else loss.to(rewards.dtype)
 
 
-_bradley_terry = element_op(
-    "bradley_terry_loss", reference.reward_model.bradley_terry_element, inputs=3, wrt=(0, 1, 2)
-)
+_bradley_terry = ElementOp("bradley_terry_loss", reference.reward_model.bradley_terry_element)
 
 
 def bradley_terry_loss(
@@ -144,6 +155,9 @@ def bradley_terry_loss(
     TRL (`center_rewards_coefficient`).
     """
     mode = check_reduction(reduction)
-    numbers = [smoothing_in(label_smoothing), check_number("center_coefficient", center_coefficient)]
+    hparams = _bradley_terry.pack(
+        label_smoothing=smoothing_in(label_smoothing),
+        center_coefficient=check_number("center_coefficient", center_coefficient),
+    )
     c, r, m, w = same_shape(chosen=chosen, rejected=rejected, margin=margin, weight=weight)
-    return call_elementwise(_bradley_terry, (c, r, zeros_like(c) if m is None else m), numbers, mode, w)
+    return call_elementwise(_bradley_terry, (c, r, zeros_like(c) if m is None else m), hparams, mode, w)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops import abi
 from fastloss._ops.autograd import Op
 from fastloss._ops.checks import (
     check_floating,
@@ -22,7 +23,7 @@ from fastloss._ops.dtypes import autocast_to_fp32
 __all__ = ["cox_ph_loss", "dart_loss"]
 
 
-COX, DART = 0, 1
+_KINDS = abi.enum("Survival")
 
 
 def _by_individual(order: Tensor, at_place: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def _by_individual(order: Tensor, at_place: Tensor) -> Tensor:
 
 
 def _terms(score, log_time, events, order, group, stratum, kind, efron, alpha, beta, each):
-    if kind == COX:
+    if kind == _KINDS["cox"]:
         strata = None if stratum is None else _by_individual(order, stratum)
         loss = reference.survival.cox_terms(score, -_by_individual(order, group), events, strata, efron)
     else:
@@ -40,9 +41,10 @@ def _terms(score, log_time, events, order, group, stratum, kind, efron, alpha, b
 
 
 def _fake(score, log_time, events, order, group, stratum, kind, efron, alpha, beta, each):
+    state = "dart_state" if kind == _KINDS["dart"] else "cox_efron_state" if efron else "cox_state"
     return (
         score.new_empty(score.shape if each else [], dtype=torch.float64),
-        score.new_empty([*score.shape, 1 if kind == DART else 4 if efron else 2], dtype=torch.float64),
+        score.new_empty([*score.shape, abi.constant(state)], dtype=torch.float64),
     )
 
 
@@ -140,7 +142,7 @@ def cox_ph_loss(
         times, order = times.gather(-1, again), order.gather(-1, again)
     group = _numbered(times) if stratum is None else _numbered(times, stratum)
     tensors = (_rows(log_h), None, happened, order, group, stratum)
-    loss = _survival(tensors, (COX, efron, 0.0, 0.0, reduction == "none"))
+    loss = _survival(tensors, (_KINDS["cox"], efron, 0.0, 0.0, reduction == "none"))
     return _reduced(loss, reduction, happened.sum().clamp(min=1), log_h)
 
 
@@ -184,5 +186,5 @@ def dart_loss(
     scores, log_time = _rows(theta), _rows(durations.detach()).double().log()
     residuals, order = (log_time - scores.detach().double()).sort(dim=-1, stable=True)
     tensors = (scores, log_time, _rows(events.detach() != 0), order, _numbered(residuals), None)
-    loss = _survival(tensors, (DART, False, alpha, beta, reduction == "none"))
+    loss = _survival(tensors, (_KINDS["dart"], False, alpha, beta, reduction == "none"))
     return _reduced(loss, reduction, max(theta.numel(), 1), theta)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops import abi
 from fastloss._ops.autograd import Op
 from fastloss._ops.checks import check_floating, check_number, check_tensors
 from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
+from fastloss._ops.rowwise import state_width
 from fastloss.losses.classification import cross_entropy_rows
 from fastloss.losses.linear import as_autocast, check_linear
 from fastloss.reference.linear import logits_from
@@ -27,7 +29,8 @@ __all__ = [
 ]
 
 
-STATISTICS = 4  # entropy, lse, log_sum_p2, mean_logit; then the log-probabilities, then the flags
+STATISTICS = abi.fact("token_stats", "outputs")
+"""Entropy, lse, log_sum_p2, mean_logit; behind them stand the log-probabilities, then the flags."""
 
 
 def planes_of_reference(logits, index, mask, scale, cap, everything):
@@ -49,7 +52,9 @@ def _fake(logits, index, mask, scale, cap, everything):
     for size in rows:
         count = count * size
     planes = STATISTICS + (2 * index.shape[-1] if index is not None else 0)
-    return logits.new_empty([planes, *rows], dtype=high), logits.new_empty([count, 6], dtype=high)
+    return logits.new_empty([planes, *rows], dtype=high), logits.new_empty(
+        [count, state_width("token_stats")], dtype=high
+    )
 
 
 _stats = Op("token_stats", planes_of_reference, _fake, tensors=3)

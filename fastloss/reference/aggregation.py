@@ -11,8 +11,6 @@ from fastloss.reference.elementwise import safe_sqrt
 
 __all__ = ["chi2_dro_loss", "cvar_loss", "flooding_loss", "soft_ad_loss", "tilted_loss"]
 
-KINDS = ("mean", "cvar", "cvar_at", "chi2", "chi2_at", "soft_ad", "tilted")
-
 
 def _mean(x: Tensor, w: Tensor | None) -> Tensor:
     return x.mean() if w is None else (w * x).sum() / w.sum()
@@ -70,27 +68,26 @@ def aggregated(
     losses: Tensor,
     theta: Tensor | None,
     weight: Tensor | None,
-    kind: int,
+    kind: str,
     number: float,
     eta: float,
     flood: float,
 ) -> Tensor:
     """Of losses [n]; `number` is q, rho, sigma or t."""
-    name = KINDS[kind]
     x = losses.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
     if weight is not None:
         x = torch.where(weight != 0, x, 0.0)
-    if name == "mean" or (len(x) == 0 and theta is None):
+    if kind == "mean" or (len(x) == 0 and theta is None):
         value = _mean(x, weight)
-    elif name == "cvar":
+    elif kind == "cvar":
         value = _tail(x, weight, number)
-    elif name == "cvar_at":
+    elif kind == "cvar_at":
         value = theta + _mean(torch.relu(x - theta), weight) / (1 - number)
-    elif name == "chi2":
+    elif kind == "chi2":
         value = _ball(x, weight, number)
-    elif name == "chi2_at":
+    elif kind == "chi2_at":
         value = theta + math.sqrt(1 + 2 * number) * safe_sqrt(_mean(torch.relu(x - theta).square(), weight))
-    elif name == "soft_ad":
+    elif kind == "soft_ad":
         u = (x - theta) / number
         value = eta * theta + number**2 * _mean(u * (u / (1 + (1 + u * u).sqrt())), weight)
     else:
@@ -121,7 +118,7 @@ def _whole(
             raise RuntimeError(f"{name}: expected the shape of losses")
     flat = None if weight is None else weight.reshape(-1)
     level = math.nan if flood is None else flood
-    value = aggregated(losses.reshape(-1), theta, flat, KINDS.index(kind), number, eta, level)
+    value = aggregated(losses.reshape(-1), theta, flat, kind, number, eta, level)
     return value.to(losses.dtype)
 
 

@@ -13,12 +13,6 @@ from fastloss.reference.token_statistics import linear_token_stats
 
 __all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
 
-DPO_TYPES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-    "discopop", "sft",
-)  # fmt: skip
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
-
 
 def reduced(loss: Tensor, reduction: str) -> Tensor:
     if reduction not in ("none", "mean", "sum"):
@@ -30,21 +24,21 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=1e9)
 
 
-def divergence_map(x: Tensor, divergence: int, alpha: float, top: float) -> Tensor:
+def divergence_map(x: Tensor, divergence: str, alpha: float, top: float) -> Tensor:
     """What takes the place of a log-ratio x."""
-    if divergence == 0:
+    if divergence == "reverse_kl":
         return x
-    if divergence == 2:
+    if divergence == "js":
         return math.log(2) - softplus(-x)
-    rate = -1.0 if divergence == 1 else alpha - 1
+    rate = {"forward_kl": -1.0, "alpha": alpha - 1}[divergence]
     return torch.expm1((rate * x).clamp(max=top)) / rate
 
 
-def dpo_element(pc, pr, rc, rr, type, beta, smoothing, divergence, alpha, tau, top) -> Tensor:
-    type = DPO_TYPES[int(type)]
+def dpo_element(pc, pr, rc, rr, type, beta, label_smoothing, divergence, alpha, tau, top) -> Tensor:
+    smoothing = label_smoothing
     if type == "sft":
         return -pc
-    c, r = (divergence_map(x, int(divergence), alpha, top) for x in (pc - rc, pr - rr))
+    c, r = (divergence_map(x, divergence, alpha, top) for x in (pc - rc, pr - rr))
     u = beta * (c - r)
     win, lose = softplus(-u), softplus(u)  # -log sigmoid(u), -log sigmoid(-u)
     if type == "sigmoid":
@@ -68,6 +62,8 @@ def dpo_element(pc, pr, rc, rr, type, beta, smoothing, divergence, alpha, tau, t
         return torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)
     if type == "apo_down":
         return torch.sigmoid(beta * c) + torch.sigmoid(-u)
+    if type != "discopop":
+        raise ValueError(f"loss_type: unknown: {type!r}")
     # e^-u sigmoid(u / tau), of which for u < 0 neither factor may stand alone
     above, below = u.clamp(min=0), u.clamp(max=0)
     tail = torch.where(
@@ -117,8 +113,8 @@ def dpo_loss(
             inputs = (pc - rc).sort(0)[0], (pr - rr).sort(0)[0], 0.0, 0.0
         formula = "sigmoid" if kind in ("aot", "aot_unpaired", "sigmoid_norm") else kind
         loss = loss + share * dpo_element(
-            *inputs, DPO_TYPES.index(formula), beta, label_smoothing, DIVERGENCES.index(divergence), f_alpha,
-            discopop_tau, math.inf if exponent_clamp is None else exponent_clamp,
+            *inputs, formula, beta, label_smoothing, divergence, f_alpha, discopop_tau,
+            math.inf if exponent_clamp is None else exponent_clamp,
         )  # fmt: skip
     if weight is not None:
         loss = torch.where(weight != 0, weight.detach() * loss, 0.0)

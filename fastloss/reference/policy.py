@@ -9,7 +9,10 @@ from torch import Tensor
 
 __all__ = ["policy_loss", "value_loss"]
 
-KL_TYPES = ("none", "k1", "k2", "k3", "abs", "k1+", "k3+")
+KL_TYPES = {
+    "none": "none", "k1": "k1", "k2": "k2", "k3": "k3", "abs": "absolute", "k1+": "k1_straight", "k3+": "k3_straight",
+}  # fmt: skip
+"""The estimators of the divergence, and the formula of each."""
 
 
 def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
@@ -17,10 +20,10 @@ def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
     return gradient + (value - gradient).detach()
 
 
-def within_bounds(type: int, lp, old, a, low, high) -> Tensor:
+def within_bounds(type: str, lp, old, a, low, high) -> Tensor:
     """Whether the probability of a token has not moved too far the way that its advantage points to."""
     lp, old = lp.detach(), old.detach()
-    if type == 6:
+    if type == "bounded_change":
         change = lp.exp() - old.exp()
         return torch.where(a > 0, change <= high, change >= -low)
     other, was = -torch.expm1(lp), -torch.expm1(old)
@@ -35,8 +38,7 @@ def policy_element(
     raw = lp - old
     x = raw.clamp(-top, top)
     rho = x.exp()
-    type = int(type)
-    if type == 0:  # at a tie, as for every ratio inside the bounds, the free branch moves
+    if type == "clip":  # at a tie, as for every ratio inside the bounds, the free branch moves
         free = -a * torch.where(rho <= two_sided, rho, torch.full_like(rho, two_sided).detach())
         inside = -a * torch.where(
             (rho >= 1 - low) & (rho <= 1 + high), rho, rho.detach().clamp(1 - low, 1 + high)
@@ -44,35 +46,29 @@ def policy_element(
         loss = torch.where(free >= inside, free, inside)
         if math.isfinite(dual):
             loss = torch.where((a < 0) & (loss > -a * dual), -a * dual, loss)
-    elif type == 1:
+    elif type == "cispo":
         loss = -a * rho.clamp(1 - low, 1 + high).detach() * lp
-    elif type == 2:
+    elif type == "sapo":
         t = torch.where(a > 0, torch.full_like(a, high), torch.full_like(a, low))
         loss = -a * (4 / t) * torch.sigmoid(t * (rho - 1))
-    elif type == 3:
+    elif type == "gradient":
         loss = -a * lp
-    elif type == 4:
+    elif type == "dro":
         loss = 0.5 * low * raw.square() - a * lp
-    elif type == 5:
+    elif type == "geometric":
         moves = torch.where(a > 0, raw <= high, raw >= -low)
         loss = -a * torch.where(moves, lp - lp.detach(), 0.0).exp()
-    else:
+    elif type in ("bounded_change", "bounded_kl"):
         kept = within_bounds(type, lp, old, a, low, high)
         loss = torch.where(kept, -a * rho.clamp(max=two_sided).detach() * lp, 0.0)
-    kind = KL_TYPES[int(kl_type)]
-    if kind != "none":
+    else:
+        raise ValueError(f"type: unknown: {type!r}")
+    if kl_type != "none":
         y = ref - lp
         k2 = 0.5 * y.square()
-        value = (
-            -y
-            if kind[:2] == "k1"
-            else k2
-            if kind == "k2"
-            else y.abs()
-            if kind == "abs"
-            else torch.expm1(y) - y
-        )
-        loss = loss + kl_coef * (straight_through(value, k2) if kind.endswith("+") else value)
+        estimates = {"k1": lambda: -y, "k2": lambda: k2, "k3": lambda: torch.expm1(y) - y, "absolute": y.abs}
+        value = estimates[kl_type.removesuffix("_straight")]()
+        loss = loss + kl_coef * (straight_through(value, k2) if kl_type.endswith("_straight") else value)
     return loss - entropy_coef * h if entropy_coef else loss
 
 
@@ -114,8 +110,10 @@ AGGREGATION = {
 }  # fmt: skip
 """How each type is aggregated where it is published."""
 FORMULA = {
-    "cispo": 1, "sapo": 2, "vespo": 3, "gpg": 3, "reinforce": 3, "dro": 4, "geo_mean": 5, "dppo_tv": 6, "dppo_kl": 7,
+    "cispo": "cispo", "sapo": "sapo", "vespo": "gradient", "gpg": "gradient", "reinforce": "gradient", "dro": "dro",
+    "geo_mean": "geometric", "dppo_tv": "bounded_change", "dppo_kl": "bounded_kl",
 }  # fmt: skip
+"""The formula of a token; where none is named, `"clip"`."""
 RATIO_CAP = 20.0
 """Of dppo_tv and dppo_kl where `delta` is not given."""
 
@@ -231,9 +229,9 @@ def policy_loss(
     if delta is None:
         delta = RATIO_CAP if loss_type.startswith("dppo") else math.inf
     loss = policy_element(
-        logps, old, a, ref, entropies, FORMULA.get(loss_type, 0), low, high,
+        logps, old, a, ref, entropies, FORMULA.get(loss_type, "clip"), low, high,
         math.inf if dual_clip is None else dual_clip, delta, kl_coef,
-        KL_TYPES.index(kl_type) if ref is not None else 0, math.inf if log_ratio_clamp is None else log_ratio_clamp,
+        "none" if ref is None else KL_TYPES[kl_type], math.inf if log_ratio_clamp is None else log_ratio_clamp,
         0.0 if entropies is None else entropy_coef,
     )  # fmt: skip
     if loss_type == "kl_cov":

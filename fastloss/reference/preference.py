@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss.reference.dpo import DPO_TYPES, reduced, softplus
+from fastloss.reference.dpo import reduced, softplus
 
 __all__ = ["alpha_po_loss", "cpo_loss", "kto_loss", "orpo_loss", "simpo_loss"]
 
 
-def kto_element(lp, ref, desirable, kl, beta, weight_desirable, weight_undesirable) -> Tensor:
+def kto_element(lp, ref, desirable, kl, beta, desirable_weight, undesirable_weight) -> Tensor:
     ratio = lp - ref
     good = (desirable > 0).to(ratio.dtype)
     b = beta * (2 * good - 1)
-    w = weight_desirable * good + weight_undesirable * (1 - good)
+    w = desirable_weight * good + undesirable_weight * (1 - good)
     return w * torch.sigmoid(-b * (ratio - kl))
 
 
@@ -38,17 +38,18 @@ def kto_loss(
     return reduced(loss, reduction)
 
 
-def reference_free_element(c, r, nll, type, beta, margin, smoothing, nll_weight, alpha) -> Tensor:
+def reference_free_element(c, r, nll, type, beta, margin, label_smoothing, nll_weight, alpha) -> Tensor:
     if alpha:
         c, r = -torch.expm1(-alpha * c) / alpha, -torch.expm1(-alpha * r) / alpha
-    type = DPO_TYPES[int(type)]
     u = beta * (c - r) - margin
     if type == "ipo":
         loss = (c - r - 1 / (2 * beta)).square()
     elif type == "hinge":
         loss = torch.relu(1 - u)
+    elif type == "sigmoid":
+        loss = (1 - label_smoothing) * softplus(-u) + label_smoothing * softplus(u)
     else:
-        loss = (1 - smoothing) * softplus(-u) + smoothing * softplus(u)
+        raise ValueError(f"loss_type: unknown: {type!r}")
     return loss + nll_weight * nll if nll_weight else loss
 
 
@@ -62,9 +63,8 @@ def simpo_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As `fastloss.functional.simpo_loss`."""
-    kind = DPO_TYPES.index(loss_type)
     loss = reference_free_element(
-        chosen_logps, rejected_logps, None, kind, beta, gamma, label_smoothing, 0.0, 0.0
+        chosen_logps, rejected_logps, None, loss_type, beta, gamma, label_smoothing, 0.0, 0.0
     )
     return reduced(loss, reduction)
 
@@ -80,10 +80,9 @@ def cpo_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As `fastloss.functional.cpo_loss`."""
-    kind = DPO_TYPES.index(loss_type)
     weight = 0.0 if chosen_nll is None else alpha
     loss = reference_free_element(
-        chosen_logps, rejected_logps, chosen_nll, kind, beta, 0.0, label_smoothing, weight, 0.0
+        chosen_logps, rejected_logps, chosen_nll, loss_type, beta, 0.0, label_smoothing, weight, 0.0
     )
     return reduced(loss, reduction)
 
@@ -99,14 +98,14 @@ def alpha_po_loss(
 ) -> Tensor:
     """As `fastloss.functional.alpha_po_loss`."""
     loss = reference_free_element(
-        chosen_logps, rejected_logps, None, 0, beta, gamma, label_smoothing, 0.0, alpha
+        chosen_logps, rejected_logps, None, "sigmoid", beta, gamma, label_smoothing, 0.0, alpha
     )
     return reduced(loss, reduction)
 
 
-def orpo_element(c, r, nll, beta, own) -> Tensor:
+def orpo_element(c, r, nll, beta, nll_from_logps) -> Tensor:
     log_odds = (c - torch.log(-torch.expm1(c))) - (r - torch.log(-torch.expm1(r)))
-    return beta * softplus(-log_odds) + (-c if own else nll)
+    return beta * softplus(-log_odds) + (-c if nll_from_logps else nll)
 
 
 def orpo_loss(

@@ -11,19 +11,19 @@ from fastloss.reference.dpo import reduced, softplus
 
 __all__ = ["bradley_terry_loss", "k_way_ranking_loss"]
 
-KINDS = ("bradley_terry", "plackett_luce")
 
-
-def rows_of_ranking(rewards: Tensor, ranks: Tensor, kind: int) -> tuple[Tensor, Tensor]:
+def rows_of_ranking(rewards: Tensor, ranks: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Loss and number of pairs of each row [..., K]; ranks of NaN are not compared."""
     high = torch.float64 if rewards.dtype == torch.float64 else torch.float32
     r = torch.where(ranks.isnan(), 0.0, rewards.to(high))
     behind = ranks.unsqueeze(-2) > ranks.unsqueeze(-1)  # [..., i, j]
     pairs = behind.sum((-2, -1))
     delta = r.unsqueeze(-2) - r.unsqueeze(-1)  # r_j - r_i
-    if KINDS[kind] == "bradley_terry":
+    if kind == "bradley_terry":
         nll = torch.where(behind, softplus(delta), 0.0)
         return nll.sum((-2, -1)) / pairs.clamp(min=1), pairs.to(high)
+    if kind != "plackett_luce":
+        raise ValueError(f"kind: unknown: {kind!r}")
     others = torch.where(behind, delta, -math.inf)
     itself = torch.zeros_like(r).unsqueeze(-1)
     return torch.cat([itself, others], -1).logsumexp(-1).sum(-1), pairs.to(high)
@@ -40,7 +40,7 @@ def k_way_ranking_loss(
     places = ranks.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
     if mask is not None:
         places = torch.where(mask != 0, places, math.nan)
-    loss, pairs = rows_of_ranking(rewards, places, KINDS.index(kind))
+    loss, pairs = rows_of_ranking(rewards, places, kind)
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     if reduction != "none":
@@ -48,10 +48,10 @@ def k_way_ranking_loss(
     return loss.to(rewards.dtype)
 
 
-def bradley_terry_element(chosen, rejected, margin, smoothing, center) -> Tensor:
+def bradley_terry_element(chosen, rejected, margin, label_smoothing, center_coefficient) -> Tensor:
     u = chosen - rejected - margin
-    loss = (1 - smoothing) * softplus(-u) + smoothing * softplus(u)
-    return loss + center * (chosen + rejected).square()
+    loss = (1 - label_smoothing) * softplus(-u) + label_smoothing * softplus(u)
+    return loss + center_coefficient * (chosen + rejected).square()
 
 
 def bradley_terry_loss(

@@ -32,6 +32,7 @@ OUT = ROOT / "build" / "simt"
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"  # torch 2.11, as in setup.py
 COMMON = "-std=c++20 -fPIC -fvisibility=hidden -g1 -DFL_SIMT"
+KERNELS = "-DFL_DEVICE_MATH"  # see csrc/math/math.h
 WARNINGS = "-Wall -Wno-unknown-pragmas -Wno-attributes -Wno-psabi"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # mode: flags of the shim and the kernels, flags of the kernels alone, flags of the linker
@@ -116,7 +117,7 @@ def _write_ninja() -> None:
     torch_flags = " ".join([STABLE_ABI, *(f"-isystem {_near(p)}" for p in include_paths())])
     operators = objects(
         "operators",
-        [*sorted((CSRC / "ops").glob("*.cpp")), CSRC / "cpu" / "pool.cpp", HERE / "no_cpu_kernels.cpp"],
+        [*sorted((CSRC / "ops").glob("*.cpp")), CSRC / "cpu" / "dispatch.cpp", CSRC / "cpu" / "pool.cpp"],
         f"-O1 -DFASTLOSS_NAMESPACE={NAMESPACE} {torch_flags}",
     )
     torch_libraries = (
@@ -126,7 +127,9 @@ def _write_ninja() -> None:
         shim_flags, kernel_flags, link_flags = FLAGS[mode]
         runtime = [p for p in sorted(HERE.glob("simt*.cpp")) if mode == "race" or p.stem != "simt_race"]
         shim = objects(mode, runtime, shim_flags)
-        kernels = objects(mode, sorted((CSRC / "cuda").rglob("*.cu")), f"{shim_flags} {kernel_flags}")
+        kernels = objects(
+            mode, sorted((CSRC / "cuda").rglob("*.cu")), f"{KERNELS} {shim_flags} {kernel_flags}"
+        )
         library, programs = f"{mode}/libfastloss_simt.so", []
         n.build(
             library,
@@ -135,7 +138,7 @@ def _write_ninja() -> None:
             variables={"flags": f"-shared -Wl,-Bsymbolic,-z,defs {link_flags} {torch_libraries}"},
         )
         for program in ("planted", "features"):
-            own = objects(mode, [HERE / f"{program}.cu"], f"{shim_flags} {kernel_flags}")
+            own = objects(mode, [HERE / f"{program}.cu"], f"{KERNELS} {shim_flags} {kernel_flags}")
             programs += n.build(f"{mode}/{program}", "link", [*own, *shim], variables={"flags": link_flags})
         n.build(f"{mode}-programs", "phony", programs)
         n.build(mode, "phony", [library, f"{mode}-programs"])

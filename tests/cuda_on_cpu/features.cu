@@ -1,5 +1,4 @@
-// What kernels may use of CUDA, each against what it must give: `features` prints the first difference, if
-// any.
+// What kernels may use of CUDA, each against what it must give: `features` prints the first difference.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

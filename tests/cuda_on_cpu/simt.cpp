@@ -1,5 +1,4 @@
-// The scheduler: steps the fibers of a block, warp by warp, until each has returned or all wait for each
-// other.
+// The scheduler: steps the fibers of a block, warp by warp, until all have returned or wait for each other.
 #include "simt.h"
 
 #include <algorithm>

@@ -24,8 +24,7 @@ bool can_conflict(Kind a, Kind b) {
   return (a == kUpdate && b == kRead) || (a == kRead && b == kUpdate);
 }
 
-// The accesses of one kind to one byte since the last barrier that orders them, as far as later ones must
-// know.
+// The accesses of one kind to one byte since the last barrier that orders them: what later ones must know.
 struct Accesses {
   enum : uint8_t { kLanes = 1, kWarps = 2, kBlocks = 4 };
   uint32_t block, block_epoch, warp_epoch;

@@ -25,8 +25,7 @@ enum class Op : uint8_t {
 
 // Waits for the whole block; gives the number of threads whose `predicate` holds.
 int sync_block(bool predicate, Where where);
-// Waits for the lanes in `mask` to bring `bytes` (at most 8) at `value`. `source` is the lane that a shuffle
-// reads.
+// Waits for the lanes in `mask` to bring `bytes` (at most 8) at `value`. A shuffle reads lane `source`.
 void collective(Op op, unsigned mask, const void* value, size_t bytes, int source, void* result, Where where);
 
 template <class R, class T>

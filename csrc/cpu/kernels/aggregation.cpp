@@ -1,9 +1,8 @@
 // Reductions of losses of samples for one instruction set: compiled once for each, with FL_ISA naming it.
 #include "aggregation.h"
 
-#include "../../math/vector_math.h"
-// after the vector overloads, which must be known where the losses are defined
 #include "../../losses/aggregation.h"
+#include "../../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {
@@ -134,9 +133,6 @@ void gradient(const AggregateArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const AggregateKernels FASTLOSS_JOIN(aggregates_, FL_ISA) = {&sum, &finish, &gradient};
+FASTLOSS_OF_ISA(AggregateKernels, aggregate_kernels) = {&sum, &finish, &gradient};
 }  // namespace fastloss::cpu

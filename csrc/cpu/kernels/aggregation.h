@@ -2,7 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "../../losses/aggregation_args.h"
+#include "../../losses/aggregation.h"
+#include "../dispatch.h"
 
 namespace fastloss::cpu {
 
@@ -16,7 +17,6 @@ struct AggregateKernels {
   // Gradient of the samples of parts begin, ..., end - 1, and with the first one of theta.
   void (*gradient)(const AggregateArgs& args, int64_t begin, int64_t end);
 };
-extern const AggregateKernels aggregates_sse2, aggregates_avx2, aggregates_avx512;
-const AggregateKernels& aggregate_kernels();
+FASTLOSS_PER_ISA(AggregateKernels, aggregate_kernels)
 
 }  // namespace fastloss::cpu

@@ -14,7 +14,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "../../math/simd.h"
+#include "../../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 

@@ -4,9 +4,8 @@
 
 #include <cstring>
 
-#include "../../math/vector_math.h"
-// after the vector overloads, which must be known where the loss is defined
 #include "../../losses/ctc.h"
+#include "../../math/math.h"
 #include "../scratch.h"
 
 namespace fastloss::inline FL_ISA {
@@ -162,9 +161,6 @@ void run(const AlignmentArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const AlignmentKernel FASTLOSS_JOIN(alignment_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(AlignmentKernel, alignment_kernel) = &run;
 }  // namespace fastloss::cpu

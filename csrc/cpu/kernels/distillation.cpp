@@ -1,15 +1,13 @@
 // Two rows of logits at a time, from memory once: maxima and sums, then the divergence, then the gradients,
 // which go around the caches where they are large. Between the sweeps the exponentials and the logarithms of
-// a mixture lie in scratch memory, in the second-level cache. Padding has a logit of -infinity and counts
-// nothing.
+// a mixture lie in scratch memory, in the second-level cache. Padding is a logit of -infinity.
 //
 // Gradients are made by two passes that must agree in every bit: no contraction where one of them allows it.
 #pragma GCC optimize("fp-contract=off")
 #include <cstring>
 
-#include "../../math/vector_math.h"
+#include "../../math/online_softmax.h"
 #include "../scratch.h"
-// after vector_math.h: the vector overloads must be known where the formulas are defined
 #include "distillation.h"
 
 namespace fastloss::inline FL_ISA {
@@ -25,7 +23,7 @@ class DivergenceWalker {
   explicit DivergenceWalker(const DivergenceArgs& args)
       : a_(args.rows),
         dq_(static_cast<T*>(args.dq)),
-        loss_(args.rows.options),
+        loss_(args.rows.hparams),
         n_(args.rows.n),
         scale_(R(args.rows.logit_scale)) {
     const int64_t padded = (n_ + W - 1) / W * W;
@@ -106,7 +104,7 @@ class DivergenceWalker {
       for (int i = 0; i < kUnroll; ++i) top[i] = max(load(s.x + j + i * W) * scale_, top[i]);
     for (; j < n_; j += W) top[0] = max(logits(s.x, j), top[0]);
     const R m = horizontal_max(max(max(top[0], top[1]), max(top[2], top[3])));
-    s.m = m == -INFINITY ? 0 : m;
+    s.m = softmax_base(m);
     const auto add = [&](int64_t at, F z, F& to) __attribute__((always_inline)) {
       const F e = exp_down(z - s.m);
       to += e;
@@ -181,9 +179,6 @@ void run(const DivergenceArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const DivergenceKernel FASTLOSS_JOIN(divergence_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(DivergenceKernel, divergence_kernel) = &run;
 }  // namespace fastloss::cpu

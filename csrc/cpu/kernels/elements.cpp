@@ -4,8 +4,7 @@
 // where one of them happens to allow it.
 #pragma GCC optimize("fp-contract=off")
 #include "elements.h"
-// after elements.h: the vector overloads must be known where the losses are defined
-#include "../dispatch.h"
+#include "tables.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {
@@ -21,10 +20,7 @@ void run(const ElementArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
 #define FASTLOSS_ENTRY(name, Loss) .name = &run<Loss>,
-const ElementKernels FASTLOSS_JOIN(elements_, FL_ISA) = {FASTLOSS_ELEMENT_LOSSES(FASTLOSS_ENTRY)};
+FASTLOSS_OF_ISA(ElementKernels, element_kernels) = {FASTLOSS_ELEMENT_LOSSES(FASTLOSS_ENTRY)};
 }  // namespace fastloss::cpu

@@ -7,7 +7,7 @@
 // depend on who computes it.
 #pragma once
 #include "../../drivers/elements.h"
-#include "../../math/vector_pair.h"
+#include "../../math/math.h"
 #include "../scratch.h"
 
 namespace fastloss::inline FL_ISA {
@@ -40,9 +40,9 @@ FL_FN void step_block(const Loss& loss, const Block<R>& b, R (*steps)[kElementBl
 
 // kGrad: the inputs to differentiate, a bit for each.
 template <class Loss, class R, bool kValue, unsigned kGrad>
-FL_NOINLINE void map_block(const double* options, const Block<R>& b) {
+FL_NOINLINE void map_block(const double* hparams, const Block<R>& b) {
   using F = Pair<vector_t<R>>;
-  const Loss loss(options);
+  const Loss loss(hparams);
   const F k = fill<F>(b.k);
   alignas(64) R steps[kStepsOf<Loss> + 1][kElementBlock];
   step_block<0, F>(loss, b, steps);
@@ -158,7 +158,7 @@ class ElementWalker {
     if (sum_logs_) b.u = staged();
     for (int j = 0; j < inputs_; ++j)
       if (a_.dx[j]) b.dx[j] = sizeof(T) == sizeof(R) && direct ? static_cast<R*>(a_.dx[j]) + begin : staged();
-    map_(a_.options, b);
+    map_(a_.hparams, b);
 
     if (a_.partial) {
       clear_tail(value, count, b.count);

@@ -1,9 +1,9 @@
-// Sums over pairs and triples of rows (losses/feature_sums_args.h) for one instruction set: compiled once for
+// Sums over pairs and triples of rows (losses/feature_sums.h) for one instruction set: compiled once for
 // each, with FL_ISA naming it.
 #include "feature_sums.h"
 
 #include "../../losses/feature_sums.h"
-#include "../../math/simd.h"
+#include "../../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {
@@ -88,9 +88,6 @@ void run(const FeatureArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const FeatureKernel FASTLOSS_JOIN(features_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(FeatureKernel, feature_kernel) = &run;
 }  // namespace fastloss::cpu

@@ -1,5 +1,4 @@
-// Matrix multiplication of what lies in the caches: packed panels, and the register tile that multiplies
-// them.
+// Matrix multiplication in the caches: packed panels, and the register tile that multiplies them.
 //
 //   c[m, n] (+)= left[m, depth] right[depth, n]
 //
@@ -12,7 +11,7 @@
 // A right panel of one block stays in the first-level cache while all left panels pass; the caller picks m so
 // that these stay in the second.
 #pragma once
-#include "../../math/simd.h"
+#include "../../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 

@@ -178,10 +178,7 @@ void scale(const void* in, double factor, DType dtype, void* out, int64_t begin,
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const LinearKernels FASTLOSS_JOIN(linear_, FL_ISA) = {&packed_bytes, &pack_left, &pack_right, &logits,
-                                                      &dx,           &dw,        &scale};
+FASTLOSS_OF_ISA(LinearKernels, linear_kernels) = {&packed_bytes, &pack_left, &pack_right, &logits,
+                                                  &dx,           &dw,        &scale};
 }  // namespace fastloss::cpu

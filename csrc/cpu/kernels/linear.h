@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../../math/dtype.h"
+#include "../dispatch.h"
 
 namespace fastloss::cpu {
 
@@ -39,7 +40,10 @@ struct LinearKernels {
   void (*scale)(const void* in, double factor, DType dtype, void* out, int64_t begin, int64_t end);
 };
 
-extern const LinearKernels linear_sse2, linear_avx2, linear_avx512, linear_amx;
-const LinearKernels& linear_kernels();
+FASTLOSS_PER_ISA(LinearKernels, linear_kernels)
+extern const LinearKernels linear_kernels_amx;  // beside those of avx512
+inline const LinearKernels& best_linear_kernels() {
+  return amx() ? linear_kernels_amx : linear_kernels.best();
+}
 
 }  // namespace fastloss::cpu

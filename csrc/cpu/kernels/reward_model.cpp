@@ -1,10 +1,9 @@
 // Losses of rankings for one instruction set: compiled once for each, with FL_ISA naming it. A vector holds
 // the same item of as many rows as it has lanes.
-#include "../../math/vector_math.h"
-#include "../scratch.h"
-// after the vector overloads, which must be known where the losses are defined
 #include "../../losses/reward_model.h"
-#include "../dispatch.h"
+#include "../../math/math.h"
+#include "../scratch.h"
+#include "reward_model.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {
@@ -25,7 +24,7 @@ class RankingWalker {
 
  public:
   explicit RankingWalker(const RankingArgs& args)
-      : a_(args), n_(args.n), width_(state_width(args)), chooses_(args.kind == Ranking::plackett_luce) {
+      : a_(args), n_(args.n), width_(args.state_width()), chooses_(args.kind == Ranking::plackett_luce) {
     char* p = static_cast<char*>(cpu::thread_scratch(3 * (n_ + 1) * sizeof(F) + 64));
     F* const first = reinterpret_cast<F*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
     rows_ = {first, first + n_, first + 2 * n_};
@@ -95,9 +94,6 @@ void run(const RankingArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const RankingKernel FASTLOSS_JOIN(ranking_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(RankingKernel, ranking_kernel) = &run;
 }  // namespace fastloss::cpu

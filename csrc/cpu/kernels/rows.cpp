@@ -1,7 +1,6 @@
 // The token losses for one instruction set: compiled once for each, with FL_ISA naming it.
 #include "rows.h"
-// after rows.h: the vector overloads must be known where the losses are defined
-#include "../dispatch.h"
+#include "tables.h"
 
 namespace fastloss::inline FL_ISA {
 namespace {
@@ -22,10 +21,7 @@ void run(const RowArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
 #define FASTLOSS_ENTRY(name, Loss) .name = &run<Loss>,
-const Kernels FASTLOSS_JOIN(kernels_, FL_ISA) = {FASTLOSS_ROW_KERNELS(FASTLOSS_ENTRY)};
+FASTLOSS_OF_ISA(RowKernels, row_kernels) = {FASTLOSS_ROW_KERNELS(FASTLOSS_ENTRY)};
 }  // namespace fastloss::cpu

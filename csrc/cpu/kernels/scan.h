@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "../../drivers/scan.h"
-#include "../../math/simd.h"
+#include "../../math/math.h"
 
 namespace fastloss::inline FL_ISA {
 

@@ -155,9 +155,6 @@ void walk(const TileCall& a) { a.wide ? walk<double>(a) : walk<float>(a); }
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const TileKernels FASTLOSS_JOIN(tiles_, FL_ISA) = {&packed_size, &pack_y, &walk};
+FASTLOSS_OF_ISA(TileKernels, tile_kernels) = {&packed_size, &pack_y, &walk};
 }  // namespace fastloss::cpu

@@ -6,6 +6,7 @@
 // result depends on the number of workers.
 #pragma once
 #include "../../drivers/similarity.h"
+#include "../dispatch.h"
 
 namespace fastloss::cpu {
 
@@ -31,7 +32,6 @@ struct TileKernels {
   void (*walk)(const TileCall&);                              // one worker
 };
 
-extern const TileKernels tiles_sse2, tiles_avx2, tiles_avx512;
-const TileKernels& tile_kernels();
+FASTLOSS_PER_ISA(TileKernels, tile_kernels)
 
 }  // namespace fastloss::cpu

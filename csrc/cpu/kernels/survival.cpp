@@ -3,7 +3,7 @@
 #include "survival.h"
 
 #include "../../losses/survival.h"
-#include "../../math/simd.h"
+#include "../../math/math.h"
 #include "../scratch.h"
 
 namespace fastloss::inline FL_ISA {
@@ -59,9 +59,6 @@ void run(const SurvivalArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const SurvivalKernel FASTLOSS_JOIN(survival_, FL_ISA) = &run;
+FASTLOSS_OF_ISA(SurvivalKernel, survival_kernel) = &run;
 }  // namespace fastloss::cpu

@@ -1,10 +1,9 @@
-// All triplets of a batch (losses/triplets_args.h) for one instruction set: compiled once for each, with
+// All triplets of a batch (losses/triplets.h) for one instruction set: compiled once for each, with
 // FL_ISA naming it.
 #include "triplets.h"
 
 #include "../../losses/triplets.h"
-#include "../../math/simd.h"
-#include "../../math/vector_math.h"
+#include "../../math/math.h"
 #include "../scratch.h"
 #include "gemm.h"
 
@@ -192,10 +191,7 @@ void draw_others_of(const TripletArgs& a, int64_t begin, int64_t end) {
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
-#define FASTLOSS_JOIN_(a, b) a##b
-#define FASTLOSS_JOIN(a, b) FASTLOSS_JOIN_(a, b)
-
 namespace fastloss::cpu {
-const TripletKernels FASTLOSS_JOIN(triplets_, FL_ISA) = {&pack_rows, &anchors_of, &draw_anchors_of,
-                                                         &draw_others_of};
+FASTLOSS_OF_ISA(TripletKernels, triplet_kernels) = {&pack_rows, &anchors_of, &draw_anchors_of,
+                                                    &draw_others_of};
 }  // namespace fastloss::cpu

@@ -1,6 +1,7 @@
 // All triplets of a batch on the CPU, for one instruction set each.
 #pragma once
-#include "../../losses/triplets_args.h"
+#include "../../losses/triplets.h"
+#include "../dispatch.h"
 
 namespace fastloss::cpu {
 
@@ -14,7 +15,6 @@ struct TripletKernels {
   void (*draw_others)(const TripletArgs&, int64_t begin, int64_t end);   // of all rows
 };
 
-extern const TripletKernels triplets_sse2, triplets_avx2, triplets_avx512;
-const TripletKernels& triplet_kernels();
+FASTLOSS_PER_ISA(TripletKernels, triplet_kernels)
 
 }  // namespace fastloss::cpu

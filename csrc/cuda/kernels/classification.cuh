@@ -1,8 +1,7 @@
 // The choice of a row loss's kernel by its variant and type.
 #pragma once
-#include "rows.cuh"
-// after rows.cuh: cuda_or_shim.cuh decides which exponential the losses take
 #include "../launchers.h"
+#include "rows.cuh"
 
 namespace fastloss::cuda {
 

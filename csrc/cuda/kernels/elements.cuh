@@ -4,6 +4,7 @@
 #pragma once
 #include "../../drivers/elements.h"
 #include "../launch.cuh"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 
@@ -172,11 +173,11 @@ __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements
     if (a.skip_unit_upstream && g == 1) return;
     k *= g;
   }
-  ElementThread<Loss, T> thread{a, Loss(a.options), k, 0, 0};
+  ElementThread<Loss, T> thread{a, Loss(a.hparams), k, 0, 0};
   thread.run();
   if (!a.partial) return;
   if constexpr (Loss::kLogSum) thread.sum += log1p(thread.product);
-  const double sum = sum_of_block<kElementThreads>(double(thread.sum));
+  const double sum = block_sum<kElementThreads>(double(thread.sum));
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
     write_result<T>(a, sum);
@@ -189,7 +190,7 @@ template <class T>
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(ElementArgs a, int64_t count) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += a.partial[i];
-  sum = sum_of_block<kSumThreads>(sum);
+  sum = block_sum<kSumThreads>(sum);
   if (threadIdx.x == 0) write_result<T>(a, sum);
 }
 
@@ -198,8 +199,7 @@ int64_t tiles(int64_t n) {
   return (n + kTile<T> - 1) / kTile<T>;
 }
 
-// A loss of which no gradient but that of the first input is wanted: what the others would take is not
-// computed.
+// A loss of which the first input's gradient alone is wanted: what others would take is not computed.
 template <class Loss>
 struct FirstAlone : Loss {
   static constexpr unsigned kWrt = Loss::kWrt & -Loss::kWrt;

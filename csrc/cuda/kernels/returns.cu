@@ -1,8 +1,7 @@
 // Launchers of the recursions in time.
-#include "scan.cuh"
-// after scan.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/returns.h"
 #include "../launchers.h"
+#include "scan.cuh"
 
 namespace fastloss::cuda {
 namespace {

@@ -1,9 +1,9 @@
 // Survival losses: scans along sorted cohorts (long_scan.cuh), then a thread an individual.
-#include "../launch.cuh"
-#include "long_scan.cuh"
-// after vector.cuh: cuda_or_shim.cuh decides what __device__ means
 #include "../../losses/survival.h"
+#include "../launch.cuh"
 #include "../launchers.h"
+#include "../reduce.cuh"
+#include "long_scan.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) value_kernel(SurvivalArgs a) {
     sum += v;
     if (a.loss) a.loss[loss.individual(tile.first + k)] = v;
   }
-  sum = sum_of_block<kThreads>(sum);
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
 }
 template <class Loss, class T>
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(SurvivalArgs a) {
 __global__ void __launch_bounds__(kThreads, 2) total_kernel(SurvivalArgs a) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < a.rows * survival_tiles(a); i += kThreads) sum += a.partial[i];
-  sum = sum_of_block<kThreads>(sum);
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) *a.total = sum;
 }
 
