@@ -452,9 +452,9 @@ class SoftmaxOp(SimilarityOp):
     def backward(self, operators, grads, inputs, state, attrs):
         rows = Features(inputs.x, attrs.normalize)
         columns = OneBlock(rows, inputs.y, attrs.normalize)
-        found = softmax_backward(operators, grads, inputs, state, attrs, rows, columns)
-        empty = inputs.x.new_empty(0)
-        dx, dy, dscale, dbase = (empty if d is None else d for d in found)
+        dx, dy, dscale, dbase = softmax_backward(operators, grads, inputs, state, attrs, rows, columns)
+        dy = inputs.x.new_empty(0) if dy is None else dy
+        dbase = inputs.x.new_empty(0) if dbase is None else dbase
         return dx, dy, dscale.to(inputs.scale.dtype), dbase
 
 
@@ -462,17 +462,10 @@ def _softmax_matrix(
     operators: Any, inputs: SoftmaxInputs, attrs: SoftmaxAttrs, rows: Features, block: Block
 ) -> Matrix:
     return Matrix(
-        operators,
-        rows,
-        block,
-        inputs.scale,
-        temperature=attrs.temperature,
-        target_col=inputs.target_col,
-        row_ids=inputs.row_ids,
-        col_ids=inputs.col_ids,
-        labels_are_positives=attrs.labels_are_positives,
+        operators, rows, block, inputs.scale, temperature=attrs.temperature, target_col=inputs.target_col,
+        row_ids=inputs.row_ids, col_ids=inputs.col_ids, labels_are_positives=attrs.labels_are_positives,
         positives_in_denominator=attrs.positives_in_denominator,
-    )
+    )  # fmt: skip
 
 
 def softmax_forward(
@@ -488,7 +481,6 @@ def softmax_forward(
         parts[block.index] = s.statistics(attrs.rows, attrs.columns)
     of_rows, of_cols, positives = zip(*parts, strict=True)
     positive = in_order(positives)
-    row, col, row_max, row_log_sum, col_max, col_log_sum = (positive.new_empty(0) for _ in range(6))
     if attrs.rows:
         row_max, row_log_sum = of_rows[0]
         if len(of_rows) > 1:
@@ -496,10 +488,14 @@ def softmax_forward(
         t = positive if inputs.inv_num_positives is None else positive * inputs.inv_num_positives
         row = row_max - t
         row = (row if inputs.base is None else row - inputs.base) + row_log_sum
+    else:
+        row, row_max, row_log_sum = (positive.new_empty(0) for _ in range(3))
     if attrs.columns:
         col_max, col_log_sum = columns.own_statistics(of_cols)
         own = inputs.target_col - columns.first if columns.first else inputs.target_col
         col = (col_max[own] - positive) + col_log_sum[own]
+    else:
+        col, col_max, col_log_sum = (positive.new_empty(0) for _ in range(3))
     return row, col, positive, row_max, row_log_sum, col_max, col_log_sum
 
 
