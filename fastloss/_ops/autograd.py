@@ -33,6 +33,7 @@ REDUCTIONS = abi.enum("Reduction")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 LIBRARY = "fastloss"
+"""The namespace of the compiled library."""
 _namespace = LIBRARY
 
 
@@ -45,6 +46,11 @@ def use_namespace(namespace: str) -> Iterator[None]:
         yield
     finally:
         _namespace = before
+
+
+def namespace() -> str:
+    """Return the namespace in use."""
+    return _namespace
 
 
 def kernels() -> Any:
@@ -155,8 +161,8 @@ class Differentiable:
             if functorch_active() or (torch.is_grad_enabled() and requires_grad(tensors)):
                 plan = record.plan = self.plan(operators, tensors, options, *how)
                 plan.record = record
-                return self._unwrap(record.made(_apply(self._function, *tensors, *options, plan)))
-            return self._unwrap(record.made(self.run_forward(Plan(operators), tensors, options)))
+                return self._unwrap(record.note(_apply(self._function, *tensors, *options, plan)))
+            return self._unwrap(record.note(self.run_forward(Plan(operators), tensors, options)))
 
     def _unwrap(self, results: Any) -> Any:
         if isinstance(results, Tensor):
@@ -497,7 +503,7 @@ def _eager_function(op: Differentiable) -> type[Function]:
     n = op.tensors
 
     def by_reference(tensors, options, needed: Sequence[bool], grads: Sequence[Tensor | None]):
-        """Gradients by the reference's differentiable operations, for the tensors that are needed."""
+        """Return gradients by the reference's differentiable operations, for the tensors that are needed."""
 
         def outputs(*free: Tensor):
             it = iter(free)
@@ -529,7 +535,7 @@ def _eager_function(op: Differentiable) -> type[Function]:
         @staticmethod
         def setup_context(ctx, inputs, output):
             *flat, ctx.options, _ = inputs
-            ctx.rest = len(inputs) - op.outputs - n
+            ctx.others = len(inputs) - op.outputs - n
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*flat[: op.outputs + n])
 
@@ -539,17 +545,17 @@ def _eager_function(op: Differentiable) -> type[Function]:
             if all(u is None for u in upstream):
                 return (None,) * len(ctx.needs_input_grad)
             needed = ctx.needs_input_grad[: len(free)]
-            wanted = [i in op.wrt and _differentiable(free[op.outputs + i]) for i in range(n)]
+            differentiated = [i in op.wrt and _differentiable(free[op.outputs + i]) for i in range(n)]
 
             def first(*some: Tensor):
                 it = iter(some)
                 full = [next(it) if f else t for t, f in zip(free, needed, strict=True)]
-                found = by_reference(full[op.outputs :], ctx.options, wanted, full[: op.outputs])
+                found = by_reference(full[op.outputs :], ctx.options, differentiated, full[: op.outputs])
                 return tuple(found[i] for i, u in zip(op.wrt, upstream, strict=True) if u is not None)
 
             _, pull = torch.func.vjp(first, *(t for t, f in zip(free, needed, strict=True) if f))
             it = iter(pull(tuple(u for u in upstream if u is not None)))
-            return (*(next(it) if f else None for f in needed), *([None] * ctx.rest))
+            return (*(next(it) if f else None for f in needed), *([None] * ctx.others))
 
     def gradients(ctx, grads: Sequence[Tensor | None]):
         grads = grads[: op.outputs]
@@ -594,7 +600,7 @@ def _eager_function(op: Differentiable) -> type[Function]:
             if ctx.plan.record is None:
                 return gradients(ctx, grads)
             with ctx.plan.record.backward(ctx, grads):
-                return ctx.plan.record.made(gradients(ctx, grads))
+                return ctx.plan.record.note(gradients(ctx, grads))
 
     for function in (Forward, Gradient):
         # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not

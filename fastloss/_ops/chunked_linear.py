@@ -1,12 +1,12 @@
 """A row loss of `input @ weight.T + bias` for all rows at once, without the matrix of all logits.
 
 Rows are taken in chunks. The logits of a chunk lie in one buffer; the row kernels of the loss turn them into
-their own gradient in place; two more products turn that into gradients of input and weight. The buffer serves
+their own gradient in place; two more GEMMs turn that into gradients of input and weight. The buffer serves
 the next chunk. Beyond the gradients, which half types collect in float32, no call needs more than `BUDGET`
 bytes on the CPU, unless one row does; on CUDA, where each chunk reads and writes the sum of the weight's
 gradients, as many as that sum has, up to `MOST`.
 
-On the CPU the rows that count are picked out first, and the products are packed ones, in which no row depends
+On the CPU the rows that count are picked out first, and the GEMMs are packed ones, in which no row depends
 on its neighbours; with AMX those of bfloat16 round the logits' gradient to bfloat16, as plain PyTorch does. On
 CUDA, where counting would wait for the device, all rows are multiplied, by cuBLAS.
 """
@@ -29,13 +29,13 @@ MOST, MOST_ROWS = 1025 << 20, 4096
 DIRECT = 1 << 24
 """Elements of a weight so large that its gradient is written as bfloat16 at once: cuBLAS splits no sum then."""
 INPUT, WEIGHT, BIAS = 1, 2, 4
-"""Bits of the gradients that are wanted."""
+"""Bits of `needs_grad_mask`."""
 PANEL = abi.constant("linear_rows")
 """Rows that a product on the CPU adds up as one: chunks of whole panels give the same bits whatever their size."""
 
 
 class PackedProducts:
-    """The products on the CPU; rows and logits in the accumulation type."""
+    """The packed GEMMs of the CPU; rows and logits in the accumulation dtype."""
 
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
         self.operators, self.weight, self.bias = operators, weight, bias
@@ -92,8 +92,8 @@ def products_for(operators: Any, device: torch.device) -> type:
     return PRODUCTS[operators.name, device.type]
 
 
-def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, asked: int) -> int:
-    """As many as the budget allows, in whole panels where it allows one; by the sizes alone."""
+def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, limit: int) -> int:
+    """Return as many as the budget allows, in whole panels where it allows one; by the sizes alone."""
     # on the CPU a row also lies there itself, packed, and as its gradient
     row = (classes + (4 * features if cpu else 0)) * logits.itemsize + 64
     rows = max(1, BUDGET // row)
@@ -102,16 +102,16 @@ def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool,
         rows = min(rows, 2 * PANEL)
     else:
         # each chunk reads and writes the sum of the weight's gradients
-        room = min(classes * features * accumulation_dtype(logits).itemsize, MOST)
-        rows = max(rows, min(room // row, MOST_ROWS))
-    if asked:
-        rows = min(rows, asked)
+        memory = min(classes * features * accumulation_dtype(logits).itemsize, MOST)
+        rows = max(rows, min(memory // row, MOST_ROWS))
+    if limit:
+        rows = min(rows, limit)
     unit = PANEL if cpu else 128
     return rows // unit * unit if rows >= unit else rows
 
 
 def narrow_weight_gradient(products: type, weight: Tensor) -> bool:
-    """Whether forward leaves the weight's gradient in the type of the weight, divided by the norm of "mean".
+    """Return whether forward leaves the weight's gradient in the type of the weight, divided by the norm of "mean".
 
     The rows that it is multiplied from are divided: bfloat16 has the exponents of float32, and they lose nothing
     by being small.
@@ -126,7 +126,7 @@ def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """For products of the library, whose sums depend on how operands are aligned: ours must not."""
+    """Return `x` as cuBLAS is to see it, whose sums depend on how operands are aligned: ours must not."""
     return x.clone() if x.data_ptr() % 64 else x
 
 
@@ -165,10 +165,10 @@ def forward(
     if not on_cpu:
         input, linear_weight = aligned(input), aligned(linear_weight)
     (rows, features), classes = input.shape, linear_weight.shape[0]
-    own = len(abi.fact(row_loss, "hparams"))
-    hparams, transform = attrs.hparams[:own], None
+    of_row_loss = len(abi.fact(row_loss, "hparams"))
+    hparams, transform = attrs.hparams[:of_row_loss], None
     if logit_transform is not None:
-        named = dict(zip(logit_transform.HPARAMS, attrs.hparams[own:], strict=True))
+        named = dict(zip(logit_transform.HPARAMS, attrs.hparams[of_row_loss:], strict=True))
         transform = logit_transform(features, **named)
     acc_dtype = accumulation_dtype(input.dtype)
     narrow = narrow_weight_gradient(products, linear_weight)

@@ -29,7 +29,7 @@ class Pass:
     bytes: int = 0
     """Fewest bytes to move: every tensor read once, every result written once, as if no row were ignored."""
     flops: int = 0
-    """Of matrix products."""
+    """Of GEMMs."""
     extra_bytes: int = 0
     """Highest point of the memory it took beyond what was there before, results included."""
 
@@ -48,7 +48,7 @@ class Call:
 
 
 def _bytes(tensors: Any) -> int:
-    """As they lie in memory: what is broadcast counts once."""
+    """Return the bytes of tensors as they lie in memory: what is broadcast counts once."""
     return sum(
         math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) * t.itemsize
         for t in tensors
@@ -57,7 +57,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _public_name(operator: str) -> str:
-    """The outermost function of fastloss that is on the way to the operator."""
+    """Return the name of the outermost public function on the way to the operator."""
     frame, name = sys._getframe(2), operator
     while frame is not None:
         code = frame.f_code.co_name
@@ -104,7 +104,7 @@ class Span:
             self.marks.append(time.perf_counter())
 
     def read(self, into: Pass) -> None:
-        """Waits for the device, if it has not come so far."""
+        """Write down the times; wait for the device, if it has not come so far."""
         if len(self.marks) != 2:
             return
         start, stop = self.marks
@@ -151,7 +151,8 @@ class Record:
         )
         self.results: Any = None
 
-    def made(self, results: Any) -> Any:
+    def note(self, results: Any) -> Any:
+        """Take and return what a pass has written."""
         self.results = results
         return results
 
@@ -180,8 +181,8 @@ class Record:
         with self._watched("forward") as done:
             yield
             done.bytes = self.read
-        made, self.plan = getattr(self.plan, "precomputed_grads", None), None
-        done.flops = self.op.flops(self.shapes, self.needed if made else ())
+        precomputed, self.plan = getattr(self.plan, "precomputed_grads", None), None
+        done.flops = self.op.flops(self.shapes, self.needed if precomputed else ())
         self.call.forward = done
         self.profile.seen.append(self.call)
 

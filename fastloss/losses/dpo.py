@@ -13,6 +13,7 @@ from fastloss._ops.checks import (
     check_number,
     check_real,
     check_reduction,
+    check_tensor,
     check_tensors,
     choice,
     positive_beta,
@@ -21,7 +22,6 @@ from fastloss._ops.checks import (
 )
 from fastloss._ops.elementwise import ElementOp, call_elementwise, zeros_like
 from fastloss.losses.token_statistics import label_log_probs, linear_sequence_log_probs, token_stats
-from fastloss.reference.dpo import halves, shared_prefix_weights
 
 __all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
 
@@ -283,16 +283,16 @@ def dpo_loss_from_logits(
     else:
         token_logps = label_log_probs(policy_logits, labels, ignore_index, temperature, "labels")
     count = valid.sum(-1)
-    counted = token_logps if ld_alpha is None else token_logps * shared_prefix_weights(valid, ld_alpha)
-    chosen, rejected = halves(counted.sum(-1))
+    counted = token_logps if ld_alpha is None else token_logps * _shared_prefix_weights(valid, ld_alpha)
+    chosen, rejected = _halves(counted.sum(-1))
     lengths = count.clamp(min=1)
     weight = None
     if peak is not None:
         surprise = torch.where(valid, token_logps.detach() - peak, 0.0).sum(-1) / lengths
-        of_chosen, of_rejected = halves(surprise)
+        of_chosen, of_rejected = _halves(surprise)
         weight = (of_chosen + of_rejected).exp().clamp(max=1.0)
     chosen_lengths, rejected_lengths = (
-        halves(lengths) if any(k in _OF_LENGTHS for k in kinds) else (None, None)
+        _halves(lengths) if any(k in _OF_LENGTHS for k in kinds) else (None, None)
     )
     return dpo_loss(
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
@@ -302,10 +302,24 @@ def dpo_loss_from_logits(
     )  # fmt: skip
 
 
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those of the chosen and those of the rejected completions."""
+    pairs = x.shape[0] // 2
+    return x[:pairs], x[pairs:]
+
+
+def _shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
+    """Return for tokens [2B, T], chosen first, 1 up to the shorter completion's number of tokens, then `ld_alpha`."""
+    place = valid.cumsum(-1)  # from 1 at the first token
+    length = place[:, -1:]
+    chosen, rejected = _halves(length)
+    shorter = torch.minimum(chosen, rejected).repeat(2, 1)
+    return torch.where(place <= shorter, 1.0, ld_alpha)
+
+
 def _check_logits(policy_logits: Tensor, labels: Tensor) -> None:
     for name, t in (("policy_logits", policy_logits), ("labels", labels)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(name, t)
     if not policy_logits.is_floating_point():
         raise NotImplementedError(f"policy_logits: expected a floating point type, got {policy_logits.dtype}")
     if policy_logits.dim() != 3 or policy_logits.shape[0] % 2:
