@@ -47,7 +47,7 @@ class Call:
         return [t if t is None or self.factor == 1 else multiplied(t, self.factor) for t in tensors]
 
     def number(self, value: Tensor) -> Tensor:
-        """In the accumulation type: ranks' parts of its gradient are added up unrounded."""
+        """Return a number in the accumulation dtype: ranks' parts of its gradient are added up unrounded."""
         return completed(value.to(accumulation_dtype(value.dtype)), self.rows)
 
     def softmax(
@@ -56,7 +56,7 @@ class Call:
         return softmax(inputs, attrs, ranks, self.exchange)
 
     def to_reduce(self, loss: Tensor, weight: Tensor | None, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
-        """Of everyone, or of this rank's rows where nothing is reduced."""
+        """Return those of everyone, or of this rank's rows where nothing is reduced."""
         if self.reduction == "none":
             return loss, weight
         return everyone(loss, ranks), None if weight is None else everyone(weight, ranks)

@@ -29,7 +29,7 @@ def check_group(group: Any) -> None:
 
 
 def check_once() -> None:
-    """In a backward that has no derivative: what it saved depends on every rank's input."""
+    """Raise in a backward pass that is to be differentiated: what it saved depends on every rank's input."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the loss over several processes can be differentiated once: not with create_graph"
@@ -37,7 +37,7 @@ def check_once() -> None:
 
 
 def _added_up(x: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks, of half types in float32."""
+    """All-reduce: return the sum over the ranks, of half types in float32."""
     total = x.to(torch.float32 if x.dtype in HALF_TYPES else x.dtype, copy=True).contiguous()
     dist.all_reduce(total, group=group)
     return total.to(x.dtype)
@@ -106,7 +106,7 @@ class Ranks:
         self.rank, self.size = dist.get_rank(group), len(self.counts)
         self.starts = (0, *itertools.accumulate(self.counts))
         self.begin, self.total = self.starts[self.rank], self.starts[-1]
-        self.own = self.of(self.rank)
+        self.local = self.of(self.rank)
 
     def of(self, rank: int) -> slice:
         return slice(self.starts[rank], self.starts[rank + 1])
@@ -115,7 +115,7 @@ class Ranks:
         return Ranks(self.group, [factor * n for n in self.counts])
 
     def gathered(self, x: Tensor) -> Tensor:
-        """All rows."""
+        """All-gather: return all rows."""
         most = max(self.counts)
         if self.size == 1 or most == 0:
             return x
@@ -128,16 +128,18 @@ class Ranks:
         return torch.cat([part[:n] for part, n in zip(found.split(most), self.counts, strict=True)])
 
     def parts(self, x: Tensor) -> Tensor:
-        """[size, own rows, ...]: what each rank's `x`, which has all rows, says of those of this rank."""
-        own = self.counts[self.rank]
+        """All-to-all: return [size, local rows, ...]: of each rank's `x`, which has all rows, those of this rank."""
+        local = self.counts[self.rank]
         if self.size == 1:
             return x.unsqueeze(0)
-        found = x.new_empty(self.size * own, *x.shape[1:])
-        dist.all_to_all_single(found, x.contiguous(), [own] * self.size, list(self.counts), group=self.group)
-        return found.view(self.size, own, *x.shape[1:])
+        found = x.new_empty(self.size * local, *x.shape[1:])
+        dist.all_to_all_single(
+            found, x.contiguous(), [local] * self.size, list(self.counts), group=self.group
+        )
+        return found.view(self.size, local, *x.shape[1:])
 
     def passed_on(self, x: Tensor, rows: int, tag: int) -> Callable[[], Tensor]:
-        """Sends `x` to the next rank; what comes from the previous one, of `rows` rows, the result waits for."""
+        """Send `x` to the next rank; return what waits for the `rows` rows that come from the previous one."""
         if self.size == 1:
             return lambda: x
         found = x.new_empty(rows, *x.shape[1:])
@@ -165,7 +167,7 @@ def everyone(x: Tensor, ranks: Ranks) -> Tensor:
         found = ranks.gathered(x)
         return _alias(found) if found is x else found
 
-    return _Linear.apply(x, gather, lambda grad: grad[ranks.own])
+    return _Linear.apply(x, gather, lambda grad: grad[ranks.local])
 
 
 def completed(x: Tensor, ranks: Ranks) -> Tensor:
@@ -195,7 +197,7 @@ def _is_size(value: Any) -> bool:
 
 
 def agreed(call: str, group: Any, counts: Sequence[int], same: dict[str, Any]) -> list[list[int]]:
-    """Each rank's `counts`, once all are found to make the same call with equal values in `same`. On the CPU."""
+    """Return each rank's `counts`, once all are found to make the same call with equal values in `same`. On the CPU."""
     codes = [v if _is_size(v) else zlib.crc32(repr(v).encode()) for v in same.values()]
     mine = [zlib.crc32(call.encode()), *counts, *codes]
     mine += [0] * (_CAPACITY - len(mine))

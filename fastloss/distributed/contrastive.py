@@ -138,9 +138,9 @@ def sup_con_loss(
     everywhere = rows.gathered(labels)
     others = class_sizes(everywhere, everywhere) - 1
     inv_num_positives = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_dtype(x.dtype)), 0.0)[
-        rows.own
+        rows.local
     ]
-    itself = torch.arange(rows.own.start, rows.own.stop, device=x.device)
+    itself = torch.arange(rows.local.start, rows.local.stop, device=x.device)
     row, *_ = call.softmax(
         SoftmaxInputs(
             x, None, call.number(number), target_col=itself, row_ids=labels, inv_num_positives=inv_num_positives
@@ -151,9 +151,9 @@ def sup_con_loss(
         rows,
     )  # fmt: skip
     counts = others > 0
-    loss = row.masked_fill(~counts[rows.own], 0.0)
+    loss = row.masked_fill(~counts[rows.local], 0.0)
     loss, weight = call.to_reduce(loss, weight, rows)
-    counts = counts[rows.own] if reduction == "none" else counts
+    counts = counts[rows.local] if reduction == "none" else counts
     return reduced_over(loss, counts, weight, reduction, dtype)
 
 
@@ -205,11 +205,11 @@ def nt_xent_loss(
         sample_weight=sample_weight, normalize=bool(normalize),
     )  # fmt: skip
     both = call.rows.times(2)
-    own = torch.arange(both.own.start, both.own.stop, device=x.device)
+    rows = torch.arange(both.local.start, both.local.stop, device=x.device)
     x, y = call.features(x, y)
     row, *_ = call.softmax(
         SoftmaxInputs(
-            torch.cat([x, y]), None, call.number(number), target_col=own.roll(x.shape[0]), row_ids=own
+            torch.cat([x, y]), None, call.number(number), target_col=rows.roll(x.shape[0]), row_ids=rows
         ),
         SoftmaxAttrs(normalize=bool(normalize), temperature=True),
         both,

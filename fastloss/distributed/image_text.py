@@ -105,7 +105,7 @@ def clip_loss(
     )  # fmt: skip
     rows = call.rows
     x, y = call.features(x, y)
-    target_col = torch.arange(rows.own.start, rows.own.stop, device=x.device)
+    target_col = torch.arange(rows.local.start, rows.local.stop, device=x.device)
     row, col, _ = call.softmax(
         SoftmaxInputs(x, y, call.number(scale), target_col=target_col),
         SoftmaxAttrs(normalize=bool(normalize), columns=True),
