@@ -87,7 +87,8 @@ class LinearOp(PrecomputedOp):
     def forward(self, operators, inputs, attrs, mask):
         return chunked_linear.forward(operators, self._row_loss, self._logit_transform, inputs, attrs, mask)
 
-    def factors(self, results, factor, dtype):
+    @staticmethod
+    def factors(results, factor, dtype):
         """In a half type gradients come in the accumulation dtype, to be divided by the norm of "mean"."""
         norm, *grads = results
         late = factor

@@ -6,6 +6,7 @@ row or the graph is used again, it runs forward once more.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -62,11 +63,16 @@ class Precomputed(Differentiable):
         """Return the results but for the loss."""
         return self.evaluate(operators, tensors, options, mask)[1:]
 
+    @staticmethod
     def factors(
-        self, results: Sequence[Tensor], factor: Tensor, dtype: torch.dtype
+        results: Sequence[Tensor], factor: Tensor, dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return the gradients among the results, and what each is to be multiplied by."""
         return results, [factor] * len(results)
+
+    @functools.cached_property
+    def _gradients(self) -> Callable[..., list[Tensor | None]]:
+        return _gradients_of(self.reduction, self.row_weight, self.wrt, self.factors)
 
     def plan(self, operators, tensors, options):
         plan = Plan(operators)
@@ -90,32 +96,38 @@ class Precomputed(Differentiable):
         if needed & ~plan.needs_grad_mask:
             precomputed = None
         inplace = not functorch_active()
-        found = self.gradients(
+        found = self._gradients(
             lambda *args: self.evaluate_again(plan.operators, *args),
             lambda d, factor, like: scaled(plan.operators.all, d, factor, like, inplace),
             grads[0], tensors, options, precomputed, needed,
         )  # fmt: skip
         return [tensors[0].new_empty(0) if d is None else d for d in found]
 
+
+def _gradients_of(
+    reduction: int, row_weight: int, wrt: Sequence[int], factors: Callable[..., Any]
+) -> Callable[..., list[Tensor | None]]:
+    """Return the backward pass, for eager code and for a tracer, which follows functions of numbers, not operators."""
+    none, total = REDUCTIONS["none"], REDUCTIONS["sum"]
+
     def gradients(
-        self, evaluate: Callable[..., Sequence[Tensor]], multiply: Callable[..., Tensor], grad: Tensor,
+        evaluate: Callable[..., Sequence[Tensor]], multiply: Callable[..., Tensor], grad: Tensor,
         tensors: Sequence[Tensor | None], options: Sequence[Any], precomputed: Sequence[Tensor] | None, mask: int,
     ) -> list[Tensor | None]:  # fmt: skip
-        """Return those of the mask, of the tensors in `wrt`. Both for eager code and for a tracer."""
+        """Return those of the mask, of the tensors in `wrt`."""
         factor = grad.to(accumulation_dtype(tensors[0].dtype))
-        if options[self.reduction] == REDUCTIONS["none"]:
+        if options[reduction] == none:
             tensors, options = list(tensors), list(options)
-            weight = tensors[self.row_weight]
-            tensors[self.row_weight] = factor if weight is None else factor * weight
-            options[self.reduction] = REDUCTIONS["sum"]
+            weight = tensors[row_weight]
+            tensors[row_weight] = factor if weight is None else factor * weight
+            options[reduction] = total
             factor, precomputed = torch.ones_like(factor.sum()), None
         if precomputed is None:
             precomputed = evaluate(tensors, options, mask)
-        found, factors = self.factors(precomputed, factor, tensors[0].dtype)
-        return [
-            multiply(d, f, tensors[i]) if mask >> i & 1 else None
-            for d, f, i in zip(found, factors, self.wrt, strict=True)
-        ]
+        found, by = factors(precomputed, factor, tensors[0].dtype)
+        return [multiply(d, f, tensors[i]) if mask >> i & 1 else None for d, f, i in zip(found, by, wrt)]
+
+    return gradients
 
 
 class PrecomputedOp(Precomputed, PythonOp):
@@ -136,7 +148,7 @@ class PrecomputedOp(Precomputed, PythonOp):
 
     def traced_passes(self):
         fwd, at, none = self.operators().fwd, self.tensors + self.reduction, REDUCTIONS["none"]
-        reduction = self.reduction
+        reduction, gradients = self.reduction, self._gradients
 
         def forward(*args):
             return fwd(*args[:-1], 0 if args[at] == none else args[-1])
@@ -152,9 +164,7 @@ class PrecomputedOp(Precomputed, PythonOp):
 
         def backward(grads, tensors, saved, options):
             precomputed = saved if len(saved) else None
-            return self.gradients(
-                evaluate, multiply, grads[0], tensors, options[:-1], precomputed, options[-1]
-            )
+            return gradients(evaluate, multiply, grads[0], tensors, options[:-1], precomputed, options[-1])
 
         return forward, save, backward
 
