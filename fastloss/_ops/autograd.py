@@ -329,8 +329,9 @@ class FusedOp(Op):
         return precomputed
 
 
-_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float"}
-_SCHEMA_TYPES |= {list[float]: "float[]"}
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float", list[float]: "float[]",
+}  # fmt: skip
 
 
 def _arguments(fields: type | None) -> list[str]:

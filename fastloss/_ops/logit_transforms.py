@@ -18,9 +18,8 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 
 class LogitTransform(Protocol):
-    HPARAMS: ClassVar[tuple[str, ...]]
+    HPARAMS: ClassVar[tuple[str, ...]]  # what the class takes by name, after the width of the hidden states
 
-    def __init__(self, features: int, **hparams: float): ...
     def classes(self, products: int) -> int: ...
     def extra_per_row(self, products: int) -> int: ...
     def forward(self, products: Tensor, target: Tensor) -> Tensor: ...
@@ -37,7 +36,7 @@ class AngularMargin:
     Where `additive` is not 0 the margin is one of the cosine in place of the angle.
     """
 
-    HPARAMS = ("additive", "margin", "easy", "straight", "centres")
+    HPARAMS: ClassVar[tuple[str, ...]] = ("additive", "margin", "easy", "straight", "centres")
 
     def __init__(
         self, features: int, *, additive: float, margin: float, easy: float, straight: float, centres: float
@@ -91,7 +90,7 @@ class Harmonic:
     n is 0 for the square root of the embeddings' width, to which two features are added; `eps` is added to the squares.
     """
 
-    HPARAMS = ("n", "eps")
+    HPARAMS: ClassVar[tuple[str, ...]] = ("n", "eps")
 
     def __init__(self, features: int, *, n: float, eps: float):
         self.n = n or math.sqrt(features - 2)
