@@ -390,21 +390,25 @@ class PythonOp(Op):
 
     def implement(self, kind: str, operators: Any) -> Callable[..., Any]:
         """Return what the dispatcher calls: a pass that calls the kernels `operators`."""
+        tensors, last_attr, first = self.tensors, self._last_attr, self.outputs
+        as_inputs, as_attrs = self.Inputs._make, self.Attrs._make if self.Attrs else lambda _: None
+        forward = self.forward
         if kind == "fwd":
 
             def run(*args):
-                inputs, attrs = self._inputs_and_attrs(args)
-                return self.forward(operators, inputs, attrs, *args[self._last_attr :])
+                return forward(
+                    operators, as_inputs(args[:tensors]), as_attrs(args[tensors:last_attr]), *args[last_attr:]
+                )
         else:
-            first = self.outputs
-            last = first + self.tensors
+            last = first + tensors
             end = last + (len(self.State._fields) if self.State else 0)
+            end_attrs = end + last_attr - tensors
 
             def run(*args):
                 state = self.State(*args[last:end]) if self.State else None
-                inputs, attrs = self._inputs_and_attrs(args[first:last] + args[end:])
-                mask = args[end + self._last_attr - self.tensors :]
-                return self.backward(operators, self.Outputs(*args[:first]), inputs, state, attrs, *mask)
+                inputs, attrs = as_inputs(args[first:last]), as_attrs(args[end:end_attrs])
+                grads = self.Outputs(*args[:first])
+                return self.backward(operators, grads, inputs, state, attrs, *args[end_attrs:])
 
         return torch.no_grad()(run)
 

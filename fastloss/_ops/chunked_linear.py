@@ -87,9 +87,9 @@ PRODUCTS: dict[tuple[str, str], type] = {(LIBRARY, "cpu"): PackedProducts, (LIBR
 """Who multiplies, by namespace of the kernels and type of device. Another build of these brings its own."""
 
 
-def products_for(operators: Any, device: torch.device) -> type:
-    """Return the GEMMs that go with the kernels `operators`."""
-    return PRODUCTS[operators.name, device.type]
+def products_for(operators: Any, x: Tensor) -> type:
+    """Return the GEMMs that go with the kernels `operators` on the device of `x`."""
+    return PRODUCTS[operators.name, "cuda" if x.is_cuda else "cpu"]
 
 
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, limit: int) -> int:
@@ -160,7 +160,7 @@ def forward(
     `narrow_weight_gradient`). After the row loss's hyperparameters come those of the logit transform.
     """
     input, linear_weight, linear_bias, target, weight, row_weight = inputs
-    products = products_for(operators, input.device)
+    products = products_for(operators, input)
     on_cpu = products is PackedProducts
     if not on_cpu:
         input, linear_weight = aligned(input), aligned(linear_weight)

@@ -71,7 +71,7 @@ class LinearOp(PrecomputedOp):
     def shapes(self, inputs, attrs, mask):
         input, weight = inputs.input, inputs.linear_weight
         acc_dtype = accumulation_dtype(input.dtype)
-        products = chunked_linear.products_for(autograd.kernels(), input.device)
+        products = chunked_linear.products_for(autograd.kernels(), input)
         narrow = chunked_linear.narrow_weight_gradient(products, weight)
         loss_dtype = acc_dtype if attrs.out_fp32 else input.dtype
         yield input.new_empty([] if attrs.reduction else [input.shape[0]], dtype=loss_dtype)

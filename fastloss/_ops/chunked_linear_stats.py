@@ -53,7 +53,7 @@ class _Chunks:
 
     def __init__(self, operators: Any, inputs: LinearStatsInputs):
         input, weight, mask = inputs.input, inputs.linear_weight, inputs.mask
-        products = chunked_linear.products_for(operators, input.device)
+        products = chunked_linear.products_for(operators, input)
         on_cpu = products is chunked_linear.PackedProducts
         if not on_cpu:
             input, weight = chunked_linear.aligned(input), chunked_linear.aligned(weight)

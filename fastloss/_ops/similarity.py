@@ -10,7 +10,7 @@ The columns come in blocks: one here (`OneBlock`); over several processes those 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -93,7 +93,7 @@ class Columns(Protocol):
     first: int  # of this process's own columns, among all
     count: int  # of blocks
 
-    def blocks(self) -> Iterator[Block]: ...
+    def blocks(self) -> Iterable[Block]: ...
 
     def add(self, dy: Tensor | None) -> None:
         """Take this process's part of the gradient of the block that was given last."""
@@ -121,9 +121,9 @@ class OneBlock:
         self._rows = rows
         self._y = None if y is None else Features(y, normalize)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Sequence[Block]:
         y = self._rows if self._y is None else self._y
-        yield Block(0, slice(0, y.acc.shape[0]), self._y)
+        return (Block(0, slice(0, y.acc.shape[0]), self._y),)
 
     def add(self, dy: Tensor | None) -> None:
         self._gradient = dy
@@ -141,8 +141,8 @@ class OneBlock:
 
 def in_order(parts: Sequence[Tensor] | Tensor) -> Tensor:
     """Return the sum from the first to the last, written over the first."""
-    total = parts[0]
-    for part in parts[1:]:
+    total, *others = parts
+    for part in others:
         total.add_(part)
     return total
 
@@ -523,7 +523,7 @@ def softmax_backward(
     for block in columns.blocks():
         if g_col is not None:
             here = of_cols if columns.count == 1 else [array[block.columns] for array in of_cols]
-            arrays |= dict(zip(("col_max", "col_log_sum", "col_grad"), here, strict=True))
+            arrays["col_max"], arrays["col_log_sum"], arrays["col_grad"] = here
         s = _softmax_matrix(operators, inputs, attrs, rows, block)
         dx, dy, dscale = s.run(SOFTMAX_GRADIENT, True, **arrays)
         sums.add(block.index, dx, dscale)
