@@ -6,13 +6,10 @@ of it.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
-import runpy
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import autograd
-from fastloss._ops.record import Call, Pass, Record, Span
+from fastloss._ops.record import Call, Pass, Record, Recorder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +53,7 @@ class Group:
 
 @functools.cache
 def _copy_bandwidth(device: str, threads: int) -> float:
-    """Bytes per second that a copy reads and writes, of more than the caches hold."""
+    """Return the bytes per second that a copy reads and writes, of more than the caches hold."""
     from fastloss._cli.timing import Copy
 
     size = 2**29
@@ -67,7 +64,7 @@ def _copy_bandwidth(device: str, threads: int) -> float:
 
 @functools.cache
 def _product_rate(device: str, dtype: str, threads: int) -> float:
-    """Operations per second of a product of square matrices."""
+    """Return the FLOP/s of a GEMM of square matrices."""
     from fastloss._cli.timing import Products
 
     products = Products(0, getattr(torch, dtype), device)
@@ -91,8 +88,8 @@ def _median(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-class profile:
-    """Records every call of fastloss inside the block: times, bytes, memory, share of what the machine can do.
+class profile(Recorder):
+    """Record every call of fastloss inside the block: times, bytes, memory, share of what the machine can do.
 
     ```python
     with fastloss.profile() as p:
@@ -118,13 +115,9 @@ class profile:
     """
 
     def __init__(self, *, memory: bool = True, nvtx: bool = False):
-        self.memory, self.nvtx = memory, nvtx
-        self.seen: list[Call] = []
-        self.spans: list[tuple[Span, Pass]] = []
-        self.origins: dict[torch.device, tuple[Any, float]] = {}
-        self.began = 0.0
+        super().__init__(memory, nvtx)
 
-    def record(self, op: autograd.Op, tensors: Sequence[Tensor | None]) -> Record:
+    def record(self, op: autograd.Differentiable, tensors: Sequence[Tensor | None]) -> Record:
         return Record(self, op, tensors)
 
     def __enter__(self) -> profile:
@@ -142,14 +135,14 @@ class profile:
 
     @property
     def calls(self) -> list[Call]:
-        """Every call, in order. Waits for the device, if it has not come so far."""
+        """Return every call, in order. Waits for the device, if it has not come so far."""
         for span, into in self.spans:
             span.read(into)
         self.spans.clear()
         return self.seen
 
     def groups(self) -> list[Group]:
-        """Equal calls together, in order of their first."""
+        """Return equal calls together, in order of their first."""
         found: dict[tuple, list[Call]] = {}
         for c in self.calls:
             found.setdefault((c.loss, c.operator, c.shape, c.dtype, c.device), []).append(c)
@@ -162,11 +155,11 @@ class profile:
         passes = [one.forward, *one.backward[:1]]
         total, flops = sum(p.bytes for p in passes), sum(p.flops for p in passes)
         seconds = (forward_ms + (backward_ms or 0.0)) / 1e3 if forward_ms else None
-        share = None
+        of_ceiling = None
         if seconds and flops:
-            share = flops / seconds / _product_rate(one.device, one.dtype, torch.get_num_threads())
+            of_ceiling = flops / seconds / _product_rate(one.device, one.dtype, torch.get_num_threads())
         elif seconds:
-            share = total / seconds / _copy_bandwidth(one.device, torch.get_num_threads())
+            of_ceiling = total / seconds / _copy_bandwidth(one.device, torch.get_num_threads())
         return Group(
             one.loss,
             one.operator,
@@ -179,23 +172,23 @@ class profile:
             total,
             flops,
             total / seconds / 1e9 if seconds else None,
-            share,
+            of_ceiling,
             max(p.extra_bytes for p in [*(c.forward for c in same), *backward]),
         )
 
     def table(self) -> Table:
-        """For the terminal: `rich.print(p.table())`."""
+        """Return a table for the terminal: `rich.print(p.table())`."""
         from rich.table import Table
 
         from fastloss._cli.report import number
 
-        made = Table(title="fastloss calls", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        table = Table(title="fastloss calls", title_justify="left", box=None, padding=(0, 1, 0, 0))
         left = ("loss", "operator", "shape", "type", "device")
         right = ("calls", "forward\nms", "backward\nms", "moved\nMiB", "\nGB/s", "of\nceiling", "extra\nMiB")
         for name in left + right:
-            made.add_column(name, justify="left" if name in left else "right", no_wrap=name in right)
+            table.add_column(name, justify="left" if name in left else "right", no_wrap=name in right)
         for g in self.groups():
-            made.add_row(
+            table.add_row(
                 g.loss,
                 "" if g.operator == g.loss else g.operator,
                 "x".join(map(str, g.shape)),
@@ -209,10 +202,10 @@ class profile:
                 "-" if g.of_ceiling is None else f"{g.of_ceiling:.0%}",
                 number(g.extra_bytes / 2**20),
             )
-        return made
+        return table
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the bandwidth that each loss reaches over the bytes it moves, below that of a copy."""
+        """Draw the bandwidth that each loss reaches over the bytes it moves, below that of a copy."""
         from fastloss._cli import plot
 
         timed = [asdict(g) for g in self.groups() if g.GB_per_s]
@@ -222,7 +215,7 @@ class profile:
         plot.roofline(timed, ceilings, Path(path))
 
     def chrome_trace(self, path: str | os.PathLike[str]) -> None:
-        """Writes the passes for chrome://tracing or Perfetto."""
+        """Write the passes for chrome://tracing or Perfetto."""
         events = []
         for call in self.calls:
             passes = [("forward", call.forward), *(("backward", p) for p in call.backward)]
@@ -234,33 +227,3 @@ class profile:
                         | {"tid": call.device, "ts": p.start_ms * 1e3, "dur": p.ms * 1e3, "args": about}
                     )
         Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-
-
-def main(args: argparse.Namespace) -> int:
-    """`python -m fastloss profile SCRIPT ...`: runs the script, then says what its calls cost."""
-    from rich.console import Console
-
-    if args.plot:
-        from fastloss._cli import plot  # noqa: F401  before the script runs, not after
-    before = sys.argv, sys.path[0]
-    sys.argv, sys.path[0] = [args.script, *args.arguments], str(Path(args.script).resolve().parent)
-    code: Any = 0
-    try:
-        with profile(nvtx=args.nvtx) as p:
-            runpy.run_path(args.script, run_name="__main__")
-    except SystemExit as exit:
-        code = exit.code
-    finally:
-        sys.argv, sys.path[0] = before
-    Console(width=None if sys.stdout.isatty() else 150).print(
-        p.table() if p.calls else "no calls of fastloss"
-    )
-    if args.json:
-        args.json.write_text(json.dumps([asdict(g) for g in p.groups()], indent=1) + "\n")
-    if args.trace:
-        p.chrome_trace(args.trace)
-    if args.plot and p.calls:
-        p.plot(args.plot)
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-    return code if isinstance(code, int) else int(code is not None)

@@ -7,6 +7,7 @@ import torch
 from ranks import be_a_rank, run_ranks
 from support import same_bits
 
+import fastloss
 from fastloss import distributed, functional
 
 CLASSES = 45
@@ -121,6 +122,16 @@ def check_all_gather(rank):
     assert torch.equal(x.grad, expected[2 * rank : 2 * rank + 2])
 
 
+def check_profile(rank):
+    """A profile sees both passes: the statistics of this rank's slice, and what the ranks put together."""
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    with fastloss.profile() as p:
+        distributed.cross_entropy(logits, torch.tensor([0, 25, 39])).backward()
+    assert [c.loss for c in p.calls] == ["cross_entropy"] * 2
+    assert [c.operator for c in p.calls] == ["token_stats", "vocabulary_parallel_nll"]
+    assert all(c.forward.ms > 0 and c.backward[0].ms > 0 for c in p.calls)
+
+
 def work(rank: int, _: int) -> None:
     for dtype in SHARE:
         for reduction in ("none", "mean", "sum"):
@@ -130,6 +141,7 @@ def work(rank: int, _: int) -> None:
     check_extremes(rank)
     check_errors(rank)
     check_all_gather(rank)
+    check_profile(rank)
 
 
 def test_two_processes(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ranks import be_a_rank, run_ranks
 from support import same_bits
 from torch import nn
 
+import fastloss
 from fastloss import distributed, functional, reference
 from fastloss.distributed.call import Call
 
@@ -286,6 +288,32 @@ def check_errors(rank, size):
     assert distributed.clip_loss(x, y, 1.0, rows_per_rank=[4, 4]) == distributed.clip_loss(x, y, 1.0)
 
 
+def check_profile(rank, size):
+    """A profile sees the calls, by the names of the public functions, and changes nothing."""
+    x, y = drawn(4, 6, seed=rank).requires_grad_(), drawn(4, 6, seed=size + rank)
+    for exchange in EXCHANGES:
+        calls = (
+            partial(distributed.clip_loss, x, y, 2.0, exchange=exchange),
+            partial(distributed.siglip_loss, x, y, 2.0, exchange=exchange),
+            partial(distributed.nt_xent_loss, x, y, exchange=exchange),
+        )
+        expected = [torch.autograd.grad(call(), x)[0] for call in calls]
+        with fastloss.profile() as p:
+            got = [torch.autograd.grad(call(), x)[0] for call in calls]
+            distributed.clip_loss(x.detach(), y, 2.0, exchange=exchange)
+        assert all(same_bits(g, e) for g, e in zip(got, expected, strict=True))
+        clip, siglip, nt_xent, alone = p.calls
+        assert [c.loss for c in p.calls] == ["clip_loss", "siglip_loss", "nt_xent_loss", "clip_loss"]
+        assert [c.operator for c in (clip, siglip)] == ["contrastive_softmax", "contrastive_sigmoid"]
+        assert clip.shape == siglip.shape == (4, 6) and nt_xent.shape == (8, 6)
+        for call in (clip, siglip, nt_xent):
+            (backward,) = call.backward
+            for one in (call.forward, backward):
+                assert one.ms > 0 and one.bytes > 0
+        assert clip.forward.bytes >= 2 * x.nbytes and clip.backward[0].bytes >= 3 * x.nbytes
+        assert alone.backward == []
+
+
 def check_group(rank, size):
     """Of ranks whose numbers in the group are others; a third takes no part."""
     pair = dist.new_group([1, 2])
@@ -327,7 +355,7 @@ def work(rank: int, size: int) -> None:
         alone = [dist.new_group([r]) for r in range(size)][rank]
         for case, dtype, reduction in itertools.product(CASES, SHARE, ("none", "mean")):
             check_one_rank(case, dtype, reduction, alone, "ring" if reduction == "none" else "gather")
-        checks = *checks, check_tiles, check_counts, check_autocast, check_ddp, check_errors
+        checks = *checks, check_tiles, check_counts, check_profile, check_autocast, check_ddp, check_errors
     else:
         checks = *checks, check_group
     for check in checks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from layouts import LAYOUTS, lay
@@ -26,6 +28,8 @@ from support import (
     some_dtypes,
     tensors,
 )
+
+from fastloss._ops import autograd
 
 
 @every_dtype
@@ -129,6 +133,37 @@ def test_in_place_backward_takes_the_inputs_memory(loss, case, dtype, device):
         torch.testing.assert_close(grad, ones.grads[name])
     with pytest.raises(RuntimeError):
         torch.autograd.grad(value, inputs, torch.ones_like(value))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@every_in_place_case
+def test_in_place_backward_is_of_one_call(loss, case, inplace, device, monkeypatch):
+    """A second thread calls the same operator the other way while the first is on its way to it."""
+    entered, overtaken = threading.Event(), threading.Event()
+    first, second = (make(loss, case, device=device, seed=seed) for seed in range(2))
+    (name, *_) = differentiable(loss, first)
+    operators = autograd.Op.operators
+
+    def paused(op):
+        if threading.current_thread().name == "first" and not entered.is_set():
+            entered.set()
+            assert overtaken.wait(60)
+        return operators(op)
+
+    monkeypatch.setattr(autograd.Op, "operators", paused)
+
+    def taken(kwargs, inplace):
+        (grad,) = torch.autograd.grad(loss.function(**kwargs, inplace_backward=inplace).sum(), kwargs[name])
+        return grad.data_ptr() == kwargs[name].data_ptr()
+
+    found = []
+    thread = threading.Thread(target=lambda: found.append(taken(first, inplace)), name="first")
+    thread.start()
+    assert entered.wait(60)
+    found.append(taken(second, not inplace))
+    overtaken.set()
+    thread.join()
+    assert found == [not inplace, inplace]
 
 
 @some_dtypes

@@ -1,6 +1,7 @@
-"""Turns a pair of operators, `<name>_fwd` and `<name>_bwd`, into one differentiable function.
+"""Turn a forward and a backward pass into one differentiable function.
 
-The only autograd of the package. The convention:
+The autograd of every loss, on one process (`Op`, whose passes are the operators `<name>_fwd` and `<name>_bwd`) and
+over several (`Differentiable`, whose passes are Python). The convention:
 
     fwd(*tensors, *options) -> (*outputs, *saved)
     bwd(*grads of outputs, *tensors, *saved, *backward options) -> gradients of the tensors in `wrt`
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -30,7 +32,9 @@ from fastloss._ops import abi
 REDUCTIONS = abi.enum("Reduction")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
-_namespace = "fastloss"
+LIBRARY = "fastloss"
+"""The namespace of the compiled library."""
+_namespace = LIBRARY
 
 
 @contextlib.contextmanager
@@ -44,33 +48,43 @@ def use_namespace(namespace: str) -> Iterator[None]:
         _namespace = before
 
 
-def runs_on_cpu(x: Tensor) -> bool:
-    """Whether kernels made for the CPU take it; another build may run those of CUDA on tensors of the CPU."""
-    return x.is_cpu and _namespace == "fastloss"
+def namespace() -> str:
+    """Return the namespace in use."""
+    return _namespace
+
+
+def kernels() -> Any:
+    """Return the operators of the namespace in use."""
+    return getattr(torch.ops, _namespace)
+
+
+def runs_on_cpu(x: Tensor, operators: Any = None) -> bool:
+    """Return whether kernels made for the CPU take `x`; another build may run those of CUDA on tensors of the CPU."""
+    return x.is_cpu and (_namespace if operators is None else operators.name) == LIBRARY
 
 
 profiler: Any = None
 """While `fastloss.profile` is active: called with an operation and its tensors, gives the record of this call."""
 
-_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
-    if _functorch_active():
+    if functorch_active():
         return function.apply(*args)
     return function.direct(*args)
 
 
-def _requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
     for t in tensors:  # noqa: SIM110  any() of a generator takes three times as long
         if t is not None and t.requires_grad:
             return True
     return False
 
 
-def wanted_bits(op: Op, tensors: Sequence[Tensor | None]) -> int:
-    """The inputs that are to be differentiated, a bit for each."""
-    transformed = not torch.compiler.is_compiling() and _functorch_active()
+def needs_grad_mask(op: Differentiable, tensors: Sequence[Tensor | None]) -> int:
+    """Return the tensors that need a gradient, a bit for each; all that have one inside a transform."""
+    transformed = not torch.compiler.is_compiling() and functorch_active()
     return sum(
         1 << i for i in op.wrt if _differentiable(tensors[i]) and (transformed or tensors[i].requires_grad)
     )
@@ -80,13 +94,17 @@ def _differentiable(t: Tensor | None) -> bool:
     return t is not None and t.is_floating_point()
 
 
+def _tuple(results: Any) -> Sequence[Any]:
+    return (results,) if isinstance(results, Tensor) else results
+
+
 class Plan:
     """What forward and backward of one call agree on."""
 
     fuse = False  # forward writes the gradients
     inplace = False  # backward writes the gradient over the input
-    wanted = 0  # the inputs, as bits, whose gradients forward makes
-    ready: Sequence[Tensor] | None = None  # gradients made in forward
+    needs_grad_mask = 0  # the inputs, a bit for each, whose gradients forward computes
+    precomputed_grads: Sequence[Tensor] | None = None  # gradients computed in forward
     needed: Sequence[bool] | None = None  # the inputs whose gradients backward is asked for
     record: Any = None  # the profiler's of this call
 
@@ -94,11 +112,98 @@ class Plan:
         self.operators = operators
 
 
-class Op:
-    """A differentiable function of `tensors` tensors (None allowed where the schema allows it) and options.
+class Differentiable:
+    """A differentiable function of `tensors` tensors (some may be None) and options, by two passes in Python.
 
-    `outputs` of the operator's results are the function's, the rest is what backward needs. `fake` computes all
-    results of `fwd` for shapes alone. A function with one output returns it bare, else a tuple.
+    `outputs` of the forward pass's results are the function's, the rest is what backward needs. A function with one
+    output returns it bare, else a tuple. Without a `reference` it is differentiated once, and in the tensors in `wrt`
+    alone. A compiler calls it as it is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any] | None,
+        *,
+        tensors: int,
+        wrt: Sequence[int] = (0,),
+        outputs: int = 1,
+    ):
+        self.name, self.reference = name, reference
+        self.tensors, self.wrt, self.outputs = tensors, tuple(wrt), outputs
+        self._operators: dict[str, SimpleNamespace] = {}
+        self._function = _eager_function(self)
+
+    def operators(self) -> SimpleNamespace:
+        """Return the operators behind the passes, of the namespace in use; `all` of them, where Python calls more."""
+        found = self._operators.get(_namespace)
+        if found is None:
+            found = self._operators[_namespace] = SimpleNamespace(all=kernels())
+        return found
+
+    def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any) -> Any:
+        """Apply to `tensors`. `how` is for `plan` alone: what changes the way to the gradients, never the results."""
+        if torch.compiler.is_compiling():
+            return self._compiled(tensors, options)
+        if profiler is not None:
+            return self._profiled(profiler(self, tensors), tensors, options, *how)
+        operators = self.operators()
+        if functorch_active() or (torch.is_grad_enabled() and requires_grad(tensors)):
+            plan = self.plan(operators, tensors, options, *how)
+            return self._unwrap(_apply(self._function, *tensors, *options, plan))
+        return self._unwrap(self.run_forward(Plan(operators), tensors, options))
+
+    def _profiled(
+        self, record: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any
+    ) -> Any:
+        operators = self.operators()
+        with record.forward():
+            if functorch_active() or (torch.is_grad_enabled() and requires_grad(tensors)):
+                plan = record.plan = self.plan(operators, tensors, options, *how)
+                plan.record = record
+                return self._unwrap(record.note(_apply(self._function, *tensors, *options, plan)))
+            return self._unwrap(record.note(self.run_forward(Plan(operators), tensors, options)))
+
+    def _unwrap(self, results: Any) -> Any:
+        if isinstance(results, Tensor):
+            return results
+        return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
+
+    def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        return torch.compiler.disable(self.__call__)(tensors, options)  # here: it imports the compiler
+
+    # ---- what a kind of function may do its own way
+
+    def plan(
+        self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]
+    ) -> Plan:
+        """Decide how this call, which is to be differentiated, goes."""
+        return Plan(operators)
+
+    def run_forward(self, plan: Plan, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        """Return outputs and what backward needs."""
+        raise NotImplementedError
+
+    def save_for_backward(self, plan: Plan, saved: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return those results of forward that autograd saves; the plan may hold others."""
+        return saved
+
+    def run_backward(self, plan: Plan, grads, tensors, saved, options) -> Sequence[Tensor | None]:
+        """Return the gradients of the tensors in `wrt`, without a graph of their own."""
+        raise NotImplementedError
+
+    def differentiable_again(self, plan: Plan) -> None:
+        """Raise where the gradient cannot be differentiated."""
+
+    def flops(self, shapes: Sequence[torch.Size | None], needed: Sequence[bool]) -> int:
+        """Return the FLOPs of the GEMMs behind the outputs and the gradients that are needed (0 if none)."""
+        return 0
+
+
+class Op(Differentiable):
+    """A differentiable function whose passes are two operators of the dispatcher.
+
+    `fake` computes all results of `fwd` for shapes alone. torch.compile and torch.export see the two operators.
     """
 
     backward_options: slice = slice(None)
@@ -115,90 +220,63 @@ class Op:
         wrt: Sequence[int] = (0,),
         outputs: int = 1,
     ):
-        self.name, self.reference, self.fake = name, reference, fake
-        self.tensors, self.wrt, self.outputs = tensors, tuple(wrt), outputs
-        self._operators: dict[str, SimpleNamespace] = {}
-        self._function = _eager_function(self)
+        super().__init__(name, reference, tensors=tensors, wrt=wrt, outputs=outputs)
+        self.fake = fake
         self._traced = _traced_function(self)
         self._plain = self.operators().fwd
-        _register("fastloss", self)
+        _register(LIBRARY, self)
 
     def operators(self) -> SimpleNamespace:
         found = self._operators.get(_namespace)
         if found is None:
-            library = getattr(torch.ops, _namespace)
+            library = kernels()
             found = SimpleNamespace(
                 fwd=getattr(library, f"{self.name}_fwd").default,
                 bwd=getattr(library, f"{self.name}_bwd").default if self.wrt else None,
                 into=getattr(getattr(library, f"{self.name}_bwd_into", None), "default", None),
+                all=library,
             )
             self._operators[_namespace] = found
         return found
 
-    def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
-        if torch.compiler.is_compiling():
-            return self._compiled(tensors, options)
-        if profiler is not None:
-            return self._profiled(profiler(self, tensors), tensors, options)
-        operators = self.operators()
-        if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
-            plan = self.plan(operators, tensors, options)
-            return self._unwrap(_apply(self._function, *tensors, *options, plan))
-        return self._unwrap(self.run_forward(Plan(operators), tensors, options))
-
-    def _profiled(self, record: Any, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
-        operators = self.operators()
-        with record.forward():
-            if _functorch_active() or (torch.is_grad_enabled() and _requires_grad(tensors)):
-                plan = record.plan = self.plan(operators, tensors, options)
-                plan.record = record
-                return self._unwrap(record.made(_apply(self._function, *tensors, *options, plan)))
-            return self._unwrap(record.made(self.run_forward(Plan(operators), tensors, options)))
-
-    def _unwrap(self, results: Any) -> Any:
-        if isinstance(results, Tensor):
-            return results
-        return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
-
     def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
-        if _requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
+        if requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
             return self.reference(*tensors, *options)  # whose operations the compiler fuses itself
-        if not (torch.is_grad_enabled() and _requires_grad(tensors)):
+        if not (torch.is_grad_enabled() and requires_grad(tensors)):
             return self._unwrap(self._plain(*tensors, *options, *self.traced_extra))
         return self._unwrap(self._traced.apply(*tensors, *options))
 
-    # ---- what a kind of operator may do its own way
+    def traced_passes(self) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+        """Return forward, what of its results is saved, and backward, as a tracer may follow them: no plan."""
+        operators = self.operators()
+        fwd, bwd, extra, saved_only = operators.fwd, operators.bwd, self.traced_extra, self.saved
+        # two numbers, because the compiler of torch 2.11 cannot follow a slice that stands outside the function
+        first, last = self.backward_options.start, self.backward_options.stop
 
-    def plan(
-        self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]
-    ) -> Plan:
-        return Plan(operators)
+        def forward(*args):
+            return fwd(*args, *extra)
 
-    def run_forward(self, plan: Plan, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        def save(results, options):
+            return results[:saved_only]
+
+        def backward(grads, tensors, saved, options):
+            return _tuple(bwd(*grads, *tensors, *saved, *options[first:last]))
+
+        return forward, save, backward
+
+    def run_forward(self, plan, tensors, options):
         return plan.operators.fwd(*tensors, *options)
 
-    def keep(self, plan: Plan, saved: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Those results of forward that autograd is to save; others the plan may hold."""
-        return saved
-
-    def run_backward(self, plan: Plan, grads, tensors, saved, options) -> Sequence[Tensor | None]:
-        """Gradients of the tensors in `wrt`, without a graph of their own."""
+    def run_backward(self, plan, grads, tensors, saved, options):
         results = plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options])
         return [results] if isinstance(results, Tensor) else list(results)
 
     def fake_backward(self, *args: Any) -> Any:
-        """All results of `bwd` for shapes alone."""
+        """Return all results of `bwd` for shapes alone."""
         first = self.outputs
         like = [args[first + i] for i in self.wrt]  # what is absent has an empty gradient
         grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
         return grads[0] if len(grads) == 1 else tuple(grads)
-
-    def differentiable_again(self, plan: Plan) -> None:
-        """Raises where the gradient cannot be differentiated."""
-
-    def flops(self, shapes: Sequence[torch.Size | None], needed: Sequence[bool]) -> int:
-        """Of the matrix products behind the outputs and the gradients that are needed; 0 where there are none."""
-        return 0
 
 
 class FusedOp(Op):
@@ -223,53 +301,141 @@ class FusedOp(Op):
         plan.fuse = (
             options[self.reduction] != 0
             and (not tensors[0].is_cpu or getattr(self._expect_unit, "value", True))
-            and not _functorch_active()
-            and _requires_grad([tensors[i] for i in self.wrt])
+            and not functorch_active()
+            and requires_grad([tensors[i] for i in self.wrt])
         )
         return plan
 
     def run_forward(self, plan, tensors, options):
         return plan.operators.fwd(*tensors, *options, plan.fuse)
 
-    def keep(self, plan, saved):
+    def save_for_backward(self, plan, saved):
         if plan.fuse:
-            plan.ready = list(saved[self.saved :])
+            plan.precomputed_grads = list(saved[self.saved :])
         return saved[: self.saved]
 
     def run_backward(self, plan, grads, tensors, saved, options):
         (g,) = grads
-        rest = (*tensors, *saved, *options[self.backward_options])
-        ready, plan.ready = plan.ready, None
-        if options[self.reduction] != 0 and g.is_cpu and type(g) is Tensor and not _functorch_active():
+        args = (*tensors, *saved, *options[self.backward_options])
+        precomputed, plan.precomputed_grads = plan.precomputed_grads, None
+        if options[self.reduction] != 0 and g.is_cpu and type(g) is Tensor and not functorch_active():
             unit = self._expect_unit.value = g.item() == 1
-            if unit and ready is not None:
-                return ready
-        if ready is None:
-            results = plan.operators.bwd(g, *rest)
+            if unit and precomputed is not None:
+                return precomputed
+        if precomputed is None:
+            results = plan.operators.bwd(g, *args)
             return [results] if isinstance(results, Tensor) else list(results)
-        plan.operators.into(g, *ready, *rest, True)
-        return ready
+        plan.operators.into(g, *precomputed, *args, True)
+        return precomputed
+
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float", list[float]: "float[]",
+}  # fmt: skip
+
+
+def _arguments(fields: type | None) -> list[str]:
+    """Return the fields of a NamedTuple class as arguments of a schema."""
+    hints = {} if fields is None else typing.get_type_hints(fields)
+    return [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in hints.items()]
 
 
 class PythonOp(Op):
-    """An operator of which Python calls the kernels, chunk by chunk: `schemas` by kind, "fwd" and perhaps "bwd"."""
+    """An operator of which Python calls the kernels, block by block. Its signature is written once, as named tuples.
 
-    schemas: ClassVar[dict[str, str]]
+    `Inputs` are the tensors and `Attrs` the attributes of a call, `Outputs` and `State` the results of forward: those
+    of the function and what backward needs. `Gradients` are the results of backward; without them there is no
+    operator `bwd`. The dispatcher is given the fields one after another; `forward` and `backward` get them back
+    together. With `masked` both operators take `needs_grad_mask` after the attributes.
 
-    def implement(self, kind: str, operators: Any, where: str) -> Callable[..., Any]:
-        """What runs; `where` is "cpu", "cuda", or "simt", a build in which the CPU runs the CUDA kernels."""
+    The reference takes `(inputs, attrs)`.
+    """
+
+    Inputs: ClassVar[type]
+    Attrs: ClassVar[type | None] = None
+    Outputs: ClassVar[type]
+    State: ClassVar[type | None] = None
+    Gradients: ClassVar[type | None] = None
+    masked: ClassVar[bool] = False
+
+    def __init__(self, name: str, reference: Callable[..., Any] | None, *, wrt: Sequence[int] = ()):
+        tensors, outputs = len(self.Inputs._fields), len(self.Outputs._fields)
+        attrs = len(self.Attrs._fields) if self.Attrs else 0
+        self._last_attr = tensors + attrs
+
+        def of_fields(*args):
+            return reference(*self._inputs_and_attrs(args))
+
+        def fake(*args):
+            results = tuple(self.shapes(*self._inputs_and_attrs(args), *args[self._last_attr :]))
+            return results[0] if len(results) == 1 else results
+
+        super().__init__(name, of_fields, fake, tensors=tensors, wrt=wrt, outputs=outputs)
+
+    def _inputs_and_attrs(self, args: Sequence[Any]) -> tuple[Any, Any]:
+        inputs, attrs = args[: self.tensors], args[self.tensors : self._last_attr]
+        return self.Inputs(*inputs), self.Attrs(*attrs) if self.Attrs else None
+
+    def schemas(self) -> dict[str, str]:
+        """Return the schemas of the operators, `fwd` and perhaps `bwd`."""
+        mask = ["int needs_grad_mask"] if self.masked else []
+        inputs, attrs, state = _arguments(self.Inputs), _arguments(self.Attrs) + mask, _arguments(self.State)
+        results = ", ".join(_arguments(self.Outputs) + state)
+        found = {"fwd": f"({', '.join(inputs + attrs)}) -> ({results})"}
+        if self.Gradients:
+            grads = [f"Tensor? {name}_grad" for name in self.Outputs._fields]
+            results = ", ".join(f"Tensor grad_{name}" for name in self.Gradients._fields)
+            found["bwd"] = f"({', '.join(grads + inputs + state + attrs)}) -> ({results})"
+        return found
+
+    def implement(self, kind: str, operators: Any) -> Callable[..., Any]:
+        """Return what the dispatcher calls: a pass that calls the kernels `operators`."""
+        tensors, last_attr, first = self.tensors, self._last_attr, self.outputs
+        as_inputs, as_attrs = self.Inputs._make, self.Attrs._make if self.Attrs else lambda _: None
+        forward = self.forward
+        if kind == "fwd":
+
+            def run(*args):
+                return forward(
+                    operators, as_inputs(args[:tensors]), as_attrs(args[tensors:last_attr]), *args[last_attr:]
+                )
+        else:
+            last = first + tensors
+            end = last + (len(self.State._fields) if self.State else 0)
+            end_attrs = end + last_attr - tensors
+
+            def run(*args):
+                state = self.State(*args[last:end]) if self.State else None
+                inputs, attrs = as_inputs(args[first:last]), as_attrs(args[end:end_attrs])
+                grads = self.Outputs(*args[:first])
+                return self.backward(operators, grads, inputs, state, attrs, *args[end_attrs:])
+
+        return torch.no_grad()(run)
+
+    def shapes(self, inputs: Any, attrs: Any, *mask: int) -> Sequence[Tensor]:
+        """Return the results of `forward`, of which the shapes alone count."""
+        raise NotImplementedError
+
+    def forward(self, operators: Any, inputs: Any, attrs: Any, *mask: int) -> Any:
+        """Return the fields of outputs and state."""
+        raise NotImplementedError
+
+    def backward(
+        self, operators: Any, grads: Any, inputs: Any, state: Any, attrs: Any, *mask: int
+    ) -> Sequence[Tensor]:
+        """Return the fields of the gradients; one that nobody needs is empty."""
         raise NotImplementedError
 
     def operators(self) -> SimpleNamespace:
         found = self._operators.get(_namespace)
         if found is None:
-            operators, library = getattr(torch.ops, _namespace), torch.library.Library(_namespace, "FRAGMENT")
+            operators, library = kernels(), torch.library.Library(_namespace, "FRAGMENT")
             found = SimpleNamespace(fwd=None, bwd=None, into=None, all=operators)
-            for kind, schema in self.schemas.items():
+            for kind, schema in self.schemas().items():
                 name = f"{self.name}_{kind}"
                 library.define(name + schema)
-                for key, where in (("CPU", "cpu" if _namespace == "fastloss" else "simt"), ("CUDA", "cuda")):
-                    library.impl(name, self.implement(kind, operators, where), key)
+                for device in ("CPU", "CUDA"):
+                    library.impl(name, self.implement(kind, operators), device)
                 setattr(found, kind, getattr(operators, name).default)
             found.library = library  # its registrations live as long as it does
             self._operators[_namespace] = found
@@ -308,31 +474,27 @@ def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _traced_function(op: Op) -> type[Function]:
-    """The function as a tracer may follow it: nothing but the two operators."""
-    operators = op.operators()
-    fwd, bwd, wrt = operators.fwd, operators.bwd, op.wrt
-    tensors, outputs = op.tensors, op.outputs
-    # two numbers, because the compiler of torch 2.11 cannot follow a slice that stands outside the function
-    first, last = op.backward_options.start, op.backward_options.stop
-    extra, saved_only = op.traced_extra, op.saved
+    """Return the function as a tracer may follow it: operators, and arithmetic on what they give."""
+    run_forward, save, run_backward = op.traced_passes()
+    wrt, tensors, outputs = op.wrt, op.tensors, op.outputs
 
     class Traced(Function):
         @staticmethod
         def forward(*args):
-            return fwd(*args, *extra)
+            return run_forward(*args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             results = (output,) if isinstance(output, Tensor) else output
+            ctx.options = inputs[tensors:]
             if len(results) > outputs:  # the compiler knows no empty call of it
                 ctx.mark_non_differentiable(*results[outputs:])
-            ctx.save_for_backward(*inputs[:tensors], *results[outputs:][:saved_only])
-            ctx.options = inputs[tensors:]
+            ctx.save_for_backward(*inputs[:tensors], *save(results[outputs:], ctx.options))
 
         @staticmethod
         def backward(ctx, *grads):
-            results = bwd(*grads[:outputs], *ctx.saved_tensors, *ctx.options[first:last])
-            results = (results,) if isinstance(results, Tensor) else results
+            saved = ctx.saved_tensors
+            results = run_backward(grads[:outputs], saved[:tensors], saved[tensors:], ctx.options)
             full = [None] * (tensors + len(ctx.options))
             for position, grad in zip(wrt, results):
                 full[position] = grad
@@ -342,11 +504,11 @@ def _traced_function(op: Op) -> type[Function]:
     return Traced
 
 
-def _eager_function(op: Op) -> type[Function]:
+def _eager_function(op: Differentiable) -> type[Function]:
     n = op.tensors
 
     def by_reference(tensors, options, needed: Sequence[bool], grads: Sequence[Tensor | None]):
-        """Gradients by the reference's differentiable operations, for the tensors that are needed."""
+        """Return gradients by the reference's differentiable operations, for the tensors that are needed."""
 
         def outputs(*free: Tensor):
             it = iter(free)
@@ -378,7 +540,7 @@ def _eager_function(op: Op) -> type[Function]:
         @staticmethod
         def setup_context(ctx, inputs, output):
             *flat, ctx.options, _ = inputs
-            ctx.rest = len(inputs) - op.outputs - n
+            ctx.others = len(inputs) - op.outputs - n
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*flat[: op.outputs + n])
 
@@ -388,17 +550,17 @@ def _eager_function(op: Op) -> type[Function]:
             if all(u is None for u in upstream):
                 return (None,) * len(ctx.needs_input_grad)
             needed = ctx.needs_input_grad[: len(free)]
-            wanted = [i in op.wrt and _differentiable(free[op.outputs + i]) for i in range(n)]
+            differentiated = [i in op.wrt and _differentiable(free[op.outputs + i]) for i in range(n)]
 
             def first(*some: Tensor):
                 it = iter(some)
                 full = [next(it) if f else t for t, f in zip(free, needed, strict=True)]
-                found = by_reference(full[op.outputs :], ctx.options, wanted, full[: op.outputs])
+                found = by_reference(full[op.outputs :], ctx.options, differentiated, full[: op.outputs])
                 return tuple(found[i] for i, u in zip(op.wrt, upstream, strict=True) if u is not None)
 
             _, pull = torch.func.vjp(first, *(t for t, f in zip(free, needed, strict=True) if f))
             it = iter(pull(tuple(u for u in upstream if u is not None)))
-            return (*(next(it) if f else None for f in needed), *([None] * ctx.rest))
+            return (*(next(it) if f else None for f in needed), *([None] * ctx.others))
 
     def gradients(ctx, grads: Sequence[Tensor | None]):
         grads = grads[: op.outputs]
@@ -436,14 +598,14 @@ def _eager_function(op: Op) -> type[Function]:
             ctx.options, ctx.plan = inputs[n:-1], inputs[-1]
             ctx.mark_non_differentiable(*results[op.outputs :])
             ctx.set_materialize_grads(False)  # else autograd fills zeros of the size of every other result
-            ctx.save_for_backward(*inputs[:n], *op.keep(ctx.plan, results[op.outputs :]))
+            ctx.save_for_backward(*inputs[:n], *op.save_for_backward(ctx.plan, results[op.outputs :]))
 
         @staticmethod
         def backward(ctx, *grads):
             if ctx.plan.record is None:
                 return gradients(ctx, grads)
             with ctx.plan.record.backward(ctx, grads):
-                return ctx.plan.record.made(gradients(ctx, grads))
+                return ctx.plan.record.note(gradients(ctx, grads))
 
     for function in (Forward, Gradient):
         # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not

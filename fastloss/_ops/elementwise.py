@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import abi
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, wanted_bits
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, needs_grad_mask
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
 NO_INDEX = abi.constant("default_background")  # the operators take the number of classes for it
@@ -55,7 +55,7 @@ class ElementOp(FusedOp):
         return grads[0] if len(grads) == 1 else tuple(grads)
 
     def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, wanted_bits(self, tensors)))
+        return super().__call__(tensors, (*options, needs_grad_mask(self, tensors)))
 
 
 def _whole(formula: Callable[..., Tensor], inputs: int, named: abi.Hparams) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""Sums of what belongs together, without float atomics: sorted by group, then added up segment by segment.
+"""Segment sums without float atomics: sorted by group, then added up segment by segment.
 
 A sum, in float64, is taken in an order of its members alone, whatever the other groups are. Groups are told apart
 by any integers.
@@ -13,11 +13,15 @@ from torch.autograd import Function
 __all__ = ["Groups"]
 
 
-class _Sums(Function):
+class _Transfer(Function):
+    """Members to the sums of their groups, or sums back to the members: each is the derivative of the other."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, order: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
+    def forward(x: Tensor, order: Tensor, lengths: Tensor, group: Tensor, to_groups: bool) -> Tensor:
+        if not to_groups:
+            return x[group]
         if not x.numel():
             return x.new_zeros(lengths.shape)
         sums = torch.segment_reduce(x[order].double(), "sum", lengths=lengths, axis=0, unsafe=True)
@@ -25,27 +29,12 @@ class _Sums(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_backward(*inputs[1:4])
+        ctx.to_groups = inputs[4]
 
     @staticmethod
     def backward(ctx, grad):
-        return _Of.apply(grad, *ctx.saved_tensors), None, None, None
-
-
-class _Of(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(sums: Tensor, order: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
-        return sums[group]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Sums.apply(grad, *ctx.saved_tensors), None, None, None
+        return _Transfer.apply(grad, *ctx.saved_tensors, not ctx.to_groups), *[None] * 4
 
 
 class Groups:
@@ -65,9 +54,9 @@ class Groups:
         self.lengths = zeros.index_add(0, self.group, torch.ones_like(ids))  # of integers: exact in any order
 
     def sums(self, x: Tensor) -> Tensor:
-        """The sum of each group."""
-        return _Sums.apply(x, self.order, self.lengths, self.group)
+        """Return the sum of each group."""
+        return _Transfer.apply(x, self.order, self.lengths, self.group, True)
 
     def of(self, sums: Tensor) -> Tensor:
-        """For each member what its group has."""
-        return _Of.apply(sums, self.order, self.lengths, self.group)
+        """Return for each member what its group has."""
+        return _Transfer.apply(sums, self.order, self.lengths, self.group, False)

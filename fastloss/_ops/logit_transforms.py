@@ -1,8 +1,9 @@
-"""What may stand between the products of a chunk and its row loss: in place where it can be, and back.
+"""What may stand between the GEMM of a chunk and its row loss: in place where it can be, and back.
 
-A shape is made from the width of the hidden states and its hyperparameters, `HPARAMS`. `enter` turns a chunk of
-products into logits, `leave` the logits' gradient into that of the products; `classes` says how many logits a row of
-products makes, `beside` how many numbers a row takes beyond its products. Nothing lives longer than a chunk.
+A logit transform is made from the width of the hidden states and its hyperparameters, `HPARAMS`. `forward` turns a
+chunk of products into logits, `backward` the logits' gradient into that of the products; `classes` says how many
+logits a row of products makes, `extra_per_row` how many numbers a row takes beyond its products. Nothing lives longer
+than a chunk.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from torch import Tensor
 from fastloss._ops.dtypes import accumulation_dtype
 
 
-class Shape(Protocol):
-    HPARAMS: ClassVar[tuple[str, ...]]
+class LogitTransform(Protocol):
+    HPARAMS: ClassVar[tuple[str, ...]]  # what the class takes by name, after the width of the hidden states
 
     def __init__(self, features: int, *args: Any, **hparams: Any): ...
     def classes(self, products: int) -> int: ...
-    def beside(self, products: int) -> int: ...
-    def enter(self, products: Tensor, target: Tensor) -> Tensor: ...
-    def leave(self, gradient: Tensor) -> Tensor: ...
+    def extra_per_row(self, products: int) -> int: ...
+    def forward(self, products: Tensor, target: Tensor) -> Tensor: ...
+    def backward(self, gradient: Tensor) -> Tensor: ...
 
 
 LEAST_SIN2 = 1e-7
@@ -48,10 +49,10 @@ class AngularMargin:
     def classes(self, products: int) -> int:
         return products // self.centres
 
-    def beside(self, products: int) -> int:
+    def extra_per_row(self, products: int) -> int:
         return 3 * self.classes(products) if self.centres > 1 else 0  # the nearest, and which (64 bits)
 
-    def enter(self, products: Tensor, target: Tensor) -> Tensor:
+    def forward(self, products: Tensor, target: Tensor) -> Tensor:
         self._products = cosines = products
         if self.centres > 1:
             cosines, self._nearest = products.view(len(products), -1, self.centres).max(-1)
@@ -60,7 +61,7 @@ class AngularMargin:
         value, self._slope = self._margin(cosine.to(accumulation_dtype(cosine.dtype)))
         return cosines.scatter_(1, self._target, value.to(cosines.dtype))
 
-    def leave(self, gradient: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor) -> Tensor:
         of_target = gradient.gather(1, self._target)
         gradient.scatter_(1, self._target, (of_target * self._slope).to(gradient.dtype))
         if self.centres == 1:
@@ -70,7 +71,7 @@ class AngularMargin:
         return self._products
 
     def _margin(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The cosine with its margin, and its derivative."""
+        """Return the cosine with its margin, and its derivative."""
         one = torch.ones_like(c)
         if self.additive:
             return c - self.margin, one
@@ -99,12 +100,12 @@ class Harmonic:
     def classes(self, products: int) -> int:
         return products
 
-    def beside(self, products: int) -> int:
+    def extra_per_row(self, products: int) -> int:
         return products
 
-    def enter(self, products: Tensor, target: Tensor) -> Tensor:
+    def forward(self, products: Tensor, target: Tensor) -> Tensor:
         self._squares = products.clamp_(min=0).add_(self.eps)
         return products.log().mul_(-self.n / 2)
 
-    def leave(self, gradient: Tensor) -> Tensor:
+    def backward(self, gradient: Tensor) -> Tensor:
         return torch.div(gradient.mul_(-self.n / 2), self._squares, out=self._squares)

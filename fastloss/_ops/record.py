@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch import Tensor
 from fastloss._ops import autograd
 from fastloss.memory import _C
 
-if TYPE_CHECKING:
-    from fastloss.profiler import profile
+PUBLIC = ("fastloss.losses.", "fastloss.distributed.")
+"""Modules whose functions calls are named after."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Pass:
     bytes: int = 0
     """Fewest bytes to move: every tensor read once, every result written once, as if no row were ignored."""
     flops: int = 0
-    """Of matrix products."""
+    """Of GEMMs."""
     extra_bytes: int = 0
     """Highest point of the memory it took beyond what was there before, results included."""
 
@@ -48,7 +48,7 @@ class Call:
 
 
 def _bytes(tensors: Any) -> int:
-    """As they lie in memory: what is broadcast counts once."""
+    """Return the bytes of tensors as they lie in memory: what is broadcast counts once."""
     return sum(
         math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) * t.itemsize
         for t in tensors
@@ -57,23 +57,36 @@ def _bytes(tensors: Any) -> int:
 
 
 def _public_name(operator: str) -> str:
-    """The outermost function of fastloss that is on the way to the operator."""
+    """Return the name of the outermost public function on the way to the operator."""
     frame, name = sys._getframe(2), operator
     while frame is not None:
         code = frame.f_code.co_name
-        if (
-            frame.f_globals.get("__name__", "").startswith("fastloss.losses.")
-            and code in frame.f_globals["__all__"]
-        ):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith(PUBLIC) and code in frame.f_globals.get("__all__", ()):
             name = code
         frame = frame.f_back
     return name
 
 
+class Recorder:
+    """What the passes of a profile have in common, and where they are noted."""
+
+    def __init__(self, memory: bool, nvtx: bool):
+        self.memory, self.nvtx = memory, nvtx
+        self.seen: list[Call] = []
+        self.spans: list[tuple[Span, Pass]] = []
+        self.origins: dict[torch.device, tuple[Any, float]] = {}
+        self.began = 0.0
+
+    def record(self, op: autograd.Differentiable, tensors: Sequence[Tensor | None]) -> Record:
+        """Return what a call is to be noted by."""
+        raise NotImplementedError
+
+
 class Span:
     """Start and end of one pass, on the host's clock or as events on the device's stream."""
 
-    def __init__(self, profile: profile, device: torch.device):
+    def __init__(self, profile: Recorder, device: torch.device):
         self.profile, self.device = profile, device
         self.cuda = device.type == "cuda"
         self.timed = not (self.cuda and torch.cuda.is_current_stream_capturing())
@@ -91,7 +104,7 @@ class Span:
             self.marks.append(time.perf_counter())
 
     def read(self, into: Pass) -> None:
-        """Waits for the device, if it has not come so far."""
+        """Write down the times; wait for the device, if it has not come so far."""
         if len(self.marks) != 2:
             return
         start, stop = self.marks
@@ -107,8 +120,8 @@ class Span:
 class Peak:
     """Bytes taken at the highest point since it was made."""
 
-    def __init__(self, device: torch.device, wanted: bool):
-        self.device = device if wanted else None
+    def __init__(self, device: torch.device, measured: bool):
+        self.device = device if measured else None
         if self.device is not None and device.type == "cuda":
             self.before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -126,7 +139,7 @@ class Peak:
 class Record:
     """What `autograd.py` sees of one call: a context around each pass, which is told what the pass made."""
 
-    def __init__(self, profile: profile, op: autograd.Op, tensors: Sequence[Tensor | None]):
+    def __init__(self, profile: Recorder, op: autograd.Differentiable, tensors: Sequence[Tensor | None]):
         first = next(t for t in tensors if t is not None)
         self.profile, self.op, self.device = profile, op, first.device
         self.read = _bytes(tensors)
@@ -138,7 +151,8 @@ class Record:
         )
         self.results: Any = None
 
-    def made(self, results: Any) -> Any:
+    def note(self, results: Any) -> Any:
+        """Take and return what a pass has written."""
         self.results = results
         return results
 
@@ -167,8 +181,8 @@ class Record:
         with self._watched("forward") as done:
             yield
             done.bytes = self.read
-        made, self.plan = getattr(self.plan, "ready", None), None
-        done.flops = self.op.flops(self.shapes, self.needed if made else ())
+        precomputed, self.plan = getattr(self.plan, "precomputed_grads", None), None
+        done.flops = self.op.flops(self.shapes, self.needed if precomputed else ())
         self.call.forward = done
         self.profile.seen.append(self.call)
 
@@ -177,13 +191,13 @@ class Record:
         if autograd.profiler != self.profile.record:  # which is over
             yield
             return
-        ready = bool(getattr(ctx.plan, "ready", None))
+        precomputed = bool(getattr(ctx.plan, "precomputed_grads", None))
         with self._watched("backward") as done:
             yield
-            if ready:
+            if precomputed:
                 self.results = ()
         done.bytes += _bytes(upstream)
-        if not ready:
+        if not precomputed:
             done.bytes += _bytes(ctx.saved_tensors)
             done.flops = self.op.flops(self.shapes, ctx.needs_input_grad)
         self.call.backward.append(done)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import abi
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, wanted_bits
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, needs_grad_mask
 from fastloss._ops.dtypes import accumulation_dtype
 
 
@@ -55,14 +55,10 @@ class RowOp(FusedOp):
 
         super().__init__(name, by_name, fake, tensors=4)
 
-    def __call__(self, tensors, options, inplace_backward: bool = False) -> Tensor:
-        self._inplace = inplace_backward
-        return super().__call__(tensors, options)
-
-    def plan(self, operators, tensors, options):
+    def plan(self, operators, tensors, options, inplace_backward: bool = False):
         plan = super().plan(operators, tensors, options)
-        plan.inplace = self._inplace
-        plan.fuse = plan.fuse and not plan.inplace
+        plan.inplace = inplace_backward
+        plan.fuse = plan.fuse and not inplace_backward
         return plan
 
     def run_backward(self, plan, grads, tensors, saved, options):
@@ -145,4 +141,4 @@ class DivergenceOp(FusedOp):
         return tuple(self._empty_gradients(args[1], args[-1]))
 
     def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, wanted_bits(self, tensors)))
+        return super().__call__(tensors, (*options, needs_grad_mask(self, tensors)))

@@ -1,23 +1,23 @@
-"""Losses of a matrix of similarities, s = scale * x y^T, that is never stored: operators and their autograd.
+"""Losses of a matrix of similarities, s = scale * x y^T + bias, that is never stored: operators and their autograd.
 
-On the CPU one call walks the whole matrix in tiles, products included (csrc/cpu/kernels/similarity.h). On CUDA the
-products are cuBLAS's, for a block of the matrix at a time that `BUDGET` bytes hold, and kernels of our own
-(csrc/cuda/kernels/similarity.cu) make of such a block what is needed. What an entry counts as, `mark` and ids say: see
-csrc/drivers/similarity.h.
+On the CPU one call runs over the whole matrix in tiles, GEMMs included (csrc/cpu/kernels/similarity.h). On CUDA the
+GEMMs are cuBLAS's, for a block of the matrix at a time that `BUDGET` bytes hold, with a fused epilogue on each block
+(csrc/cuda/kernels/similarity.cu). What an entry counts as, `target_col` and ids say: see csrc/drivers/similarity.h.
+
+The columns come in blocks: one here (`OneBlock`); over several processes those of `fastloss.distributed.exchange`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fastloss._ops import abi, autograd
-from fastloss._ops.autograd import _functorch_active
+from fastloss._ops import abi
+from fastloss._ops.autograd import PythonOp, runs_on_cpu
 from fastloss._ops.chunked_linear import aligned
 from fastloss._ops.dtypes import accumulation_dtype
 
@@ -33,8 +33,19 @@ ARRAYS = tuple(_ARGUMENTS[_ARGUMENTS.index("row_max") : _ARGUMENTS.index("hardes
 _GRADIENTS = [ARRAYS.index(f"{name}_grad") for name in ("row", "col", "positive", "col_positive")]
 
 
+def target_columns(rows: int, columns: int, offset: int, like: Tensor, keys: str = "") -> Tensor:
+    """Return the column of each row's positive, or of the row itself: `offset` and the following."""
+    if not isinstance(offset, int):
+        raise TypeError(f"label_offset: expected an int, got {type(offset).__name__}")
+    if offset < 0 or offset + rows > columns:
+        raise ValueError(
+            f"{keys}: expected the positives of {rows} rows from label_offset {offset} on, got {columns} rows"
+        )
+    return torch.arange(offset, offset + rows, device=like.device)
+
+
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """`a @ b`, or that added to what `out` holds, summed in the type of `out`."""
+    """Write `a @ b` to `out`, or add it to what that holds; accumulated in the dtype of `out`."""
     more: dict[str, Any] = {}
     if a.dtype != out.dtype:
         if out.is_cuda:
@@ -47,73 +58,170 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         torch.mm(a, b, **more, out=out)
 
 
-class Rows:
-    """Rows of features as the walks take them: in the accumulation type, of length 1 if they are to be."""
+class Features:
+    """Rows of features as the passes take them: `acc`, in the accumulation dtype, of length 1 if normalised."""
 
     def __init__(self, x: Tensor, normalize: bool):
         self.dtype = x.dtype
-        self.wide = x.to(accumulation_dtype(x.dtype)).contiguous()
+        self.acc = x.to(accumulation_dtype(x.dtype)).contiguous()
         self.length = None
         if normalize:
-            self.length = torch.linalg.vector_norm(self.wide, dim=1, keepdim=True).clamp_min_(1e-12)
-            self.wide = self.wide / self.length
+            self.length = torch.linalg.vector_norm(self.acc, dim=1, keepdim=True).clamp_min_(1e-12)
+            self.acc = self.acc / self.length
 
-    def gradient(self, d: Tensor) -> Tensor:
-        """Of x, from that of these rows."""
+    def gradient(self, d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the gradient of the rows as they were given from that of `acc`; in their dtype, or another."""
         if self.length is not None:
-            d = (d - self.wide * (self.wide * d).sum(1, keepdim=True)) / self.length
-        return d.to(self.dtype)
+            d = (d - self.acc * (self.acc * d).sum(1, keepdim=True)) / self.length
+        return d.to(self.dtype if dtype is None else dtype)
+
+
+# ---- columns
+
+
+class Block(NamedTuple):
+    """Some columns of the matrix."""
+
+    index: int  # its place in the order of columns
+    columns: slice  # of all
+    y: Features | None  # [columns, features]; None: the rows themselves
+
+
+class Columns(Protocol):
+    """How this process comes to see the columns, and what becomes of what it finds for them."""
+
+    first: int  # of this process's own columns, among all
+    count: int  # of blocks
+
+    def blocks(self) -> Iterable[Block]: ...
+
+    def add(self, dy: Tensor | None) -> None:
+        """Take this process's part of the gradient of the block that was given last."""
+        ...
+
+    def gradient(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Return that of this process's own columns, all processes' parts added up; of the rows' if they are these."""
+        ...
+
+    def own_statistics(self, blocks: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Return maximum and log sum of this process's own columns, from the blocks' over this process's rows."""
+        ...
+
+    def of_all(self, *arrays: Tensor) -> Sequence[Tensor]:
+        """Return what `arrays` say of this process's own columns for those of all."""
+        ...
+
+
+class OneBlock:
+    """All columns are here: those of `y`, or without it the rows themselves."""
+
+    first, count = 0, 1
+
+    def __init__(self, rows: Features, y: Tensor | None, normalize: bool):
+        self._rows = rows
+        self._y = None if y is None else Features(y, normalize)
+
+    def blocks(self) -> Sequence[Block]:
+        y = self._rows if self._y is None else self._y
+        return (Block(0, slice(0, y.acc.shape[0]), self._y),)
+
+    def add(self, dy: Tensor | None) -> None:
+        self._gradient = dy
+
+    def gradient(self, dtype: torch.dtype | None = None) -> Tensor | None:
+        dy = self._gradient
+        return dy if self._y is None else self._y.gradient(dy, dtype)
+
+    def own_statistics(self, blocks: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        return blocks[0]
+
+    def of_all(self, *arrays: Tensor) -> Sequence[Tensor]:
+        return arrays
+
+
+def in_order(parts: Sequence[Tensor] | Tensor) -> Tensor:
+    """Return the sum from the first to the last, written over the first."""
+    total, *others = parts
+    for part in others:
+        total.add_(part)
+    return total
+
+
+class BlockSums:
+    """What the blocks of a matrix add up: gradients of rows as the blocks come, numbers in the order of columns."""
+
+    def __init__(self, blocks: int):
+        self.dx: Tensor | None = None
+        self._numbers: list[Any] = [None] * blocks
+
+    def add(self, index: int, dx: Tensor | None, *numbers: Tensor) -> None:
+        self.dx = dx if self.dx is None or dx is None else self.dx.add_(dx)
+        self._numbers[index] = numbers
+
+    def numbers(self) -> list[Tensor]:
+        return [in_order(parts) for parts in zip(*self._numbers, strict=True)]
+
+
+def merged(top: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the online softmax's state of all parts together, from maxima and logs of sums [parts, n]."""
+    most = top.masked_fill(log_sum == -torch.inf, -torch.inf).amax(0)
+    most = most.masked_fill(most == -torch.inf, 0.0)
+    return most, ((top - most) + log_sum).logsumexp(0)
+
+
+# ---- the matrix
 
 
 class Matrix:
-    """Similarities of the rows `x` and `y`, or of `x` with itself, where a mark of i at j is one of j at i, too."""
+    """Similarities of the rows `x` and a block of columns, or of `x` with itself.
+
+    With itself, where row i has the target column j, row j has i.
+    """
 
     def __init__(
-        self, operators, on_cpu, x, y, scale, bias, mark, row_ids, col_ids, flags, normalize, inverse=False
-    ):  # fmt: skip
-        self.operators, self.on_cpu = operators, on_cpu
-        self.x = x if isinstance(x, Rows) else Rows(x, normalize)
-        self.y = self.x if y is None else Rows(y, normalize)
-        self.itself = y is None
-        self.given_scale, self.inverse, self.low = scale, inverse, x.dtype
-        scale = scale.reshape(()).to(self.x.wide.dtype)
-        self.scale = 1 / scale if inverse else scale
+        self,
+        operators: Any,
+        x: Features,
+        block: Block,
+        scale: Tensor,
+        *,
+        bias: Tensor | None = None,
+        temperature: bool = False,
+        target_col: Tensor | None = None,
+        row_ids: Tensor | None = None,
+        col_ids: Tensor | None = None,
+        labels_are_positives: bool = False,
+        positives_in_denominator: bool = False,
+    ):
+        self.operators, self.on_cpu = operators, runs_on_cpu(x.acc, operators)
+        self.x, self.y, self.itself = x, x if block.y is None else block.y, block.y is None
+        self.given_scale, self.temperature = scale, temperature
+        scale = scale.reshape(()).to(x.acc.dtype)
+        self.scale = 1 / scale if temperature else scale
         self.bias = None if bias is None else bias.reshape(()).to(scale.dtype)
-        ids = row_ids, row_ids if col_ids is None else col_ids
-        self.entries = tuple(None if t is None else t.contiguous() for t in (mark, *ids))
-        self.flags = flags  # same_is_positive, with_positives
-        self.m, self.n = self.x.wide.shape[0], self.y.wide.shape[0]
+        begin = block.columns.start
+        if target_col is not None and begin:
+            target_col = target_col - begin  # outside of the block there is none
+        col_ids = row_ids if col_ids is None else col_ids[block.columns]
+        self.entries = tuple(None if t is None else t.contiguous() for t in (target_col, row_ids, col_ids))
+        self.flags = labels_are_positives, positives_in_denominator
+        self.m, self.n = x.acc.shape[0], self.y.acc.shape[0]
 
     def empty(self, *shape: int) -> Tensor:
-        return self.operators.scratch(self.x.wide, shape)
+        return self.operators.scratch(self.x.acc, shape)
 
-    def walk(self, kind: int, gradients: bool = False, **arrays: Tensor | None) -> Sequence[Tensor]:
-        """One pass. With `gradients` it gives those of x, y and the scale."""
-        found = self.walk_wide(kind, gradients, **arrays)
-        if not gradients:
-            return ()
-        dx, dy, dscale = found
-        if self.itself and dy is not None:
-            dx, dy = dx.add_(dy), None
-        return (
-            self.x.gradient(dx),
-            dx.new_empty(0, dtype=self.low) if dy is None else self.y.gradient(dy),
-            dscale,
-        )
+    def zeros(self, length: int) -> Tensor:
+        return torch.zeros_like(self.x.acc.new_empty(length))
 
-    def walk_wide(
-        self, kind: int, gradients: bool = False, **arrays: Tensor | None
-    ) -> Sequence[Tensor | None]:
-        """One pass. With `gradients` it gives those of the rows `x.wide` and `y.wide`, and of the scale.
+    def run(self, kind: int, gradients: bool = False, **arrays: Tensor | None) -> Sequence[Tensor | None]:
+        """Run one pass over the matrix. With `gradients` it returns those of the rows `x.acc`, `y.acc`, and the scale.
 
         On the CPU, of x with itself the gradient of s and its transpose are made as one matrix, with a row's arrays
-        as the column's: one product fewer, and no gradient of y.
+        as the column's: one GEMM fewer, and no gradient of y.
         """
-        x, y = self.x.wide, self.y.wide
+        x, y = self.x.acc, self.y.acc
         both = self.itself and kind in (SOFTMAX_GRADIENT, PAIRS_GRADIENT) and arrays.get("col_grad") is None
-        both = (
-            both and self.on_cpu
-        )  # the library's s_ij and s_ji differ, and so would what they are relative to
+        both = both and self.on_cpu  # cuBLAS's s_ij and s_ji differ, and so would what they are relative to
         if both:
             of_rows = ("row_max", "row_log_sum", "row_grad")
             arrays |= {name.replace("row", "col"): arrays.get(name) for name in of_rows}
@@ -132,7 +240,7 @@ class Matrix:
                 kind, *self.flags, x, y, self.scale.item(), bias, *self.entries, *given, dx, dy, dots
             )
         else:
-            self._walk_blocks(kind, given, dx, dy, dots)
+            self._run_in_blocks(kind, given, dx, dy, dots)
         if not gradients:
             return ()
         if not self.on_cpu:
@@ -144,26 +252,26 @@ class Matrix:
     def statistics(
         self, rows: bool, columns: bool
     ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor]:
-        """Of rows and of columns the maximum and the log of the sum; of rows the positive or the positives' sum."""
-        empty = self.x.wide.new_empty
+        """Return maximum and log sum of rows, the same of columns, and of rows the positive or the positives' sum."""
+        empty = self.x.acc.new_empty
         of_rows = [empty(self.m) if rows else None for _ in range(2)]
         of_cols = [empty(self.n) if columns else None for _ in range(2)]
         if self.m == 0 or self.n == 0:
             for array in (*of_rows, *of_cols):
                 if array is not None:
                     array.fill_(-torch.inf if array is of_rows[1] or array is of_cols[1] else 0)
-        positive = torch.zeros_like(empty(self.m))
-        self.walk(
+        positive = self.zeros(self.m)
+        self.run(
             STATISTICS, row_max=of_rows[0], row_log_sum=of_rows[1], col_max=of_cols[0], col_log_sum=of_cols[1],
             positive=positive,
         )  # fmt: skip
         return of_rows, of_cols, positive
 
     def _scale_gradient(self, d: Tensor) -> Tensor:
-        d = -d * self.scale.square() if self.inverse else d
+        d = -d * self.scale.square() if self.temperature else d
         return d.reshape(self.given_scale.shape)
 
-    def _walk_blocks(
+    def _run_in_blocks(
         self,
         kind: int,
         given: list[Tensor | None],
@@ -173,28 +281,28 @@ class Matrix:
     ) -> None:
         if self.m == 0 or self.n == 0:
             return
-        x, y = aligned(self.x.wide), aligned(self.y.wide)
-        top = None
-        if self.low != x.dtype:  # products of half types, summed in float32
-            x, y = x.to(self.low), y.to(self.low)
-            if dx is not None and self.low == torch.float16:
+        x, y = aligned(self.x.acc), aligned(self.y.acc)
+        top, dtype = None, self.x.dtype
+        if dtype != x.dtype:  # GEMMs of half types, accumulated in float32
+            x, y = x.to(dtype), y.to(dtype)
+            if dx is not None and dtype == torch.float16:
                 # relative to the largest number among them, so that small ones are not lost
                 places = [i for i in _GRADIENTS if given[i] is not None]
                 finite = (given[i].abs().nan_to_num(0.0, 0.0) for i in places)
                 top = torch.stack([g.amax() for g in finite]).amax()
                 top = top + (top == 0)
                 given = [g / top if i in places else g for i, g in enumerate(given)]
-        rows, cols = block_shape(self.m, self.n, self.x.wide.element_size(), kind == HARDEST)
-        pitch = -(-cols // 8) * 8
-        room = self.empty(rows * pitch)
-        low_room = None
-        if dx is not None and x.dtype != room.dtype:
-            low_room = x.new_empty(rows * pitch)
+        rows, cols = block_shape(self.m, self.n, self.x.acc.element_size(), kind == HARDEST)
+        ld = -(-cols // 8) * 8
+        workspace = self.empty(rows * ld)
+        low_workspace = None
+        if dx is not None and x.dtype != workspace.dtype:
+            low_workspace = x.new_empty(rows * ld)
         for row in range(0, self.m, rows):
             down = slice(row, min(row + rows, self.m))
             for col in range(0, self.n, cols):
                 across = slice(col, min(col + cols, self.n))
-                s, g = (_block(t, down, across) for t in (room, low_room))
+                s, g = (_block(t, down, across) for t in (workspace, low_workspace))
                 _multiply(s, x[down], y[across].t())
                 self.operators.tile_chunk(
                     kind, *self.flags, s, g, self.scale, self.bias, row, self.m, col, self.n, *self.entries, *given,
@@ -212,7 +320,7 @@ class Matrix:
 
 
 def block_shape(m: int, n: int, itemsize: int, whole_rows: bool = False) -> tuple[int, int]:
-    """Rows and columns of the blocks of an m x n matrix: about as many of either, `BUDGET` bytes at most.
+    """Return rows and columns of the blocks of an m x n matrix: about as many of either, `BUDGET` bytes at most.
 
     Blocks that are alike, of multiples of 128 where there are several: sizes on which sums depend follow from m and n.
     """
@@ -236,43 +344,24 @@ def block_shape(m: int, n: int, itemsize: int, whole_rows: bool = False) -> tupl
     return rows, even(n, max(8, most // rows // 8 * 8))
 
 
-def _block(room: Tensor | None, down: slice, across: slice) -> Tensor | None:
-    """A block in `room`, of rows that begin at multiples of 8."""
-    if room is None:
+def _block(workspace: Tensor | None, down: slice, across: slice) -> Tensor | None:
+    """Return a block in `workspace`, of rows that begin at multiples of 8."""
+    if workspace is None:
         return None
     rows, cols = down.stop - down.start, across.stop - across.start
-    pitch = -(-cols // 8) * 8
-    return room[: rows * pitch].view(rows, pitch)[:, :cols]
+    ld = -(-cols // 8) * 8
+    return workspace[: rows * ld].view(rows, ld)[:, :cols]
 
 
-class TileOp(autograd.PythonOp):
-    """An operator over a matrix of similarities, written in Python over the walks.
+# ---- the operators
 
-    The first tensors are `(x, y or None, scale)`: without y it is x with itself, and without `col_ids` columns
-    have the ids of rows. With `inverse` the scale is a temperature. The last option, `wanted`, is added here:
-    as bits, the tensors whose gradients are.
+
+class SimilarityOp(PythonOp):
+    """An operator over a matrix of similarities, written in Python over passes.
+
+    The first inputs are `x`, `y` or None, and `scale`: without y it is x with itself, and without `col_ids` columns
+    have the ids of rows. With the attribute `temperature` the scale is one, that s is divided by.
     """
-
-    def __init__(self, name: str, reference, *, tensors: int, wrt: Sequence[int], outputs: int):
-        def without_wanted(*args):
-            return reference(*args[:-1])
-
-        super().__init__(name, without_wanted, self.shapes, tensors=tensors, wrt=wrt, outputs=outputs)
-
-    def implement(self, kind, operators, where):
-        run = self.forward if kind == "fwd" else self.backward
-        return functools.partial(torch.no_grad()(run), operators, where == "cpu")
-
-    def __call__(self, tensors, options):
-        transformed = not torch.compiler.is_compiling() and _functorch_active()
-        wanted = autograd.wanted_bits(self, tensors) if transformed or torch.is_grad_enabled() else 0
-        return super().__call__(tensors, (*options, wanted))
-
-    def shapes(self, *args):
-        raise NotImplementedError
-
-    def forward(self, operators, on_cpu, *args):
-        raise NotImplementedError
 
     def fake_backward(self, *args):
         tensors = args[self.outputs : self.outputs + self.tensors]
@@ -284,108 +373,163 @@ class TileOp(autograd.PythonOp):
         )
 
 
-class SoftmaxOp(TileOp):
-    """log sum exp of rows and columns relative to the positive.
+class SoftmaxInputs(NamedTuple):
+    x: Tensor  # [m, features]
+    y: Tensor | None  # [n, features]
+    scale: Tensor  # one number
+    base: Tensor | None = None  # [m], subtracted from a row's loss
+    target_col: Tensor | None = None  # [m] int64: the column of the positive, or of the row itself
+    row_ids: Tensor | None = None  # [m] int64
+    col_ids: Tensor | None = None  # [n] int64
+    inv_num_positives: Tensor | None = None  # [m]
 
-    Tensors `(x, y, scale, base, mark, row_ids, col_ids, share)`, of which the first four are differentiated;
-    options `same_is_positive, with_positives, normalize, inverse, rows, columns`. Of row i, with a positive or the sum
-    of the positives t_i,
 
-        row_i = log sum_j exp(s_ij) - share_i t_i - base_i,    col_i = log sum_k exp(s_kj) - t_i, j = mark_i
+class SoftmaxAttrs(NamedTuple):
+    normalize: bool
+    labels_are_positives: bool = (
+        False  # entries of equal ids; else that of `target_col`, and equal ids are left out
+    )
+    positives_in_denominator: bool = False
+    temperature: bool = False
+    rows: bool = True
+    columns: bool = False
+
+
+class SoftmaxOutputs(NamedTuple):
+    row: Tensor
+    col: Tensor
+    positive: Tensor
+
+
+class SoftmaxState(NamedTuple):
+    row_max: Tensor
+    row_log_sum: Tensor
+    col_max: Tensor
+    col_log_sum: Tensor
+
+
+class SoftmaxGradients(NamedTuple):
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    base: Tensor
+
+
+class SoftmaxOp(SimilarityOp):
+    """The log of the sum of exponentials of rows and columns, relative to the positive.
+
+    Of row i, with a positive or the sum of the positives t_i,
+
+        row_i = log sum_j exp(s_ij) - inv_num_positives_i t_i - base_i
+        col_i = log sum_k exp(s_kj) - t_i, j = target_col_i
 
     and t_i itself; where nothing is summed it is -inf.
     """
 
-    _TENSORS = (
-        "Tensor x, Tensor? y, Tensor scale, Tensor? base, Tensor? mark, Tensor? row_ids, Tensor? col_ids, "
-        "Tensor? share, "
-    )
-    _OPTIONS = (
-        "bool same_is_positive, bool with_positives, bool normalize, bool inverse, bool rows, bool columns, "
-        "int wanted"
-    )
-    _STATE = "Tensor row_max, Tensor row_log_sum, Tensor col_max, Tensor col_log_sum"
-    schemas: ClassVar = {
-        "fwd": f"({_TENSORS}{_OPTIONS}) -> (Tensor row, Tensor col, Tensor positive, {_STATE})",
-        "bwd": f"(Tensor? row_grad, Tensor? col_grad, Tensor? positive_grad, {_TENSORS}{_STATE}, {_OPTIONS}) "
-        "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbase)",
-    }
+    Inputs, Attrs, Outputs, State = SoftmaxInputs, SoftmaxAttrs, SoftmaxOutputs, SoftmaxState
+    Gradients = SoftmaxGradients
 
     def __init__(self, name: str, reference):
-        super().__init__(name, reference, tensors=8, wrt=(0, 1, 2, 3), outputs=3)
+        super().__init__(name, reference, wrt=(0, 1, 2, 3))
 
-    def shapes(
-        self,
-        x,
-        y,
-        scale,
-        base,
-        mark,
-        row_ids,
-        col_ids,
-        share,
-        same,
-        both,
-        normalize,
-        inverse,
-        rows,
-        columns,
-        _,
-    ):
-        high = accumulation_dtype(x.dtype)
+    def shapes(self, inputs, attrs):
+        x, y = inputs.x, inputs.y
         m, n = x.shape[0], x.shape[0] if y is None else y.shape[0]
-        one = [m if rows else 0], [m if columns else 0], [m]
-        return tuple(
-            x.new_empty(shape, dtype=high) for shape in (*one, one[0], one[0], *([[n if columns else 0]] * 2))
+        row, col, all_cols = (
+            [m if attrs.rows else 0],
+            [m if attrs.columns else 0],
+            [n if attrs.columns else 0],
+        )
+        return (
+            x.new_empty(shape, dtype=accumulation_dtype(x.dtype))
+            for shape in (row, col, [m], row, row, all_cols, all_cols)
         )
 
-    def forward(
-        self, operators, on_cpu, x, y, scale, base, mark, row_ids, col_ids, share, same, both, normalize, inverse, rows,
-        columns, _,
-    ):  # fmt: skip
-        s = Matrix(
-            operators, on_cpu, x, y, scale, None, mark, row_ids, col_ids, (same, both), normalize, inverse
-        )
-        of_rows, of_cols, positive = s.statistics(rows, columns)
-        empty = s.x.wide.new_empty
-        row, col = empty(0), empty(0)
-        if rows:
-            row = of_rows[0] - (positive if share is None else positive * share)
-            row = (row if base is None else row - base) + of_rows[1]
-        if columns:
-            col = (of_cols[0][mark] - positive) + of_cols[1][mark]
-        kept = (empty(0) if array is None else array for array in (*of_rows, *of_cols))
-        return row, col, positive, *kept
+    def forward(self, operators, inputs, attrs):
+        rows = Features(inputs.x, attrs.normalize)
+        return softmax_forward(operators, inputs, attrs, rows, OneBlock(rows, inputs.y, attrs.normalize))
 
-    def backward(
-        self, operators, on_cpu, g_row, g_col, g_positive, x, y, scale, base, mark, row_ids, col_ids, share,
-        row_max, row_log_sum, col_max, col_log_sum, same, both, normalize, inverse, rows, columns, wanted,
-    ):  # fmt: skip
-        s = Matrix(
-            operators, on_cpu, x, y, scale, None, mark, row_ids, col_ids, (same, both), normalize, inverse
-        )
-        zero = torch.zeros_like(s.x.wide.new_empty(s.m))
-        g_row = g_row.contiguous() if rows and g_row is not None else None
-        g_col = g_col.contiguous() if columns and g_col is not None else None
-        up = zero if g_positive is None else g_positive
-        arrays = {}
-        if g_row is not None:
-            up = up - (g_row if share is None else g_row * share)
-            arrays |= {"row_max": row_max, "row_log_sum": row_log_sum, "row_grad": g_row}
+    def backward(self, operators, grads, inputs, state, attrs):
+        rows = Features(inputs.x, attrs.normalize)
+        columns = OneBlock(rows, inputs.y, attrs.normalize)
+        dx, dy, dscale, dbase = softmax_backward(operators, grads, inputs, state, attrs, rows, columns)
+        dy = inputs.x.new_empty(0) if dy is None else dy
+        dbase = inputs.x.new_empty(0) if dbase is None else dbase
+        return dx, dy, dscale.to(inputs.scale.dtype), dbase
+
+
+def _softmax_matrix(
+    operators: Any, inputs: SoftmaxInputs, attrs: SoftmaxAttrs, rows: Features, block: Block
+) -> Matrix:
+    return Matrix(
+        operators, rows, block, inputs.scale, temperature=attrs.temperature, target_col=inputs.target_col,
+        row_ids=inputs.row_ids, col_ids=inputs.col_ids, labels_are_positives=attrs.labels_are_positives,
+        positives_in_denominator=attrs.positives_in_denominator,
+    )  # fmt: skip
+
+
+def softmax_forward(
+    operators: Any, inputs: SoftmaxInputs, attrs: SoftmaxAttrs, rows: Features, columns: Columns
+) -> Sequence[Tensor]:
+    """Return the fields of `SoftmaxOutputs` and `SoftmaxState`, of this process's rows and its own columns.
+
+    `target_col` and `col_ids` are among the columns of all.
+    """
+    parts: list[Any] = [None] * columns.count
+    for block in columns.blocks():
+        s = _softmax_matrix(operators, inputs, attrs, rows, block)
+        parts[block.index] = s.statistics(attrs.rows, attrs.columns)
+    of_rows, of_cols, positives = zip(*parts, strict=True)
+    positive = in_order(positives)
+    if attrs.rows:
+        row_max, row_log_sum = of_rows[0]
+        if len(of_rows) > 1:
+            row_max, row_log_sum = merged(*(torch.stack(t) for t in zip(*of_rows, strict=True)))
+        t = positive if inputs.inv_num_positives is None else positive * inputs.inv_num_positives
+        row = row_max - t
+        row = (row if inputs.base is None else row - inputs.base) + row_log_sum
+    else:
+        row, row_max, row_log_sum = (positive.new_empty(0) for _ in range(3))
+    if attrs.columns:
+        col_max, col_log_sum = columns.own_statistics(of_cols)
+        own = inputs.target_col - columns.first if columns.first else inputs.target_col
+        col = (col_max[own] - positive) + col_log_sum[own]
+    else:
+        col, col_max, col_log_sum = (positive.new_empty(0) for _ in range(3))
+    return row, col, positive, row_max, row_log_sum, col_max, col_log_sum
+
+
+def softmax_backward(
+    operators: Any, grads: SoftmaxOutputs, inputs: SoftmaxInputs, state: SoftmaxState, attrs: SoftmaxAttrs,
+    rows: Features, columns: Columns,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Return the gradients of this process's `x`, `y`, scale and base; None for what is not given."""
+    zero = torch.zeros_like(rows.acc.new_empty(rows.acc.shape[0]))
+    g_row = grads.row.contiguous() if attrs.rows and grads.row is not None else None
+    g_col = grads.col.contiguous() if attrs.columns and grads.col is not None else None
+    up = zero if grads.positive is None else grads.positive
+    arrays: dict[str, Tensor] = {}
+    of_cols: Sequence[Tensor] = ()
+    if g_row is not None:
+        up = up - (g_row if inputs.inv_num_positives is None else g_row * inputs.inv_num_positives)
+        arrays |= {"row_max": state.row_max, "row_log_sum": state.row_log_sum, "row_grad": g_row}
+    if g_col is not None:
+        up = up - g_col
+        own = inputs.target_col - columns.first if columns.first else inputs.target_col
+        grad = torch.zeros_like(state.col_max).scatter_(0, own, g_col)
+        of_cols = columns.of_all(state.col_max, state.col_log_sum, grad)
+    arrays["positive_grad"] = up.contiguous()
+    sums = BlockSums(columns.count)
+    for block in columns.blocks():
         if g_col is not None:
-            up = up - g_col
-            grad = torch.zeros_like(s.x.wide.new_empty(s.n)).scatter_(0, mark, g_col)
-            arrays |= {"col_max": col_max, "col_log_sum": col_log_sum, "col_grad": grad}
-        dbase = x.new_empty(0) if base is None else (-zero if g_row is None else -g_row)
-        dx, dy, dscale = s.walk(SOFTMAX_GRADIENT, True, positive_grad=up.contiguous(), **arrays)
-        return dx, dy, dscale.to(scale.dtype), dbase
-
-
-def marks(rows: int, columns: int, offset: int, like: Tensor, keys: str = "") -> Tensor:
-    if not isinstance(offset, int):
-        raise TypeError(f"label_offset: expected an int, got {type(offset).__name__}")
-    if offset < 0 or offset + rows > columns:
-        raise ValueError(
-            f"{keys}: expected the positives of {rows} rows from label_offset {offset} on, got {columns} rows"
-        )
-    return torch.arange(offset, offset + rows, device=like.device)
+            here = of_cols if columns.count == 1 else [array[block.columns] for array in of_cols]
+            arrays["col_max"], arrays["col_log_sum"], arrays["col_grad"] = here
+        s = _softmax_matrix(operators, inputs, attrs, rows, block)
+        dx, dy, dscale = s.run(SOFTMAX_GRADIENT, True, **arrays)
+        sums.add(block.index, dx, dscale)
+        columns.add(dy)
+    (dscale,), dx, dy = sums.numbers(), sums.dx, columns.gradient()
+    if inputs.y is None and dy is not None:
+        dx, dy = dx.add_(dy), None
+    dbase = None if inputs.base is None else (-zero if g_row is None else -g_row)
+    return rows.gradient(dx), dy, dscale, dbase

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.reductions import reduced
+from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs
 from fastloss.distributed.collectives import Ranks, agreed, check_group, completed, everyone, multiplied
 from fastloss.distributed.exchange import EXCHANGES
 from fastloss.distributed.similarities import softmax
@@ -46,14 +47,16 @@ class Call:
         return [t if t is None or self.factor == 1 else multiplied(t, self.factor) for t in tensors]
 
     def number(self, value: Tensor) -> Tensor:
-        """In the accumulation type: ranks' parts of its gradient are added up unrounded."""
+        """Return a number in the accumulation dtype: ranks' parts of its gradient are added up unrounded."""
         return completed(value.to(accumulation_dtype(value.dtype)), self.rows)
 
-    def softmax(self, tensors, options, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-        return softmax(tensors, options, ranks, self.exchange)
+    def softmax(
+        self, inputs: SoftmaxInputs, attrs: SoftmaxAttrs, ranks: Ranks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return softmax(inputs, attrs, ranks, self.exchange)
 
     def to_reduce(self, loss: Tensor, weight: Tensor | None, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
-        """Of everyone, or of this rank's rows where nothing is reduced."""
+        """Return those of everyone, or of this rank's rows where nothing is reduced."""
         if self.reduction == "none":
             return loss, weight
         return everyone(loss, ranks), None if weight is None else everyone(weight, ranks)

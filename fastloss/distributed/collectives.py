@@ -1,4 +1,4 @@
-"""What ranks say to each other: rows gathered, parts added up in the order of ranks, and who holds how much."""
+"""Collectives: rows gathered, parts added up in the order of ranks, and who holds how much."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastloss._ops.autograd import HALF_TYPES
+from fastloss._ops.similarity import in_order
 
 __all__ = ["all_gather", "sum_of_gradients"]
 
@@ -28,7 +29,7 @@ def check_group(group: Any) -> None:
 
 
 def check_once() -> None:
-    """In a backward that has no derivative: what it saved depends on every rank's input."""
+    """Raise in a backward pass that is to be differentiated: what it saved depends on every rank's input."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the loss over several processes can be differentiated once: not with create_graph"
@@ -36,41 +37,37 @@ def check_once() -> None:
 
 
 def _added_up(x: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks, of half types in float32."""
+    """All-reduce: return the sum over the ranks, of half types in float32."""
     total = x.to(torch.float32 if x.dtype in HALF_TYPES else x.dtype, copy=True).contiguous()
     dist.all_reduce(total, group=group)
     return total.to(x.dtype)
 
 
-class _AllGather(Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group, ctx.rows = group, x.shape[0]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts)
+class _Linear(Function):
+    """A linear map of one tensor, and what it does to gradients."""
 
     @staticmethod
-    @once_differentiable
+    def forward(ctx, x, forward, adjoint):
+        ctx.adjoint = adjoint
+        return forward(x)
+
+    @staticmethod
     def backward(ctx, grad):
-        begin = dist.get_rank(ctx.group) * ctx.rows
-        return _added_up(grad, ctx.group)[begin : begin + ctx.rows].clone(), None
+        return ctx.adjoint(grad), None, None
 
 
-class _SumOfGradients(Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
+def _alias(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _added_up(grad, ctx.group), None
+
+def _once(adjoint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what raises where its result is differentiated."""
+    wrapped = once_differentiable(lambda _, grad: adjoint(grad))
+    return lambda grad: wrapped(None, grad)
 
 
 def all_gather(x: Tensor, group: Any = None) -> Tensor:
-    """The tensors of all ranks one after another along their first dimension, differentiable.
+    """Return the tensors of all ranks one after another along their first dimension, differentiable.
 
     Backward adds the gradients up over the ranks and gives each its own part: that of the sum of all ranks' losses.
 
@@ -79,24 +76,26 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
         group: a process group. Default: all processes.
     """
     check_group(group)
-    return _AllGather.apply(x.contiguous(), group)
+    rows, begin = x.shape[0], dist.get_rank(group) * x.shape[0]
+
+    def gather(x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    def own_part(grad: Tensor) -> Tensor:
+        return _added_up(grad, group)[begin : begin + rows].clone()
+
+    return _Linear.apply(x.contiguous(), gather, _once(own_part))
 
 
 def sum_of_gradients(x: Tensor, group: Any = None) -> Tensor:
-    """`x`, which all ranks hold alike and of which each computes a part: backward adds its gradient up over them."""
+    """Return `x`, which all ranks hold alike and of which each computes a part: backward all-reduces its gradient."""
     check_group(group)
-    return _SumOfGradients.apply(x, group)
+    return _Linear.apply(x, _alias, _once(lambda grad: _added_up(grad, group)))
 
 
 # ---- rows of which each rank holds some
-
-
-def in_order(parts: Sequence[Tensor] | Tensor) -> Tensor:
-    """Their sum from the first to the last, written over the first."""
-    total = parts[0]
-    for part in parts[1:]:
-        total.add_(part)
-    return total
 
 
 class Ranks:
@@ -107,7 +106,7 @@ class Ranks:
         self.rank, self.size = dist.get_rank(group), len(self.counts)
         self.starts = (0, *itertools.accumulate(self.counts))
         self.begin, self.total = self.starts[self.rank], self.starts[-1]
-        self.own = self.of(self.rank)
+        self.local = self.of(self.rank)
 
     def of(self, rank: int) -> slice:
         return slice(self.starts[rank], self.starts[rank + 1])
@@ -116,7 +115,7 @@ class Ranks:
         return Ranks(self.group, [factor * n for n in self.counts])
 
     def gathered(self, x: Tensor) -> Tensor:
-        """All rows."""
+        """All-gather: return all rows."""
         most = max(self.counts)
         if self.size == 1 or most == 0:
             return x
@@ -129,16 +128,18 @@ class Ranks:
         return torch.cat([part[:n] for part, n in zip(found.split(most), self.counts, strict=True)])
 
     def parts(self, x: Tensor) -> Tensor:
-        """[size, own rows, ...]: what each rank's `x`, which has all rows, says of those of this rank."""
-        own = self.counts[self.rank]
+        """All-to-all: return [size, local rows, ...]: of each rank's `x`, which has all rows, those of this rank."""
+        local = self.counts[self.rank]
         if self.size == 1:
             return x.unsqueeze(0)
-        found = x.new_empty(self.size * own, *x.shape[1:])
-        dist.all_to_all_single(found, x.contiguous(), [own] * self.size, list(self.counts), group=self.group)
-        return found.view(self.size, own, *x.shape[1:])
+        found = x.new_empty(self.size * local, *x.shape[1:])
+        dist.all_to_all_single(
+            found, x.contiguous(), [local] * self.size, list(self.counts), group=self.group
+        )
+        return found.view(self.size, local, *x.shape[1:])
 
     def passed_on(self, x: Tensor, rows: int, tag: int) -> Callable[[], Tensor]:
-        """Sends `x` to the next rank; what comes from the previous one, of `rows` rows, the result waits for."""
+        """Send `x` to the next rank; return what waits for the `rows` rows that come from the previous one."""
         if self.size == 1:
             return lambda: x
         found = x.new_empty(rows, *x.shape[1:])
@@ -159,53 +160,36 @@ class Ranks:
         return wait
 
 
-class _Everyone(Function):
-    """All rows, of which every rank makes the same number: each gets that number's gradient of its own."""
+def everyone(x: Tensor, ranks: Ranks) -> Tensor:
+    """Return all rows, of which every rank makes the same number: each gets that number's gradient of its own."""
 
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
+    def gather(x: Tensor) -> Tensor:
         found = ranks.gathered(x)
-        return found.view_as(found) if found is x else found
+        return _alias(found) if found is x else found
 
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.ranks.own], None
+    return _Linear.apply(x, gather, lambda grad: grad[ranks.local])
 
 
-class _Completed(Function):
-    """One number that all ranks hold alike: its gradient is added up over them, in their order."""
+def completed(x: Tensor, ranks: Ranks) -> Tensor:
+    """Return one number that all ranks hold alike: its gradient is added up over them, in their order."""
 
-    @staticmethod
-    def forward(ctx, x, ranks):
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
+    def add_up(grad: Tensor) -> Tensor:
         check_once()
-        single = Ranks(ctx.ranks.group, [1] * ctx.ranks.size)
-        return in_order(single.gathered(grad.reshape(1, 1).clone())).reshape(grad.shape), None
+        single = Ranks(ranks.group, [1] * ranks.size)
+        return in_order(single.gathered(grad.reshape(1, 1).clone())).reshape(grad.shape)
+
+    return _Linear.apply(x, _alias, add_up)
 
 
-class _Multiplied(Function):
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.factor, None
-
-
-everyone, completed, multiplied = _Everyone.apply, _Completed.apply, _Multiplied.apply
+def multiplied(x: Tensor, factor: int) -> Tensor:
+    """Return `x`, whose gradient is multiplied by `factor`."""
+    return _Linear.apply(x, _alias, lambda grad: grad * factor)
 
 
 # ---- what has to be the same everywhere
 
 
-_ROOM = 32
+_CAPACITY = 32
 
 
 def _is_size(value: Any) -> bool:
@@ -213,10 +197,10 @@ def _is_size(value: Any) -> bool:
 
 
 def agreed(call: str, group: Any, counts: Sequence[int], same: dict[str, Any]) -> list[list[int]]:
-    """Each rank's `counts`, once all are found to make the same call with equal values in `same`. On the CPU."""
+    """Return each rank's `counts`, once all are found to make the same call with equal values in `same`. On the CPU."""
     codes = [v if _is_size(v) else zlib.crc32(repr(v).encode()) for v in same.values()]
     mine = [zlib.crc32(call.encode()), *counts, *codes]
-    mine += [0] * (_ROOM - len(mine))
+    mine += [0] * (_CAPACITY - len(mine))
     world = Ranks(group, [1] * dist.get_world_size(group))
     found = world.gathered(torch.tensor([mine], device="cpu")).tolist()
     if any(row[0] != mine[0] for row in found):

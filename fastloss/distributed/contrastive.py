@@ -19,6 +19,7 @@ from fastloss._ops.checks import (
 from fastloss._ops.checks import number as number_of
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.reductions import reduced_over
+from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs
 from fastloss.distributed.call import Call
 from fastloss.losses.contrastive import info_nce_rows
 from fastloss.losses.retrieval import ranking_rows
@@ -136,17 +137,23 @@ def sup_con_loss(
     (x,) = call.features(x)
     everywhere = rows.gathered(labels)
     others = class_sizes(everywhere, everywhere) - 1
-    share = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_dtype(x.dtype)), 0.0)[rows.own]
-    mark = torch.arange(rows.own.start, rows.own.stop, device=x.device)
+    inv_num_positives = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_dtype(x.dtype)), 0.0)[
+        rows.local
+    ]
+    itself = torch.arange(rows.local.start, rows.local.stop, device=x.device)
     row, *_ = call.softmax(
-        (x, None, call.number(number), None, mark, labels, None, share),
-        (True, True, bool(normalize), True, True, False),
+        SoftmaxInputs(
+            x, None, call.number(number), target_col=itself, row_ids=labels, inv_num_positives=inv_num_positives
+        ),
+        SoftmaxAttrs(
+            normalize=bool(normalize), temperature=True, labels_are_positives=True, positives_in_denominator=True
+        ),
         rows,
-    )
+    )  # fmt: skip
     counts = others > 0
-    loss = row.masked_fill(~counts[rows.own], 0.0)
+    loss = row.masked_fill(~counts[rows.local], 0.0)
     loss, weight = call.to_reduce(loss, weight, rows)
-    counts = counts[rows.own] if reduction == "none" else counts
+    counts = counts[rows.local] if reduction == "none" else counts
     return reduced_over(loss, counts, weight, reduction, dtype)
 
 
@@ -198,11 +205,13 @@ def nt_xent_loss(
         sample_weight=sample_weight, normalize=bool(normalize),
     )  # fmt: skip
     both = call.rows.times(2)
-    own = torch.arange(both.own.start, both.own.stop, device=x.device)
+    rows = torch.arange(both.local.start, both.local.stop, device=x.device)
     x, y = call.features(x, y)
     row, *_ = call.softmax(
-        (torch.cat([x, y]), None, call.number(number), None, own.roll(x.shape[0]), own, None, None),
-        (False, False, bool(normalize), True, True, False),
+        SoftmaxInputs(
+            torch.cat([x, y]), None, call.number(number), target_col=rows.roll(x.shape[0]), row_ids=rows
+        ),
+        SoftmaxAttrs(normalize=bool(normalize), temperature=True),
         both,
     )
     return call.reduced(F.softplus(row), None if weight is None else weight.repeat(2), dtype, both)
@@ -268,11 +277,11 @@ def multiple_negatives_ranking_loss(
     )  # fmt: skip
     docs = call.rows.times(1 + each)
 
-    def walk(tensors, options):
-        return call.softmax(tensors, options, call.rows if tensors[1] is None else docs)
+    def softmax(inputs: SoftmaxInputs, attrs: SoftmaxAttrs):
+        return call.softmax(inputs, attrs, call.rows if inputs.y is None else docs)
 
     loss, weight, dtype = ranking_rows(
         *call.features(anchor, positive, negatives), call.number(number), directions, partition_mode, ids, normalize,
-        sample_weight, 0, walk, call.rows.begin, docs.begin,
+        sample_weight, 0, softmax, call.rows.begin, docs.begin,
     )  # fmt: skip
     return call.reduced(loss, weight, dtype, call.rows)

@@ -1,76 +1,95 @@
-"""How a rank comes to see the columns that others hold: gathered beforehand, or passed around a ring.
+"""How a rank comes to see the columns that others hold: by an all-gather beforehand, or passed around a ring.
 
-Both give the columns of all ranks in blocks, and bring what each rank finds as their gradient to their owners.
+Both give the columns of all ranks in blocks, and bring what each rank finds as their gradient to their owners: they
+are the `Columns` of `fastloss._ops.similarity`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from fastloss.distributed.collectives import Ranks, in_order
+from fastloss._ops.similarity import Block, Features, in_order, merged
+from fastloss.distributed.collectives import Ranks
 
 
-class Block(NamedTuple):
-    index: int  # its place in the order of columns
-    columns: slice  # of all
-    y: Tensor  # [columns, features]
+class Exchange:
+    """Columns of which this rank has `y`, or without it its rows `x`.
 
+    `gathered` is what `gather` returned in forward, from which backward starts.
+    """
 
-class Gathered:
-    """One block: memory in proportion to all columns, and one exchange."""
+    count: int
 
-    def __init__(self, y: Tensor, ranks: Ranks):
-        self._y, self._ranks = y, ranks
-
-    @staticmethod
-    def kept(y: Tensor, ranks: Ranks) -> Tensor:
-        """Of this rank's columns what forward and backward are made of."""
-        return ranks.gathered(y)
+    def __init__(self, x: Tensor, y: Tensor | None, gathered: Tensor, ranks: Ranks, normalize: bool):
+        self._own, self._itself = x if y is None else y, y is None
+        self._gathered, self._ranks, self._normalize = gathered, ranks, normalize
+        self.first = ranks.begin
 
     @staticmethod
-    def own(kept: Tensor, ranks: Ranks) -> Tensor:
-        return kept[ranks.own]
+    def gather(own: Tensor, ranks: Ranks) -> Tensor:
+        """Return what is to be held of the other ranks' columns."""
+        raise NotImplementedError
+
+    def own_statistics(self, blocks: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
+        of_cols = torch.stack([torch.cat(t) for t in zip(*blocks, strict=True)], 1)
+        return merged(*self._ranks.parts(of_cols).unbind(2))
+
+    def of_all(self, *arrays: Tensor) -> Sequence[Tensor]:
+        return self._ranks.gathered(torch.stack(arrays, 1)).t().contiguous()
+
+    def gradient(self, dtype: torch.dtype | None = None) -> Tensor:
+        dy = self._all_ranks_gradient()
+        return dy if self._itself else Features(self._own, self._normalize).gradient(dy, dtype)
+
+    def _all_ranks_gradient(self) -> Tensor:
+        raise NotImplementedError
+
+
+class Gathered(Exchange):
+    """One block: memory in proportion to all columns, one all-gather, and one all-to-all of the gradient."""
+
+    count = 1
+
+    @staticmethod
+    def gather(own: Tensor, ranks: Ranks) -> Tensor:
+        found = ranks.gathered(own)
+        return own.clone() if found is own else found
 
     def blocks(self) -> Iterator[Block]:
-        yield Block(0, slice(0, self._ranks.total), self._y)
+        yield Block(0, slice(0, self._ranks.total), Features(self._gathered, self._normalize))
 
     def add(self, dy: Tensor) -> None:
-        """This rank's part of the gradient of the block that was given last."""
         self._parts = self._ranks.parts(dy)
 
-    def gradient(self) -> Tensor:
-        """Of this rank's columns, all ranks' parts added up."""
+    def _all_ranks_gradient(self) -> Tensor:
         return in_order(self._parts)
 
 
-class Ring:
+class Ring(Exchange):
     """A block a rank: memory in proportion to one, and while it is used the next one comes.
 
     The gradient travels with its block from its owner on, and each rank adds its part: an order that is fixed.
     """
 
-    def __init__(self, y: Tensor, ranks: Ranks):
-        self._y, self._ranks, self._coming = y, ranks, None
+    def __init__(self, x: Tensor, y: Tensor | None, gathered: Tensor, ranks: Ranks, normalize: bool):
+        super().__init__(x, y, gathered, ranks, normalize)
+        self.count, self._coming = ranks.size, None
 
     @staticmethod
-    def kept(y: Tensor, ranks: Ranks) -> Tensor:
-        return y
-
-    @staticmethod
-    def own(kept: Tensor, ranks: Ranks) -> Tensor:
-        return kept
+    def gather(own: Tensor, ranks: Ranks) -> Tensor:
+        return own.new_empty(0)
 
     def blocks(self) -> Iterator[Block]:
-        ranks, y = self._ranks, self._y
+        ranks, y = self._ranks, self._own
         for step in range(ranks.size):
             owner = (ranks.rank - step) % ranks.size
             self._next = ranks.counts[(owner - 1) % ranks.size]
             last = step + 1 == ranks.size
             coming = None if last else ranks.passed_on(y, self._next, tag=0)
-            yield Block(owner, ranks.of(owner), y)
+            yield Block(owner, ranks.of(owner), Features(y, self._normalize))
             y = y if last else coming()
 
     def add(self, dy: Tensor) -> None:
@@ -78,7 +97,7 @@ class Ring:
             dy.add_(self._coming())
         self._coming = self._ranks.passed_on(dy, self._next, tag=1)
 
-    def gradient(self) -> Tensor:
+    def _all_ranks_gradient(self) -> Tensor:
         return self._coming()
 
 

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastloss._ops.autograd import REDUCTIONS
 from fastloss._ops.checks import check_reduction, rows_of_features, weight_of_rows
 from fastloss._ops.checks import number as number_of
 from fastloss._ops.dtypes import accumulation_dtype
-from fastloss._ops.similarity import marks
+from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, target_columns
 from fastloss.distributed.call import Call
-from fastloss.distributed.similarities import sigmoid
+from fastloss.distributed.similarities import SigmoidInputs, SigmoidOptions, sigmoid
 
 __all__ = ["clip_loss", "siglip_loss"]
 
@@ -104,10 +105,10 @@ def clip_loss(
     )  # fmt: skip
     rows = call.rows
     x, y = call.features(x, y)
-    mark = torch.arange(rows.own.start, rows.own.stop, device=x.device)
+    target_col = torch.arange(rows.local.start, rows.local.stop, device=x.device)
     row, col, _ = call.softmax(
-        (x, y, call.number(scale), None, mark, None, None, None),
-        (False, False, bool(normalize), False, True, True),
+        SoftmaxInputs(x, y, call.number(scale), target_col=target_col),
+        SoftmaxAttrs(normalize=bool(normalize), columns=True),
         rows,
     )
     loss = 0.5 * (F.softplus(row) + F.softplus(col))
@@ -166,23 +167,27 @@ def siglip_loss(
     weight = weight_of_rows(sample_weight, x)
     scale = number_of("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else number_of("logit_bias", logit_bias, x)
-    mark = label_offset
-    if mark is not None:
-        mark = marks(x.shape[0], y.shape[0], label_offset, x, "text_features")
+    target_col = None
+    if label_offset is not None:
+        target_col = target_columns(x.shape[0], y.shape[0], label_offset, x, "text_features")
     call = Call(
         "siglip_loss", x, group, exchange, for_ddp, rows_per_rank, reduction, y.shape[0],
         image_features=image_features, text_features=text_features, logit_scale=logit_scale, logit_bias=logit_bias,
         sample_weight=sample_weight, normalize=bool(normalize), label_offset=label_offset is None,
     )  # fmt: skip
     x, y = call.features(x, y)
-    mark = None if mark is None else mark + call.columns.begin
-    tensors = x, y, call.number(scale), None if bias is None else call.number(bias), mark
-    high = accumulation_dtype(x.dtype)
-    if mode == 0:
-        options = mode, bool(normalize), high
-        loss = sigmoid((*tensors, None, None), options, call.rows, call.columns, call.exchange)
-        return call.reduced(loss, weight, dtype, call.rows)
-    weight = None if weight is None else weight.to(high)
-    weights = None if weight is None else call.rows.gathered(weight.detach())
-    options = mode, bool(normalize), dtype
-    return sigmoid((*tensors, weight, weights), options, call.rows, call.columns, call.exchange)
+    target_col = None if target_col is None else target_col + call.columns.begin
+    inputs = SigmoidInputs(
+        x, y, call.number(scale), None if bias is None else call.number(bias), target_col, None, None
+    )
+    acc_dtype = accumulation_dtype(x.dtype)
+    options = SigmoidOptions(
+        reduction=mode, normalize=bool(normalize), out_dtype=dtype if mode else acc_dtype, rows=call.rows,
+        columns=call.columns, exchange=call.exchange,
+    )  # fmt: skip
+    if mode == REDUCTIONS["none"]:
+        return call.reduced(sigmoid(inputs, options), weight, dtype, call.rows)
+    if weight is not None:
+        weight = weight.to(acc_dtype)
+        inputs = inputs._replace(weight=weight, weight_of_all=call.rows.gathered(weight.detach()))
+    return sigmoid(inputs, options)

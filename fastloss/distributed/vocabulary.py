@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
+from fastloss._ops.autograd import REDUCTIONS, Differentiable
 from fastloss._ops.checks import check_floating, check_number, check_reduction, check_tensors
 from fastloss.distributed.collectives import check_group, check_once, sum_of_gradients
 from fastloss.losses.token_statistics import linear_token_stats, token_stats
@@ -21,52 +21,62 @@ from fastloss.losses.token_statistics import linear_token_stats, token_stats
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
 
-class _NegativeLogProbability(Function):
-    """-log p of the target from what each rank knows of its slice: `lse`, and where it is `own`, `logp` in it.
+class _NegativeLogProbability(Differentiable):
+    """-log p of the target from what each rank knows of its slice: `lse`, and `logp` of a target that is `local`.
+
+    Tensors `(lse, logp, local)`, the option is the group; returns the loss, and how many ranks hold the target.
 
     Everything is relative to the largest lse M. With the mass s = exp(lse - M) of a slice, and `others` all of it
     but the target's exp(z), the loss is log(1 + others / exp(z)): exact however far the target wins.
     """
 
-    @staticmethod
-    def forward(ctx, lse, logp, own, group):
+    def __init__(self):
+        super().__init__("vocabulary_parallel_nll", None, tensors=3, wrt=(0, 1), outputs=2)
+
+    def run_forward(self, plan, tensors, options):
+        (lse, logp, local), (group,) = tensors, options
         top = lse.clone()
         dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
         top = torch.where(top.isfinite(), top, 0.0)
         mass = (lse - top).exp()
-        apart = torch.where(own, mass * -torch.expm1(logp), mass)
-        z = torch.where(own, (lse - top) + logp, 0.0)
-        sums = torch.stack([apart, z, own.to(lse.dtype)])
+        apart = torch.where(local, mass * -torch.expm1(logp), mass)
+        z = torch.where(local, (lse - top) + logp, 0.0)
+        sums = torch.stack([apart, z, local.to(lse.dtype)])
         dist.all_reduce(sums, group=group)
         others, z, owners = sums.unbind(0)
         total = others + z.exp()
-        ctx.save_for_backward(torch.where(own, apart - others, mass) / total, own)
-        ctx.mark_non_differentiable(owners)
-        return torch.logaddexp(others.log() - z, torch.zeros_like(z)), owners
+        grad_lse = torch.where(local, apart - others, mass) / total
+        return torch.logaddexp(others.log() - z, torch.zeros_like(z)), owners, grad_lse
 
-    @staticmethod
-    def backward(ctx, grad, _):
+    def run_backward(self, plan, grads, tensors, saved, options):
+        grad, local, (grad_lse,) = grads[0], tensors[2], saved
+        return [grad * grad_lse, torch.where(local, -grad, 0.0)]
+
+    def differentiable_again(self, plan):
         check_once()  # what is saved depends on every rank's logits
-        of_lse, own = ctx.saved_tensors
-        return grad * of_lse, torch.where(own, -grad, 0.0), None, None
+
+
+_negative_log_probability = _NegativeLogProbability()
 
 
 def _targets(
     target: Tensor, rows: int, classes: int, ignore_index: int, first_class: int | None, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which rows count, which of them have their class here, and where (0 elsewhere)."""
+    """Return which rows count, which of them have their class on this rank, and where (0 elsewhere)."""
     if target.dtype != torch.int64:
         raise RuntimeError(f"target: expected classes of type int64, got {target.dtype}")
     if target.shape != (rows,):
         raise ValueError(f"target: expected shape {(rows,)}, got {tuple(target.shape)}")
     first = dist.get_rank(group) * classes if first_class is None else first_class
     valid = target != ignore_index
-    own = valid & (target >= first) & (target < first + classes)
-    return valid, own, torch.where(own, target - first, 0)
+    local = valid & (target >= first) & (target < first + classes)
+    return valid, local, torch.where(local, target - first, 0)
 
 
-def _loss(stats, valid: Tensor, own: Tensor, target: Tensor, mode: int, dtype: torch.dtype, group) -> Tensor:
-    nll, owners = _NegativeLogProbability.apply(stats.lse, stats.logp, own, group)
+def _loss(
+    stats, valid: Tensor, local: Tensor, target: Tensor, mode: int, dtype: torch.dtype, group
+) -> Tensor:
+    nll, owners = _negative_log_probability((stats.lse, stats.logp, local), (group,))
     if target.is_cpu:
         wrong = valid & (owners != 1)
         if wrong.any():
@@ -76,14 +86,14 @@ def _loss(stats, valid: Tensor, own: Tensor, target: Tensor, mode: int, dtype: t
     else:
         nll = torch.where(owners == 1, nll, torch.nan)
     nll = torch.where(valid, nll, 0.0)
-    if mode == 0:
+    if mode == REDUCTIONS["none"]:
         return nll.to(dtype)
     total = nll.sum()
-    return (total / valid.sum() if mode == 1 else total).to(dtype)
+    return (total / valid.sum() if mode == REDUCTIONS["mean"] else total).to(dtype)
 
 
 def _scales(logit_scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """As temperature and softcap of `token_stats`, which caps first: s x = (x / T) with a cap of c T."""
+    """Return temperature and softcap of `token_stats`, which caps first: s x = (x / T) with a cap of c T."""
     scale = check_number("logit_scale", logit_scale, low=math.ulp(0.0))
     cap = None if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) / scale
     return 1 / scale, cap
@@ -138,10 +148,10 @@ def cross_entropy(
     if input.dim() != 2:
         raise RuntimeError(f"input: expected (N, C_r), got shape {tuple(input.shape)}")
     rows, classes = input.shape
-    valid, own, index = _targets(target, rows, classes, ignore_index, first_class, group)
+    valid, local, index = _targets(target, rows, classes, ignore_index, first_class, group)
     temperature, cap = _scales(logit_scale, softcap)
     stats = token_stats(input, index, temperature, mask=valid, softcap=cap)
-    return _loss(stats, valid, own, target, mode, input.dtype, group)
+    return _loss(stats, valid, local, target, mode, input.dtype, group)
 
 
 def linear_cross_entropy(
@@ -190,10 +200,10 @@ def linear_cross_entropy(
     if input.dim() != 2:
         raise RuntimeError(f"input: expected (N, in_features), got shape {tuple(input.shape)}")
     rows, classes = input.shape[0], linear_weight.shape[0]
-    valid, own, index = _targets(target, rows, classes, ignore_index, first_class, group)
+    valid, local, index = _targets(target, rows, classes, ignore_index, first_class, group)
     temperature, cap = _scales(logit_scale, softcap)
     stats = linear_token_stats(
         sum_of_gradients(input, group), linear_weight, index, temperature, linear_bias=linear_bias, mask=valid,
         softcap=cap,
     )  # fmt: skip
-    return _loss(stats, valid, own, target, mode, input.dtype, group)
+    return _loss(stats, valid, local, target, mode, input.dtype, group)

@@ -18,6 +18,7 @@ from fastloss._ops.checks import (
     check_tensors,
     check_weight_type,
 )
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.logit_transforms import AngularMargin, Harmonic
 from fastloss.losses.linear import as_autocast
@@ -50,8 +51,8 @@ def _harmonic_reference(
     )  # fmt: skip
 
 
-_margin = LinearOp("margin_loss", _margin_reference, rows="cross_entropy", shape=AngularMargin)
-_harmonic = LinearOp("harmonic_loss", _harmonic_reference, rows="cross_entropy", shape=Harmonic)
+_margin = LinearOp("margin_loss", _margin_reference, "cross_entropy", AngularMargin)
+_harmonic = LinearOp("harmonic_loss", _harmonic_reference, "cross_entropy", Harmonic)
 
 
 def _check(
@@ -135,9 +136,12 @@ def _margin_loss(
     )  # fmt: skip
     try:
         loss = _margin(
-            (rows, centred, None, target, None, sample_weight),
-            (ignore_index, mode, scale, 0.0, hparams, autocast, 0),
-        )
+            LinearInputs(rows, centred, None, target, None, sample_weight),
+            LinearAttrs(
+                ignore_index=ignore_index, reduction=mode, logit_scale=scale, softcap=0.0, hparams=hparams,
+                out_fp32=autocast, chunk=0,
+            ),
+        )  # fmt: skip
     except IndexError:
         if classes is None:
             raise
@@ -304,7 +308,10 @@ def harmonic_loss(
         label_smoothing=0.0, z_loss=0.0, n=power, eps=check_number("eps", eps, math.ulp(0.0))
     )
     loss = _harmonic(
-        (x, w, None, target.long(), None, sample_weight),
-        (ignore_index, mode, 1.0, 0.0, hparams, False, 0),
-    )
+        LinearInputs(x, w, None, target.long(), None, sample_weight),
+        LinearAttrs(
+            ignore_index=ignore_index, reduction=mode, logit_scale=1.0, softcap=0.0, hparams=hparams, out_fp32=False,
+            chunk=0,
+        ),
+    )  # fmt: skip
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(dtype)

@@ -18,8 +18,8 @@ from fastloss._ops.checks import (
 )
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.reductions import reduced
-from fastloss._ops.similarity import SoftmaxOp, marks
-from fastloss._ops.similarity_losses import SigmoidOp
+from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, SoftmaxOp, target_columns
+from fastloss._ops.similarity_losses import SigmoidAttrs, SigmoidInputs, SigmoidOp
 
 __all__ = ["clip_loss", "info_nce", "siglip_loss"]
 
@@ -75,9 +75,10 @@ def clip_loss(
         raise ValueError(f"text_features: expected shape {tuple(x.shape)}, got {tuple(y.shape)}")
     weight = weight_of_rows(sample_weight, x)
     scale = number("logit_scale", logit_scale, x)
-    options = (False, False, bool(normalize), False, True, True)
-    mark = marks(x.shape[0], x.shape[0], 0, x)
-    row, col, _ = contrastive_softmax((x, y, scale, None, mark, None, None, None), options)
+    row, col, _ = contrastive_softmax(
+        SoftmaxInputs(x, y, scale, target_col=target_columns(x.shape[0], x.shape[0], 0, x)),
+        SoftmaxAttrs(normalize=bool(normalize), columns=True),
+    )
     loss = 0.5 * (F.softplus(row) + F.softplus(col))
     if logit_bias is not None:
         loss = loss + 0 * number("logit_bias", logit_bias, x).reshape(()).to(loss.dtype)
@@ -131,8 +132,13 @@ def siglip_loss(
     weight = weight_of_rows(sample_weight, x)
     scale = number("logit_scale", logit_scale, x)
     bias = None if logit_bias is None else number("logit_bias", logit_bias, x)
-    mark = None if label_offset is None else marks(x.shape[0], y.shape[0], label_offset, x, "text_features")
-    return _sigmoid((x, y, scale, bias, mark, None, None, weight), (mode, bool(normalize), dtype != x.dtype))
+    target_col = None
+    if label_offset is not None:
+        target_col = target_columns(x.shape[0], y.shape[0], label_offset, x, "text_features")
+    return _sigmoid(
+        SigmoidInputs(x, y, scale, bias, target_col, weight),
+        SigmoidAttrs(reduction=mode, normalize=bool(normalize), out_fp32=dtype != x.dtype),
+    )
 
 
 def info_nce(
@@ -200,32 +206,32 @@ def info_nce_rows(
     (q, k, *rest), dtype = rows_of_features("query", **given)
     weight = weight_of_rows(sample_weight, q)
     if negative_keys is None:
-        mark = marks(q.shape[0], k.shape[0], label_offset, q, "positive_key")
-        row, *_ = contrastive_softmax(
-            (q, k, positive_temperature(temperature, q), None, mark + first_key, None, None, None),
-            (False, False, bool(normalize), True, True, False),
+        target_col = target_columns(q.shape[0], k.shape[0], label_offset, q, "positive_key") + first_key
+        row, *_ = softmax(
+            SoftmaxInputs(q, k, positive_temperature(temperature, q), target_col=target_col),
+            SoftmaxAttrs(normalize=bool(normalize), temperature=True),
         )
         return F.softplus(row), weight, dtype
     if k.shape != q.shape:
         raise ValueError(f"positive_key: expected shape {tuple(q.shape)}, got {tuple(k.shape)}")
     if label_offset != 0:
         raise ValueError("label_offset: keys have an order of their own only without negative_keys")
-    high = accumulation_dtype(q.dtype)
-    q, k = q.to(high), k.to(high)
+    acc_dtype = accumulation_dtype(q.dtype)
+    q, k = q.to(acc_dtype), k.to(acc_dtype)
     if normalize:
         q, k = F.normalize(q), F.normalize(k)
-    temperature = positive_temperature(temperature, q).reshape(()).to(high)
+    temperature = positive_temperature(temperature, q).reshape(()).to(acc_dtype)
     scale = 1 / temperature
     positive = scale * (q * k).sum(1)
     if paired:
         row = _paired(q, negative_keys, scale, normalize) - positive
     else:
-        negative = rest[0].to(high)
+        negative = rest[0].to(acc_dtype)
         if normalize:
             negative = F.normalize(negative)
-        row, *_ = contrastive_softmax(
-            (q, negative, temperature, positive, None, None, None, None),
-            (False, False, False, True, True, False),
+        row, *_ = softmax(
+            SoftmaxInputs(q, negative, temperature, base=positive),
+            SoftmaxAttrs(normalize=False, temperature=True),
         )
     return F.softplus(row), weight, dtype
 

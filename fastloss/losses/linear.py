@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss.losses import classification
@@ -28,9 +29,7 @@ def _linear_cross_entropy_reference(
     )  # fmt: skip
 
 
-_linear_cross_entropy = LinearOp(
-    "linear_cross_entropy", _linear_cross_entropy_reference, rows="cross_entropy"
-)
+_linear_cross_entropy = LinearOp("linear_cross_entropy", _linear_cross_entropy_reference, "cross_entropy")
 
 
 def as_autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -198,7 +197,10 @@ def linear_cross_entropy(
         target = target.unsqueeze(0) if soft else target.reshape(1)
         sample_weight = None if sample_weight is None else sample_weight.reshape(1)
     loss = _linear_cross_entropy(
-        (input, linear_weight, linear_bias, target, weight, sample_weight),
-        (ignored, mode, check_number("logit_scale", logit_scale), cap, hparams, autocast, chunk),
-    )
+        LinearInputs(input, linear_weight, linear_bias, target, weight, sample_weight),
+        LinearAttrs(
+            ignore_index=ignored, reduction=mode, logit_scale=check_number("logit_scale", logit_scale),
+            softcap=cap, hparams=hparams, out_fp32=autocast, chunk=chunk,
+        ),
+    )  # fmt: skip
     return loss.squeeze(0) if single and reduction == "none" else loss

@@ -18,7 +18,7 @@ from fastloss._ops.checks import (
 )
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.reductions import reduced
-from fastloss._ops.similarity import marks
+from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, target_columns
 from fastloss.losses.contrastive import contrastive_softmax
 
 __all__ = ["multiple_negatives_ranking_loss"]
@@ -104,7 +104,7 @@ def ranking_rows(
     """The queries' losses, their weights, and the type of the result; of the queries and documents that `softmax`
     sees these begin with the numbers `first_query` and `first_doc`."""
     (q, d), dtype = rows_of_features("anchor", anchor=anchor, positive=positive)
-    mark = marks(q.shape[0], d.shape[0], label_offset, q, "positive")
+    own_doc = target_columns(q.shape[0], d.shape[0], label_offset, q, "positive")
     directions = tuple(directions)
     if directions[:1] != DIRECTIONS[:1] or not set(directions) <= set(DIRECTIONS):
         raise ValueError(
@@ -121,7 +121,7 @@ def ranking_rows(
     weight = weight_of_rows(sample_weight, q)
     docs, of_query = d, torch.arange(first_query, first_query + d.shape[0], device=d.device)
     doc_ids = of_query if ids is None else labels_of_rows(ids, d, "ids")
-    same = doc_ids[mark]
+    query_ids = doc_ids[own_doc]
     if negatives is not None:
         check_tensors(q, negatives=negatives)
         if negatives.dtype != anchor.dtype:
@@ -138,28 +138,24 @@ def ranking_rows(
     scale = number("scale", scale, q)
     if set(directions) & set(DIRECTIONS[2:]):  # several gradients of it, to be added up unrounded
         scale = scale.reshape(()).to(accumulation_dtype(q.dtype))
-    options = (False, False, bool(normalize), False, True)
-    known = (None, None) if ids is None else (same, doc_ids)
     both = "doc_to_query" in directions
-    row, col, first = contrastive_softmax(
-        (q, docs, scale, None, mark + first_doc, *known, None), (*options, both)
+    row_ids, col_ids = (None, None) if ids is None else (query_ids, doc_ids)
+    attrs = SoftmaxAttrs(normalize=bool(normalize))
+    row, col, first = softmax(
+        SoftmaxInputs(q, docs, scale, target_col=own_doc + first_doc, row_ids=row_ids, col_ids=col_ids),
+        attrs._replace(columns=both),
     )
     if partition_mode == "per_direction":
         loss = F.softplus(row) if not both else 0.5 * (F.softplus(row) + F.softplus(col))
         return loss, weight, dtype
     terms = [row, col] if both else [row]
     if "query_to_query" in directions:
-        terms.append(
-            contrastive_softmax((q, None, scale, first, None, same, None, None), (*options, False))[0]
-        )
+        terms.append(softmax(SoftmaxInputs(q, None, scale, first, row_ids=query_ids), attrs)[0])
     if "doc_to_doc" in directions:
         if ids is not None:  # of one query or of one id, which are not both expressed by one number for a row
             raise ValueError("ids: not with the direction doc_to_doc")
-        terms.append(
-            contrastive_softmax(
-                (d[mark], docs, scale, first, None, of_query[mark], of_query, None), (*options, False)
-            )[0]
-        )
+        own = SoftmaxInputs(d[own_doc], docs, scale, first, row_ids=of_query[own_doc], col_ids=of_query)
+        terms.append(softmax(own, attrs)[0])
     others = torch.stack(terms).logsumexp(0) if len(terms) > 1 else row
     # with both directions the positive stands in the sum twice
     loss = F.softplus(others - math.log(2)) + math.log(2) if both else F.softplus(others)

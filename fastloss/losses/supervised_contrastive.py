@@ -16,8 +16,8 @@ from fastloss._ops.checks import (
 )
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.reductions import reduced, reduced_over
-from fastloss._ops.similarity import marks
-from fastloss._ops.similarity_losses import PairsOp
+from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, target_columns
+from fastloss._ops.similarity_losses import PairsAttrs, PairsInputs, PairsOp
 from fastloss.losses.contrastive import contrastive_softmax
 
 __all__ = ["nt_xent_loss", "pair_nt_xent_loss", "sup_con_loss"]
@@ -36,13 +36,14 @@ def _among(
             raise ValueError("key_labels: only with keys")
         if offset != 0:
             raise ValueError("label_offset: only with keys")
-        return labels, None, marks(x.shape[0], x.shape[0], 0, x), class_sizes(labels, labels) - 1
+        itself = target_columns(x.shape[0], x.shape[0], 0, x)
+        return labels, None, itself, class_sizes(labels, labels) - 1
     key_labels = labels_of_rows(key_labels, keys, "key_labels")
     found = class_sizes(labels, key_labels)
     if offset is None:
         return labels, key_labels, None, found
-    mark = marks(x.shape[0], keys.shape[0], offset, x, "keys")
-    return labels, key_labels, mark, found - (key_labels[mark] == labels).long()
+    itself = target_columns(x.shape[0], keys.shape[0], offset, x, "keys")
+    return labels, key_labels, itself, found - (key_labels[itself] == labels).long()
 
 
 def class_sizes(labels: Tensor, among: Tensor) -> Tensor:
@@ -97,12 +98,17 @@ def sup_con_loss(
     check_reduction(reduction)
     (x, y), dtype = rows_of_features("features", features=features, keys=keys)
     weight = weight_of_rows(sample_weight, x)
-    labels, key_labels, mark, others = _among(x, y, labels, key_labels, label_offset)
-    share = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_dtype(x.dtype)), 0.0)
+    labels, key_labels, itself, others = _among(x, y, labels, key_labels, label_offset)
+    inv_num_positives = torch.where(others > 0, 1 / others.clamp_min(1).to(accumulation_dtype(x.dtype)), 0.0)
     row, *_ = contrastive_softmax(
-        (x, y, positive_temperature(temperature, x), None, mark, labels, key_labels, share),
-        (True, True, bool(normalize), True, True, False),
-    )
+        SoftmaxInputs(
+            x, y, positive_temperature(temperature, x), target_col=itself, row_ids=labels, col_ids=key_labels,
+            inv_num_positives=inv_num_positives,
+        ),
+        SoftmaxAttrs(
+            normalize=bool(normalize), temperature=True, labels_are_positives=True, positives_in_denominator=True
+        ),
+    )  # fmt: skip
     loss = row.masked_fill(others == 0, 0.0)
     return reduced_over(loss, others > 0, weight, reduction, dtype)
 
@@ -156,9 +162,11 @@ def pair_nt_xent_loss(
     check_reduction(reduction)
     (x, y), dtype = rows_of_features("embeddings", embeddings=embeddings, keys=keys)
     weight = weight_of_rows(sample_weight, x)
-    labels, key_labels, mark, others = _among(x, y, labels, key_labels, label_offset)
-    tensors = (x, y, positive_temperature(temperature, x), mark, labels, key_labels)
-    loss = _pairs(tensors, (bool(normalize), True))
+    labels, key_labels, itself, others = _among(x, y, labels, key_labels, label_offset)
+    loss = _pairs(
+        PairsInputs(x, y, positive_temperature(temperature, x), itself, labels, key_labels),
+        PairsAttrs(normalize=bool(normalize), temperature=True),
+    )
     return reduced_over(loss, others, weight, reduction, dtype)
 
 
@@ -200,7 +208,7 @@ def nt_xent_loss(
     rows = torch.arange(2 * x.shape[0], device=x.device)
     temperature = positive_temperature(temperature, x)
     row, *_ = contrastive_softmax(
-        (torch.cat([x, y]), None, temperature, None, rows.roll(x.shape[0]), rows, None, None),
-        (False, False, bool(normalize), True, True, False),
+        SoftmaxInputs(torch.cat([x, y]), None, temperature, target_col=rows.roll(x.shape[0]), row_ids=rows),
+        SoftmaxAttrs(normalize=bool(normalize), temperature=True),
     )
     return reduced(F.softplus(row), None if weight is None else weight.repeat(2), reduction, dtype)

@@ -13,24 +13,24 @@ __all__ = ["clip_loss", "info_nce", "siglip_loss"]
 
 
 def similarities(
-    x: Tensor, y: Tensor | None, scale: Tensor, normalize: bool, inverse: bool = False
+    x: Tensor, y: Tensor | None, scale: Tensor, normalize: bool, temperature: bool = False
 ) -> Tensor:
-    """In the accumulation type; with `inverse` the scale is a temperature."""
+    """In the accumulation type; with `temperature` the scale is one."""
     high = torch.float64 if x.dtype == torch.float64 else torch.float32
     x, y, scale = x.to(high), x.to(high) if y is None else y.to(high), scale.reshape(()).to(high)
     if normalize:
         x, y = F.normalize(x), F.normalize(y)
     s = x @ y.t()
-    return s / scale if inverse else s * scale
+    return s / scale if temperature else s * scale
 
 
 def entries(
-    s: Tensor, mark: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None
+    s: Tensor, target_col: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Which entries are marked, and which others are equal."""
+    """Which entries are in the target column, and which others have equal ids."""
     marked = torch.zeros_like(s, dtype=torch.bool)
-    if mark is not None:
-        marked = mark.unsqueeze(1) == torch.arange(s.shape[1], device=s.device)
+    if target_col is not None:
+        marked = target_col.unsqueeze(1) == torch.arange(s.shape[1], device=s.device)
     equal = torch.zeros_like(marked)
     if row_ids is not None:
         equal = (row_ids.unsqueeze(1) == (row_ids if col_ids is None else col_ids)) & ~marked
@@ -45,50 +45,39 @@ def log_sum_exp(s: Tensor, counted: Tensor, dim: int) -> Tensor:
     return lse.masked_fill(~there.squeeze(dim), -torch.inf)
 
 
-def softmax_rows(
-    x,
-    y,
-    scale,
-    base,
-    mark,
-    row_ids,
-    col_ids,
-    share,
-    same_is_positive,
-    with_positives,
-    normalize,
-    inverse,
-    rows,
-    columns,
-):
-    s = similarities(x, y, scale, normalize, inverse)
-    marked, equal = entries(s, mark, row_ids, col_ids)
-    positive, left_out = (equal, marked) if same_is_positive else (marked, equal)
-    counted = ~left_out & (~positive | with_positives)
+def softmax_rows(inputs, attrs):
+    """The function of `SoftmaxOp`, of its inputs and attributes."""
+    s = similarities(inputs.x, inputs.y, inputs.scale, attrs.normalize, attrs.temperature)
+    marked, equal = entries(s, inputs.target_col, inputs.row_ids, inputs.col_ids)
+    positive, left_out = (equal, marked) if attrs.labels_are_positives else (marked, equal)
+    counted = ~left_out & (~positive | attrs.positives_in_denominator)
     t = s.masked_fill(~positive, 0.0).sum(1)
     row = col = s.new_zeros(0)
-    if rows:
+    if attrs.rows:
+        share = inputs.inv_num_positives
         row = log_sum_exp(s, counted, 1) - (t if share is None else t * share)
-        row = row if base is None else row - base
-    if columns:
-        col = log_sum_exp(s, counted, 0)[mark] - t
+        row = row if inputs.base is None else row - inputs.base
+    if attrs.columns:
+        col = log_sum_exp(s, counted, 0)[inputs.target_col] - t
     return row, col, t
 
 
-def pairs(x, y, scale, mark, row_ids, col_ids, normalize, inverse):
-    s = similarities(x, y, scale, normalize, inverse)
-    marked, equal = entries(s, mark, row_ids, col_ids)
+def pairs(inputs, attrs):
+    """The function of `PairsOp`, of its inputs and attributes."""
+    s = similarities(inputs.x, inputs.y, inputs.scale, attrs.normalize, attrs.temperature)
+    marked, equal = entries(s, inputs.target_col, inputs.row_ids, inputs.col_ids)
     lse = log_sum_exp(s, ~marked & ~equal, 1).unsqueeze(1)
     return torch.logaddexp(lse - s, s.new_zeros(())).masked_fill(~equal, 0.0).sum(1)
 
 
-def sigmoid_rows(x, y, scale, bias, mark, row_ids, col_ids, weight, reduction, normalize, wide):
-    s = similarities(x, y, scale, normalize)
-    s = s if bias is None else s + bias.reshape(()).to(s.dtype)
-    marked, equal = entries(s, mark, row_ids, col_ids)
-    loss = -F.logsigmoid(torch.where(marked, s, -s)).masked_fill(equal, 0.0).sum(1)
-    loss = reduced(loss, weight, ("none", "mean", "sum")[reduction])
-    return loss if wide else loss.to(x.dtype)
+def sigmoid_rows(inputs, attrs):
+    """The function of `SigmoidOp`, of its inputs and attributes."""
+    s = similarities(inputs.x, inputs.y, inputs.scale, attrs.normalize)
+    s = s if inputs.bias is None else s + inputs.bias.reshape(()).to(s.dtype)
+    marked, _ = entries(s, inputs.target_col, None, None)
+    loss = -F.logsigmoid(torch.where(marked, s, -s)).sum(1)
+    loss = reduced(loss, inputs.weight, ("none", "mean", "sum")[attrs.reduction])
+    return loss if attrs.out_fp32 else loss.to(inputs.x.dtype)
 
 
 def reduced(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

@@ -177,8 +177,13 @@ def load(mode: str) -> str:
     """
     import torch
 
+    from fastloss._ops import chunked_linear
+
+    from .products import RowByRow
+
     build(mode)
     torch.ops.load_library(str(OUT / mode / "libfastloss_simt.so"))
+    chunked_linear.PRODUCTS[NAMESPACE, "cpu"] = RowByRow
     return NAMESPACE
 
 

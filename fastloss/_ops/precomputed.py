@@ -1,0 +1,174 @@
+"""Losses whose forward pass computes the gradients too, where the loss is one number: the data is at hand.
+
+Backward multiplies these by its upstream gradient. Where there is none to multiply, because the loss is one number a
+row or the graph is used again, it runs forward once more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastloss._ops.autograd import (
+    REDUCTIONS,
+    Differentiable,
+    Plan,
+    PythonOp,
+    functorch_active,
+    needs_grad_mask,
+    requires_grad,
+    runs_on_cpu,
+)
+from fastloss._ops.dtypes import accumulation_dtype
+
+
+def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, inplace: bool) -> Tensor:
+    """Return `factor * d` in the dtype of `like`; with `inplace` it may be `d` itself, written or left as it is."""
+    if (
+        type(d) is not Tensor or not inplace or d.numel() == 1
+    ):  # the first stands for other tensors, or for none
+        return (d.to(factor.dtype) * factor).to(like.dtype)
+    on_cpu = runs_on_cpu(d, operators)
+    if d.dtype == like.dtype:
+        if on_cpu:
+            return d if factor.item() == 1 else d.mul_(factor)
+        operators.linear_scale_(d, factor)  # the device looks whether it is 1
+        return d
+    if on_cpu:
+        return operators.linear_scaled(d, factor, like)
+    if d.is_cpu:
+        return (d * factor).to(like.dtype)
+    return torch.mul(d, factor, out=torch.empty_like(d, dtype=like.dtype))
+
+
+class Precomputed(Differentiable):
+    """A loss of rows that computes its gradients in forward. `evaluate` is its forward pass.
+
+    The results of that are the loss and, of what `needs_grad_mask` asks for, the gradients, in the order of `wrt`.
+    """
+
+    reduction: ClassVar[int]  # its place among the options
+    row_weight: ClassVar[int]  # the place of the rows' weight among the tensors
+
+    def evaluate(self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], mask: int):
+        raise NotImplementedError
+
+    def evaluate_again(
+        self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], mask: int
+    ) -> Sequence[Tensor]:
+        """Return the results but for the loss."""
+        return self.evaluate(operators, tensors, options, mask)[1:]
+
+    @staticmethod
+    def factors(
+        results: Sequence[Tensor], factor: Tensor, dtype: torch.dtype
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return the gradients among the results, and what each is to be multiplied by."""
+        return results, [factor] * len(results)
+
+    @functools.cached_property
+    def _gradients(self) -> Callable[..., list[Tensor | None]]:
+        return _gradients_of(self.reduction, self.row_weight, self.wrt, self.factors)
+
+    def plan(self, operators, tensors, options):
+        plan = Plan(operators)
+        if options[self.reduction] != REDUCTIONS["none"] and not functorch_active():
+            plan.needs_grad_mask = needs_grad_mask(self, tensors)
+        return plan
+
+    def run_forward(self, plan, tensors, options):
+        return self.evaluate(plan.operators, tensors, options, plan.needs_grad_mask)
+
+    def save_for_backward(self, plan, saved):
+        if plan.needs_grad_mask:
+            plan.precomputed_grads = saved
+        return []
+
+    def run_backward(self, plan, grads, tensors, saved, options):
+        needed = sum(
+            1 << i for i in self.wrt if tensors[i] is not None and (plan.needed is None or plan.needed[i])
+        )
+        precomputed, plan.precomputed_grads = plan.precomputed_grads, None
+        if needed & ~plan.needs_grad_mask:
+            precomputed = None
+        inplace = not functorch_active()
+        found = self._gradients(
+            lambda *args: self.evaluate_again(plan.operators, *args),
+            lambda d, factor, like: scaled(plan.operators.all, d, factor, like, inplace),
+            grads[0], tensors, options, precomputed, needed,
+        )  # fmt: skip
+        return [tensors[0].new_empty(0) if d is None else d for d in found]
+
+
+def _gradients_of(
+    reduction: int, row_weight: int, wrt: Sequence[int], factors: Callable[..., Any]
+) -> Callable[..., list[Tensor | None]]:
+    """Return the backward pass, for eager code and for a tracer, which follows functions of numbers, not operators."""
+    none, total = REDUCTIONS["none"], REDUCTIONS["sum"]
+
+    def gradients(
+        evaluate: Callable[..., Sequence[Tensor]], multiply: Callable[..., Tensor], grad: Tensor,
+        tensors: Sequence[Tensor | None], options: Sequence[Any], precomputed: Sequence[Tensor] | None, mask: int,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """Return those of the mask, of the tensors in `wrt`."""
+        factor = grad.to(accumulation_dtype(tensors[0].dtype))
+        if options[reduction] == none:
+            tensors, options = list(tensors), list(options)
+            weight = tensors[row_weight]
+            tensors[row_weight] = factor if weight is None else factor * weight
+            options[reduction] = total
+            factor, precomputed = torch.ones_like(factor.sum()), None
+        if precomputed is None:
+            precomputed = evaluate(tensors, options, mask)
+        found, by = factors(precomputed, factor, tensors[0].dtype)
+        return [multiply(d, f, tensors[i]) if mask >> i & 1 else None for d, f, i in zip(found, by, wrt)]
+
+    return gradients
+
+
+class PrecomputedOp(Precomputed, PythonOp):
+    """The same as an operator: `fwd` takes `needs_grad_mask`, and there is no `bwd`."""
+
+    masked = True
+
+    def evaluate(self, operators, tensors, options, mask):
+        return operators.fwd(*tensors, *options, mask)
+
+    def _compiled(self, tensors, options):
+        if requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
+            return self.reference(*tensors, *options)
+        mask = needs_grad_mask(self, tensors) if torch.is_grad_enabled() else 0
+        if not mask:
+            return self._plain(*tensors, *options, 0)[0]
+        return self._traced.apply(*tensors, *options, mask)[0]
+
+    def traced_passes(self):
+        fwd, at, none = self.operators().fwd, self.tensors + self.reduction, REDUCTIONS["none"]
+        reduction, gradients = self.reduction, self._gradients
+
+        def forward(*args):
+            return fwd(*args[:-1], 0 if args[at] == none else args[-1])
+
+        def save(results, options):
+            return () if options[reduction] == none else results
+
+        def evaluate(tensors, options, mask):
+            return fwd(*tensors, *options, mask)[1:]
+
+        def multiply(d, factor, like):
+            return (d.to(factor.dtype) * factor).to(like.dtype)
+
+        def backward(grads, tensors, saved, options):
+            precomputed = saved if len(saved) else None
+            return gradients(evaluate, multiply, grads[0], tensors, options[:-1], precomputed, options[-1])
+
+        return forward, save, backward
+
+
+torch.library.register_fake(
+    "fastloss::linear_scaled", lambda d, factor, like: torch.empty_like(d, dtype=like.dtype)
+)
