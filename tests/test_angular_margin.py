@@ -118,7 +118,8 @@ def test_a_chunk_has_room_for_what_stands_beside_it(monkeypatch):
     arcface_loss(x, w.unsqueeze(1).expand(-1, 3, -1), y)
     harmonic_loss(x, w, y)
     assert seen == [20 * 3 + 3 * 20, 2 * 20]
-    assert logit_transforms.AngularMargin([0.0, 0.5, 0.0, 0.0, 1.0], 6).beside(20) == 0
+    one_centre = dict(additive=0.0, margin=0.5, easy=0.0, straight=0.0, centres=1.0)
+    assert logit_transforms.AngularMargin(6, **one_centre).beside(20) == 0
 
 
 @pytest.mark.parametrize(
