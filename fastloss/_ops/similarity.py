@@ -3,7 +3,7 @@
 On the CPU one call walks the whole matrix in tiles, products included (csrc/cpu/kernels/similarity.h). On CUDA the
 products are cuBLAS's, for a block of the matrix at a time that `BUDGET` bytes hold, and kernels of our own
 (csrc/cuda/kernels/similarity.cu) make of such a block what is needed. What an entry counts as, `mark` and ids say: see
-csrc/drivers/similarity.h.
+`EntryRule` in csrc/losses/similarity.h.
 """
 
 from __future__ import annotations
