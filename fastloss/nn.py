@@ -8,7 +8,7 @@ learned, counts for that call.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class LossModule(torch.nn.Module):
     """Base of the modules here; `loss` is the registry's entry."""
 
     loss: Loss
+    __signature__: ClassVar[inspect.Signature]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()

@@ -193,7 +193,7 @@ def ppo_total_loss(
         entropies=entropies, entropy_coef=entropy_coef,
     )  # fmt: skip
     value = value_loss(values, returns, old_values, mask, value_clip, loss_agg_mode)
-    return policy + check_number("value_coef", value_coef) * value
+    return policy + check_number("value_coef", value_coef) * value  # type: ignore[operator]  # no metrics
 
 
 def q_learning_loss(

@@ -160,11 +160,11 @@ def plan(args: argparse.Namespace) -> list[Spec]:
 
     if args.table:
         rows = [argparse.Namespace(**{**vars(args), **row}) for row in json.loads(args.table.read_text())]
-        return [spec(*entries(row.loss), row.dtype, row) for row in rows]
+        return [spec(entries(row.loss)[0], row.dtype, row) for row in rows]
     if args.all:
         dtypes = [args.dtype] if args.dtype else ["float32", "bfloat16"]
         return [spec(loss, dtype) for loss in entries() for dtype in dtypes]
-    return [spec(*entries(args.loss), args.dtype or "float32")]
+    return [spec(entries(args.loss)[0], args.dtype or "float32")]
 
 
 def show(progress: Progress, task: TaskID, label: str, done: float, what: str) -> None:

@@ -229,7 +229,7 @@ class Contest:
             Products(self.work, self.dtype, device) if self.loss.multiplies else Copy(self.work, device)
         )
         clock = Clock(device)
-        on_gpu = {k: s for k, s in steps.items() if k != self.ceiling and device == "cuda"}
+        on_gpu = {k: s for k, s in steps.items() if isinstance(s, Step) and device == "cuda"}
         peaks = {k: cuda_peak(s) for k, s in on_gpu.items()}
         gc.collect()
         gc.disable()

@@ -8,7 +8,7 @@ products makes, `beside` how many numbers a row takes beyond its products. Nothi
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fastloss._ops.dtypes import accumulation_dtype
 class Shape(Protocol):
     HPARAMS: ClassVar[tuple[str, ...]]
 
-    def __init__(self, features: int, **hparams: float): ...
+    def __init__(self, features: int, *args: Any, **hparams: Any): ...
     def classes(self, products: int) -> int: ...
     def beside(self, products: int) -> int: ...
     def enter(self, products: Tensor, target: Tensor) -> Tensor: ...
@@ -36,7 +36,7 @@ class AngularMargin:
     Where `additive` is not 0 the margin is one of the cosine in place of the angle.
     """
 
-    HPARAMS = ("additive", "margin", "easy", "straight", "centres")
+    HPARAMS: ClassVar[tuple[str, ...]] = ("additive", "margin", "easy", "straight", "centres")
 
     def __init__(
         self, features: int, *, additive: float, margin: float, easy: float, straight: float, centres: float
@@ -90,7 +90,7 @@ class Harmonic:
     n is 0 for the square root of the embeddings' width, to which two features are added; `eps` is added to the squares.
     """
 
-    HPARAMS = ("n", "eps")
+    HPARAMS: ClassVar[tuple[str, ...]] = ("n", "eps")
 
     def __init__(self, features: int, *, n: float, eps: float):
         self.n = n or math.sqrt(features - 2)

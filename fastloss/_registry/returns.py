@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ def _ends(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
     return draw.index(9, *shape) == 0
 
 
+def _traffic(tensors: int) -> Callable[[tuple[int, ...], int, bool], int]:
+    return lambda shape, itemsize, backward: (2 if backward else 1) * tensors * math.prod(shape) * itemsize
+
+
 _ENDS = {"terminated": _ends, "truncated": _ends, "next_values": lambda d, s: d.normal(*s)}
 _MASKED = {"mask": lambda d, s: d.index(4, *s) > 0, "bootstrap_value": lambda d, s: d.normal(*s[:-1])}
 _MORE = ("terminated", "truncated", "next_values", "bootstrap_value", "mask", "cu_seqlens")
@@ -57,9 +62,7 @@ for _function, _inputs, _eager, _count in (
             | ({} if _function is discounted_returns else {"ends": _ENDS}),
             shapes=((1, 1), (3, 33), (2, 3, 5)),
             bench_shape=(64, 1024),
-            traffic=lambda shape, itemsize, backward, count=_count: (
-                (2 if backward else 1) * count * math.prod(shape) * itemsize
-            ),
+            traffic=_traffic(_count),
             unrolls=True,
         )
     )

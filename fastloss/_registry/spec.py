@@ -53,7 +53,7 @@ class InputSampler:
     def __post_init__(self) -> None:
         self.generator = torch.Generator(self.device if self.fast else "cpu").manual_seed(self.seed)
         dtype, device = (self.dtype, self.device) if self.fast else (torch.float64, "cpu")
-        self._how = {"generator": self.generator, "dtype": dtype, "device": device}
+        self._how: dict[str, Any] = {"generator": self.generator, "dtype": dtype, "device": device}
 
     def _to(self, x: Tensor) -> Tensor:
         return x.to(device=self.device, dtype=self.dtype)
@@ -86,11 +86,12 @@ class Loss:
 
     name: str
     family: str
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
     inputs: Callable[[InputSampler, tuple[int, ...]], dict[str, Any]]
     wrt: tuple[str, ...]
-    cases: Mapping[str, Case]
+    cases: Mapping[str, Any]
+    """Of each case its further arguments, a `Case`."""
     shapes: tuple[tuple[int, ...], ...]
     bench_shape: tuple[int, ...]
     traffic: Callable[[tuple[int, ...], int, bool], int]

@@ -179,10 +179,10 @@ def info_nce(
     Source: https://arxiv.org/abs/1807.03748; `info_nce` of info-nce-pytorch.
     """
     check_reduction(reduction)
-    rows = info_nce_rows(
+    loss, weight, dtype = info_nce_rows(
         query, positive_key, negative_keys, temperature, negative_mode, sample_weight, normalize, label_offset
     )
-    return reduced(*rows[:2], reduction, rows[2])
+    return reduced(loss, weight, reduction, dtype)
 
 
 def info_nce_rows(

@@ -82,7 +82,7 @@ def multiple_negatives_ranking_loss(
     `MultipleNegativesRankingLoss` of sentence-transformers, without its hardness weights.
     """
     check_reduction(reduction)
-    rows = ranking_rows(
+    loss, weight, dtype = ranking_rows(
         anchor,
         positive,
         negatives,
@@ -94,7 +94,7 @@ def multiple_negatives_ranking_loss(
         sample_weight,
         label_offset,
     )
-    return reduced(*rows[:2], reduction, rows[2])
+    return reduced(loss, weight, reduction, dtype)
 
 
 def ranking_rows(

@@ -52,7 +52,7 @@ def ctc_rows(
     )  # before the first step
     found = alpha  # after each sequence's last
     for t in range(steps):
-        before = (alpha, _shifted(alpha, 1))
+        before: tuple[Tensor, ...] = (alpha, _shifted(alpha, 1))
         if t > 0:
             before = (*before, torch.where(skips, _shifted(alpha, 2), -math.inf))
         alpha = _log_sum(*before) + y[t].gather(1, positions)

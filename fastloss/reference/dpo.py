@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,12 +101,12 @@ def dpo_loss(
     kinds = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     shares = [1.0] * len(kinds) if loss_weights is None else loss_weights
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
-    loss = 0.0
+    loss: Any = 0.0
     for kind, share in zip(kinds, shares, strict=True):
-        inputs = pc, pr, rc, rr
+        inputs: tuple[Any, Any, Any, Any] = pc, pr, rc, rr
         if kind in ("ipo", "sigmoid_norm", "sft"):
-            n = 1.0 if chosen_lengths is None else chosen_lengths
-            m = 1.0 if rejected_lengths is None else rejected_lengths
+            n: Any = 1.0 if chosen_lengths is None else chosen_lengths
+            m: Any = 1.0 if rejected_lengths is None else rejected_lengths
             inputs = pc / n, pr / m, rc / n, rr / m
         elif kind == "aot":
             inputs = (pc - pr).sort(0)[0], 0.0, (rc - rr).sort(0)[0], 0.0
@@ -124,17 +125,16 @@ def dpo_loss(
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Those of the chosen and those of the rejected answers."""
-    pairs = x.shape[0] // 2
-    return x[:pairs], x[pairs:]
+    chosen, rejected = x.chunk(2)
+    return chosen, rejected
 
 
 def shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
     """Of tokens [2B, T], chosen answers first: 1 up to the shorter answer's number of tokens, then `ld_alpha`."""
-    place = valid.cumsum(-1)  # from 1 at the first token
-    length = place[:, -1:]
-    chosen, rejected = halves(length)
-    shorter = torch.minimum(chosen, rejected).repeat(2, 1)
-    return torch.where(place <= shorter, 1.0, ld_alpha)
+    length = valid.sum(-1)
+    shorter = torch.stack(halves(length)).min(0).values
+    ahead = valid.cumsum(-1) - valid.long()  # tokens that stand before
+    return torch.where(ahead < torch.cat([shorter, shorter]).unsqueeze(-1), 1.0, ld_alpha)
 
 
 def dpo_loss_from_logits(
@@ -169,7 +169,8 @@ def dpo_loss_from_logits(
     weight = None
     if use_weighting:
         own = torch.where(valid, tokens - (2 * every).logsumexp(-1), 0.0).sum(-1) / length
-        weight = sum(halves(own.detach())).exp().clamp(max=1.0)
+        first, second = halves(own.detach())
+        weight = (first + second).exp().clamp(max=1.0)
     (chosen, rejected), (n, m) = halves(counted.sum(-1)), halves(length)
     return dpo_loss(
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
@@ -209,10 +210,10 @@ def linear_dpo_loss(
 
     chosen, chosen_lengths = of_sequences(chosen_input, chosen_labels)
     rejected, rejected_lengths = of_sequences(rejected_input, rejected_labels)
-    lengths = {}
+    lengths: dict[str, Any] = {}
     if loss_type in ("ipo", "sigmoid_norm"):
         lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    return dpo_loss(
+    return dpo_loss(  # type: ignore[return-value]  # without rewards it is a tensor
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
         reduction, **lengths,
     )  # fmt: skip

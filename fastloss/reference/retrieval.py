@@ -52,5 +52,5 @@ def multiple_negatives_ranking_loss(
     if partition_mode == "joint":
         lse = torch.cat(logits, 1).logsumexp(1)
     else:
-        lse = sum(s.logsumexp(1) for s in logits) / len(logits)
+        lse = sum(s.logsumexp(1) for s in logits) / len(logits)  # type: ignore[assignment]
     return reduced(lse - first, sample_weight, reduction)

@@ -33,7 +33,7 @@ def _over_sequences(function, rewards, cu_seqlens, bootstrap_value, *others):
 
 
 def _backwards(rewards, bootstrap_value, values, next_values, log_rhos, terminated, truncated, mask,
-               gamma, lam, rho_max, pg_max):  # fmt: skip
+               *, gamma, lam, rho_max, pg_max):  # fmt: skip
     """(v - V, V, policy gradient advantage) of every step; with log_rhos None the first is GAE."""
     terminated, truncated = _flags(terminated, rewards, False), _flags(truncated, rewards, False)
     mask = _flags(mask, rewards, True)
@@ -78,7 +78,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """As `fastloss.functional.gae`."""
     advantage, value, _ = _over_sequences(
-        lambda r, b, *x: _backwards(r, b, x[0], x[1], None, *x[2:], gamma, lam, 0.0, 0.0),
+        lambda r, b, *x: _backwards(r, b, x[0], x[1], None, *x[2:], gamma=gamma, lam=lam, rho_max=0.0, pg_max=0.0),
         rewards, cu_seqlens, bootstrap_value, values, next_values, terminated, truncated, mask,
     )  # fmt: skip
     return advantage, advantage + value
@@ -140,7 +140,7 @@ def vtrace(
     with torch.no_grad():
         rest, value, advantage = _over_sequences(
             lambda r, b, *x: _backwards(
-                r, b, *x, gamma, lam, clip_rho_threshold, clip_pg_rho_threshold
+                r, b, *x, gamma=gamma, lam=lam, rho_max=clip_rho_threshold, pg_max=clip_pg_rho_threshold
             ),
             rewards, cu_seqlens, bootstrap_value, values, next_values, log_rhos, terminated, truncated, mask,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,8 +65,8 @@ def bradley_terry_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As `fastloss.functional.bradley_terry_loss`."""
-    margin = 0.0 if margin is None else margin
-    loss = bradley_terry_element(chosen, rejected, margin, label_smoothing, center_coefficient)
+    shift: Any = 0.0 if margin is None else margin
+    loss = bradley_terry_element(chosen, rejected, shift, label_smoothing, center_coefficient)
     if weight is not None:
         loss = torch.where(weight != 0, weight * loss, 0.0)
     return reduced(loss, reduction)

@@ -127,7 +127,9 @@ def _write_ninja() -> None:
         shim_flags, kernel_flags, link_flags = FLAGS[mode]
         runtime = [p for p in sorted(HERE.glob("simt*.cpp")) if mode == "race" or p.stem != "simt_race"]
         shim = objects(mode, runtime, shim_flags)
-        kernels = objects(mode, sorted((CSRC / "cuda").rglob("*.cu")), f"{KERNELS} {shim_flags} {kernel_flags}")
+        kernels = objects(
+            mode, sorted((CSRC / "cuda").rglob("*.cu")), f"{KERNELS} {shim_flags} {kernel_flags}"
+        )
         library, programs = f"{mode}/libfastloss_simt.so", []
         n.build(
             library,
