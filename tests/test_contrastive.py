@@ -17,6 +17,7 @@ import fastloss.functional as F
 from fastloss import reference
 from fastloss._ops import similarity
 from fastloss._registry import losses
+from fastloss.losses.contrastive import contrastive_softmax
 
 NAMES = (
     "clip_loss",
@@ -158,6 +159,24 @@ def test_rows_that_share_only_keys(dtype):
             answers.append((loss, *torch.autograd.grad(loss.sum(), x)))
         for whole, few in zip(*answers, strict=True):
             assert same_bits(whole[20:23], few)
+
+
+@pytest.mark.parametrize("with_positives", [False, True])
+@pytest.mark.parametrize("same_is_positive", [False, True])
+def test_what_sums_of_exponentials_are_over(same_is_positive, with_positives, device):
+    """The rule for what entries count as, with every pair of its flags."""
+    torch.manual_seed(0)
+    ids = torch.arange(70, device=device) % 9
+    mark = torch.arange(70, device=device) if same_is_positive else torch.randperm(70).to(device)
+    drawn = [torch.randn(70, 8, dtype=torch.float64, device=device) for _ in range(2)]
+    options = (same_is_positive, with_positives, True, False, True, not same_is_positive)
+    found = []
+    for function in (contrastive_softmax, lambda t, o: reference.contrastive.softmax_rows(*t, *o)):
+        x, y = (t.clone().requires_grad_() for t in drawn)
+        row, col, positive = function((x, y, x.new_tensor(3.0), None, mark, ids, ids, None), options)
+        grads = torch.autograd.grad(row.sum() + col.square().sum() + positive.sin().sum(), (x, y))
+        found.append((row, col, positive, *grads))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("function", [F.sup_con_loss, F.pair_nt_xent_loss], ids=lambda f: f.__name__)

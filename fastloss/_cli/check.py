@@ -68,9 +68,12 @@ def compare(
     return Result(loss.name, case, shape, dtype, torch.device(device).type, worst, relative)
 
 
-def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Result | int]:
-    """First the number of comparisons, then the result of each."""
-    plan = [
+Comparison = tuple[Loss, str, tuple[int, ...], torch.dtype, str]
+
+
+def comparisons(names: Sequence[str], on: Sequence[str]) -> list[Comparison]:
+    """List all comparisons of these losses: every case, shape and dtype on every device."""
+    return [
         (loss, case, shape, dtype, device)
         for loss in entries(*names)
         for device in on
@@ -78,7 +81,10 @@ def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Result | int]:
         for case in loss.cases
         for shape in loss.shapes
     ]
-    yield len(plan)
+
+
+def run_all(plan: Sequence[Comparison]) -> Iterator[Result]:
+    """Make the comparisons, one after the other."""
     for loss, case, shape, dtype, device in plan:
         try:
             yield compare(loss, case, shape, dtype, device)
@@ -95,10 +101,10 @@ def main(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    runs = run_all(args.loss or (), args.device or devices())
-    total = next(runs)
+    plan = comparisons(args.loss or (), args.device or devices())
+    total = len(plan)
     groups: dict[tuple[str, str, str], list[Result]] = {}
-    for result in track(runs, "checking", total, console=console, transient=True):
+    for result in track(run_all(plan), "checking", total, console=console, transient=True):
         groups.setdefault((result.loss, result.device, name_of(result.dtype)), []).append(result)
         if args.verbose:
             console.print(f"{'ok  ' if result.ok else 'FAIL'} {result}", highlight=False, soft_wrap=True)

@@ -2,7 +2,8 @@
 
 On the CPU one call runs over the whole matrix in tiles, GEMMs included (csrc/cpu/kernels/similarity.h). On CUDA the
 GEMMs are cuBLAS's, for a block of the matrix at a time that `BUDGET` bytes hold, with a fused epilogue on each block
-(csrc/cuda/kernels/similarity.cu). What an entry counts as, `target_col` and ids say: see csrc/drivers/similarity.h.
+(csrc/cuda/kernels/similarity.cu). What an entry counts as, `target_col` and ids say: see
+`EntryRule` in csrc/losses/similarity.h.
 
 The columns come in blocks: one here (`OneBlock`); over several processes those of `fastloss.distributed.exchange`.
 """

@@ -356,7 +356,7 @@ class Yardstick:
         ):
             if have.shape != want.shape:
                 message = f"has shape {tuple(have.shape)}, should have {tuple(want.shape)}"
-                found.append(Finding(quantity, *([math.inf] * 4), message))
+                found.append(Finding(quantity, math.inf, math.inf, math.inf, math.inf, message))
                 continue
             message = ""
             measured = worst_element(have, want, 0.0)

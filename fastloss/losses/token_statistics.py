@@ -43,7 +43,7 @@ class TokenStats(NamedTuple):
     is_top1: Tensor | None
 
 
-def _planes_of(s: TokenStats, index: Tensor | None, everything: bool) -> Tensor:
+def _planes_of(s: Any, index: Tensor | None, everything: bool) -> Tensor:
     """Return the outputs of the operators, [4 + 2 K, ...], from those of the reference."""
     nothing = torch.zeros_like(s.entropy)
     planes = (
