@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fastloss._cli.check import evaluate
 from fastloss._registry import InputSampler, Loss, entries
+from fastloss._registry.accuracy import evaluate
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -104,8 +104,8 @@ def ceilings(args: argparse.Namespace) -> None:
 
 
 def smoke(args: argparse.Namespace) -> None:
-    from fastloss._cli.check import evaluate
     from fastloss._registry import InputSampler, entries
+    from fastloss._registry.accuracy import evaluate
 
     every_loss = runpy.run_path(str(HERE / "every_loss.py"))
     device, done, failed = Device(args.device), 0, 0
@@ -158,8 +158,8 @@ class Row:
     """A row of the table on the device: the inputs of one loss, and how much work the step is at the least."""
 
     def __init__(self, spec: dict[str, Any], device: str, largest: int | None):
-        from fastloss._cli.check import differentiable
         from fastloss._registry import InputSampler, entries
+        from fastloss._registry.accuracy import differentiable
 
         (self.loss,) = entries(spec["loss"])
         self.spec = spec
@@ -211,7 +211,7 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def candidates(row: Row, names: Sequence[str], device: str) -> dict[str, Callable[..., Tensor]]:
-    from fastloss._cli.check import eager_of
+    from fastloss._registry.accuracy import eager_of
 
     eager = eager_of(row.loss, row.kwargs)
     found: dict[str, Callable[..., Tensor]] = {}

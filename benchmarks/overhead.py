@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from fastloss._cli import report
-from fastloss._cli.check import differentiable, eager_of
 from fastloss._cli.timing import Step, captured
 from fastloss._registry import InputSampler, Loss, entries, losses
+from fastloss._registry.accuracy import differentiable, eager_of
 
 REPEATS = 5
 

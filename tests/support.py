@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastloss._registry import InputSampler, Loss, losses
+from fastloss._registry import InputSampler, Loss, accuracy, losses
+from fastloss._registry.accuracy import Answer as Answer
+from fastloss._registry.accuracy import Yardstick, evaluate, is_float
+from fastloss._registry.accuracy import exact as exact
+from fastloss._registry.accuracy import upstream_like as upstream_like
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Kwargs = dict[str, Any]
@@ -86,16 +89,12 @@ every_in_place_case = _cases(lambda loss: has_argument(loss, "inplace_backward")
 # ---- calls ----------------------------------------------------------------------------------------------
 
 
-def is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
 def tensors(kwargs: Kwargs) -> dict[str, Tensor]:
     return {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
 
 
 def differentiable(loss: Loss, kwargs: Kwargs) -> list[str]:
-    return [name for name in loss.wrt if is_float(kwargs.get(name))]
+    return accuracy.differentiable(kwargs, loss.wrt)
 
 
 def small_shape(loss: Loss) -> tuple[int, ...]:
@@ -138,58 +137,8 @@ def of_tensors(loss: Loss, kwargs: Kwargs, names: list[str]) -> Callable[..., Te
 # ---- answers --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Answer:
-    value: Tensor
-    grads: dict[str, Tensor] = field(default_factory=dict)
-
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        yield "value", self.value
-        yield from ((f"gradient of {name}", grad) for name, grad in self.grads.items())
-
-
-def upstream_like(value: Tensor, seed: int = 7) -> Tensor:
-    """A gradient from above that differs from element to element and from 1."""
-    return InputSampler(value.dtype, value.device, seed).uniform(*value.shape, low=0.5, high=1.5)
-
-
-def evaluate(
-    function: Callable[..., Tensor], kwargs: Kwargs, names: list[str], upstream: Tensor | None = None
-) -> Answer:
-    kwargs = requiring(kwargs, names)
-    value = function(**kwargs)
-    if not names:
-        return Answer(value.detach())
-    upstream = upstream_like(value) if upstream is None else upstream.to(value)
-    grads = torch.autograd.grad(value, [kwargs[name] for name in names], upstream)
-    return Answer(value.detach(), dict(zip(names, grads, strict=True)))
-
-
-def _plain(kwargs: Kwargs) -> Kwargs:
-    return {k: v for k, v in kwargs.items() if k != "inplace_backward"}
-
-
-def exact(loss: Loss, kwargs: Kwargs, names: list[str], upstream: Tensor | None = None) -> Answer:
-    """The float64 reference at the very numbers that the arguments hold."""
-    wide = {k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in _plain(kwargs).items()}
-    wide = {k: v.double() if is_float(v) else v for k, v in wide.items()}
-    return evaluate(loss.reference, wide, names, upstream)
-
-
-def eager(loss: Loss, kwargs: Kwargs, names: list[str], upstream: Tensor | None = None) -> Answer:
-    """What PyTorch gives in the arguments' own dtype."""
-    kwargs = _plain(kwargs)
-    function = loss.eager or loss.reference
-    if not set(kwargs) <= set(inspect.signature(function).parameters):
-        function = loss.reference
-    return evaluate(function, kwargs, names, upstream)
-
-
 def fused(loss: Loss, kwargs: Kwargs, names: list[str], upstream: Tensor | None = None) -> Answer:
     return evaluate(loss.function, kwargs, names, upstream)
-
-
-# ---- distances ------------------------------------------------------------------------------------------
 
 
 def bits(x: Tensor) -> Tensor:
@@ -205,68 +154,19 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def assert_same_bits(a: Answer, b: Answer, what: str) -> None:
     for (name, x), (_, y) in zip(a.parts(), b.parts(), strict=True):
-        assert same_bits(x, y), f"{what}: {name} differs, by at most {worst(x, y.double().cpu())}"
+        assert same_bits(x, y), f"{what}: {name} differs, by at most {(x.double() - y.double()).abs().max()}"
 
 
-def worst(got: Tensor, expected: Tensor) -> float:
-    """Largest absolute error; infinite where one is NaN or infinite and the other is not the same."""
-    got = got.detach().cpu().double()
-    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
-    gap = (got - expected).abs().nan_to_num(nan=math.inf)
-    gap[(got == expected) | (got.isnan() & expected.isnan())] = 0.0
-    return gap.max().item() if gap.numel() else 0.0
+def assert_accurate(got: Answer, yardstick: Yardstick) -> None:
+    """`got` keeps the rule of `fastloss._registry.accuracy`."""
+    wrong = [str(found) for found in yardstick.findings(got) if not found.ok]
+    assert not wrong, "; ".join(wrong)
 
 
-# Relative to the largest element: half a unit in the last place and a little for types that are rounded once
-# at the end, a few units for those in which the sums are also done. In float64 the truth is rounded just so.
-FLOOR = {torch.float64: 24.0, torch.float32: 4.0, torch.bfloat16: 0.51, torch.float16: 0.51}
-
-
-def tolerance(expected: Tensor, dtype: torch.dtype) -> float:
-    finite = expected[expected.isfinite()]
-    info = torch.finfo(dtype)
-    scale = finite.abs().max().item() if finite.numel() else 0.0
-    return FLOOR[dtype] * info.eps * scale + info.smallest_normal * info.eps
-
-
-# Of two roundings of equal quality either may have the luck at its worst element.
-LUCK = 2.6
-
-
-def assert_accurate(
-    got: Answer,
-    plain: Answer,
-    true: Answer,
-    multiplies: bool = False,
-    luck: float = LUCK,
-    smallest: float = 0.0,
-) -> None:
-    """`got` is no further from the truth than plain PyTorch is, or than rounding alone explains.
-
-    Where a loss multiplies matrices, the terms that it adds up, about 1 in size, may cancel.
-    """
-    for (name, x), (_, p), (_, t) in zip(got.parts(), plain.parts(), true.parts(), strict=True):
-        assert x.dtype == p.dtype, f"{name} has dtype {x.dtype}, PyTorch gives {p.dtype}"
-        t = torch.where(t.to(x.dtype).isinf(), t.to(x.dtype).double(), t)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        theirs = worst(p, t)
-        factor, least = (
-            (2 * luck, 4 * FLOOR[wide] * torch.finfo(wide).eps) if multiplies else (luck, smallest)
-        )
-        rounding = tolerance(t, x.dtype) * (1.2 if multiplies else 1.0)
-        allowed = max(factor * theirs if math.isfinite(theirs) else 0.0, rounding, least)
-        error = worst(x, t)
-        assert error <= allowed, f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, allowed {allowed:.3g}"
-
-
-def assert_right(
-    loss: Loss, kwargs: Kwargs, upstream: Tensor | None = None, luck: float = LUCK, smallest: float = 0.0
-) -> Answer:
-    """Value and gradients of one call against the float64 reference; gives the answer for further checks."""
+def assert_right(loss: Loss, kwargs: Kwargs, upstream: Tensor | None = None) -> Answer:
+    """Value and gradients of one call keep the rule; gives the answer for further checks."""
     names = differentiable(loss, kwargs)
-    if upstream is None and names:
-        upstream = upstream_like(eager(loss, kwargs, []).value)
-    true, plain = exact(loss, kwargs, names, upstream), eager(loss, kwargs, names, upstream)
+    yardstick = Yardstick(loss, kwargs, names, upstream)
     got = fused(loss, kwargs, names, upstream)
-    assert_accurate(got, plain, true, loss.multiplies, luck, smallest)
+    assert_accurate(got, yardstick)
     return got

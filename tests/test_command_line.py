@@ -15,7 +15,7 @@ import torch
 from fastloss import _registry
 from fastloss.__main__ import main
 from fastloss._cli import bench_worker, check
-from fastloss._registry import losses
+from fastloss._registry import accuracy, losses
 
 ROOT = Path(__file__).parent.parent
 RESULTS = [path.parent for path in sorted(ROOT.glob("benchmarks/results/*/*/results.json"))]
@@ -77,9 +77,9 @@ def test_compare_finds(mistake):
 
 def test_compare_accepts_the_best_that_a_dtype_can_hold():
     def rounded(**kwargs):
-        return LOSS.reference(**check.cast(kwargs, torch.float64)).to(kwargs[LOSS.wrt[0]].dtype)
+        return LOSS.reference(**accuracy.cast(kwargs, torch.float64)).to(kwargs[LOSS.wrt[0]].dtype)
 
-    for dtype in check.DTYPES:
+    for dtype in accuracy.DTYPES:
         result = check.compare(LOSS, CASE, SHAPE, dtype, function=rounded)
         assert result.ok, result
 
@@ -91,7 +91,7 @@ def test_a_lost_row_is_found_in_every_dtype():
         kwargs[first] = torch.cat([kwargs[first][:-1], kept[-1:]])
         return LOSS.reference(**kwargs)
 
-    for dtype in check.DTYPES:
+    for dtype in accuracy.DTYPES:
         assert not check.compare(LOSS, CASE, SHAPE, dtype, function=loses_a_row).ok
 
 
@@ -109,7 +109,7 @@ def test_check_goes_on_after_a_loss_that_raises(monkeypatch, capsys):
 
     monkeypatch.setitem(_registry.spec._losses, LOSS.name, replace(LOSS, function=raises, shapes=(SHAPE,)))
     assert main(["check", "--loss", LOSS.name, "--device", "cpu"]) == 1
-    assert capsys.readouterr().out.count("planted") == len(LOSS.cases) * len(check.DTYPES)
+    assert capsys.readouterr().out.count("planted") == len(LOSS.cases) * len(accuracy.DTYPES)
 
 
 def test_bench_refuses_what_is_wrong(monkeypatch):

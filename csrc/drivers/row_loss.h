@@ -4,12 +4,13 @@
 // A driver reads a row once and keeps, relative to a running maximum m, the sum of exp(z - m) over all
 // classes but the target: what is left when the target wins by a wide margin is then still exact.
 // A loss says the rest:
-//   Sums      what else to add up over the row, from e = exp(z - m) (0 at the target), d = z - m, the class
-//             weight w and the soft target q; `move` follows m to a new maximum: d += shift, e *= factor
-//   finish    all that -> the row's loss and the kSaved numbers that its gradient needs
-//   coef      what `grad` needs of one row, times the row's upstream gradient g
-//   grad      g * d loss / d z_j for every class, from p = softmax(z)_j
-//   target    the same for the target's class, where p - 1 would cancel
+//   Sums             what else to add up over the row, from e = exp(z - m) (0 at the target), d = z - m, the
+//                    class weight w and the soft target q; `move` follows m to a new maximum: d += shift,
+//                    e *= factor
+//   project          all that -> the row's loss and the kSaved numbers that its gradient needs
+//   grad_coef        what `grad` needs of one row, times the row's upstream gradient g
+//   grad             g * d loss / d z_j for every class, from p = softmax(z)_j
+//   grad_at_target   the same for the target's class, where p - 1 would cancel
 #pragma once
 #include "../math/math.h"
 
@@ -46,8 +47,8 @@ struct RowLossDefaults {
 };
 
 // A row's numbers where each kind of number has an array of its own: result i stands i * stride further on. A
-// loss with planes has `write` for its results in place of a value from `finish`, and a `coef` that takes
-// their upstream gradients; the log-probabilities of the classes asked for are the driver's.
+// loss with planes has `write` for its results in place of a value from `project`, and a `grad_coef` that
+// takes their upstream gradients; the log-probabilities of the classes asked for are the driver's.
 template <class R>
 struct Planes {
   R* first;
@@ -91,11 +92,11 @@ struct NoSums {
 
 // -log p and 1 - p of a target with e = exp(d), from the sum over the others.
 template <class R>
-struct TargetShare {
-  R nll, rest;
+struct TargetProb {
+  R nll, one_minus_p;
 };
 template <class R>
-FL_FN TargetShare<R> target_share(R others, R e, R d, R log_sum) {
+FL_FN TargetProb<R> target_prob(R others, R e, R d, R log_sum) {
   return {others < e ? log1p(others / e) : log_sum - d, others / (others + e)};
 }
 

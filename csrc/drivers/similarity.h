@@ -2,16 +2,13 @@
 //
 //   s[i, j] = scale <x_i, y_j> + bias,   i < m, j < n
 //
-// exists only as tiles (CPU) or as blocks (CUDA). What an entry counts as, `mark` and ids say: an entry is
-// marked if j == mark[i], else it is equal if row_ids[i] == col_ids[j], else it is a negative.
-//
-//   same_is_positive   marked entry              equal entries                  all others
-//   false              the row's positive        left out (false negatives)     negatives
-//   true               left out (itself)         positives (of its class)       negatives
+// exists only as tiles (CPU) or as blocks (CUDA). Which entries are positives, negatives or left out, `mark`,
+// ids and two flags say: see EntryRule in losses/similarity.h.
 #pragma once
 #include <cstdint>
 
 #include "../math/dtype.h"
+#include "../math/math.h"
 #include "names.h"
 
 namespace fastloss {
@@ -24,18 +21,45 @@ FL_ENUM(TilePass,
         sigmoid,           // of rows: sum of softplus(-+s); s becomes row_grad_i times the derivative
         hardest)  // of rows: the positive with the largest s + col_max_j, the negative with the smallest
 
-// Arrays are of the accumulation type; null where there is none.
+// Arrays are of the accumulation type; null where there is none, or where a result is not wanted. What they
+// hold depends on the pass. `stat`: what the pass `statistics` gave; `grad`: the loss's gradient by that; in
+// capitals: what the pass writes.
+//
+//   array              statistics  softmax_gradient  pairs   pairs_gradient  sigmoid  hardest
+//   row_max            MAX         stat              stat    stat
+//   row_log_sum        LOG SUM     stat              stat    stat            SLOPE
+//   row_grad                       grad              SLOPE   grad            grad
+//   col_max            MAX         stat                      stat                     offset
+//   col_log_sum        LOG SUM     stat                      stat
+//   col_grad                       grad                      grad
+//   positive           S                             LOSS                    LOSS
+//   positive_grad                  grad                      grad
+//   col_positive_grad              grad                      grad
+//   hardest                                                                           COLUMNS
+//
+//   S        of the positive, or the sum over the positives
+//   LOSS     sum of softplus over a row, SLOPE of its derivatives
+//   offset   added to s before entries are compared
+//   col_positive_grad   of what column j has of its own at the positives, added to positive_grad: in
+//                       pairs_gradient relative to the column's statistics
 struct TileArgs {
   TilePass pass;
-  bool same_is_positive, with_positives;  // the second: statistics are over positives too
+  bool same_is_positive, with_positives;  // see EntryRule
   int64_t m, n;
   double bias;
   const int64_t* mark;                     // [m]
   void *row_max, *row_log_sum, *row_grad;  // [m]
   void *col_max, *col_log_sum, *col_grad;  // [n]
   void *positive, *positive_grad;          // [m]
-  const void* col_positive_grad;  // [n]: added to positive_grad; a pair's has the column's statistics
-  int64_t* hardest;               // [2, m]: columns, -1 where there is none
+  const void* col_positive_grad;           // [n]
+  int64_t* hardest;                        // [2, m]: columns, -1 where there is none
+
+  // the same arrays by what they hold
+  FL_FN void* pairs_loss() const { return positive; }
+  FL_FN void* pairs_slope() const { return row_grad; }
+  FL_FN void* sigmoid_loss() const { return positive; }
+  FL_FN void* sigmoid_slope() const { return row_log_sum; }
+  FL_FN const void* hardest_offset() const { return col_max; }
 };
 
 // CUDA: rows [row, row + rows) and columns [col, col + cols) of the matrix, whose products <x_i, y_j> lie in

@@ -56,12 +56,12 @@ struct CrossEntropy : RowLossDefaults {
   using Sums = std::conditional_t<kTargets == kHard, NoSums,
                                   std::conditional_t<kTargets == kSmooth, SmoothSums<F>, SoftSums<F>>>;
 
-  FL_FN R finish(RowState<R>& row, const Sums<R>& sums, R others, R e, const Target<R>& t) const {
+  FL_FN R project(RowState<R>& row, const Sums<R>& sums, R others, R e, const Target<R>& t) const {
     R loss = 0;
     if (t.hard) {
-      const TargetShare<R> share = target_share(others, e, t.d, row.log_sum);
-      loss = (1 - smoothing) * t.weight * share.nll;
-      row.saved[0] = share.rest;
+      const TargetProb<R> target = target_prob(others, e, t.d, row.log_sum);
+      loss = (1 - smoothing) * t.weight * target.nll;
+      row.saved[0] = target.one_minus_p;
     }
     if constexpr (kTargets == kSmooth) loss += per_class * (sums.count * row.log_sum - sums.d);
     if constexpr (kTargets == kSoft) {
@@ -72,38 +72,38 @@ struct CrossEntropy : RowLossDefaults {
     return loss + t.weight * z_loss * lse * lse;
   }
 
-  struct Coef {
-    R p, y, hard;    // d/dz_j = p softmax_j - y w_j (...) - hard [j is the target]
-    R beside, rest;  // p without the hard target's share; 1 - softmax of the target
+  struct GradCoef {
+    R p, y, hard;               // d/dz_j = p softmax_j - y w_j (...) - hard [j is the target]
+    R dense_coef, one_minus_p;  // p without the hard target's share; 1 - softmax of the target
   };
-  FL_FN Coef coef(const RowState<R>& row, const Target<R>& t, R g) const {
-    Coef c{};
+  FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>& t, R g) const {
+    GradCoef c{};
     c.hard = t.hard ? g * t.weight * (1 - smoothing) : 0;
-    c.rest = t.hard ? row.saved[0] : 0;
-    c.beside = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
+    c.one_minus_p = t.hard ? row.saved[0] : 0;
+    c.dense_coef = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
     if constexpr (kTargets == kSmooth) {
-      c.beside += product(g, smoothing);
+      c.dense_coef += product(g, smoothing);
       c.y = product(g, per_class);
     }
     if constexpr (kTargets == kSoft) {
-      c.beside += product(g, row.saved[1]);
+      c.dense_coef += product(g, row.saved[1]);
       c.y = g;
     }
-    c.p = c.hard + c.beside;
+    c.p = c.hard + c.dense_coef;
     return c;
   }
   template <class F>
-  FL_FN F grad(F p, F, F w, F q, const Coef& c) const {
+  FL_FN F grad(F p, F, F w, F q, const GradCoef& c) const {
     if constexpr (kTargets == kHard) return p * c.p;
     if constexpr (kTargets == kSmooth) return alone(p, fill<F>(c.p)) - c.y;
     const F y = alone(w, alone(fill<F>(1 - smoothing), q) + per_class);
     return alone(p, fill<F>(c.p)) - alone(fill<F>(c.y), y);
   }
-  FL_FN R target(R p, R, R w, const Coef& c) const {
+  FL_FN R grad_at_target(R p, R, R w, const GradCoef& c) const {
     R dense = 0;
     if constexpr (kTargets == kSmooth) dense = c.y;
     if constexpr (kTargets == kSoft) dense = product(c.y, w * per_class);
-    return (alone(c.beside, p) - dense) - alone(c.hard, c.rest);  // of one class: exactly 0
+    return (alone(c.dense_coef, p) - dense) - alone(c.hard, c.one_minus_p);  // of one class: exactly 0
   }
 };
 
@@ -121,9 +121,9 @@ struct CrossEntropyNumbers : CrossEntropy<R, kHard> {
   FL_FN CrossEntropyNumbers(const double* hparams, int64_t n)
       : Base(hparams, n), numbers(hparams[H::squared] != 0, hparams[H::reweigh] != 0) {}
 
-  static FL_FN void add(typename Base::Coef& c, R beside) {
-    c.beside += beside;
-    c.p += beside;
+  static FL_FN void add(typename Base::GradCoef& c, R more) {
+    c.dense_coef += more;
+    c.p += more;
   }
 };
 
@@ -142,32 +142,32 @@ struct Focal : RowLossDefaults {
 
   template <class>
   using Sums = NoSums;
-  FL_FN R power(R rest) const {
+  FL_FN R power(R one_minus_p) const {
     if (gamma == 0) return 1;
-    if (gamma == 0.5) return sqrt(rest);
-    if (gamma == 1) return rest;
-    if (gamma == 2) return rest * rest;
-    return pow(rest, gamma);
+    if (gamma == 0.5) return sqrt(one_minus_p);
+    if (gamma == 1) return one_minus_p;
+    if (gamma == 2) return one_minus_p * one_minus_p;
+    return pow(one_minus_p, gamma);
   }
-  FL_FN R finish(RowState<R>& row, const NoSums&, R others, R e, const Target<R>& t) const {
-    const TargetShare<R> share = target_share(others, e, t.d, row.log_sum);
-    const R p = e / (others + e), factor = power(share.rest);
-    const R ratio = share.rest == 0 ? 1 : share.nll / share.rest;
+  FL_FN R project(RowState<R>& row, const NoSums&, R others, R e, const Target<R>& t) const {
+    const TargetProb<R> target = target_prob(others, e, t.d, row.log_sum);
+    const R p = e / (others + e), factor = power(target.one_minus_p);
+    const R ratio = target.one_minus_p == 0 ? 1 : target.nll / target.one_minus_p;
     row.saved[0] = t.weight * factor * (p == 0 ? 1 : 1 + gamma * p * ratio);
-    row.saved[1] = share.rest;
-    return t.weight * factor * share.nll;
+    row.saved[1] = target.one_minus_p;
+    return t.weight * factor * target.nll;
   }
-  struct Coef {
-    R p, rest;
+  struct GradCoef {
+    R p, one_minus_p;
   };
-  FL_FN Coef coef(const RowState<R>& row, const Target<R>&, R g) const {
+  FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>&, R g) const {
     return {g * row.saved[0], row.saved[1]};
   }
   template <class F>
-  FL_FN F grad(F p, F, F, F, const Coef& c) const {
+  FL_FN F grad(F p, F, F, F, const GradCoef& c) const {
     return p * c.p;
   }
-  FL_FN R target(R, R, R, const Coef& c) const { return -c.p * c.rest; }
+  FL_FN R grad_at_target(R, R, R, const GradCoef& c) const { return -c.p * c.one_minus_p; }
 };
 
 }  // namespace fastloss::inline FL_ISA

@@ -69,7 +69,7 @@ struct TokenStats : RowLossDefaults {
   template <class F>
   using Sums = std::conditional_t<kAll != 0, Many<F>, Few<F>>;
 
-  FL_FN R finish(RowState<R>& row, const Sums<R>& sums, R, R, const Target<R>&) const {
+  FL_FN R project(RowState<R>& row, const Sums<R>& sums, R, R, const Target<R>&) const {
     const R total = sums.rest + sums.top;
     row.log_sum = log1p(sums.rest + (sums.top - 1));
     row.saved[0] = sums.ed / total;  // E[z] - m
@@ -87,12 +87,12 @@ struct TokenStats : RowLossDefaults {
     out[kMean] = row.saved[2];
   }
 
-  struct Coef {
+  struct GradCoef {
     R p, pd, p2, constant;  // d/dz_j = p_j (p + pd d_j + p2 p_j) + constant, where j is no class asked for
     R asked, log_sum;       // p without, and: the sum of the gradients of the log-probabilities
   };
-  FL_FN Coef coef(const RowState<R>& row, Planes<const R> g, int64_t asked, R scale) const {
-    Coef c{};
+  FL_FN GradCoef grad_coef(const RowState<R>& row, Planes<const R> g, int64_t asked, R scale) const {
+    GradCoef c{};
     for (int64_t k = 0; k < asked; ++k) c.asked += g[kPlanes + k];
     c.asked *= scale;
     c.pd = -scale * g[kEntropy];
@@ -106,13 +106,13 @@ struct TokenStats : RowLossDefaults {
     return c;
   }
   template <class F>
-  FL_FN F grad(F p, F d, F, F, const Coef& c) const {
+  FL_FN F grad(F p, F d, F, F, const GradCoef& c) const {
     const F slope = (c.p - c.asked) + alone(fill<F>(c.pd), bounded(d)) + alone(fill<F>(c.p2), p);
     return alone(p, slope) + c.constant;
   }
-  FL_FN R target(R, R, R, const Coef&) const { return 0; }  // no class is a target
+  FL_FN R grad_at_target(R, R, R, const GradCoef&) const { return 0; }  // no class is a target
   // Of a class asked for, with the sum `g` of its gradients; 1 - p = -expm1(log p).
-  FL_FN R asked_for(R p, R d, R g, const Coef& c) const {
+  FL_FN R asked_for(R p, R d, R g, const GradCoef& c) const {
     return g * -expm1(d - c.log_sum) + p * ((g - c.asked) + c.p + c.pd * bounded(d) + c.p2 * p) + c.constant;
   }
 };

@@ -25,9 +25,12 @@
 
 namespace fastloss::inline FL_ISA {
 
+template <class R>
+inline constexpr R kLog2e = R(1.4426950408889634);
+
 FL_FN float exp(float x) {
 #if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
-  return cuda::exp2_approx(x * 1.4426950408889634f);  // 2 ulp + |x| * 2^-24, and x is at most 0 here
+  return cuda::exp2_approx(x * kLog2e<float>);  // 2 ulp + |x| * 2^-24, and x is at most 0 here
 #else
   return ::expf(x);
 #endif

@@ -1,7 +1,7 @@
 // Logarithms and their relatives for vectors, and what formulas need beside them. About one unit in the last
 // place; infinities, zeros, negative numbers and NaN give what the C library gives.
 #pragma once
-#include "simd.h"
+#include "vector_memory.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -114,7 +114,7 @@ FL_FN F log1p_unit(F u) {
 // 2^n (e^r - 1) + (2^n - 1), with 2^(n - 1) in the place of 2^n, which may overflow before the result does.
 FL_FN f32v expm1(f32v x) {
   const f32v bounded = x < -30.f ? fill<f32v>(-30.f) : (x > 89.f ? fill<f32v>(89.f) : x);
-  const f32v n = (bounded * kLog2e + kToInteger) - kToInteger;
+  const f32v n = (bounded * kLog2e<float> + kToInteger) - kToInteger;
   const f32v r = fma(n, fill<f32v>(-kLn2Low), fma(n, fill<f32v>(-kLn2High), bounded));
   const f32v p =
       fma(r * r,

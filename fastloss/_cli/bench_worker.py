@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._cli.check import cast, compare, differentiable, eager_of, errors_of
+from fastloss._cli.check import compare
 from fastloss._cli.report import CEILINGS
 from fastloss._cli.timing import Clock, Copy, Products, Step, cuda_peak, rss_peak
 from fastloss._ops.autograd import HALF_TYPES
 from fastloss._registry import InputSampler, Loss, entries
+from fastloss._registry.accuracy import cast, differentiable, eager_of, errors_of
 
 CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300

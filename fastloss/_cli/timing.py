@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss._cli.check import values_by_name
+from fastloss._registry.accuracy import values_by_name
 
 
 class Step:

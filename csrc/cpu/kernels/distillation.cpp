@@ -6,7 +6,7 @@
 #pragma GCC optimize("fp-contract=off")
 #include <cstring>
 
-#include "../../math/math.h"
+#include "../../math/online_softmax.h"
 #include "../scratch.h"
 #include "distillation.h"
 
@@ -104,7 +104,7 @@ class DivergenceWalker {
       for (int i = 0; i < kUnroll; ++i) top[i] = max(load(s.x + j + i * W) * scale_, top[i]);
     for (; j < n_; j += W) top[0] = max(logits(s.x, j), top[0]);
     const R m = horizontal_max(max(max(top[0], top[1]), max(top[2], top[3])));
-    s.m = m == -INFINITY ? 0 : m;
+    s.m = softmax_base(m);
     const auto add = [&](int64_t at, F z, F& to) __attribute__((always_inline)) {
       const F e = exp_down(z - s.m);
       to += e;

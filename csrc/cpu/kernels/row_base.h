@@ -5,7 +5,7 @@
 #include "../../drivers/row_loss.h"
 #include "../../drivers/rows.h"
 #include "../../losses/number_token.h"
-#include "../../math/math.h"
+#include "../../math/online_softmax.h"
 
 namespace fastloss::inline FL_ISA {
 
@@ -14,7 +14,7 @@ class RowBase {
  protected:
   using R = acc_t<T>;
   using F = vector_t<R>;
-  using Coef = typename Loss::Coef;
+  using GradCoef = typename Loss::GradCoef;
   static constexpr int W = kLanes<F>, kUnroll = 4;
 
   FL_FN RowBase(const RowArgs& args, const Loss& loss)
@@ -116,7 +116,6 @@ class RowBase {
     base = top;
     return true;
   }
-  FL_FN static R finite(R base) { return base == -INFINITY ? 0 : base; }
 
   // ---- results of a loss with planes
   FL_FN Planes<R> results(int64_t r) const { return {static_cast<R*>(a_.loss) + r, a_.rows}; }
@@ -134,7 +133,7 @@ class RowBase {
     }
   }
   FL_NOINLINE void asked_gradient(const Row& row, int64_t r, T* dx) const {
-    const auto coef = loss_.coef(row.state, upstream(r), a_.asked_each, scale_);
+    const auto coef = loss_.grad_coef(row.state, upstream(r), a_.asked_each, scale_);
     for (int64_t i = 0, count = a_.asked_each; i < count; ++i) {
       const int64_t j = asked(r)[i];
       R g = 0;  // a class may be asked for more than once
@@ -164,7 +163,7 @@ class RowBase {
       top = max(number_logits_[k], top);
     }
     for (int64_t k = count; k % W; ++k) number_logits_[k] = -INFINITY;
-    const R base = finite(top);
+    const R base = softmax_base(top);
     F total{}, away{};
     for (int64_t k = 0; k < count; k += W) {
       const F e = exp(load(number_logits_ + k) - base);
@@ -177,8 +176,8 @@ class RowBase {
     return row.number.value;
   }
   // Over the gradient of the number tokens' classes, which `coef` knows without their own share.
-  template <class Coef>
-  FL_NOINLINE void number_gradient(const Row& row, int64_t r, T* dx, const Coef& coef, R g,
+  template <class GradCoef>
+  FL_NOINLINE void number_gradient(const Row& row, int64_t r, T* dx, const GradCoef& coef, R g,
                                    R at_target) const {
     const int64_t count = a_.numbers, *ids = a_.number_ids;
     const R* far = number_far(r);

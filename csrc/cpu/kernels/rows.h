@@ -19,9 +19,9 @@ class RowWalker : RowBase<Loss, T> {
   using Base = RowBase<Loss, T>;
   using Base::a_, Base::loss_, Base::n_, Base::scale_, Base::cap_, Base::W, Base::kUnroll;
   using Base::number_logits_, Base::number_shared_, Base::number_own_;
-  using Base::raise, Base::finite, Base::logit, Base::slope, Base::below, Base::power, Base::powers;
+  using Base::raise, Base::logit, Base::slope, Base::below, Base::power, Base::powers;
   using Base::side, Base::side_part, Base::block_max;
-  using typename Base::R, typename Base::F, typename Base::Coef, typename Base::Row, typename Base::Side;
+  using typename Base::R, typename Base::F, typename Base::GradCoef, typename Base::Row, typename Base::Side;
   using Lane = std::conditional_t<sizeof(R) == 4, int32_t, int64_t>;
   using Sums = typename Loss::template Sums<F>;
   static constexpr int kTogether = 2;  // vectors whose exponentials are taken side by side
@@ -67,7 +67,7 @@ class RowWalker : RowBase<Loss, T> {
     int64_t r;
     T* dx;
     R g;
-    Coef coef;
+    GradCoef coef;
     R p_target, target_slope;
     const R *exps, *bases;
   };
@@ -246,11 +246,11 @@ class RowWalker : RowBase<Loss, T> {
       if (keep) {
         if constexpr (kMayWait)
           if (waits_) lines = waiting_block(begin, end, b);
-        add_block<true>(row, begin, end, finite(base), acc, lines);
+        add_block<true>(row, begin, end, softmax_base(base), acc, lines);
         if constexpr (kMayWait)
           if (waits_) finish_block(lines, end);
       } else {
-        add_block<false>(row, begin, end, finite(base), acc, lines);
+        add_block<false>(row, begin, end, softmax_base(base), acc, lines);
       }
       for (int u = 0; u < kUnroll; ++u) {
         total[u].s += acc[u].s;
@@ -260,7 +260,7 @@ class RowWalker : RowBase<Loss, T> {
     if constexpr (kMayWait)
       if (waits_) write_target(waiting_);
     waits_ = false;
-    base = finite(base);
+    base = softmax_base(base);
     const R others = horizontal_sum((total[0].s + total[1].s) + (total[2].s + total[3].s));
     typename Loss::template Sums<R> sums{};
     for (int f = 0; f < kFields; ++f) {
@@ -272,7 +272,7 @@ class RowWalker : RowBase<Loss, T> {
     const R e = a_.target ? exp(row.target.d) : 0;
     row.state.m = base;
     row.state.log_sum = log(others + e);
-    return loss_.finish(row.state, sums, others, e, row.target);
+    return loss_.project(row.state, sums, others, e, row.target);
   }
 
   // ---- gradient
@@ -281,9 +281,9 @@ class RowWalker : RowBase<Loss, T> {
     Gradient now{.row = row, .r = r, .dx = dx, .g = g, .exps = exps_, .bases = bases_};
     const R to_x = capped ? 1 : scale_;
     if constexpr (Loss::kPlanes) {
-      now.coef = loss_.coef(row.state, this->upstream(r), a_.asked_each, to_x);
+      now.coef = loss_.grad_coef(row.state, this->upstream(r), a_.asked_each, to_x);
     } else {
-      now.coef = loss_.coef(row.state, row.target, g * to_x);
+      now.coef = loss_.grad_coef(row.state, row.target, g * to_x);
     }
     if constexpr (Loss::kNumbers) loss_.add(now.coef, g * scale_ * row.number.beside);
     now.p_target = exp(row.target.d - row.state.log_sum);  // both before dx, which may be x, is written
@@ -309,7 +309,7 @@ class RowWalker : RowBase<Loss, T> {
   }
   FL_FN void write_target(const Gradient& now) const {
     if (!a_.target) return;
-    const R dz = loss_.target(now.p_target, now.row.target.d, now.row.target.weight, now.coef);
+    const R dz = loss_.grad_at_target(now.p_target, now.row.target.d, now.row.target.weight, now.coef);
     if constexpr (Loss::kNumbers)
       if (now.row.number.total != 0)
         return this->number_gradient(now.row, now.r, now.dx, now.coef, now.g * scale_, dz);
@@ -350,7 +350,7 @@ class RowWalker : RowBase<Loss, T> {
     const bool capped = Loss::kSoftcap && cap_ > 0;
     const Row& row = now.row;
     T* const dx = now.dx;
-    const R share = exp((base - row.state.m) - row.state.log_sum), from = finite(base);
+    const R share = exp((base - row.state.m) - row.state.log_sum), from = softmax_base(base);
     const R factor = proportion(now, base);
     auto finished = [&](F e, F x, const Side& s) __attribute__((always_inline)) {
       if constexpr (Loss::kProportional) return e * factor;

@@ -18,7 +18,8 @@ class TileEpilogue<R, TilePass::pairs> : public TileRows<R> {
   using Base::Base;
   void begin_rows(int64_t row, int64_t rows) {
     Base::begin_rows(row, rows);
-    for (int64_t r = 0; r < rows; ++r) this->of_rows(a_.positive)[r] = this->of_rows(a_.row_grad)[r] = 0;
+    for (int64_t r = 0; r < rows; ++r)
+      this->of_rows(a_.pairs_loss())[r] = this->of_rows(a_.pairs_slope())[r] = 0;
   }
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
     for (int64_t r = 0; r < rows_; ++r, s += kTile) {
@@ -34,8 +35,8 @@ class TileEpilogue<R, TilePass::pairs> : public TileRows<R> {
         value += select(mine, softplus((m - load(s + j)) + log_sum, slope), F{});
         slopes += select(mine, slope, F{});
       }
-      this->of_rows(a_.positive)[r] += horizontal_sum(value);
-      this->of_rows(a_.row_grad)[r] += horizontal_sum(slopes);
+      this->of_rows(a_.pairs_loss())[r] += horizontal_sum(value);
+      this->of_rows(a_.pairs_slope())[r] += horizontal_sum(slopes);
     }
   }
 };
@@ -96,7 +97,7 @@ class TileEpilogue<R, TilePass::sigmoid> : public TileRows<R> {
       const int64_t at = this->marked(r, column, columns);
       kept[r] = at >= 0 ? s[r * kTile + at] + R(a_.bias) : R(0);
     }
-    this->sort_out(s, column, columns, nullptr);
+    this->mask_entries(s, column, columns, nullptr, {a_.same_is_positive, false});
     for (int64_t r = 0; r < rows_; ++r, s += kTile) {
       const R up = a_.row_grad ? this->of_rows(a_.row_grad)[r] : R(0);
       F value{}, slopes{};
@@ -118,8 +119,8 @@ class TileEpilogue<R, TilePass::sigmoid> : public TileRows<R> {
   }
   void end_rows() {
     for (int64_t r = 0; r < rows_; ++r) {
-      this->of_rows(a_.positive)[r] = R(value_[r]);
-      if (a_.row_log_sum) this->of_rows(a_.row_log_sum)[r] = R(slope_[r]);
+      this->of_rows(a_.sigmoid_loss())[r] = R(value_[r]);
+      if (a_.sigmoid_slope()) this->of_rows(a_.sigmoid_slope())[r] = R(slope_[r]);
     }
   }
 };
@@ -140,7 +141,7 @@ class TileEpilogue<R, TilePass::hardest> : public TileRows<R> {
     }
   }
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
-    const R* const add = static_cast<const R*>(a_.col_max) + column;
+    const R* const add = static_cast<const R*>(a_.hardest_offset()) + column;
     const R* const ids = static_cast<const R*>(a_.col_ids) + column;
     for (int64_t r = 0; r < rows_; ++r, s += kTile) {
       const int64_t at = this->marked(r, column, columns);

@@ -1,7 +1,7 @@
 // What the passes over a tile of similarities share: its rows and columns, and which entries count.
 #pragma once
 #include "../../losses/similarity.h"
-#include "../../math/math.h"
+#include "../../math/online_softmax.h"
 #include "similarity.h"
 
 namespace fastloss::inline FL_ISA {
@@ -57,32 +57,34 @@ class TileRows {
     for (int64_t j = columns; j % W; ++j)
       for (int64_t r = 0; r < rows; ++r) s[r * kTile + j] = value;
   }
-  // What counts nothing becomes -infinity, the marked entry too; positives go where they are wanted.
-  FL_NOINLINE void sort_out(R* s, int64_t column, int64_t columns, R* positive) const {
+  FL_FN EntryRule rule() const { return {a_.same_is_positive, a_.with_positives}; }
+  // What is not summed becomes -infinity; positives go where they are wanted.
+  FL_NOINLINE void mask_entries(R* s, int64_t column, int64_t columns, R* positive, EntryRule rule) const {
     pad(s, rows_, columns, kNone);
     if (!a_.mark && !a_.row_ids) return;
+    const Entry marked_is = rule(true, false), equal_is = rule(false, true);
+    const bool keep_marked = rule.summed(marked_is), keep_equal = rule.summed(equal_is);
     for (int64_t r = 0; r < rows_; ++r, s += kTile) {
       const int64_t at = marked(r, column, columns);
-      const R kept = at >= 0 ? s[at] : R(0);
-      if (a_.row_ids && !a_.same_is_positive) {
+      const R own = at >= 0 ? s[at] : R(0);
+      if (a_.row_ids && equal_is == Entry::left_out) {
         for (int64_t j = 0; j < columns; j += W)
           store(s + j, select(same(r, column + j), fill<F>(kNone), load(s + j)));
-      } else if (a_.row_ids && (positive || !a_.with_positives)) {
+      } else if (a_.row_ids && (positive || !keep_equal)) {
         F sum{};
         if (at >= 0) s[at] = 0;
         for (int64_t j = 0; j < columns; j += W) {
           const auto mine = same(r, column + j);
           sum += select(mine, load(s + j), F{});
-          if (!a_.with_positives) store(s + j, select(mine, fill<F>(kNone), load(s + j)));
+          if (!keep_equal) store(s + j, select(mine, fill<F>(kNone), load(s + j)));
         }
         if (positive) positive[r] += horizontal_sum(sum);
       }
       if (at < 0) continue;
-      s[at] = kNone;
-      if (positive && !a_.same_is_positive) positive[r] = kept;
+      s[at] = keep_marked ? own : kNone;
+      if (positive && marked_is == Entry::positive) positive[r] = own;
     }
   }
-  FL_FN static F nothing_is_zero(F m) { return select(m == kNone, F{}, m); }
 
   const cpu::TileCall& a_;
   int64_t row_ = 0, rows_ = 0;

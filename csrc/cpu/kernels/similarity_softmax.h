@@ -23,11 +23,11 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
   }
 
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
-    this->sort_out(s, column, columns, a_.positive ? this->of_rows(a_.positive) : nullptr);
+    this->mask_entries(s, column, columns, a_.positive ? this->of_rows(a_.positive) : nullptr, this->rule());
     a_.col_max ? rows_and_columns(s, columns) : rows_alone(s, columns);
     const R *const top = array_[2], *const sum = array_[3];
     for (int64_t i = 0; i < kTile; i += W) {
-      const F m = max(load(top + i), load(m_ + i)), b = Base::nothing_is_zero(m);
+      const F m = max(load(top + i), load(m_ + i)), b = softmax_base(m);
       store(sum_ + i, merged_sum(load(sum_ + i), load(m_ + i), load(sum + i), load(base_ + i), b));
       store(m_ + i, m);
     }
@@ -42,8 +42,8 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
       F m = fill<F>(kNone), sum{};
       if (row_ > 0) m = get(to_m, count, kNone), sum = get(to_s, count, R(0));
       const F top = load(array_[4] + j), merged = max(top, m);
-      sum = merged_sum(sum, m, load(array_[5] + j), load(col_base_ + j), Base::nothing_is_zero(merged));
-      m = last ? Base::nothing_is_zero(merged) : merged;
+      sum = merged_sum(sum, m, load(array_[5] + j), load(col_base_ + j), softmax_base(merged));
+      m = last ? softmax_base(merged) : merged;
       put(to_m, m, count);
       put(to_s, last ? log(sum) : sum, count);
     }
@@ -52,7 +52,7 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
   void end_rows() {
     if (!a_.row_max) return;
     for (int64_t r = 0; r < rows_; r += W) {
-      put(this->of_rows(a_.row_max) + r, Base::nothing_is_zero(load(m_ + r)), rows_ - r);
+      put(this->of_rows(a_.row_max) + r, softmax_base(load(m_ + r)), rows_ - r);
       put(this->of_rows(a_.row_log_sum) + r, log(load(sum_ + r)), rows_ - r);
     }
   }
@@ -69,7 +69,7 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
       F m = fill<F>(kNone), total{};
       for (int64_t j = 0; j < columns; j += W) m = max(load(s + j), m);
       top[r] = horizontal_max(m);
-      base_[r] = top[r] == kNone ? R(0) : top[r];
+      base_[r] = softmax_base(top[r]);
       for (int64_t j = 0; j < columns; j += W) total += exp_down(load(s + j) - base_[r]);
       sum[r] = horizontal_sum(total);
     }
@@ -95,8 +95,8 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
     apart_ = high == kNone || !(high - low <= kSpread);
     if (apart_) {
       for (int64_t i = 0; i < kTile; i += W) {
-        store(base_ + i, Base::nothing_is_zero(load(top + i)));
-        store(col_base_ + i, Base::nothing_is_zero(load(col_top + i)));
+        store(base_ + i, softmax_base(load(top + i)));
+        store(col_base_ + i, softmax_base(load(col_top + i)));
       }
       add_up(
           s, columns, [&](F v, int64_t r, int64_t) { return exp_down(v - base_[r]); },
@@ -226,18 +226,24 @@ class TileEpilogue<R, TilePass::softmax_gradient> : public SoftmaxGradient<R> {
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
     R* const col_up = array_[4];
     this->of_columns(a_.col_positive_grad, column, columns, col_up);
-    this->sort_out(s, column, columns, nullptr);
+    const EntryRule rule = this->rule();
+    this->mask_entries(s, column, columns, nullptr, rule);
     const R* const up = a_.positive_grad ? this->of_rows(a_.positive_grad) : nullptr;
-    if (up && a_.same_is_positive) {
+    if (up && rule(false, true) == Entry::positive) {
       this->gradient(s, column, columns, [&](F, F g, int64_t r, int64_t j) {
         return g + select(this->same(r, column + j), load(col_up + j) + up[r], F{});
       });
     } else {
       this->gradient(s, column, columns, [](F, F g, int64_t, int64_t) { return g; });
     }
+    const bool marked_is_positive = rule(true, false) == Entry::positive;
+    const bool keep_marked = rule.summed(rule(true, false));
     for (int64_t r = 0; a_.mark && r < rows_; ++r) {
       const int64_t at = this->marked(r, column, columns);
-      if (at >= 0) s[r * kTile + at] = up && !a_.same_is_positive ? up[r] + col_up[at] : R(0);
+      if (at < 0) continue;
+      R& g = s[r * kTile + at];
+      if (!keep_marked) g = 0;
+      if (up && marked_is_positive) g = keep_marked ? g + (up[r] + col_up[at]) : up[r] + col_up[at];
     }
     Base::pad(s, rows_, columns, 0);
   }

@@ -4,6 +4,7 @@
 #include "../../losses/aggregation.h"
 #include "../launch.cuh"
 #include "../launchers.h"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -43,6 +44,13 @@ struct Samples {
   }
 };
 
+struct SumOrMax {
+  bool max_of;
+  __device__ __forceinline__ double operator()(double mine, double other) const {
+    return max_of ? Max{}(mine, other) : Sum{}(mine, other);
+  }
+};
+
 // Sums and maxima of a tile, in totals[k] for k < kSums and from kMostSums on. Ends with a barrier.
 template <class T, class Pass>
 __device__ __forceinline__ void sum_tile(const AggregateArgs& a, int64_t tile, double* totals) {
@@ -64,21 +72,14 @@ __device__ __forceinline__ void sum_tile(const AggregateArgs& a, int64_t tile, d
     const bool top = k >= Pass::kSums;
     double v =
         top ? double(tops[k >= Pass::kSums ? k - Pass::kSums : 0]) : double(sums[k < Pass::kSums ? k : 0]);
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-      const double other = __shfl_xor_sync(0xffffffffu, v, offset);
-      v = top ? max(other, v) : v + other;
-    }
+    v = warp_reduce(v, SumOrMax{top});
     if (lane == 0) part[k * kAggregateWarps + warp] = v;
   }
   __syncthreads();
   if (threadIdx.x < kAll) {
     const bool top = threadIdx.x >= Pass::kSums;
     double v = part[threadIdx.x * kAggregateWarps];
-    for (int w = 1; w < kAggregateWarps; ++w) {
-      const double other = part[threadIdx.x * kAggregateWarps + w];
-      v = top ? max(other, v) : v + other;
-    }
+    for (int w = 1; w < kAggregateWarps; ++w) v = SumOrMax{top}(v, part[threadIdx.x * kAggregateWarps + w]);
     totals[top ? kMostSums + threadIdx.x - Pass::kSums : threadIdx.x] = v;
   }
   __syncthreads();
@@ -119,15 +120,9 @@ __global__ void __launch_bounds__(kAggregateThreads) aggregate_finish_kernel(Agg
     const bool top = j >= Pass::kSums;
     const int k = top ? kMostSums + j - Pass::kSums : j;
     double v = top ? -INFINITY : 0;
-    for (int64_t p = threadIdx.x % 32; p < a.partials; p += 32) {
-      const double other = a.partial[k * a.partials + p];
-      v = top ? max(other, v) : v + other;
-    }
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) {
-      const double other = __shfl_xor_sync(0xffffffffu, v, offset);
-      v = top ? max(other, v) : v + other;
-    }
+    for (int64_t p = threadIdx.x % 32; p < a.partials; p += 32)
+      v = SumOrMax{top}(v, a.partial[k * a.partials + p]);
+    v = warp_reduce(v, SumOrMax{top});
     if (threadIdx.x % 32 == 0) totals[k] = v;
   }
   __syncthreads();

@@ -20,7 +20,7 @@ __device__ __forceinline__ double sum_of_range(int64_t begin, int64_t end, Load 
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) sum += value(loaded[u]);
   }
-  return sum_of_block<kSumThreads>(sum);
+  return block_sum<kSumThreads>(sum);
 }
 
 // What a row adds to the norm, and to the result.

@@ -1,4 +1,5 @@
-// Launchers of the row losses beside cross-entropy, in a file of their own for the sake of compile time.
+// Launchers of the other row losses. They have a file of their own, since nvcc takes minutes for either: two
+// files are compiled at the same time.
 #include "classification.cuh"
 
 namespace fastloss::cuda {

@@ -4,6 +4,7 @@
 #include "../../losses/ctc.h"
 #include "../launch.cuh"
 #include "../launchers.h"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -39,9 +40,8 @@ struct Sequence : AlignedTarget {
 
 template <class R>
 __device__ __forceinline__ R max_of_warp(R top) {
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) top = max(__shfl_xor_sync(0xffffffffu, top, offset), top);
-  return top > -R(INFINITY) ? top : R(0);
+  top = warp_reduce(top, Max{});
+  return top > -R(INFINITY) ? top : R(0);  // 0 of NaN too
 }
 
 // A warp a row of the input: its maximum over the target, and of logits the log of the sum of e^input.
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) rows_kernel(AlignmentArgs a) {
   for (int64_t k = lane; k < a.classes; k += 32) most = max(q.x(t, k), most);
   most = max_of_warp(most);
   for (int64_t k = lane; k < a.classes; k += 32) sum += exp(q.x(t, k) - most);
-  sum = sum_of_warp(sum);
+  sum = warp_sum(sum);
   if (lane == 0) *q.row(a.steps + t) = most + log(sum);
 }
 
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(AlignmentArgs a,
   double rest = 0;  // by one warp, whatever the block
   for (int64_t t = threadIdx.x; t < q.steps; t += 32)
     rest += (a.from_logits ? *q.row(a.steps + t) : R(0)) - *q.row(t);
-  rest = sum_of_warp(rest);
+  rest = warp_sum(rest);
   if (threadIdx.x != 0) return;
   R loss = R(rest - q.its_likelihood());
   if (a.zero_infinity && loss == R(INFINITY)) loss = 0;
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kRowThreads) gradient_kernel(AlignmentArgs a) 
   R blank = 0;
   for (int64_t s = threadIdx.x; counts && s < q.positions; s += kRowThreads)
     if (q.label(s) == q.blank) blank += posterior[s];
-  blank = sum_of_block<kRowThreads>(blank);  // all of `out` is written now
+  blank = block_sum<kRowThreads>(blank);  // all of `out` is written now
   if (!counts) return;
   if (threadIdx.x == 0) out[q.blank] = narrow<T>(g * (p(q.blank) - blank));
   for (int64_t i = threadIdx.x; i < q.length; i += kRowThreads) {

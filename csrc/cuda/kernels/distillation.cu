@@ -2,42 +2,22 @@
 // both from device memory, the next ones, for the divergence and for the gradients, find them in L1 or L2.
 // Sums have an order that depends on the row's length alone.
 #include "../../losses/distillation.h"
+#include "../../math/online_softmax.h"
 #include "../launchers.h"
 #include "rows.cuh"
 
 namespace fastloss::cuda {
 namespace {
 
-// A maximum and the sum of exp(z - m), of student and teacher.
+constexpr int kBlockTeam = 512;  // threads for a long row
+
+// Of student and teacher.
 template <class R>
 struct Normalisers {
-  R m[2] = {-INFINITY, -INFINITY}, s[2] = {0, 0};
-
-  __device__ __forceinline__ R base(int side) const { return m[side] == -INFINITY ? R(0) : m[side]; }
-  __device__ __forceinline__ void add(int side, R z) {
-    if (z > m[side]) {
-      if (m[side] != -INFINITY) s[side] *= exp(m[side] - z);
-      m[side] = z;
-    }
-    s[side] += full_exp(z - base(side));
-  }
+  OnlineSoftmax<R> of[2];
   __device__ __forceinline__ void merge(const Normalisers& o) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const R top = max(o.m[i], m[i]), to = top == -INFINITY ? R(0) : top;
-      s[i] = s[i] * (m[i] == -INFINITY ? R(1) : exp(m[i] - to)) +
-             o.s[i] * (o.m[i] == -INFINITY ? R(1) : exp(o.m[i] - to));
-      m[i] = top;
-    }
-  }
-  __device__ __forceinline__ Normalisers from_lane(int offset) const {
-    Normalisers o;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      o.m[i] = __shfl_xor_sync(kFullMask, m[i], offset);
-      o.s[i] = __shfl_xor_sync(kFullMask, s[i], offset);
-    }
-    return o;
+    for (int i = 0; i < 2; ++i) of[i].merge(o.of[i]);
   }
 };
 template <class R>
@@ -46,12 +26,6 @@ struct TwoSums {
   __device__ __forceinline__ void merge(const TwoSums& o) {
     a += o.a;
     b += o.b;
-  }
-  __device__ __forceinline__ TwoSums from_lane(int offset) const {
-    TwoSums o;
-    o.a = __shfl_xor_sync(kFullMask, a, offset);
-    o.b = __shfl_xor_sync(kFullMask, b, offset);
-    return o;
   }
 };
 
@@ -116,15 +90,16 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
     g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
   } else {
     Normalisers<R> o;
+    const auto full = [](R z) { return full_exp(z); };
     each_class<T, kTeam>(x, q, n, lane, [&](int64_t, T student, T teacher) {
-      o.add(0, widen(student) * scale);
-      o.add(1, widen(teacher) * scale);
+      o.of[0].push(widen(student) * scale, full);
+      o.of[1].push(widen(teacher) * scale, full);
     });
-    o = team_merge<kTeam>(o);
+    o = block_reduce<kTeam>(o, Merge{});
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      m[i] = o.base(i);
-      sum[i] = o.s[i];
+      m[i] = o.of[i].base();
+      sum[i] = o.of[i].sum;
     }
     TwoSums<R> sums;
     each_class<T, kTeam>(x, q, n, lane, [&](int64_t, T student, T teacher) {
@@ -132,7 +107,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
       if constexpr (kKind != kReverse) sums.a += loss.weighed(share(1, teacher), s.u);
       if constexpr (kKind != kForward) sums.b += loss.weighed(share(0, student), s.v);
     });
-    sums = team_merge<kTeam>(sums);
+    sums = block_reduce<kTeam>(sums, Merge{});
     sum_a = sums.a;
     sum_b = sums.b;
     const R value = k * loss.loss(sum_a, sum_b);

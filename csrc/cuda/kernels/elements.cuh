@@ -4,6 +4,7 @@
 #pragma once
 #include "../../drivers/elements.h"
 #include "../launch.cuh"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements
   thread.run();
   if (!a.partial) return;
   if constexpr (Loss::kLogSum) thread.sum += log1p(thread.product);
-  const double sum = sum_of_block<kElementThreads>(double(thread.sum));
+  const double sum = block_sum<kElementThreads>(double(thread.sum));
   if (threadIdx.x != 0) return;
   if (gridDim.x == 1) {
     write_result<T>(a, sum);
@@ -189,7 +190,7 @@ template <class T>
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(ElementArgs a, int64_t count) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kSumThreads) sum += a.partial[i];
-  sum = sum_of_block<kSumThreads>(sum);
+  sum = block_sum<kSumThreads>(sum);
   if (threadIdx.x == 0) write_result<T>(a, sum);
 }
 

@@ -2,6 +2,7 @@
 #include "../../losses/feature_sums.h"
 #include "../launch.cuh"
 #include "../launchers.h"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -34,9 +35,7 @@ __global__ void __launch_bounds__(kFeatureThreads) features_kernel(FeatureArgs a
     for (int o = 0; o < kOthers; ++o)
 #pragma unroll
       for (int k = 0; k < kFeatureSums; ++k) {
-        R& sum = sums[o][k];
-#pragma unroll
-        for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+        const R sum = warp_sum(sums[o][k]);
         if (lane == 0) static_cast<R*>(args.sums)[(o * kFeatureSums + k) * args.rows + row] = sum;
       }
     return;

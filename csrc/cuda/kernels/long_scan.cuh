@@ -7,7 +7,7 @@
 #pragma once
 #include <cstring>
 
-#include "../vector.cuh"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 
@@ -17,7 +17,7 @@ __device__ __forceinline__ Item item_from_lane_below(const Item& s, int offset) 
   unsigned long long words[kWords];
   std::memcpy(words, &s, sizeof s);
 #pragma unroll
-  for (int k = 0; k < kWords; ++k) words[k] = __shfl_up_sync(0xffffffffu, words[k], offset);
+  for (int k = 0; k < kWords; ++k) words[k] = __shfl_up_sync(kFullMask, words[k], offset);
   Item below;
   std::memcpy(&below, words, sizeof s);
   return below;

@@ -2,6 +2,7 @@
 #include "../../losses/reward_model.h"
 #include "../launch.cuh"
 #include "../launchers.h"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -36,18 +37,14 @@ __global__ void __launch_bounds__(kRankingThreads, 4) ranking_kernel(RankingArgs
     }
     return;
   }
-  R value = 0, pairs = 0;
+  R sums[2] = {0, 0}, &value = sums[0], &pairs = sums[1];
   for (int64_t i = threadIdx.x % 32; i < n; i += 32) {
     const RankedItem<R> item = chooses ? choice_of_item<R>(row, n, i) : pairs_of_item<R>(row, n, i);
     if (chooses) state[i] = item.value;
     value += item.value;
     pairs += item.pairs;
   }
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) {
-    value += __shfl_xor_sync(0xffffffffu, value, offset);
-    pairs += __shfl_xor_sync(0xffffffffu, pairs, offset);
-  }
+  warp_reduce_all(sums, Sum{});
   if (threadIdx.x % 32 != 0) return;
   static_cast<R*>(a.loss)[r] = value * loss_share(a.kind, pairs);
   static_cast<R*>(a.pairs)[r] = pairs;

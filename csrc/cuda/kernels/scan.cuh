@@ -7,6 +7,7 @@
 #pragma once
 #include "../../drivers/scan.h"
 #include "../launch.cuh"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 
@@ -14,9 +15,9 @@ constexpr int kScanSteps = 4, kScanThreads = 128;  // steps of a thread; threads
 
 template <class R>
 __device__ __forceinline__ AffineStep<R> from_lane_below(const AffineStep<R>& s, int offset) {
-  return {__shfl_up_sync(0xffffffffu, s.keep_u, offset), __shfl_up_sync(0xffffffffu, s.add_u, offset),
-          __shfl_up_sync(0xffffffffu, s.keep_w, offset), __shfl_up_sync(0xffffffffu, s.mix, offset),
-          __shfl_up_sync(0xffffffffu, s.add_w, offset)};
+  return {__shfl_up_sync(kFullMask, s.keep_u, offset), __shfl_up_sync(kFullMask, s.add_u, offset),
+          __shfl_up_sync(kFullMask, s.keep_w, offset), __shfl_up_sync(kFullMask, s.mix, offset),
+          __shfl_up_sync(kFullMask, s.add_w, offset)};
 }
 
 template <class Loss, class T, bool kBackward>
@@ -89,8 +90,8 @@ struct ScanTeam {
         }
       } else {
         mine.apply(u, w);
-        u = __shfl_sync(0xffffffffu, u, 31);
-        w = __shfl_sync(0xffffffffu, w, 31);
+        u = __shfl_sync(kFullMask, u, 31);
+        w = __shfl_sync(kFullMask, w, 31);
       }
       before.apply(my_u, my_w);
 #pragma unroll

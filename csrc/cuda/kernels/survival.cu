@@ -2,6 +2,7 @@
 #include "../../losses/survival.h"
 #include "../launch.cuh"
 #include "../launchers.h"
+#include "../reduce.cuh"
 #include "long_scan.cuh"
 
 namespace fastloss::cuda {
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 2) value_kernel(SurvivalArgs a) {
     sum += v;
     if (a.loss) a.loss[loss.individual(tile.first + k)] = v;
   }
-  sum = sum_of_block<kThreads>(sum);
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
 }
 template <class Loss, class T>
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(SurvivalArgs a) {
 __global__ void __launch_bounds__(kThreads, 2) total_kernel(SurvivalArgs a) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < a.rows * survival_tiles(a); i += kThreads) sum += a.partial[i];
-  sum = sum_of_block<kThreads>(sum);
+  sum = block_sum<kThreads>(sum);
   if (threadIdx.x == 0) *a.total = sum;
 }
 

@@ -3,6 +3,7 @@
 #include "../../losses/triplets.h"
 #include "../launch.cuh"
 #include "../launchers.h"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -20,8 +21,7 @@ __device__ __forceinline__ void measure(const TripletArgs& a, int64_t i, R* d) {
       const R gap = own[k] - x[j * a.d + k];
       sum += gap * gap;
     }
-#pragma unroll
-    for (int offset = 16; offset; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    sum = warp_sum(sum);
     if (lane == 0) d[j] = a.root ? sqrt(sum) : sum;
   }
 }
@@ -43,6 +43,15 @@ __device__ __forceinline__ void sort(R* keys, int32_t* at, int64_t n) {
     }
 }
 
+// Terms of an anchor's sum that are greater than 0.
+struct Terms {
+  double sum = 0, number = 0;
+  __device__ __forceinline__ void merge(const Terms& o) {
+    sum += o.sum;
+    number += o.number;
+  }
+};
+
 template <class R>
 __global__ void __launch_bounds__(kTripletThreads) anchors_kernel(TripletArgs a) {
   const int64_t r = blockIdx.x, i = a.row + r;
@@ -58,7 +67,7 @@ __global__ void __launch_bounds__(kTripletThreads) anchors_kernel(TripletArgs a)
   const int64_t positives = counters[0], negatives = a.m - 1 - positives;
   const bool few_positives = positives <= negatives;
   const int64_t few = few_positives ? positives : negatives, many = a.m - 1 - few;
-  double sum = 0, number = 0;
+  Terms terms;
   if (few > 0) {
     R* const keys = static_cast<R*>(a.keys) + r * a.room;
     int32_t *const at = a.places + r * (2 * a.room + 1), *const found = at + a.room;
@@ -67,8 +76,9 @@ __global__ void __launch_bounds__(kTripletThreads) anchors_kernel(TripletArgs a)
       return positive ? positive_key(d[j], margin) : negative_key(d[j]);
     };
     const auto counted = [&](int64_t j, bool positive, int64_t times) {
-      if (times && positive) sum += double(times) * (double(d[j]) + a.margin), number += double(times);
-      if (times && !positive) sum -= double(times) * double(d[j]);
+      if (times && positive)
+        terms.sum += double(times) * (double(d[j]) + a.margin), terms.number += double(times);
+      if (times && !positive) terms.sum -= double(times) * double(d[j]);
       if (!a.sums) d[j] = times ? triplet_weight(d[j], (positive ? up : -up) * R(times), a.root) : R(0);
     };
     int64_t size = 1;
@@ -111,19 +121,10 @@ __global__ void __launch_bounds__(kTripletThreads) anchors_kernel(TripletArgs a)
     if (few > 0 && threadIdx.x == 0) d[i] = 0;
     return;
   }
-  FL_SHARED(double, sums, 2 * kTripletThreads);
-  sums[threadIdx.x] = sum;
-  sums[kTripletThreads + threadIdx.x] = number;
-  for (int width = kTripletThreads / 2; width; width /= 2) {
-    __syncthreads();
-    if (threadIdx.x < width) {
-      sums[threadIdx.x] += sums[threadIdx.x + width];
-      sums[kTripletThreads + threadIdx.x] += sums[kTripletThreads + threadIdx.x + width];
-    }
-  }
+  terms = block_merge_tree<kTripletThreads>(terms);
   if (threadIdx.x == 0) {
-    static_cast<R*>(a.sums)[i] = static_cast<R>(sums[0]);
-    static_cast<R*>(a.sums)[a.m + i] = static_cast<R>(sums[kTripletThreads]);
+    static_cast<R*>(a.sums)[i] = static_cast<R>(terms.sum);
+    static_cast<R*>(a.sums)[a.m + i] = static_cast<R>(terms.number);
   }
 }
 

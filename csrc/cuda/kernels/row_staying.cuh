@@ -1,0 +1,59 @@
+// A long row, of which the blocks that stay keep a part on the chip: the first vectors in shared memory, some
+// more in registers. While its gradient is written, each slot of shared memory is filled with the next row's.
+#pragma once
+#include "row_reader.cuh"
+
+namespace fastloss::cuda {
+
+template <class Loss, class T, int kTeam, bool kBackward>
+struct StayingRow : RowReader<Loss, T, kTeam, kBackward> {
+  using Base = RowReader<Loss, T, kTeam, kBackward>;
+  using Base::a, Base::x, Base::lane, Base::cache, Base::slots, Base::more, Base::next;
+  using Base::N, Base::kKeep, Base::add_vector, Base::grads, Base::put;
+  using typename Base::R, typename Base::Slope;
+
+  // The vectors after those in shared memory that stay in this thread's registers.
+  struct Kept {
+    Vec<T> v[kKeep > 0 ? kKeep : 1];
+  };
+  __device__ __forceinline__ int64_t kept_at(int u) const { return (slots + lane + int64_t{u} * kTeam) * N; }
+  // Sends for the next row's vector of this slot, whose own is not needed any more.
+  __device__ __forceinline__ void refill(int slot) const {
+    if (more) __pipeline_memcpy_async(cache + slot, x + next + int64_t{slot} * N, 16);
+  }
+  __device__ __forceinline__ void refill_all() const {
+    __pipeline_wait_prior(0);  // two copies into one slot have no order
+    for (int slot = lane; slot < slots; slot += kTeam) refill(slot);
+    __pipeline_commit();
+  }
+  // Adds what stays: slots in shared memory, then registers. Gives the first class after them.
+  __device__ __forceinline__ int64_t sweep_kept(Online<Loss, R>& o, Kept& kept, int64_t body) const {
+#pragma unroll
+    for (int u = 0; u < kKeep; ++u)
+      if (kept_at(u) < body) kept.v[u] = load16(x + kept_at(u));
+    __pipeline_wait_prior(0);
+    for (int slot = lane; slot < slots; slot += kTeam) {
+      add_vector(o, int64_t{slot} * N, cache[slot]);
+      if (!a.dx) refill(slot);
+    }
+    if (!a.dx) __pipeline_commit();
+#pragma unroll
+    for (int u = 0; u < kKeep; ++u)
+      if (kept_at(u) < body) add_vector(o, kept_at(u), kept.v[u]);
+    return int64_t{slots + kKeep * kTeam} * N;
+  }
+  // Writes the gradients of what stays and sends for the next row; gives the first class after them.
+  __device__ __forceinline__ int64_t write_kept(const Slope& s, T* dx, const Kept& kept, int64_t body) const {
+    for (int slot = lane; slot < slots; slot += kTeam) {
+      put(dx + int64_t{slot} * N, grads(s, int64_t{slot} * N, cache[slot]));
+      refill(slot);
+    }
+    __pipeline_commit();
+#pragma unroll
+    for (int u = 0; u < kKeep; ++u)
+      if (kept_at(u) < body) put(dx + kept_at(u), grads(s, kept_at(u), kept.v[u]));
+    return int64_t{slots + kKeep * kTeam} * N;
+  }
+};
+
+}  // namespace fastloss::cuda

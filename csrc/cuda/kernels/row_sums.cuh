@@ -1,0 +1,109 @@
+// The sums of a row of logits on CUDA: relative to a running maximum in each thread of a team, then merged
+// in an order that depends on the team alone.
+#pragma once
+#include "../../drivers/row_loss.h"
+#include "../../math/online_softmax.h"
+#include "../reduce.cuh"
+
+namespace fastloss::cuda {
+
+// What an exponential is taken of: z - z' = (u - u') * unit, where u is the logit as it lies in memory unless
+// it is capped, so that neither a class nor its exponential is multiplied by the scale for itself.
+template <class R>
+struct Unit {
+  R of_z, of_two;  // of_two for exponents of two
+  __device__ __forceinline__ explicit Unit(R unit) : of_z(unit), of_two(unit * kLog2e<R>) {}
+  __device__ __forceinline__ R distance(R below) const { return product(below, of_z); }
+  __device__ __forceinline__ R exp_of(R below) const {  // e^(below * unit)
+    if constexpr (sizeof(R) == 4) return exp2_approx(below * of_two);
+    return exp(below * of_z);
+  }
+  // e^(below * unit - log_sum), where `logs` is kept(log_sum)
+  __device__ __forceinline__ R kept(R log_sum) const {
+    return sizeof(R) == 4 ? log_sum * kLog2e<R> : log_sum;
+  }
+  __device__ __forceinline__ R share_of(R below, R logs) const {
+    if constexpr (sizeof(R) == 4) return exp2_approx(fmaf(below, of_two, -logs));
+    return exp(below * of_z - logs);
+  }
+};
+
+// Running maximum of u, sum of exp(z - max) over all but the target, and what the loss adds up.
+template <class Loss, class R>
+struct Online {
+  using Sums = typename Loss::template Sums<R>;
+  static constexpr int kFields = std::is_empty_v<Sums> ? 0 : sizeof(Sums) / sizeof(R);
+  R m = -INFINITY, s = 0;
+  Sums extra{};
+
+  // Whether what the loss adds up holds the sum of exponentials already: then s is left alone.
+  static constexpr bool kOwnTotal = requires(const Sums& sums) { sums.total(); };
+
+  __device__ __forceinline__ R base() const { return softmax_base(m); }
+  __device__ __forceinline__ void follow(R top, const Unit<R>& unit) {
+    if (!(top > m)) return;
+    if (m != -INFINITY) {
+      const R shift = unit.distance(m - top), factor = kFields ? exp(shift) : unit.exp_of(m - top);
+      if constexpr (kOwnTotal) {
+        extra.move(shift, factor, extra.total());
+      } else {
+        extra.move(shift, factor, s);
+        s *= factor;
+      }
+    }
+    m = top;
+  }
+  // Adds another's sums, which are relative to the same maximum.
+  __device__ __forceinline__ void take(const Online& o) {
+    s += o.s;
+    R mine[kFields + 1], theirs[kFields + 1];
+    std::memcpy(mine, &extra, kFields * sizeof(R));
+    std::memcpy(theirs, &o.extra, kFields * sizeof(R));
+#pragma unroll
+    for (int f = 0; f < kFields; ++f) mine[f] += theirs[f];
+    std::memcpy(&extra, mine, kFields * sizeof(R));
+  }
+  // The sums of kLanes lanes; all have the same maximum.
+  template <int kLanes>
+  __device__ __forceinline__ Online added(unsigned mask = kFullMask) const {
+    R all[kFields + 1];
+    std::memcpy(all, &extra, kFields * sizeof(R));
+    all[kFields] = s;
+    warp_reduce_all<kLanes>(all, Sum{}, mask);
+    Online o;
+    o.m = m;
+    o.s = all[kFields];
+    std::memcpy(&o.extra, all, kFields * sizeof(R));
+    return o;
+  }
+};
+
+// A team merges in two steps, in which each thread takes one exponential: all agree on the maximum, then,
+// each having followed it, add up.
+template <int kTeam, class R>
+__device__ __forceinline__ R team_max(R top) {
+  constexpr int kWarps = kTeam / 32;
+  const auto join = [](R mine, R other) { return larger(other, mine); };
+  top = warp_reduce < kTeam<32 ? kTeam : 32>(top, join, team_mask<kTeam>());
+  if constexpr (kWarps > 1) {
+    FL_SHARED(R, tops, kWarps);
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+    __syncthreads();
+    top = warp_reduce<kWarps>(tops[threadIdx.x % kWarps], join);
+  }
+  return top;
+}
+template <int kTeam, class O>
+__device__ __forceinline__ O team_sum(O o) {
+  constexpr int kWarps = kTeam / 32;
+  o = o.template added < kTeam<32 ? kTeam : 32>(team_mask<kTeam>());
+  if constexpr (kWarps > 1) {
+    FL_SHARED(O, part, kWarps);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = o;
+    __syncthreads();
+    o = part[threadIdx.x % kWarps].template added<kWarps>();
+  }
+  return o;
+}
+
+}  // namespace fastloss::cuda

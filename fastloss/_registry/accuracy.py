@@ -1,0 +1,373 @@
+"""How far from the truth a result may be: one rule for the tests, `check` and `bench`.
+
+The rule, for the value and for the gradient of every differentiable argument, element by element:
+
+    |got - exact| <= max(EAGER_FACTOR * eager's error, NOISE_FACTOR * noise) + ULPS[dtype] * ulp(exact)
+
+`exact`: the reference in float64, at the very numbers that the arguments hold.
+eager's error: the largest |eager - exact| of the tensor, where `eager` is plain PyTorch in the dtype under test:
+    the function that the loss replaces, or the reference. What users have today.
+`noise`: how far the reference moves when each of its operations rounds to the working precision, at random.
+ulp: the spacing of the dtype at that element.
+
+Eager's error alone does not tell how well a result can be computed. That of one number whose terms cancel may be
+a hundredth of what its terms are rounded by, through luck that changes with the seed, the width of a vector and the
+order of a sum. What rounding explains is the size of what is added up. With unit roundoff u, each operation of a
+computation yields z (1 + d) for some |d| <= u, and a sum or product of matrices yields the sum of terms t_i (1 + d_i).
+To first order an output is then off by
+
+    sum over all intermediate numbers z of (d output / d z) z d_z,
+
+and where the d_z are independent, uniform in [-u, u] and many, that is a normal variable whose deviation is the
+root of the sum of squares of these terms: the condition of the computation, cancellation included. `noise` draws it
+(Monte Carlo arithmetic): the reference runs in float64, a dispatch mode multiplies the result of each operation by
+1 + d, and the operands of reductions and products too. No formula of a loss is needed, and one number is judged by
+what its terms weigh. The largest of DRAWS draws, over all elements, is the noise of a tensor.
+
+A kernel does other operations than the reference, and sums in another order, but may not amplify rounding more than
+a plain formula does. NOISE_FACTOR is for both sides being random: the largest of DRAWS draws of a normal variable
+lies at 1 to 2 deviations, and results of equal quality stay within 4 of them, twice that where `exact`, rounded in
+float64 itself, is off as well.
+
+The working precision is float32, in which half types are computed and then rounded once; float64 for float64; and
+the dtype itself for losses that multiply matrices, which keep the factors in it.
+
+Where `exact`, rounded to the dtype, is infinite or NaN, the result must be so too. The dtype and shape must be
+eager's. The upstream gradient is not one, so that a loss which forgets it is caught.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from fastloss._registry.spec import Loss
+
+EAGER_FACTOR = 2.0
+NOISE_FACTOR = 4.0
+ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 0.51, torch.float16: 0.51}
+"""Half types are computed in float32 and rounded at the end, which costs half a unit."""
+DRAWS = 8
+RULE = (
+    f"within {ULPS[torch.float32]:g} units in the last place (half types {ULPS[torch.float16]:g}) and "
+    f"{EAGER_FACTOR:g} x eager's error or {NOISE_FACTOR:g} x rounding noise"
+)
+DTYPES = tuple(ULPS)
+
+
+# ---- calls ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """What one call gives: its value (of an estimator: each) and the gradients by argument."""
+
+    value: Tensor
+    grads: dict[str, Tensor] = field(default_factory=dict)
+    more: tuple[Tensor, ...] = ()
+    """The values after the first."""
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        yield from values_by_name((self.value, *self.more) if self.more else self.value).items()
+        yield from ((f"gradient of {name}", grad) for name, grad in self.grads.items())
+
+
+def values_by_name(result: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name the value, or each of several."""
+    if isinstance(result, Tensor):
+        return {"value": result}
+    return {f"value {i}": value for i, value in enumerate(result, 1)}
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def cast(kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Convert every floating-point tensor among the arguments to `dtype`."""
+    return {k: v.to(dtype) if is_float(v) else v for k, v in kwargs.items()}
+
+
+def differentiable(kwargs: Mapping[str, Any], wrt: Sequence[str]) -> list[str]:
+    """Return those of `wrt` that are floating-point tensors in this call."""
+    return [k for k in wrt if is_float(kwargs.get(k))]
+
+
+def upstream_like(value: Tensor, seed: int = 1) -> Tensor:
+    """Return a fixed gradient for `value`: multiples of 1/64 in [0.5, 1.5], exact in every dtype."""
+    steps = torch.randint(32, 97, value.shape, generator=torch.Generator().manual_seed(seed))
+    return (steps / 64).to(value)
+
+
+def evaluate(
+    function: Callable[..., Any],
+    kwargs: Mapping[str, Any],
+    wrt: Sequence[str],
+    upstream: Tensor | None = None,
+) -> Answer:
+    """Return the value and the gradients with respect to those of `wrt` that can have one."""
+    names = differentiable(kwargs, wrt)
+    leaves = {k: v.detach().requires_grad_(k in names) if is_float(v) else v for k, v in kwargs.items()}
+    inputs = [leaves[name] for name in names]
+    found = function(**leaves)
+    values = (found,) if isinstance(found, Tensor) else tuple(found)
+    graded = [v for v in values if v.requires_grad]
+    grads: Sequence[Tensor | None] = [None] * len(names)
+    if graded and names:
+        above = [upstream_like(v) if upstream is None else upstream.to(v) for v in graded]
+        grads = torch.autograd.grad(graded, inputs, above, allow_unused=True)
+    by_name = {
+        name: torch.zeros_like(x) if g is None else g for name, x, g in zip(names, inputs, grads, strict=True)
+    }
+    first, *more = (v.detach() for v in values)
+    return Answer(first, by_name, tuple(more))
+
+
+def exactly(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same numbers in float64 on the CPU, in memory of their own."""
+    own = {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    own.pop("inplace_backward", None)
+    return cast(own, torch.float64)
+
+
+def exact(
+    loss: Loss, kwargs: Mapping[str, Any], wrt: Sequence[str], upstream: Tensor | None = None
+) -> Answer:
+    """Evaluate the float64 reference at the very numbers that the arguments hold."""
+    return evaluate(loss.reference, exactly(kwargs), wrt, upstream)
+
+
+def eager_of(loss: Loss, kwargs: Iterable[str]) -> Callable[..., Tensor]:
+    """Return what people call today, or the reference where that does not take these arguments."""
+    if loss.eager is None:
+        return loss.reference
+    parameters = inspect.signature(loss.eager).parameters
+    return loss.eager if set(kwargs) <= set(parameters) else loss.reference
+
+
+def eager(
+    loss: Loss, kwargs: Mapping[str, Any], wrt: Sequence[str], upstream: Tensor | None = None
+) -> Answer:
+    """Evaluate plain PyTorch in the arguments' own dtype; in float32, then rounded, where it has no kernel for that."""
+    kwargs = {k: v for k, v in kwargs.items() if k != "inplace_backward"}
+    function = eager_of(loss, kwargs)
+    try:
+        return evaluate(function, kwargs, wrt, upstream)
+    except RuntimeError as error:
+        if "not implemented for" not in str(error):
+            raise
+    single = evaluate(function, cast(kwargs, torch.float32), wrt, upstream)
+    of_values = next(v.dtype for v in kwargs.values() if is_float(v))
+    grads = {name: grad.to(kwargs[name].dtype) for name, grad in single.grads.items()}
+    return Answer(single.value.to(of_values), grads, tuple(v.to(of_values) for v in single.more))
+
+
+# ---- noise ----------------------------------------------------------------------------------------------
+
+# Operations that round nothing: they move, select, compare or change signs. What is missing here costs a
+# needless rounding.
+# fmt: off
+_EXACT = frozenset({
+    "_local_scalar_dense", "_to_copy", "_unique2", "_unsafe_view", "abs", "alias", "all", "amax", "amin",
+    "any", "argmax", "argmin", "argsort", "as_strided", "bernoulli", "bitwise_and", "bitwise_not",
+    "bitwise_or", "broadcast_tensors", "bucketize", "cat", "ceil", "clamp", "clamp_max", "clamp_min",
+    "clone", "constant_pad_nd", "contiguous", "copy", "detach", "diag_embed", "diagonal_backward",
+    "embedding", "empty_like", "eq", "expand", "fill", "flip", "floor", "full_like", "gather", "ge", "gt",
+    "index", "index_fill", "index_select", "isfinite", "isinf", "isnan", "isneginf", "isposinf", "le",
+    "lift_fresh", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "masked_scatter",
+    "masked_select", "max", "maximum", "median", "min", "minimum", "mode", "nan_to_num", "narrow_copy",
+    "ne", "neg", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "nonzero",
+    "ones_like", "relu", "repeat", "repeat_interleave", "roll", "round", "scatter", "searchsorted",
+    "select_backward", "select_scatter", "sgn", "sign", "slice_backward", "slice_scatter", "sort",
+    "stack", "threshold", "threshold_backward", "topk", "tril", "triu", "unbind", "unfold_backward",
+    "unique_dim", "value_selecting_reduction_backward", "where", "zero", "zeros_like",
+})
+# fmt: on
+
+
+class RandomRounding(TorchDispatchMode):
+    """Multiplies what operations yield by 1 + d, d uniform in [-unit, unit]; what reductions and products take, too."""
+
+    def __init__(self, unit: float, seed: int) -> None:
+        super().__init__()
+        self.unit, self.generator = unit, torch.Generator().manual_seed(seed)
+
+    def factor(self, x: Tensor) -> Tensor:
+        d = torch.rand(x.shape, dtype=torch.float64, generator=self.generator)
+        return d.mul_(2 * self.unit).add_(1 - self.unit)
+
+    def rounded(self, x: Any) -> Any:
+        return x * self.factor(x) if is_float(x) else x
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = op._schema.name.removeprefix("aten::").rstrip("_")
+        if op.is_view or name in _EXACT:
+            return op(*args, **kwargs)
+        in_place = op._schema.is_mutable
+        if torch.Tag.pointwise not in op.tags:
+            kept = args[:1] if in_place else ()
+            args = kept + tree_map(self.rounded, args[len(kept) :])
+        result = op(*args, **kwargs)
+        if in_place:
+            for x in (result,) if isinstance(result, Tensor) else result:
+                if is_float(x):
+                    x.mul_(self.factor(x))
+            return result
+        return tree_map(self.rounded, result)
+
+
+def working_precision(loss: Loss, dtype: torch.dtype) -> torch.dtype:
+    """Return the type that intermediate results are rounded to."""
+    if dtype is torch.float64 or loss.multiplies:
+        return dtype
+    return torch.float32
+
+
+# ---- the rule -------------------------------------------------------------------------------------------
+
+
+def errors_of(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the largest finite error by quantity."""
+    worst = {}
+    for quantity, want in exact.items():
+        error = (got[quantity].detach().to(want.device).double() - want).abs()
+        finite = error[error.isfinite()]
+        worst[quantity] = finite.max().item() if finite.numel() else 0.0
+    return worst
+
+
+def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the spacing of `dtype` at `exact`, never below what a kernel that flushes subnormals can resolve."""
+    info = torch.finfo(dtype)
+    accumulator = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32)
+    least = max(info.smallest_normal * info.eps, accumulator.smallest_normal)
+    return (exact.abs() * info.eps).clamp_min(least)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One quantity of one answer, at the element that is worst relative to what is allowed there."""
+
+    quantity: str
+    """"value" or "gradient of <argument>"."""
+    error: float
+    allowed: float
+    ratio: float
+    """error / allowed; infinite for a wrong dtype, shape, infinity or NaN."""
+    relative: float = 0.0
+    """Largest error over largest exact magnitude."""
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1.0
+
+    def __str__(self) -> str:
+        return f"{self.quantity} {self.message or f'error {self.error:.3g}, allowed {self.allowed:.3g}'}"
+
+
+def worst_element(got: Tensor, exact: Tensor, absolute: float) -> tuple[float, float, float]:
+    """Return (error, allowed, error / allowed) at the element where the last is largest."""
+    got = got.detach().to(exact.device)
+    if got.numel() == 0:
+        return 0.0, 0.0, 0.0
+    rounded = exact.to(got.dtype)
+    same = (got == rounded) | (got.isnan() & rounded.isnan())
+    error = torch.where(same, 0.0, (got.double() - exact).abs().nan_to_num(torch.inf, torch.inf))
+    allowed = absolute + ULPS[got.dtype] * ulp(exact, got.dtype)
+    ratio = torch.where(rounded.isfinite() | same, error / allowed, torch.inf).nan_to_num(0.0, torch.inf)
+    at = int(ratio.argmax())
+    return error.flatten()[at].item(), allowed.flatten()[at].item(), ratio.flatten()[at].item()
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Return the largest error over the largest magnitude, among the elements where both are finite."""
+    got = got.detach().to(exact.device).double()
+    finite = got.isfinite() & exact.isfinite()
+    if not finite.any():
+        return 0.0
+    error = (got - exact)[finite].abs().max().item()
+    return error / max(exact[finite].abs().max().item(), torch.finfo(torch.float32).smallest_normal)
+
+
+class Yardstick:
+    """What one call should give, and how far from it an answer may be.
+
+    Made before the call is run, which may overwrite its arguments. Eager's error and the noise are only worked out
+    for an answer that is further off than the last digit.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        kwargs: Mapping[str, Any],
+        wrt: Sequence[str] | None = None,
+        upstream: Tensor | None = None,
+    ) -> None:
+        self.loss, self.upstream = loss, upstream
+        self.wrt = loss.wrt if wrt is None else wrt
+        self.kwargs = exactly(kwargs)
+        self.dtype = next(v.dtype for v in kwargs.values() if is_float(v))
+        self.eager = eager(loss, kwargs, self.wrt, upstream)
+        self.exact = evaluate(loss.reference, self.kwargs, self.wrt, upstream)
+
+    @cached_property
+    def working(self) -> torch.dtype:
+        return working_precision(self.loss, self.dtype)
+
+    @cached_property
+    def errors_of_eager(self) -> dict[str, float]:
+        """By quantity, how far plain PyTorch is off in the working precision."""
+        plain = self.eager
+        if self.working is not self.dtype:
+            plain = eager(self.loss, cast(self.kwargs, self.working), self.wrt, self.upstream)
+        return errors_of(dict(plain.parts()), dict(self.exact.parts()))
+
+    @cached_property
+    def noise(self) -> dict[str, float]:
+        """By quantity, how far the reference moves when each of its operations rounds at random."""
+        unit, true = torch.finfo(self.working).eps / 2, dict(self.exact.parts())
+        most = dict.fromkeys(true, 0.0)
+        for seed in range(DRAWS):
+            with RandomRounding(unit, seed):
+                moved = evaluate(self.loss.reference, self.kwargs, self.wrt, self.upstream)
+            most = {k: max(most[k], error) for k, error in errors_of(dict(moved.parts()), true).items()}
+        return most
+
+    def allowed(self, quantity: str) -> float:
+        """Return what is allowed beside the last digits of each element."""
+        return max(EAGER_FACTOR * self.errors_of_eager[quantity], NOISE_FACTOR * self.noise[quantity])
+
+    def findings(self, got: Answer) -> list[Finding]:
+        """Hold an answer to the rule, quantity by quantity."""
+        found = []
+        for (quantity, have), (_, like), (_, want) in zip(
+            got.parts(), self.eager.parts(), self.exact.parts(), strict=True
+        ):
+            if have.shape != want.shape:
+                message = f"has shape {tuple(have.shape)}, should have {tuple(want.shape)}"
+                found.append(Finding(quantity, math.inf, math.inf, math.inf, math.inf, message))
+                continue
+            message = ""
+            measured = worst_element(have, want, 0.0)
+            if 1.0 < measured[2] < math.inf:
+                measured = worst_element(have, want, self.allowed(quantity))
+            error, allowed, ratio = measured
+            if have.dtype != like.dtype:
+                ratio, message = math.inf, f"is {name_of(have.dtype)}, should be {name_of(like.dtype)}"
+            found.append(Finding(quantity, error, allowed, ratio, relative_error(have, want), message))
+        return found
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
