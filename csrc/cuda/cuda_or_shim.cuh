@@ -4,7 +4,7 @@
 //   FL_SHARED(float, sums, 32);              a static block array; may stand in any device function
 //   FL_DYN_SHARED(float, tile);              the launch's dynamic shared memory, 16-byte aligned
 //   launch(&kernel<T>, grid, block, smem, stream, args...);
-//   most_shared()                            bytes of shared memory that a block may have on this device
+//   max_shared()                             bytes of shared memory that a block may have on this device
 //   multiprocessors()                        of this device
 #pragma once
 
@@ -17,7 +17,7 @@
 
 namespace fastloss::cuda {
 using simt::launch;
-inline int64_t most_shared() { return 227 << 10; }
+inline int64_t max_shared() { return 227 << 10; }
 inline int multiprocessors() { return 2; }
 }  // namespace fastloss::cuda
 
@@ -96,7 +96,7 @@ inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
   (void)cudaGetLastError();
   return otherwise;
 }
-inline int64_t most_shared() {
+inline int64_t max_shared() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kDefaultDynamicShared);
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }

@@ -8,7 +8,7 @@ namespace fastloss::cuda {
 
 // No blocks: nothing to do. The kernel is listed among the registered ones.
 template <auto kKernel, class... A>
-void start(int64_t blocks, int threads, size_t shared, cudaStream_t stream, const A&... arguments) {
+void launch_1d(int64_t blocks, int threads, size_t shared, cudaStream_t stream, const A&... arguments) {
   (void)Registered<kKernel>::done;
   if (blocks > 0)
     launch(kKernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), shared, stream,

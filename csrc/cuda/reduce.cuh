@@ -17,7 +17,7 @@ constexpr unsigned kFullMask = 0xffffffffu;
 template <int kTeam>
 __device__ __forceinline__ unsigned team_mask() {
   if constexpr (kTeam >= 32) return kFullMask;
-  return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 & -kTeam);
+  return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 & ~(kTeam - 1u));
 }
 
 // What is joined: a thread's own number, then another's.

@@ -200,7 +200,7 @@ namespace fastloss::inline FL_ISA {
 
 // The value is known: flood it, and give it out.
 template <class R>
-FL_FN void settle(const AggregateArgs& a, AggregateState& s) {
+FL_FN void write_value(const AggregateArgs& a, AggregateState& s) {
   if (a.flood == a.flood) {
     const double above = s.value - a.flood, sign = (above > 0) - (above < 0);
     s.value = abs(above) + a.flood;
@@ -263,8 +263,8 @@ struct SoftSlope {
 template <class F>
 FL_FN SoftSlope<F> soft_slope(F u) {
   const F root = sqrt(1 + u * u), sign = copysign(F{} + 1, u);
-  const auto far = abs(u) > scalar_t<F>(sizeof(scalar_t<F>) == 4 ? 1e9 : 1e17);
-  return {select(far, sign, u / (1 + root)), select(far, sign, u / root)};
+  const auto is_large = abs(u) > scalar_t<F>(sizeof(scalar_t<F>) == 4 ? 1e9 : 1e17);
+  return {select(is_large, sign, u / (1 + root)), select(is_large, sign, u / root)};
 }
 
 template <class R>
@@ -324,18 +324,18 @@ struct Moments {
         s.factor[0] = 1 / total;
         break;
       case Aggregate::cvar: {  // what is left of (1 - q) W is shared by the losses at theta
-        const double worst = (1 - a.number) * total;
-        s.value = theta == -INFINITY && total == total ? theta : theta + part / worst;
-        s.factor[0] = 1 / worst;
-        s.factor[1] = (worst - above) / (worst * equal);
+        const double tail_weight = (1 - a.number) * total;
+        s.value = theta == -INFINITY && total == total ? theta : theta + part / tail_weight;
+        s.factor[0] = 1 / tail_weight;
+        s.factor[1] = (tail_weight - above) / (tail_weight * equal);
         s.factor[2] = total == total ? 0 : total;
         break;
       }
       case Aggregate::cvar_at: {
-        const double worst = (1 - a.number) * total;
-        s.value = theta + part / worst;
-        s.theta_slope = total == 0 ? 1 : (worst - above) / worst;
-        s.factor[0] = 1 / worst;
+        const double tail_weight = (1 - a.number) * total;
+        s.value = theta + part / tail_weight;
+        s.theta_slope = total == 0 ? 1 : (tail_weight - above) / tail_weight;
+        s.factor[0] = 1 / tail_weight;
         break;
       }
       case Aggregate::chi2:  // the value follows from the spread around this
@@ -374,7 +374,7 @@ struct Moments {
         break;
       }
     }
-    settle<R>(a, s);
+    write_value<R>(a, s);
   }
 };
 
@@ -407,7 +407,7 @@ struct Spread {
     s.factor[1] = size > 0 ? steep / size / weight : 0;
     s.factor[2] = s.total == s.total ? 0 : s.total;
     if (s.high == INFINITY) s.value = s.total == s.total ? s.high : s.total;
-    settle<R>(a, s);
+    write_value<R>(a, s);
   }
 };
 

@@ -56,11 +56,11 @@ struct LogitDivergence {
     if constexpr (kKind == kForward) return {d, F{}};
     if constexpr (kKind == kReverse) return {F{}, -d};
     const F size = abs(d);
-    const auto more = d > 0, far = size > R(0.7);
-    const F near = select(more, fill<F>(1 - beta), fill<F>(beta)) * expm1(-size);
-    const F beyond = select(more, fill<F>(odds), fill<F>(1 / odds)) * full_exp(-size);
-    const F rest = select(far, select(more, fill<F>(log_p), fill<F>(log_q)), F{});
-    const F larger = -(rest + log1p(select(far, beyond, near))), smaller = larger - size;
+    const auto more = d > 0, is_large = size > R(0.7);
+    const F of_small = select(more, fill<F>(1 - beta), fill<F>(beta)) * expm1(-size);
+    const F of_large = select(more, fill<F>(odds), fill<F>(1 / odds)) * full_exp(-size);
+    const F rest = select(is_large, select(more, fill<F>(log_p), fill<F>(log_q)), F{});
+    const F larger = -(rest + log1p(select(is_large, of_large, of_small))), smaller = larger - size;
     return {select(more, larger, smaller), select(more, smaller, larger)};
   }
   // Nothing has probability 0 and an infinite or undefined logarithm that counts.

@@ -4,7 +4,8 @@
 // label's, and S = sum_k q_k table_ik, the term is
 //   S                        the Wasserstein distance, of a table |v_k - v_i|
 //   S^2                      the squared error, of a table v_k - v_i
-//   loss m + worst (1 - m)   either of them, reweighed by the mass m that number tokens have among all
+//   loss m + max (1 - m)     either of them, reweighed by the mass m that number tokens have among all, with
+//                            the largest distance where they have none
 // All it needs beyond the row's statistics are the logits of the number tokens, while the row is in cache.
 #pragma once
 #include "../math/math.h"
@@ -13,8 +14,8 @@ namespace fastloss::inline FL_ISA {
 
 template <class R>
 struct NumberTerm {
-  R value;   // added to the row's loss
-  R beside;  // d value / d z_j is p_j beside, and for number k also q_k (table_ik - mean) of_q + p_k of_p
+  // d value / d z_j is p_j dense_coef, and for number k also q_k (table_ik - mean) of_q + p_k of_p
+  R value, dense_coef;  // the first is added to the row's loss
   R of_q, of_p;
   R mean, top, total;  // S; q_k = exp(z_k - top) / total
 };
@@ -25,22 +26,22 @@ struct NumberTokens {
 
   FL_FN NumberTokens(bool squared_, bool reweigh_) : squared(squared_), reweigh(reweigh_) {}
 
-  FL_FN NumberTerm<R> term(R weight, R worst, R mean, R top, R total, R row_max, R row_log_sum) const {
+  FL_FN NumberTerm<R> term(R weight, R max_distance, R mean, R top, R total, R row_max, R row_log_sum) const {
     const R loss = squared ? mean * mean : mean, slope = squared ? 2 * mean : R(1);
     NumberTerm<R> t{weight * loss, 0, weight * slope, 0, mean, top, total};
     if (reweigh) {
       const R mass = exp((top - row_max) + (log(total) - row_log_sum));
-      t.value = weight * (loss * mass + worst * (1 - mass));
+      t.value = weight * (loss * mass + max_distance * (1 - mass));
       t.of_q *= mass;
-      t.of_p = weight * (loss - worst);
-      t.beside = -t.of_p * mass;
+      t.of_p = weight * (loss - max_distance);
+      t.dense_coef = -t.of_p * mass;
     }
     return t;
   }
   // of a number token alone: from e = exp(z - top), p = softmax(z) and its place in the table
   template <class F>
-  static FL_FN F own(const NumberTerm<R>& t, F e, F p, F far) {
-    return (e / t.total) * (far - t.mean) * t.of_q + p * t.of_p;
+  static FL_FN F self_term(const NumberTerm<R>& t, F e, F p, F distance) {
+    return (e / t.total) * (distance - t.mean) * t.of_q + p * t.of_p;
   }
 };
 

@@ -69,10 +69,10 @@ struct Cohort {
   // The last and the first place of p's group: by steps that double, then halve.
   FL_FN int64_t last_of_group(int64_t p) const { return end_of_group(p, n - 1 - p, 1); }
   FL_FN int64_t first_of_group(int64_t p) const { return end_of_group(p, p, -1); }
-  FL_FN int64_t end_of_group(int64_t p, int64_t room, int64_t sign) const {
+  FL_FN int64_t end_of_group(int64_t p, int64_t remaining, int64_t sign) const {
     int64_t inside = 0, step = 1;
-    while (step <= room && same_group(p, p + sign * step)) inside = step, step *= 2;
-    int64_t outside = step <= room ? step : room + 1;
+    while (step <= remaining && same_group(p, p + sign * step)) inside = step, step *= 2;
+    int64_t outside = step <= remaining ? step : remaining + 1;
     while (outside - inside > 1) {
       const int64_t middle = inside + (outside - inside) / 2;
       (same_group(p, p + sign * middle) ? inside : outside) = middle;

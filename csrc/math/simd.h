@@ -86,7 +86,7 @@ FL_FN I in_order(I bits) {
 }
 template <class T>
   requires(sizeof(T) == 2)
-FL_FN T largest(const T* x, int64_t count) {
+FL_FN T max_half(const T* x, int64_t count) {
   using i16v = int16_t __attribute__((vector_size(kVectorBytes)));
   constexpr int kWide = kVectorBytes / 2, kUnroll = 4;
   i16v top[kUnroll], v;
@@ -288,19 +288,19 @@ template <class F>
 FL_FN F tanh(F x) {
   const F size = x < 0 ? -x : x;
   const F e = exp(size + size);
-  F far = 1 - 2 / (e + 1);
-  far = x < 0 ? -far : far;
+  F of_large = 1 - 2 / (e + 1);
+  of_large = x < 0 ? -of_large : of_large;
   if constexpr (sizeof(scalar_t<F>) == 4) {
     const F s = x * x;
     F p = s * -5.70498872745e-3f + 2.06390887954e-2f;
     p = p * s - 5.37397155531e-2f;
     p = p * s + 1.33314422036e-1f;
     p = p * s - 3.33332819422e-1f;
-    return size < 0.625f ? p * s * x + x : far;
+    return size < 0.625f ? p * s * x + x : of_large;
   } else {
-    F near;
-    for (int k = 0; k < kLanes<F>; ++k) near[k] = std::tanh(x[k]);
-    return size < 1 ? near : far;
+    F of_small;
+    for (int k = 0; k < kLanes<F>; ++k) of_small[k] = std::tanh(x[k]);
+    return size < 1 ? of_small : of_large;
   }
 }
 

@@ -106,9 +106,9 @@ FL_FN F log1p(F u) {
 template <class F>
   requires(kLanes<F> > 1)
 FL_FN F log1p_unit(F u) {
-  const auto far = u > scalar_t<F>(0.41421356);
-  const F near = log1p_near(select(far, scalar_t<F>(0.5) * (u - 1), u));
-  return select(far, near + scalar_t<F>(0.6931471805599453), near);
+  const auto is_large = u > scalar_t<F>(0.41421356);
+  const F below = log1p_near(select(is_large, scalar_t<F>(0.5) * (u - 1), u));
+  return select(is_large, below + scalar_t<F>(0.6931471805599453), below);
 }
 
 // 2^n (e^r - 1) + (2^n - 1), with 2^(n - 1) in the place of 2^n, which may overflow before the result does.

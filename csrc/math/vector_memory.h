@@ -59,30 +59,30 @@ FL_FN float widen(BFloat16 h) {
   return f;
 }
 
-// The first `count` (< kLanes) elements; `rest` in the other lanes. Nothing behind them is touched.
+// The first `count` (< kLanes) elements; `pad` in the other lanes. Nothing behind them is touched.
 template <class T>
-FL_FN vector_t<acc_t<T>> load_part(const T* p, int64_t count, acc_t<T> rest) {
+FL_FN vector_t<acc_t<T>> load_part(const T* p, int64_t count, acc_t<T> pad) {
   using F = vector_t<acc_t<T>>;
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<T, float>)
-    return _mm512_mask_loadu_ps(fill<F>(rest), (1u << count) - 1, p);
+    return _mm512_mask_loadu_ps(fill<F>(pad), (1u << count) - 1, p);
   else if constexpr (std::is_same_v<T, double>)
-    return _mm512_mask_loadu_pd(fill<F>(rest), (1u << count) - 1, p);
+    return _mm512_mask_loadu_pd(fill<F>(pad), (1u << count) - 1, p);
   T buffer[kLanes<F>];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16((1u << count) - 1, p));
 #else
 #if defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>)
     return select(first_lanes<F>(count), f32v(_mm256_maskload_ps(p, (__m256i)first_lanes<F>(count))),
-                  fill<F>(rest));
+                  fill<F>(pad));
   else if constexpr (std::is_same_v<T, double>)
     return select(first_lanes<F>(count), f64v(_mm256_maskload_pd(p, (__m256i)first_lanes<F>(count))),
-                  fill<F>(rest));
+                  fill<F>(pad));
 #endif
   T buffer[kLanes<F>] = {};
   std::memcpy(buffer, p, count * sizeof(T));
 #endif
-  return select(first_lanes<F>(count), load(buffer), fill<F>(rest));
+  return select(first_lanes<F>(count), load(buffer), fill<F>(pad));
 }
 
 // ---- stores: round to nearest even

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -13,15 +14,27 @@ from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.dtypes import accumulation_dtype
 
 
+def check_tensor(name: str, t: Any) -> None:
+    """Raise if this is no tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+
+
+def check_same_shape(name: str, t: Tensor | None, like_name: str, like: Tensor) -> None:
+    """Raise if a tensor that is given has not the shape of another."""
+    if t is not None and t.shape != like.shape:
+        raise RuntimeError(
+            f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(t.shape)}"
+        )
+
+
 def check_tensors(like: Tensor, **tensors: Tensor | None) -> None:
     """All tensors, and on the device of `like`, the first of which must be `input` or its equal."""
-    if not isinstance(like, Tensor):
-        raise TypeError(f"input: expected a Tensor, got {type(like).__name__}")
+    check_tensor("input", like)
     for name, t in tensors.items():
         if t is None:
             continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(name, t)
         if t.device != like.device:
             raise RuntimeError(
                 f"{name}: expected all tensors on the same device, but it is on {t.device} and input on {like.device}"
@@ -157,19 +170,14 @@ def same_shape(**tensors: Tensor | None) -> list[Tensor | None]:
     if _alike(found):
         return found
     (name, first), *_ = tensors.items()
-    if not isinstance(first, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(first).__name__}")
+    check_tensor(name, first)
     present = {k: t for k, t in tensors.items() if t is not None}
     for k, t in present.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{k}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(k, t)
         check_floating(k, t)
         if t.device != first.device:
             raise RuntimeError(f"{k}: expected the device of {name}, {first.device}, got {t.device}")
-        if t.shape != first.shape:
-            raise RuntimeError(
-                f"{k}: expected the shape of {name}, {tuple(first.shape)}, got {tuple(t.shape)}"
-            )
+        check_same_shape(k, t, name, first)
     dtype = reduce(torch.promote_types, (t.dtype for t in present.values()))
     return [None if t is None else t.to(dtype) for t in tensors.values()]
 
@@ -193,8 +201,7 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 def rows_of_features(first: str, **tensors: Tensor | None) -> tuple[list[Tensor | None], torch.dtype | None]:
     """Checks that all are rows of the same features; under autocast in its type. And what the loss is to be in."""
     x = tensors[first]
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{first}: expected a Tensor, got {type(x).__name__}")
+    check_tensor(first, x)
     for name, t in tensors.items():
         if t is None:
             continue
@@ -246,8 +253,7 @@ def weight_of_rows(weight: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def labels_of_rows(labels: Tensor, x: Tensor, name: str = "labels") -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(labels).__name__}")
+    check_tensor(name, labels)
     check_tensors(x, **{name: labels})
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise RuntimeError(f"{name}: expected integers, got {labels.dtype}")
@@ -256,3 +262,13 @@ def labels_of_rows(labels: Tensor, x: Tensor, name: str = "labels") -> Tensor:
             f"{name}: expected one label for each of {x.shape[0]} rows, got shape {tuple(labels.shape)}"
         )
     return labels.long()
+
+
+def call_with_classes(names: str | None, op: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call an operator; what it says of a class out of bounds becomes an IndexError, which names the argument."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if "is out of bounds" in str(error):
+            raise IndexError(f"{names}: {error}" if names else str(error)) from None
+        raise

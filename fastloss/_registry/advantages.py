@@ -24,7 +24,7 @@ register_estimator(
         inputs=lambda d, s: {"rewards": d.normal(*s), "group_ids": d.index(max(s[0] // 3, 1), *s)},
         wrt=("rewards",),
         forward_arguments=("rewards", "group_ids"),
-        cases={"grpo": {}, "rloo": {"kind": "rloo"}},
+        cases={"grpo": {}, "dr_grpo": {"kind": "dr_grpo"}, "rloo": {"kind": "rloo"}},
         shapes=((1,), (33,)),
         bench_shape=(4096,),
         traffic=lambda shape, itemsize, backward: shape[0] * (2 * itemsize + 8) * (2 if backward else 1),

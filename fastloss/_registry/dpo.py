@@ -17,6 +17,12 @@ _INPUTS = (
 )  # fmt: skip
 
 
+_TYPES = (
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+    "aot", "aot_unpaired",
+)  # fmt: skip
+
+
 def _length(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
     return 1.0 + draw.index(9, *shape)
 
@@ -63,6 +69,18 @@ register(
         cases={
             "sigmoid": {},
             "ipo": {"loss_type": "ipo", "chosen_lengths": _length, "rejected_lengths": _length},
+            **{
+                name: {
+                    "loss_type": name,
+                    **({"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}),
+                }
+                for name in _TYPES[1:]
+            },
+            **{
+                name: {"loss_type": name, "chosen_lengths": _length, "rejected_lengths": _length}
+                for name in ("sigmoid_norm", "sft")
+            },
+            **{name: {"f_divergence": name, "beta": 0.4} for name in ("forward_kl", "js", "alpha")},
             "mixed": {
                 "loss_type": ("sigmoid", "bco_pair", "sft"),
                 "loss_weights": (0.8, 0.2, 1.0),

@@ -7,9 +7,10 @@ import math
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops.policy import AGGREGATION, KL_TYPES
 from fastloss._registry.inputs import LOGPS_SHAPES
 from fastloss._registry.spec import InputSampler, Loss, register
-from fastloss.losses.policy import policy_loss, value_loss
+from fastloss.losses.policy import AGGREGATIONS, policy_loss, value_loss
 
 
 def _tokens(draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -21,6 +22,27 @@ def _flags(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
     return draw.index(4, *shape) > 0
 
 
+def _ref_logps(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
+    return draw.uniform(*shape, low=-4.0, high=-0.1)
+
+
+_TYPES = {
+    **{name: {"loss_type": name, "mask": _flags} for name in AGGREGATION if name not in ("ppo", "grpo")},
+    "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.5},
+    "dro": {"loss_type": "dro", "dro_beta": 0.5, "mask": _flags},
+    "dppo_tv": {"loss_type": "dppo_tv", "clip_low": 0.05, "clip_high": 0.08, "delta": 1.2},
+    "dppo_kl": {"loss_type": "dppo_kl", "clip_low": 0.01, "clip_high": 0.02, "mask": _flags},
+    # all candidates, not some that are drawn: the reference would draw others
+    "clip_cov": {"loss_type": "clip_cov", "mask": _flags, "cov_ratio": 1.0, "cov_bounds": (0.5, 5.0)},
+    "kl_cov": {"loss_type": "kl_cov", "mask": _flags, "cov_ratio": 0.2, "cov_kl_coef": 0.3},
+}
+_DIVERGENCES = {
+    f"kl {name}": {"kl_coef": 0.3, "ref_logps": _ref_logps, **({} if name == "k3" else {"kl_type": name})}
+    for name in KL_TYPES
+    if name != "none"
+}
+_WEIGHTS = {"mask": lambda d, s: d.index(3, *s).to(d.dtype)}
+_AGGREGATIONS = {name: {"loss_agg_mode": name, **_WEIGHTS} for name in AGGREGATIONS}
 _OPTIONAL = ("mask", "ref_logps", "entropies", "normalizer")
 
 register(
@@ -35,10 +57,13 @@ register(
         forward_arguments=("logps", "old_logps", "advantages", *_OPTIONAL),
         cases={
             "ppo": {},
+            **_TYPES,
+            **_DIVERGENCES,
+            **_AGGREGATIONS,
             "grpo": {
                 "loss_type": "grpo",
                 "mask": _flags,
-                "ref_logps": lambda d, s: d.uniform(*s, low=-4.0, high=-0.1),
+                "ref_logps": _ref_logps,
                 "kl_coef": 0.1,
                 "clip_high": 0.28,
                 "dual_clip": 1.1,
@@ -63,6 +88,7 @@ register(
         forward_arguments=("values", "returns", "old_values", "mask", "normalizer"),
         cases={
             "plain": {},
+            **{name: case for name, case in _AGGREGATIONS.items() if name != "token-mean"},
             "clipped": {
                 "old_values": lambda d, s: d.normal(*s),
                 "mask": _flags,

@@ -24,6 +24,7 @@ register(
         forward_arguments=("policy_logps", "reference_logps", "labels", "kl"),
         cases={
             "plain": {},
+            "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired", "reduction": "sum"},
             "weights": {
                 "kl": lambda d, s: d.uniform(*s),
                 "desirable_weight": 1.5,
@@ -37,11 +38,13 @@ register(
     )
 )
 for _function, _cases in (
-    (simpo_loss, {"plain": {}}),
+    (simpo_loss, {"plain": {}, "hinge": {"loss_type": "hinge"}}),
     (
         cpo_loss,
         {
             "plain": {},
+            "hinge": {"loss_type": "hinge"},
+            "ipo": {"loss_type": "ipo"},
             "nll": {"chosen_nll": logps, "alpha": 0.5, "label_smoothing": 0.1, "reduction": "none"},
         },
     ),

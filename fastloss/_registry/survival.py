@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fastloss import reference
@@ -11,13 +12,18 @@ from fastloss._registry.spec import InputSampler, Loss, register
 from fastloss.losses.survival import cox_ph_loss, dart_loss
 
 
-def _eager_cox(log_h, durations, events, ties="breslow", reduction="mean"):
-    """What pycox computes, with torch's logcumsumexp; exact without ties."""
-    if ties != "breslow" or reduction == "none":
-        return reference.cox_ph_loss(log_h, durations, events, ties=ties, reduction=reduction)
-    order = durations.argsort(dim=-1, descending=True)
+def _eager_cox(log_h, durations, events, ties="breslow", strata=None, reduction="mean"):
+    """As people write it today, with torch's logcumsumexp along the times in descending order."""
+    alike = [log_h, durations, events]
+    usual = ties == "breslow" and strata is None and reduction != "none"
+    if not usual or any(t.shape != log_h.shape or t.dtype != log_h.dtype for t in alike):
+        return reference.cox_ph_loss(log_h, *alike[1:], ties=ties, strata=strata, reduction=reduction)
+    times, order = durations.sort(dim=-1, descending=True)
     h, happened = log_h.gather(-1, order), events.gather(-1, order)
-    loss = -((h - h.logcumsumexp(-1)) * happened).sum()
+    last = (
+        torch.searchsorted(-times, -times, right=True) - 1
+    )  # at risk are those up to the last of equal times
+    loss = -((h - h.logcumsumexp(-1).gather(-1, last)) * happened).sum()
     return loss / happened.sum() if reduction == "mean" else loss
 
 
@@ -51,6 +57,7 @@ for _function, _name, _cases in (
             family="survival",
             function=_function,
             reference=getattr(reference, _function.__name__),
+            eager=_eager_cox if _function is cox_ph_loss else None,
             inputs=_of(_name),
             wrt=(_name,),
             forward_arguments=(_name, "durations", "events", *(("strata",) if _name == "log_h" else ())),

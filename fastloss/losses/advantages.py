@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss._ops.checks import check_floating, check_number, choice
+from fastloss._ops.checks import check_floating, check_number, check_tensor, choice
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.groups import Groups
 
@@ -93,8 +93,7 @@ def ride_reward(
         ("next_embeddings", next_embeddings),
         ("counts", counts),
     ):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(name, t)
     check_floating("embeddings", embeddings)
     check_floating("next_embeddings", next_embeddings)
     if embeddings.dim() == 0 or next_embeddings.shape != embeddings.shape:

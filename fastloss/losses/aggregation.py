@@ -10,7 +10,15 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops import abi
 from fastloss._ops.autograd import Op
-from fastloss._ops.checks import check_floating, check_number, check_real, check_tensors, one_number
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_real,
+    check_same_shape,
+    check_tensor,
+    check_tensors,
+    one_number,
+)
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
 __all__ = ["chi2_dro_loss", "cvar_loss", "flooding_loss", "soft_ad_loss", "tilted_loss"]
@@ -19,12 +27,8 @@ __all__ = ["chi2_dro_loss", "cvar_loss", "flooding_loss", "soft_ad_loss", "tilte
 _KINDS = abi.enum("Aggregate")
 
 
-def _high(losses: Tensor) -> torch.dtype:
-    return accumulation_dtype(losses.dtype)
-
-
 def _fake(losses, theta, weight, kind, number, eta, flood):
-    return losses.new_empty([], dtype=_high(losses)), losses.new_empty(
+    return losses.new_empty([], dtype=accumulation_dtype(losses.dtype)), losses.new_empty(
         [abi.constant("aggregate_state")], dtype=torch.float64
     )
 
@@ -46,21 +50,21 @@ def _reduce(
     eta: float = 0.0,
     flood: float | None = None,
 ) -> Tensor:
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"losses: expected a Tensor, got {type(losses).__name__}")
+    check_tensor("losses", losses)
     check_floating("losses", losses)
     check_tensors(
         losses, theta=theta if isinstance(theta, Tensor) else None, sample_weight=sample_weight, mask=mask
     )
     check_real(sample_weight=sample_weight, mask=mask)
     for name, t in (("sample_weight", sample_weight), ("mask", mask)):
-        if t is not None and t.shape != losses.shape:
-            raise RuntimeError(
-                f"{name}: expected the shape of losses, {tuple(losses.shape)}, got {tuple(t.shape)}"
-            )
-    weight = None if sample_weight is None else sample_weight.to(_high(losses))
+        check_same_shape(name, t, "losses", losses)
+    weight = None if sample_weight is None else sample_weight.to(accumulation_dtype(losses.dtype))
     if mask is not None:
-        weight = (mask != 0).to(_high(losses)) if weight is None else torch.where(mask != 0, weight, 0.0)
+        weight = (
+            (mask != 0).to(accumulation_dtype(losses.dtype))
+            if weight is None
+            else torch.where(mask != 0, weight, 0.0)
+        )
     value = _aggregate(
         (
             losses.reshape(-1),

@@ -19,9 +19,8 @@ from fastloss._ops.checks import (
     check_weight_type,
 )
 from fastloss._ops.chunked_linear_loss import LinearOp
-from fastloss._ops.logit_transforms import LEAST_SIN2, AngularMargin, Harmonic
+from fastloss._ops.logit_transforms import AngularMargin, Harmonic
 from fastloss.losses.linear import as_autocast
-from fastloss.reference.angular_margin import nearest, with_margin
 
 __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
 
@@ -30,8 +29,9 @@ def _margin_reference(
     input, linear_weight, linear_bias, target, weight, row_weight, ignore_index, reduction, logit_scale, softcap,
     label_smoothing, z_loss, additive, margin, easy, straight, centres,
 ):  # fmt: skip
-    cosines = nearest(input @ linear_weight.t(), int(centres))
-    logits = with_margin(cosines, target, margin, additive != 0, easy != 0, straight != 0, LEAST_SIN2)
+    logits = reference.angular_margin.margin_logits(
+        input @ linear_weight.t(), target, margin, additive != 0, easy != 0, straight != 0, int(centres)
+    )
     return reference.cross_entropy(
         logits, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
         logit_scale=logit_scale, sample_weight=row_weight,

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastloss import reference
-from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
+from fastloss._ops.checks import (
+    call_with_classes,
+    check_number,
+    check_reduction,
+    check_rows,
+    check_tensors,
+    check_weight_type,
+)
 from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.rowwise import RowOp
 
@@ -22,12 +29,7 @@ cross_entropy_rows = RowOp("cross_entropy", reference.cross_entropy)
 def call_rows(
     op: RowOp, tensors: tuple[Tensor | None, ...], options: tuple, inplace_backward: bool
 ) -> Tensor:
-    try:
-        return op(tensors, options, inplace_backward)
-    except RuntimeError as error:
-        if "is out of bounds" in str(error):
-            raise IndexError(str(error)) from None
-        raise
+    return call_with_classes(None, op, tensors, options, inplace_backward)
 
 
 def cross_entropy(
@@ -126,6 +128,19 @@ def _focal_reference(input, target, gamma, weight, ignore_index, reduction, **_)
 _focal = RowOp("softmax_focal_loss", _focal_reference)
 
 
+def _class_weights(
+    alpha: float | Tensor | None, background_class: int | None, input: Tensor
+) -> Tensor | None:
+    """Return the weight of each class that `alpha` stands for."""
+    if alpha is None or isinstance(alpha, Tensor):
+        return alpha
+    classes = input.shape[min(input.dim() - 1, 1)]
+    weight = torch.full((classes,), alpha, dtype=input.dtype, device=input.device)
+    if background_class is not None:
+        weight[background_class] = 1 - alpha
+    return weight
+
+
 def softmax_focal_loss(
     input: Tensor,
     target: Tensor,
@@ -183,7 +198,7 @@ def softmax_focal_loss(
         raise ValueError(f"background_class: expected a class below {classes}, got {background_class}")
     hparams = _focal.pack(gamma=check_number("gamma", gamma, low=0.0))
     options = (ignore_index, mode, 1.0, 0.0, hparams, autocast_to_fp32(input))
-    weight = reference.classification.class_weights(alpha, background_class, input)
+    weight = _class_weights(alpha, background_class, input)
     target = target.long() if target.dtype == torch.uint8 else target
     target = target.reshape(()) if input.dim() == 1 else target
     return call_rows(_focal, (input, target, weight, None), options, inplace_backward)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import Op
-from fastloss._ops.checks import check_floating, check_reduction, check_tensors
+from fastloss._ops.checks import check_floating, check_reduction, check_tensor, check_tensors
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
 __all__ = ["ctc_loss"]
@@ -108,8 +108,7 @@ def ctc_loss(
     Source: Graves et al., ICML 2006; `torch.nn.functional.ctc_loss`.
     """
     check_reduction(reduction)
-    if not isinstance(log_probs, Tensor):
-        raise TypeError(f"log_probs: expected a Tensor, got {type(log_probs).__name__}")
+    check_tensor("log_probs", log_probs)
     check_tensors(log_probs, targets=targets)
     check_floating("log_probs", log_probs)
     for name, t in (("input_lengths", input_lengths), ("target_lengths", target_lengths)):

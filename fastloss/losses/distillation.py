@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import REDUCTIONS
-from fastloss._ops.checks import check_floating, check_number, check_tensors
+from fastloss._ops.checks import check_floating, check_number, check_same_shape, check_tensor, check_tensors
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.rowwise import DivergenceOp
 
@@ -26,16 +26,12 @@ _divergence = DivergenceOp("divergence", _of_operator)
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
+        check_tensor(name, logits)
         check_floating(name, logits)
     check_tensors(student, teacher_logits=teacher)
     if student.dim() == 0:
         raise RuntimeError("student_logits: expected [..., V], got a tensor without dimensions")
-    if teacher.shape != student.shape:
-        raise RuntimeError(
-            f"teacher_logits: expected the shape of student_logits, {tuple(student.shape)}, got {tuple(teacher.shape)}"
-        )
+    check_same_shape("teacher_logits", teacher, "student_logits", student)
 
 
 def _row_weight(

@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops.autograd import HALF_TYPES
 from fastloss._ops.checks import (
     check_number,
     check_real,
     check_reduction,
+    check_tensor,
     check_tensors,
     choice,
     positive_beta,
     same_shape,
     smoothing_in,
 )
+from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.elementwise import ElementOp, call_elementwise, zeros_like
 from fastloss.losses.token_statistics import label_log_probs, linear_sequence_log_probs, token_stats
-from fastloss.reference.dpo import halves, shared_prefix_weights
 
 __all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
 
@@ -188,14 +190,20 @@ def dpo_loss(
     )  # fmt: skip
     w = None if w is None else w.detach()
     rewards = ((beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()) if return_rewards else ()
+    dtype = pc.dtype
+    if len(kinds) > 1 or kinds[0] in _SORTED:  # what is added up or sorted outside the kernel is rounded once
+        pc, pr, rc, rr = (x.float() if dtype in HALF_TYPES else x for x in (pc, pr, rc, rr))
     sums = means = [pc, pr, rc, rr]
     if lengths:
         (pc, rc), (pr, rr) = (
             _means("chosen_lengths", chosen_lengths, pc, rc),
             ((pr, rr) if rejected_lengths is None else _means("rejected_lengths", rejected_lengths, pr, rr)),
         )
-        dtype = torch.promote_types(pc.dtype, pr.dtype)
-        means = [x.to(dtype) for x in (pc, pr, rc, rr)]
+        of_means = torch.promote_types(pc.dtype, pr.dtype)
+        means = [x.to(of_means) for x in (pc, pr, rc, rr)]
+        if any(k in _OF_LENGTHS for k in kinds):
+            for n in (chosen_lengths, chosen_lengths if rejected_lengths is None else rejected_lengths):
+                dtype = torch.promote_types(dtype, n.dtype)
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
     loss = None
     for kind, share in types:
@@ -209,6 +217,8 @@ def dpo_loss(
         one = call_elementwise(_dpo, inputs, hparams, mode, w)
         one = one if share == 1 else share * one
         loss = one if loss is None else loss + one
+    if dtype in HALF_TYPES and not autocast_to_fp32(policy_chosen_logps):
+        loss = loss.to(dtype)
     return (loss, *rewards) if return_rewards else loss
 
 
@@ -284,16 +294,16 @@ def dpo_loss_from_logits(
     else:
         token_logps = label_log_probs(policy_logits, labels, ignore_index, temperature, "labels")
     count = valid.sum(-1)
-    counted = token_logps if ld_alpha is None else token_logps * shared_prefix_weights(valid, ld_alpha)
-    chosen, rejected = halves(counted.sum(-1))
+    counted = token_logps if ld_alpha is None else token_logps * _shared_prefix_weights(valid, ld_alpha)
+    chosen, rejected = _halves(counted.sum(-1))
     lengths = count.clamp(min=1)
     weight = None
     if peak is not None:
         surprise = torch.where(valid, token_logps.detach() - peak, 0.0).sum(-1) / lengths
-        of_chosen, of_rejected = halves(surprise)
+        of_chosen, of_rejected = _halves(surprise)
         weight = (of_chosen + of_rejected).exp().clamp(max=1.0)
     chosen_lengths, rejected_lengths = (
-        halves(lengths) if any(k in _OF_LENGTHS for k in kinds) else (None, None)
+        _halves(lengths) if any(k in _OF_LENGTHS for k in kinds) else (None, None)
     )
     return dpo_loss(
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
@@ -303,10 +313,24 @@ def dpo_loss_from_logits(
     )  # fmt: skip
 
 
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those of the chosen and those of the rejected completions."""
+    pairs = x.shape[0] // 2
+    return x[:pairs], x[pairs:]
+
+
+def _shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
+    """Return for tokens [2B, T], chosen first, 1 up to the shorter completion's number of tokens, then `ld_alpha`."""
+    place = valid.cumsum(-1)  # from 1 at the first token
+    length = place[:, -1:]
+    chosen, rejected = _halves(length)
+    shorter = torch.minimum(chosen, rejected).repeat(2, 1)
+    return torch.where(place <= shorter, 1.0, ld_alpha)
+
+
 def _check_logits(policy_logits: Tensor, labels: Tensor) -> None:
     for name, t in (("policy_logits", policy_logits), ("labels", labels)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        check_tensor(name, t)
     if not policy_logits.is_floating_point():
         raise NotImplementedError(f"policy_logits: expected a floating point type, got {policy_logits.dtype}")
     if policy_logits.dim() != 3 or policy_logits.shape[0] % 2:

@@ -9,9 +9,11 @@ from torch.nn import _reduction
 from fastloss import reference
 from fastloss._ops.autograd import REDUCTIONS
 from fastloss._ops.checks import (
+    call_with_classes,
     check_floating,
     check_number,
     check_reduction,
+    check_tensor,
     check_tensors,
     expanded,
     one_number,
@@ -451,8 +453,7 @@ def sigmoid_focal_loss(
     hparams = _sigmoid_focal_loss.pack(
         alpha=check_number("alpha", alpha, high=1.0), gamma=check_number("gamma", gamma, low=0.0)
     )
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"inputs: expected a Tensor, got {type(inputs).__name__}")
+    check_tensor("inputs", inputs)
     positives = num_positives if isinstance(num_positives, Tensor) else None
     check_tensors(inputs, targets=targets, weight=weight, num_positives=positives)
     check_floating("inputs", inputs)
@@ -486,10 +487,5 @@ def sigmoid_focal_loss(
     if mode == REDUCTIONS["none"]:
         norm, after = None, norm
     options = (mode, hparams, ignore_index, background, autocast_to_fp32(inputs))
-    try:
-        loss = _sigmoid_focal_loss((inputs, targets, weight, norm), options)
-        return loss if after is None else (loss / after).to(loss.dtype)
-    except RuntimeError as error:
-        if "is out of bounds" in str(error):
-            raise IndexError(f"targets: {error}") from None
-        raise
+    loss = call_with_classes("targets", _sigmoid_focal_loss, (inputs, targets, weight, norm), options)
+    return loss if after is None else (loss / after).to(loss.dtype)

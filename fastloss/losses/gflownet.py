@@ -8,7 +8,14 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from fastloss._ops.checks import check_floating, check_real, check_reduction, check_tensors, choice
+from fastloss._ops.checks import (
+    check_floating,
+    check_real,
+    check_reduction,
+    check_tensor,
+    check_tensors,
+    choice,
+)
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss.losses.classification import cross_entropy
 from fastloss.losses.elementwise import mse_loss
@@ -73,8 +80,7 @@ def detailed_balance_loss(
     """
     check_reduction(reduction)
     choice("variant", variant, ("all", "chosen"))
-    if not isinstance(state_flow, Tensor):
-        raise TypeError(f"state_flow: expected a Tensor, got {type(state_flow).__name__}")
+    check_tensor("state_flow", state_flow)
     flows = {"state_flow": state_flow, "next_flows": next_flows, "logits": logits}
     check_tensors(state_flow, next_flows=next_flows, logits=logits, mask=mask, chosen=chosen, rewards=rewards)
     for name, t in flows.items():

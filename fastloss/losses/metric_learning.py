@@ -9,7 +9,15 @@ from torch.nn import _reduction
 
 from fastloss import reference
 from fastloss._ops.autograd import Op
-from fastloss._ops.checks import check_floating, check_number, check_real, check_reduction, check_tensors
+from fastloss._ops.checks import (
+    check_floating,
+    check_number,
+    check_real,
+    check_reduction,
+    check_same_shape,
+    check_tensor,
+    check_tensors,
+)
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.similarity_losses import HardestOp
 
@@ -23,10 +31,9 @@ __all__ = [
 ]
 
 
-_formulas = reference.metric_learning
 _sums = Op(
     "feature_pairs",
-    _formulas.pair_sums,
+    reference.metric_learning.pair_sums,
     lambda a, b, c, eps: a.new_empty([4 if c is None else 8, a.shape[0]], dtype=accumulation_dtype(a.dtype)),
     tensors=3,
     wrt=(0, 1, 2),
@@ -36,17 +43,13 @@ _sums = Op(
 def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
     """Checks that all are rows of one shape and type; gives them two dimensions, and the type of the result."""
     (first, x), *_ = tensors.items()
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{first}: expected a Tensor, got {type(x).__name__}")
+    check_tensor(first, x)
     for name, t in tensors.items():
         check_tensors(x, **{name: t})
         check_floating(name, t)
         if not 1 <= t.dim() <= 2:
             raise RuntimeError(f"{name}: expected shape (D) or (N, D), got {tuple(t.shape)}")
-        if t.shape != x.shape:
-            raise RuntimeError(
-                f"{name}: expected the shape of {first}, {tuple(x.shape)}, got {tuple(t.shape)}"
-            )
+        check_same_shape(name, t, first, x)
         if t.dtype != x.dtype:
             raise RuntimeError(f"{name}: expected the dtype of {first}, {x.dtype}, got {t.dtype}")
     wide = torch.is_autocast_enabled(x.device.type)
@@ -57,7 +60,17 @@ def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
 
 def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, single: bool = False) -> Tensor:
     loss = loss.squeeze(0) if single else loss
-    return _formulas.reduced(loss, reduction).to(dtype)
+    if reduction == "mean":
+        loss = loss.mean()
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss.to(dtype)
+
+
+def _length(square: Tensor) -> Tensor:
+    """Return the square root, the derivative of which is 0 at 0."""
+    nothing = square == 0
+    return square.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
 
 
 def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -169,7 +182,7 @@ def triplet_margin_loss(
 
         def distances(x: Tensor, *others: Tensor) -> list[Tensor]:
             squares = (sums[3] for sums in pair_sums(x, *others, eps=eps))
-            return [square if squared else _formulas.length(square) for square in squares]
+            return [square if squared else _length(square) for square in squares]
     else:
 
         def distances(x: Tensor, *others: Tensor) -> list[Tensor]:
@@ -220,7 +233,7 @@ def contrastive_loss(
             f"label: expected one number for each of {a.shape[0]} rows, got {tuple(label.shape)}"
         )
     square = pair_sums(a, b)[0][3]
-    apart = torch.relu(check_number("margin", margin) - _formulas.length(square)).square()
+    apart = torch.relu(check_number("margin", margin) - _length(square)).square()
     y = label.to(square.dtype)
     return reduced(0.5 * ((1 - y) * square + y * apart), reduction, dtype)
 
@@ -270,7 +283,7 @@ def kelp_ranking_loss(
 _hardest = HardestOp("contrastive_hardest")
 _triplets = Op(
     "triplets",
-    _formulas.triplets,
+    reference.metric_learning.triplets,
     lambda x, ids, margin, root: x.new_empty([2, x.shape[0]]),
     tensors=2,
 )
@@ -283,8 +296,7 @@ def _labelled_rows(embeddings: Tensor, labels: Tensor, distance: str) -> tuple[T
     (x,), dtype, single = rows_alike(embeddings=embeddings)
     if single:
         raise ValueError(f"embeddings: expected shape (B, D), got {tuple(embeddings.shape)}")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: expected a Tensor, got {type(labels).__name__}")
+    check_tensor("labels", labels)
     check_tensors(x, labels=labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise RuntimeError(f"labels: expected integers, got {labels.dtype}")
@@ -336,7 +348,7 @@ def batch_hard_triplet_loss(
     def distance_from(square: Tensor) -> Tensor:
         if distance == "cosine":
             return square / 2
-        return square if distance == "squared" else _formulas.length(square)
+        return square if distance == "squared" else _length(square)
 
     others = (x[i.clamp_min(0)] for i in (positive, negative))
     near, far = (distance_from(sums[3]) for sums in pair_sums(x, *others))

@@ -5,7 +5,6 @@ what follows is arithmetic on [rows, number tokens]."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,14 @@ from torch.autograd import Function
 
 from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
-from fastloss._ops.checks import check_floating, check_number, check_reduction, check_tensors
+from fastloss._ops.checks import (
+    call_with_classes,
+    check_floating,
+    check_number,
+    check_reduction,
+    check_tensor,
+    check_tensors,
+)
 from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.rowwise import NumberOp
 from fastloss.losses.token_statistics import log_probs_of
@@ -50,9 +56,8 @@ def _of_operator(
 _cross_entropy_numbers = NumberOp("cross_entropy_numbers", _of_operator)
 
 
-def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: Sequence[int]) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(logits).__name__}")
+def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: torch.Size) -> None:
+    check_tensor(name, logits)
     if logits.dim() == 0:
         raise RuntimeError(f"{name}: expected at least one dimension")
     check_floating(name, logits)
@@ -261,8 +266,7 @@ def number_token_loss(
     Source: Zausinger et al., Regress, Don't Guess, https://arxiv.org/abs/2411.02083; `reweigh` and `squash_factor`
     of ntloss 0.3.2.
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    check_tensor("logits", logits)
     soft = isinstance(labels, Tensor) and labels.is_floating_point()
     shape = getattr(logits, "shape", torch.Size())[:-1]
     if not soft:
@@ -356,14 +360,12 @@ def cross_entropy_with_number_token_loss(
         label_smoothing=0.0, z_loss=0.0, squared=float(kind == "mse"), reweigh=float(reweigh)
     )
     tensors = rows, labels, ids, far, 1.01 * most, position, share
-    try:
-        loss = _cross_entropy_numbers(
-            tensors, (ignore_index, REDUCTIONS[reduction], hparams, autocast_to_fp32(logits))
-        )
-    except RuntimeError as error:
-        if "is out of bounds" in str(error):
-            raise IndexError(f"labels or token_ids: {error}") from None
-        raise
+    loss = call_with_classes(
+        "labels or token_ids",
+        _cross_entropy_numbers,
+        tensors,
+        (ignore_index, REDUCTIONS[reduction], hparams, autocast_to_fp32(logits)),
+    )
     return loss.view(logits.shape[:-1]) if reduction == "none" else loss
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
-from fastloss._ops.checks import check_number, check_real, choice, same_shape
+from fastloss._ops.checks import check_number, check_real, check_same_shape, check_tensor, choice, same_shape
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss._ops.elementwise import ElementOp, zeros_like
-from fastloss.reference.policy import (
+from fastloss._ops.policy import (
     AGGREGATION,
     FORMULA,
     KL_TYPES,
@@ -47,15 +47,11 @@ def _constant(x: Tensor | None) -> Tensor | None:
 def _check_mask(mask: Tensor | None, name: str, like: Tensor) -> None:
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask: expected a Tensor, got {type(mask).__name__}")
+    check_tensor("mask", mask)
     if mask.device != like.device:
         raise RuntimeError(f"mask: expected the device of {name}, {like.device}, got {mask.device}")
     check_real(mask=mask)
-    if mask.shape != like.shape:
-        raise RuntimeError(
-            f"mask: expected the shape of {name}, {tuple(like.shape)}, got {tuple(mask.shape)}"
-        )
+    check_same_shape("mask", mask, name, like)
 
 
 _OF_ANSWERS = ("gspo", "luspo", "vespo", "geo_mean", "clip_cov", "kl_cov")

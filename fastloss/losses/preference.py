@@ -11,6 +11,7 @@ from fastloss._ops.checks import (
     check_number,
     check_real,
     check_reduction,
+    check_same_shape,
     check_tensors,
     choice,
     positive_beta,
@@ -77,10 +78,7 @@ def kto_loss(
     lp, ref = same_shape(policy_logps=policy_logps, reference_logps=reference_logps)
     check_tensors(lp, labels=labels, kl=kl)
     check_real(labels=labels)
-    if labels.shape != lp.shape:
-        raise RuntimeError(
-            f"labels: expected the shape of policy_logps, {tuple(lp.shape)}, got {tuple(labels.shape)}"
-        )
+    check_same_shape("labels", labels, "policy_logps", lp)
     if kl is not None and loss_type == "apo_zero_unpaired":
         raise ValueError("kl: apo_zero_unpaired has none")
     point = zeros_like(lp)

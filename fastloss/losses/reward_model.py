@@ -15,6 +15,8 @@ from fastloss._ops.checks import (
     check_number,
     check_real,
     check_reduction,
+    check_same_shape,
+    check_tensor,
     check_tensors,
     choice,
     same_shape,
@@ -91,18 +93,14 @@ def k_way_ranking_loss(
     """
     mode = check_reduction(reduction)
     kind_number = _KINDS[choice("kind", kind, tuple(_KINDS))]
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards: expected a Tensor, got {type(rewards).__name__}")
+    check_tensor("rewards", rewards)
     check_tensors(rewards, ranks=ranks, mask=mask)
     check_floating("rewards", rewards)
     if rewards.dim() == 0:
         raise RuntimeError("rewards: expected (..., K), got a tensor without dimensions")
     check_real(ranks=ranks, mask=mask)
     for name, t in (("ranks", ranks), ("mask", mask)):
-        if t is not None and t.shape != rewards.shape:
-            raise RuntimeError(
-                f"{name}: expected the shape of rewards, {tuple(rewards.shape)}, got {tuple(t.shape)}"
-            )
+        check_same_shape(name, t, "rewards", rewards)
     high = accumulation_dtype(rewards.dtype)
     places = ranks.detach().to(high)
     if mask is not None:

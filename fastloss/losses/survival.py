@@ -15,6 +15,8 @@ from fastloss._ops.checks import (
     check_number,
     check_real,
     check_reduction,
+    check_same_shape,
+    check_tensor,
     check_tensors,
     choice,
 )
@@ -54,8 +56,7 @@ _survival = Op("survival", _terms, _fake, tensors=6)
 def _cohort(name: str, score: Tensor, mode: str, **others: Tensor | None) -> Tensor:
     """Checks shapes and types; the score with the shape of the durations."""
     check_reduction(mode)
-    if not isinstance(score, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(score).__name__}")
+    check_tensor(name, score)
     check_tensors(score, **others)
     check_floating(name, score)
     durations = others["durations"]
@@ -65,10 +66,7 @@ def _cohort(name: str, score: Tensor, mode: str, **others: Tensor | None) -> Ten
         raise RuntimeError(f"{name}: expected (..., N), got a tensor without dimensions")
     check_real(**others)
     for other, t in others.items():
-        if t is not None and t.shape != score.shape:
-            raise RuntimeError(
-                f"{other}: expected the shape of {name}, {tuple(score.shape)}, got {tuple(t.shape)}"
-            )
+        check_same_shape(other, t, name, score)
     return score
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,15 +11,13 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops import abi
 from fastloss._ops.autograd import Op
-from fastloss._ops.checks import check_floating, check_number, check_tensors
+from fastloss._ops.checks import call_with_classes, check_floating, check_number, check_tensor, check_tensors
 from fastloss._ops.chunked_linear_stats import LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
 from fastloss._ops.rowwise import state_width
 from fastloss.losses.classification import cross_entropy_rows
 from fastloss.losses.linear import as_autocast, check_linear
-from fastloss.reference.linear import logits_from
-from fastloss.reference.token_statistics import TokenStats
 
 __all__ = [
     "entropy_from_logits",
@@ -33,9 +32,19 @@ STATISTICS = abi.fact("token_stats", "outputs")
 """Entropy, lse, log_sum_p2, mean_logit; behind them stand the log-probabilities, then the flags."""
 
 
-def planes_of_reference(logits, index, mask, scale, cap, everything):
-    softcap = cap / scale if cap else None
-    s = reference.token_stats(logits, index, 1 / scale, mask=mask, softcap=softcap)
+class TokenStats(NamedTuple):
+    """What `token_stats` returns; each of the shape of the rows, `logp` and `is_top1` of the index's."""
+
+    logp: Tensor | None
+    entropy: Tensor
+    lse: Tensor
+    log_sum_p2: Tensor
+    mean_logit: Tensor
+    is_top1: Tensor | None
+
+
+def _planes_of(s: TokenStats, index: Tensor | None, everything: bool) -> Tensor:
+    """Return the outputs of the operators, [4 + 2 K, ...], from those of the reference."""
     nothing = torch.zeros_like(s.entropy)
     planes = (
         [s.entropy, s.lse, s.log_sum_p2, s.mean_logit] if everything else [s.entropy, s.lse, nothing, nothing]
@@ -43,6 +52,11 @@ def planes_of_reference(logits, index, mask, scale, cap, everything):
     if index is not None:
         planes += [*s.logp.unbind(-1), *s.is_top1.to(s.entropy.dtype).unbind(-1)]
     return torch.stack(planes)
+
+
+def _reference(logits, index, mask, scale, cap, everything):
+    s = reference.token_stats(logits, index, 1 / scale, mask=mask, softcap=cap / scale if cap else None)
+    return _planes_of(s, index, everything)
 
 
 def _fake(logits, index, mask, scale, cap, everything):
@@ -57,12 +71,11 @@ def _fake(logits, index, mask, scale, cap, everything):
     )
 
 
-_stats = Op("token_stats", planes_of_reference, _fake, tensors=3)
+_stats = Op("token_stats", _reference, _fake, tensors=3)
 
 
 def _check(logits: Tensor, index: Tensor | None, mask: Tensor | None, index_name: str = "index") -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
+    check_tensor("logits", logits)
     if logits.dim() == 0:
         raise RuntimeError("logits: expected [..., V], got a tensor without dimensions")
     check_floating("logits", logits)
@@ -95,12 +108,7 @@ def _run(
         index = index.unsqueeze(-1)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.detach() != 0
-    try:
-        return _stats((logits, index, mask), (scale, cap, everything))
-    except RuntimeError as error:
-        if "is out of bounds" in str(error):
-            raise IndexError(f"{index_name}: {error}") from None
-        raise
+    return call_with_classes(index_name, _stats, (logits, index, mask), (scale, cap, everything))
 
 
 def log_probs_of(
@@ -143,14 +151,13 @@ def label_log_probs(
         flat = logits.is_contiguous()
         rows = logits.reshape(-1, logits.shape[-1]) if flat else logits.movedim(-1, 1)
         target = labels.reshape(-1) if flat else labels
-    try:
-        nll = cross_entropy_rows(
-            (rows, target, None, None), (ignored, 0, scale, 0.0, [0.0, 0.0], True), False
-        )
-    except RuntimeError as error:
-        if "is out of bounds" in str(error):
-            raise IndexError(f"{labels_name}: {error}") from None
-        raise
+    nll = call_with_classes(
+        labels_name,
+        cross_entropy_rows,
+        (rows, target, None, None),
+        (ignored, 0, scale, 0.0, [0.0, 0.0], True),
+        False,
+    )
     return -nll.reshape(labels.shape)
 
 
@@ -283,9 +290,11 @@ def sequence_log_probs(
 
 
 def _linear_reference(input, linear_weight, linear_bias, index, mask, scale, cap, everything):
-    return planes_of_reference(
-        logits_from(input, linear_weight, linear_bias), index, mask, scale, cap, everything
-    )
+    s = reference.linear_token_stats(
+        input, linear_weight, index, 1 / scale, linear_bias=linear_bias, mask=mask,
+        softcap=cap / scale if cap else None,
+    )  # fmt: skip
+    return _planes_of(s, index, everything)
 
 
 _linear_stats = LinearStatsOp("linear_token_stats", _linear_reference)
@@ -298,20 +307,16 @@ def _linear_planes(
     """As `token_stats`'s, [planes, rows], for rows of hidden states [rows, in_features] and index [rows, K]."""
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
-    try:
-        return _linear_stats((input, linear_weight, linear_bias, index, mask), (scale, cap, everything))
-    except RuntimeError as error:
-        if "is out of bounds" in str(error):
-            raise IndexError(f"{names[1]}: {error}") from None
-        raise
+    return call_with_classes(
+        names[1], _linear_stats, (input, linear_weight, linear_bias, index, mask), (scale, cap, everything)
+    )
 
 
 def _check_hidden(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, name: str = "input"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The arguments in the type in which they are multiplied, hidden states as rows."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(input).__name__}")
+    check_tensor(name, input)
     if input.dim() == 0:
         raise RuntimeError(f"{name}: expected [..., in_features], got a tensor without dimensions")
     check_tensors(input, linear_weight=linear_weight, linear_bias=linear_bias)
@@ -396,8 +401,7 @@ def linear_sequence_log_probs(
     """Of each batch of sequences: the sum of its labels' log-probabilities, and how many labels count."""
     rows, index = [], []
     for (name, h), (of, y) in zip(hidden.items(), labels.items(), strict=True):
-        if not isinstance(h, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(h).__name__}")
+        check_tensor(name, h)
         if h.dim() != 3:
             raise RuntimeError(f"{name}: expected [B, T, in_features], got shape {tuple(h.shape)}")
         check_tensors(h, **{of: y})

@@ -14,7 +14,7 @@ __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
 
 
 def with_margin(
-    cosines: Tensor, target: Tensor, m: float, additive: bool, easy_margin: bool, straight: bool, least: float
+    cosines: Tensor, target: Tensor, m: float, additive: bool, easy_margin: bool, straight: bool
 ) -> Tensor:
     """Cosines [N, C], the target's with its margin."""
     inside = (target >= 0) & (target < cosines.shape[1])
@@ -23,7 +23,7 @@ def with_margin(
     if additive:
         value = c - m
     else:
-        sine = (1 - c * c).clamp(min=least).sqrt()
+        sine = (1 - c * c).clamp(min=1e-7).sqrt()
         value = c * math.cos(m) - sine * math.sin(m)
         if easy_margin:
             value = torch.where(c > 0, value, c)
@@ -36,6 +36,19 @@ def with_margin(
 
 def nearest(products: Tensor, centres: int) -> Tensor:
     return products if centres == 1 else products.unflatten(1, (-1, centres)).max(-1).values
+
+
+def margin_logits(
+    products: Tensor,
+    target: Tensor,
+    m: float,
+    additive: bool,
+    easy_margin: bool,
+    straight: bool,
+    centres: int,
+) -> Tensor:
+    """Of products [N, C * centres] of rows and centres, the cosines [N, C], the target's with its margin."""
+    return with_margin(nearest(products, centres), target, m, additive, easy_margin, straight)
 
 
 def chosen(
@@ -60,7 +73,7 @@ def _margin_loss(
     unit = F.normalize(weight.reshape(-1, weight.shape[-1]))
     cosines = nearest(F.normalize(input) @ unit.t(), centres)
     return cross_entropy(
-        with_margin(cosines, target, m, additive, easy_margin, straight, 1e-7), target, reduction=reduction,
+        with_margin(cosines, target, m, additive, easy_margin, straight), target, reduction=reduction,
         ignore_index=ignore_index, label_smoothing=label_smoothing, logit_scale=s, sample_weight=sample_weight,
     )  # fmt: skip
 

@@ -79,18 +79,6 @@ def cross_entropy(
     return loss.sum() if reduction == "sum" else loss.sum() / row.sum()
 
 
-def class_weights(alpha: float | Tensor | None, background_class: int | None, input: Tensor) -> Tensor | None:
-    """The weight of each class that a focal loss's `alpha` stands for."""
-    if alpha is None or isinstance(alpha, Tensor):
-        return alpha
-    weight = torch.full(
-        (input.shape[min(input.dim() - 1, 1)],), alpha, dtype=input.dtype, device=input.device
-    )
-    if background_class is not None:
-        weight[background_class] = 1 - alpha
-    return weight
-
-
 def softmax_focal_loss(
     input: Tensor,
     target: Tensor,
@@ -110,9 +98,14 @@ def softmax_focal_loss(
     rest = -torch.expm1(-nll)  # 1 - p
     certain = rest == 0  # where a power below one has no derivative, and the loss is 0
     loss = torch.where(certain, nll * (gamma == 0), torch.where(certain, 1.0, rest) ** gamma * nll)
-    weight = class_weights(alpha, background_class, input)
-    if weight is not None:
-        loss = weight.to(loss.dtype)[y] * loss
+    if isinstance(alpha, Tensor):
+        loss = alpha.to(loss.dtype)[y] * loss
+    elif alpha is not None:
+        loss = (
+            torch.where(y == background_class, 1 - alpha, alpha).to(loss.dtype) * loss
+            if (background_class is not None)
+            else alpha * loss
+        )
     loss = torch.where(valid, loss, 0.0)
     if reduction == "none":
         return loss

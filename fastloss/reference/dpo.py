@@ -125,17 +125,16 @@ def dpo_loss(
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Those of the chosen and those of the rejected answers."""
-    pairs = x.shape[0] // 2
-    return x[:pairs], x[pairs:]
+    chosen, rejected = x.chunk(2)
+    return chosen, rejected
 
 
 def shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
     """Of tokens [2B, T], chosen answers first: 1 up to the shorter answer's number of tokens, then `ld_alpha`."""
-    place = valid.cumsum(-1)  # from 1 at the first token
-    length = place[:, -1:]
-    chosen, rejected = halves(length)
-    shorter = torch.minimum(chosen, rejected).repeat(2, 1)
-    return torch.where(place <= shorter, 1.0, ld_alpha)
+    length = valid.sum(-1)
+    shorter = torch.stack(halves(length)).min(0).values
+    ahead = valid.cumsum(-1) - valid.long()  # tokens that stand before
+    return torch.where(ahead < torch.cat([shorter, shorter]).unsqueeze(-1), 1.0, ld_alpha)
 
 
 def dpo_loss_from_logits(

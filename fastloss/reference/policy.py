@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastloss.reference.options import one_of
+
 __all__ = ["policy_loss", "value_loss"]
 
 KL_TYPES = {
@@ -72,33 +74,31 @@ def policy_element(
     return loss - entropy_coef * h if entropy_coef else loss
 
 
-def token_weights(mask, like: Tensor, loss_agg_mode: str, horizon: float | None):
-    """Weights of tokens [..., T], and what the sum of their losses is divided by (None: 1)."""
-    high = torch.float64 if like.dtype == torch.float64 else torch.float32
-    m = torch.ones((), dtype=high, device=like.device) if mask is None else torch.as_tensor(mask).to(high)
-    m = m.expand(like.shape)
-    if loss_agg_mode in ("none", "token-sum"):
-        return m, None
-    if loss_agg_mode == "token-mean":
-        return m, m.sum().clamp(min=1.0)
-    length = m.sum(-1, keepdim=True)
-    if loss_agg_mode == "seq-mean-token-sum-norm":
-        steps = like.shape[-1] if horizon is None else horizon
-        return m, m.new_ones(length.shape).sum().clamp(min=1.0) * steps
-    answers = (length > 0).to(high).sum().clamp(min=1.0)
-    if loss_agg_mode == "seq-mean-token-sum":
-        return m, answers
-    if loss_agg_mode == "seq-mean-token-mean":
-        return m / length.clamp(min=1.0), answers
-    raise ValueError(f"loss_agg_mode: unknown: {loss_agg_mode!r}")
-
-
-def aggregated(loss: Tensor, w: Tensor, norm: Tensor | None, loss_agg_mode: str) -> Tensor:
-    """Tokens of weight 0 count nothing, whatever they hold."""
-    loss = torch.where(w != 0, w.to(loss.dtype) * loss, 0.0)
+def aggregate(
+    loss: Tensor, mask, loss_agg_mode: str, horizon: float | None = None, normalizer=None
+) -> Tensor:
+    """Losses of tokens [..., T] to one number; tokens of weight 0 are ignored, even if NaN."""
+    high = torch.float64 if loss.dtype == torch.float64 else torch.float32
+    m = torch.ones(loss.shape, device=loss.device) if mask is None else torch.as_tensor(mask)
+    m = m.to(high).expand(loss.shape)
+    loss = torch.where(m != 0, m.to(loss.dtype) * loss, 0.0)
     if loss_agg_mode == "none":
         return loss
-    return loss.sum() if norm is None else loss.sum() / norm.to(loss.dtype)
+    length = m.sum(-1)
+    divisor = {
+        "token-mean": m.sum().clamp(min=1),
+        "token-sum": m.new_ones(()),
+        "seq-mean-token-mean": (length > 0).sum().clamp(min=1),
+        "seq-mean-token-sum": (length > 0).sum().clamp(min=1),
+        "seq-mean-token-sum-norm": max(length.numel(), 1)
+        * m.new_full((), loss.shape[-1] if horizon is None else horizon),
+    }
+    n = divisor[one_of("loss_agg_mode", loss_agg_mode, ("none", *divisor))]
+    if normalizer is not None:
+        n = torch.as_tensor(normalizer, device=loss.device)
+    if loss_agg_mode == "seq-mean-token-mean":
+        loss = loss.sum(-1) / length.clamp(min=1).to(loss.dtype)
+    return loss.sum() / n.to(loss.dtype)
 
 
 AGGREGATION = {
@@ -119,53 +119,53 @@ RATIO_CAP = 20.0
 
 
 def sequence_mean(x: Tensor, mask) -> Tensor:
-    m = torch.ones_like(x) if mask is None else torch.as_tensor(mask).to(x.dtype).expand(x.shape)
-    return torch.where(m != 0, m * x, 0.0).sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1.0)
+    """[..., 1]: the mean over a completion's tokens, by their weights; 0 where it has none."""
+    if mask is None:
+        return x.mean(-1, keepdim=True)
+    m = torch.as_tensor(mask).to(x.dtype).expand(x.shape)
+    share = m / m.sum(-1, keepdim=True).clamp(min=1.0)
+    return torch.where(m != 0, share * x, 0.0).sum(-1, keepdim=True)
 
 
 def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp: float) -> Tensor:
-    """A phi(w) of an answer's probability ratio w, log phi = l + k log w - l w."""
-    m = torch.ones_like(logps) if mask is None else torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
-    log_w = torch.where(m != 0, m * (logps - old).clamp(-clamp, clamp), 0.0).sum(-1, keepdim=True)
-    good = advantages >= 0
-    k, rate = torch.where(good, 2.0, 3.0).to(log_w.dtype), torch.where(good, 3.0, 2.0).to(log_w.dtype)
-    return advantages * torch.exp(rate + k * log_w - rate * log_w.exp())
+    """A phi(w) of a completion's probability ratio w, phi = w^k e^(l (1 - w)); (k, l) is (2, 3) for A >= 0."""
+    change = (logps - old).clamp(-clamp, clamp)
+    if mask is not None:
+        change = torch.where(mask != 0, mask * change, 0.0)
+    log_w = change.sum(-1, keepdim=True).to(logps.dtype)
+    w = log_w.exp()
+    return advantages * torch.where(advantages >= 0, 2 * log_w + 3 * (1 - w), 3 * log_w + 2 * (1 - w)).exp()
 
 
 def geometric_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, low: float, high: float):
-    """A times the geometric mean of an answer's ratios, each bounded on the side that A points to.
+    """A times the geometric mean of a completion's ratios, each bounded on the side that A points to.
 
-    The advantages are those of answers [..., 1], or of tokens, of which the mean is taken.
+    The advantages are those of completions [..., 1], or of tokens, of which the mean is taken.
     """
-    a = advantages if advantages.shape[-1] == 1 else sequence_mean(advantages, mask)
     change = logps - old
-    change = torch.where(a > 0, change.clamp(max=high), change.clamp(min=-low))
-    return (a * sequence_mean(change, mask).exp()).expand(logps.shape)
+    a = advantages if advantages.shape[-1] == 1 else sequence_mean(advantages, mask)
+    bounded = torch.where(a > 0, torch.clamp_max(change, high), torch.clamp_min(change, -low))
+    return a * sequence_mean(bounded, mask).exp() * torch.ones_like(logps)
 
 
 def covariant_tokens(loss_type, logps, old, advantages, mask, low, high, ratio, bounds, generator) -> Tensor:
-    """The tokens that clip_cov leaves out or kl_cov pulls back: flags, found without waiting for the device."""
+    """Flags of the tokens that clip_cov leaves out or kl_cov pulls back: so many of the first by a key."""
     counted = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask != 0
-    m = counted.to(logps.dtype)
-    total = m.sum().clamp(min=1.0)
-    centred = [
-        x - torch.where(counted, x, 0.0).sum() / total
-        for x in (torch.where(counted, advantages, 0.0), torch.where(counted, logps, 0.0))
-    ]
-    cov = centred[0] * centred[1]
+    total = counted.sum()
+
+    def centred(x: Tensor) -> Tensor:
+        x = torch.where(counted, x, 0.0)
+        return x - x.sum() / total.clamp(min=1)
+
+    key = centred(advantages) * centred(logps)
     if loss_type == "clip_cov":
         rho = torch.where(counted, logps - old, 0.0).exp()
-        clipped = torch.where(advantages > 0, rho > 1 + high, (advantages < 0) & (rho < 1 - low))
-        counted = counted & ~clipped & (cov > bounds[0]) & (cov < bounds[1])
-        random = torch.rand(cov.shape, generator=generator, dtype=cov.dtype, device=cov.device)
-        cov = random
-    order = torch.where(counted, cov, -math.inf).flatten()
-    most = min(max(int(ratio * order.numel()), 1), order.numel())
-    places = order.topk(most)[1]
-    count = (ratio * m.sum()).floor().clamp(min=1.0)
-    picked = torch.arange(most, device=order.device) < count
-    chosen = torch.zeros_like(order, dtype=torch.bool).scatter(0, places, picked)
-    return chosen.view(cov.shape) & counted
+        clipped = ((advantages > 0) & (rho > 1 + high)) | ((advantages < 0) & (rho < 1 - low))
+        counted = counted & ~clipped & (bounds[0] < key) & (key < bounds[1])
+        key = torch.rand(key.shape, generator=generator, dtype=key.dtype, device=key.device)
+    place = torch.where(counted, key, -math.inf).flatten().argsort(descending=True).argsort().view(key.shape)
+    high_count = total.to(torch.float64 if key.dtype == torch.float64 else torch.float32)
+    return counted & (place < (ratio * high_count).floor().clamp(min=1))
 
 
 def policy_loss(
@@ -198,7 +198,9 @@ def policy_loss(
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """As `fastloss.functional.policy_loss`."""
-    mode = loss_agg_mode or AGGREGATION[loss_type]
+    one_of("kl_type", kl_type, KL_TYPES)
+    published = AGGREGATION[one_of("loss_type", loss_type, AGGREGATION)]
+    mode = published if loss_agg_mode is None else loss_agg_mode
     log_ratio, a = logps - old_logps, torch.as_tensor(advantages)
     a = (a.unsqueeze(-1) if a.dim() == log_ratio.dim() - 1 else a).detach()
     old, ref = old_logps.detach(), None if ref_logps is None else torch.as_tensor(ref_logps).detach()
@@ -236,22 +238,20 @@ def policy_loss(
     )  # fmt: skip
     if loss_type == "kl_cov":
         loss = loss + torch.where(chosen, cov_kl_coef * (logps - drawn).abs(), 0.0)
-    w, norm = token_weights(mask, logps, mode, horizon)
-    if normalizer is not None:
-        norm = torch.as_tensor(normalizer, dtype=w.dtype, device=w.device)
-    loss = aggregated(loss, w, norm, mode)
+    loss = aggregate(loss, mask, mode, horizon, normalizer)
     return (loss, policy_metrics(logps, drawn, given, mask, clip_low, clip_high)) if return_metrics else loss
 
 
 def policy_metrics(logps, old_logps, advantages, mask, clip_low, clip_high) -> dict[str, Tensor]:
-    """Numbers to watch, as tensors on the device: nothing waits for them."""
-    with torch.no_grad():
-        x = logps - old_logps
-        rho = x.exp()
-        bound = torch.where(advantages >= 0, rho > 1 + clip_high, rho < 1 - clip_low).to(x.dtype)
-        w, norm = token_weights(mask, x, "token-mean", None)
-        mean = {"clip_fraction": bound, "approx_kl": torch.expm1(x) - x, "ratio": rho}
-        return {name: aggregated(v, w, norm, "token-mean") for name, v in mean.items()}
+    """Means over tokens of numbers to watch."""
+    x = (logps - old_logps).detach()
+    above, below = x.exp() > 1 + clip_high, x.exp() < 1 - clip_low
+    each = {
+        "clip_fraction": torch.where(advantages >= 0, above, below).to(x.dtype),
+        "approx_kl": torch.expm1(x) - x,
+        "ratio": x.exp(),
+    }
+    return {name: aggregate(v, mask, "token-mean") for name, v in each.items()}
 
 
 def value_element(v, returns, old, clip_range) -> Tensor:
@@ -277,7 +277,4 @@ def value_loss(
         loss = 0.5 * (values - returns).square()
     else:
         loss = value_element(values, returns, torch.as_tensor(old_values).detach(), clip_range)
-    w, norm = token_weights(mask, values, loss_agg_mode, horizon)
-    if normalizer is not None:
-        norm = torch.as_tensor(normalizer, dtype=w.dtype, device=w.device)
-    return aggregated(loss, w, norm, loss_agg_mode)
+    return aggregate(loss, mask, loss_agg_mode, horizon, normalizer)

@@ -30,13 +30,13 @@ FL_FN double wide_sum(F v) {
 }
 
 template <class T>
-class AggregateWalker {
+class AggregateKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   static constexpr int W = kLanes<F>;
 
  public:
-  explicit AggregateWalker(const AggregateArgs& args)
+  explicit AggregateKernel(const AggregateArgs& args)
       : a_(args), x_(static_cast<const T*>(args.losses)), w_(static_cast<const R*>(args.weight)) {}
 
   template <class Pass>
@@ -118,16 +118,16 @@ class AggregateWalker {
 
 void sum(const AggregateArgs& a, AggregatePass pass, int64_t begin, int64_t end) {
   with_type(a.dtype, [&]<class T> {
-    with_pass<acc_t<T>>(pass, [&]<class Pass> { AggregateWalker<T>(a).template sum<Pass>(begin, end); });
+    with_pass<acc_t<T>>(pass, [&]<class Pass> { AggregateKernel<T>(a).template sum<Pass>(begin, end); });
   });
 }
 void finish(const AggregateArgs& a, AggregatePass pass) {
   with_type(a.dtype, [&]<class T> {
-    with_pass<acc_t<T>>(pass, [&]<class Pass> { AggregateWalker<T>(a).template finish<Pass>(); });
+    with_pass<acc_t<T>>(pass, [&]<class Pass> { AggregateKernel<T>(a).template finish<Pass>(); });
   });
 }
 void gradient(const AggregateArgs& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T> { AggregateWalker<T>(a).gradient(begin, end); });
+  with_type(a.dtype, [&]<class T> { AggregateKernel<T>(a).gradient(begin, end); });
 }
 
 }  // namespace

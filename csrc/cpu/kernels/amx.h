@@ -61,10 +61,10 @@ struct TileProducts {
           const S* from = x + (items ? item : 0) * stride + k * element;
           char* tile = out + half * kTile;
           if (items < 16 || steps < kStep || (element != 1 && stride != 1)) {
-            alignas(64) S room[16 * kStep] = {};
+            alignas(64) S padded[16 * kStep] = {};
             for (int i = 0; i < items; ++i)
-              for (int s = 0; s < steps; ++s) room[i * kStep + s] = from[i * stride + s * element];
-            from_items<kIsLeft>(room, kStep, tile);
+              for (int s = 0; s < steps; ++s) padded[i * kStep + s] = from[i * stride + s * element];
+            from_items<kIsLeft>(padded, kStep, tile);
           } else if (element == 1) {
             from_items<kIsLeft>(from, stride, tile);
           } else {

@@ -12,13 +12,13 @@ namespace fastloss::inline FL_ISA {
 namespace {
 
 template <class T>
-class AlignmentWalker {
+class AlignmentKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   static constexpr int W = kLanes<F>;
 
  public:
-  explicit AlignmentWalker(const AlignmentArgs& args) : a_(args), width_(2 * args.width + 1) {
+  explicit AlignmentKernel(const AlignmentArgs& args) : a_(args), width_(2 * args.width + 1) {
     const int64_t row = (width_ + 3 * W) / W * W, classes = (a_.classes + W) / W * W;
     R* p = static_cast<R*>(cpu::thread_scratch((5 * row + classes) * sizeof(R)));
     row_[0] = p + W, row_[1] = p + row + W;  // before and behind them nothing
@@ -78,10 +78,10 @@ class AlignmentWalker {
     const AlignedTarget target(a_, n);
     mark_skips(target, 0);
     R *now = row_[0], *before = row_[1];
-    double rest = 0;
+    double log_scale = 0;
     for (int64_t t = 0; t < target.steps; ++t) {
-      rest -= taken_off(t, n) = largest_of(target, input(t, n));
-      if (a_.from_logits) rest += normalizer(t, n) = log_sum_exp(input(t, n));
+      log_scale -= taken_off(t, n) = largest_of(target, input(t, n));
+      if (a_.from_logits) log_scale += normalizer(t, n) = log_sum_exp(input(t, n));
       gather(target, t, n);
       clear(before, target.positions);
       if (t == 0) {
@@ -95,7 +95,7 @@ class AlignmentWalker {
       R* const swap = now;
       now = before, before = swap;
     }
-    R loss = R(rest - target.likelihood(before));
+    R loss = R(log_scale - target.likelihood(before));
     if (a_.zero_infinity && loss == R(INFINITY)) loss = 0;
     static_cast<R*>(a_.loss)[n] = loss;
   }
@@ -155,7 +155,7 @@ class AlignmentWalker {
 };
 
 void run(const AlignmentArgs& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T> { AlignmentWalker<T>(a).run(begin, end); });
+  with_type(a.dtype, [&]<class T> { AlignmentKernel<T>(a).run(begin, end); });
 }
 
 }  // namespace

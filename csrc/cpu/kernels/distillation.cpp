@@ -14,13 +14,13 @@ namespace fastloss::inline FL_ISA {
 namespace {
 
 template <class T, int kKind>
-class DivergenceWalker {
+class DivergenceKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   static constexpr int W = kLanes<F>, kUnroll = 4;
 
  public:
-  explicit DivergenceWalker(const DivergenceArgs& args)
+  explicit DivergenceKernel(const DivergenceArgs& args)
       : a_(args.rows),
         dq_(static_cast<T*>(args.dq)),
         loss_(args.rows.hparams),
@@ -165,11 +165,11 @@ template <class T>
 void run_type(const DivergenceArgs& a, int64_t begin, int64_t end) {
   switch (a.rows.variant) {
     case kForward:
-      return DivergenceWalker<T, kForward>(a).run(begin, end);
+      return DivergenceKernel<T, kForward>(a).run(begin, end);
     case kReverse:
-      return DivergenceWalker<T, kReverse>(a).run(begin, end);
+      return DivergenceKernel<T, kReverse>(a).run(begin, end);
     default:
-      return DivergenceWalker<T, kMixture>(a).run(begin, end);
+      return DivergenceKernel<T, kMixture>(a).run(begin, end);
   }
 }
 void run(const DivergenceArgs& a, int64_t begin, int64_t end) {

@@ -13,7 +13,7 @@ template <template <class, int> class Loss, int kVariant = 0>
 void run(const ElementArgs& a, int64_t begin, int64_t end) {
   if constexpr (kVariant < Loss<float, 0>::kVariants) {
     if (a.variant != kVariant) return run<Loss, kVariant + 1>(a, begin, end);
-    with_type(a.dtype, [&]<class T> { walk_elements<Loss, kVariant, T>(a, begin, end); });
+    with_type(a.dtype, [&]<class T> { run_elements<Loss, kVariant, T>(a, begin, end); });
   }
 }
 

@@ -6,6 +6,8 @@
 // but its inputs is read and nothing but its results is written. A block's sum has a fixed order and does not
 // depend on who computes it.
 #pragma once
+#include <bit>
+
 #include "../../drivers/elements.h"
 #include "../../math/math.h"
 #include "../scratch.h"
@@ -21,8 +23,6 @@ struct Block {
   R *value, *u;                // value only, or value and u of a log-sum
   R* dx[kMaxInputs];
 };
-
-constexpr int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
 
 // A step of the loss for the whole block, then the next.
 template <int kStep = 0, class F, class Loss, class R>
@@ -41,7 +41,7 @@ FL_FN void step_block(const Loss& loss, const Block<R>& b, R (*steps)[kElementBl
 // kGrad: the inputs to differentiate, a bit for each.
 template <class Loss, class R, bool kValue, unsigned kGrad>
 FL_NOINLINE void map_block(const double* hparams, const Block<R>& b) {
-  using F = Pair<vector_t<R>>;
+  using F = VectorPair<vector_t<R>>;
   const Loss loss(hparams);
   const F k = fill<F>(b.k);
   alignas(64) R steps[kStepsOf<Loss> + 1][kElementBlock];
@@ -74,7 +74,7 @@ FL_NOINLINE void map_block(const double* hparams, const Block<R>& b) {
 
 template <class Loss, class R>
 struct Mapping {
-  static constexpr unsigned kFirst = 1u << lowest_bit(Loss::kWrt);
+  static constexpr unsigned kFirst = 1u << std::countr_zero(Loss::kWrt);
   // for want = 1: value, 2: gradient of the first differentiable input, 4: of more
   static auto choose(bool value, unsigned grad) {
     using Function = void (*)(const double*, const Block<R>&);
@@ -114,7 +114,7 @@ FL_FN double log1p_sum(const R* u, int64_t count) {
 }
 
 template <class T>
-class ElementWalker {
+class ElementKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   using Map = void (*)(const double*, const Block<R>&);
@@ -122,7 +122,7 @@ class ElementWalker {
   static constexpr int64_t kBlock = kElementBlock;
 
  public:
-  ElementWalker(const ElementArgs& args, int inputs, bool log_sum, Map map)
+  ElementKernel(const ElementArgs& args, int inputs, bool log_sum, Map map)
       : a_(args), inputs_(inputs), map_(map), sum_logs_(log_sum && args.partial && !args.weight.p) {
     stage_ = static_cast<R*>(cpu::thread_scratch((2 * kMaxInputs + 4) * kBlock * sizeof(R)));
   }
@@ -260,13 +260,13 @@ class ElementWalker {
 };
 
 template <template <class, int> class Loss, int kVariant, class T>
-void walk_elements(const ElementArgs& a, int64_t begin, int64_t end) {
+void run_elements(const ElementArgs& a, int64_t begin, int64_t end) {
   using R = acc_t<T>;
   using L = Loss<R, kVariant>;
   unsigned wanted = 0;
   for (int j = 0; j < L::kInputs; ++j) wanted |= a.dx[j] ? 1u << j : 0;
   const auto map = Mapping<L, R>::choose(a.out || a.partial, wanted);
-  ElementWalker<T>(a, L::kInputs, L::kLogSum, map).run(begin, end);
+  ElementKernel<T>(a, L::kInputs, L::kLogSum, map).run(begin, end);
 }
 
 }  // namespace fastloss::inline FL_ISA

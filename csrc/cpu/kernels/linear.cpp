@@ -2,6 +2,8 @@
 // along the inner dimension, in order, so its bits depend neither on the chunk nor on the threads.
 #include "linear.h"
 
+#include <algorithm>
+
 #include "../scratch.h"
 #include "gemm.h"
 #if defined(__AMX_BF16__)
@@ -15,8 +17,6 @@ using cpu::kClassBlock;
 using cpu::kDepth;
 using cpu::kRowBlock;
 using cpu::LinearArgs;
-
-FL_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 struct ProductsOf {
@@ -55,10 +55,10 @@ struct Linear {
 
   // [features / kDepth][panels of rows]
   static void pack_left(const LinearArgs& a, int64_t begin, int64_t end) {
-    const int64_t row = begin * kRowBlock, stop = least(end * kRowBlock, a.rows);
+    const int64_t row = begin * kRowBlock, stop = std::min<int64_t>(end * kRowBlock, a.rows);
     char* out = static_cast<char*>(a.panels);
     for (int64_t k = 0; k < a.features; k += kDepth) {
-      const int64_t depth = least(kDepth, a.features - k);
+      const int64_t depth = std::min<int64_t>(kDepth, a.features - k);
       P::template pack<true>(static_cast<const R*>(a.x) + row * a.features + k, a.features, 1, stop - row,
                              depth, out + P::template packed_bytes<true>(row, depth));
       out += P::template packed_bytes<true>(a.rows, depth);
@@ -68,7 +68,7 @@ struct Linear {
   static void pack_right(const LinearArgs& a, int64_t begin, int64_t end) {
     static_assert(kRowBlock == kDepth);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t row = b * kDepth, depth = least(kDepth, a.rows - row);
+      const int64_t row = b * kDepth, depth = std::min<int64_t>(kDepth, a.rows - row);
       P::template pack<false>(
           static_cast<const R*>(a.x) + row * a.features, 1, a.features, a.features, depth,
           static_cast<char*>(a.panels) + b * P::template packed_bytes<false>(a.features, kDepth));
@@ -79,19 +79,20 @@ struct Linear {
     [[maybe_unused]] const typename P::Scope scope{};
     char* const right = scratch(P::template packed_bytes<false>(kClassBlock, kDepth));
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * kClassBlock, count = least(kClassBlock, a.n - first);
+      const int64_t first = b * kClassBlock, count = std::min<int64_t>(kClassBlock, a.n - first);
       R* const out = static_cast<R*>(a.logits) + first;
       if (a.bias)
         for (int64_t r = 0; r < a.rows; ++r)
           std::memcpy(out + r * a.n, static_cast<const R*>(a.bias) + first, count * sizeof(R));
       const char* left = static_cast<const char*>(a.panels);
       for (int64_t k = 0; k == 0 || k < a.features; k += kDepth) {
-        const int64_t depth = least(kDepth, a.features - k);
+        const int64_t depth = std::min<int64_t>(kDepth, a.features - k);
         P::template pack<false>(static_cast<const T*>(a.w) + first * a.w_row + k * a.w_column, a.w_row,
                                 a.w_column, count, depth, right);
         for (int64_t row = 0; row < a.rows; row += kRows)
-          P::multiply(left + P::template packed_bytes<true>(row, depth), right, least(kRows, a.rows - row),
-                      count, depth, out + row * a.n, a.n, a.bias || k > 0);
+          P::multiply(left + P::template packed_bytes<true>(row, depth), right,
+                      std::min<int64_t>(kRows, a.rows - row), count, depth, out + row * a.n, a.n,
+                      a.bias || k > 0);
         left += P::template packed_bytes<true>(a.rows, depth);
       }
     }
@@ -104,15 +105,15 @@ struct Linear {
     char* const left = scratch(left_bytes + P::template packed_bytes<false>(a.tile_columns, kDepth));
     char* const right = left + left_bytes;
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t top = tile / across * a.tile_rows, bottom = least(top + a.tile_rows, a.rows);
+      const int64_t top = tile / across * a.tile_rows, bottom = std::min<int64_t>(top + a.tile_rows, a.rows);
       const int64_t column = tile % across * a.tile_columns,
-                    columns = least(a.tile_columns, a.features - column);
+                    columns = std::min<int64_t>(a.tile_columns, a.features - column);
       for (int64_t k = 0; k == 0 || k < a.n; k += kDepth) {
-        const int64_t depth = least(kDepth, a.n - k);
+        const int64_t depth = std::min<int64_t>(kDepth, a.n - k);
         P::template pack<false>(static_cast<const T*>(a.w) + k * a.w_row + column * a.w_column, a.w_column,
                                 a.w_row, columns, depth, right);
         for (int64_t row = top; row < bottom; row += kRows) {
-          const int64_t rows = least(kRows, bottom - row);
+          const int64_t rows = std::min<int64_t>(kRows, bottom - row);
           P::template pack<true>(static_cast<const R*>(a.logits) + row * a.n + k, a.n, 1, rows, depth, left);
           P::multiply(left, right, rows, columns, depth, static_cast<R*>(a.dx) + row * a.features + column,
                       a.features, k > 0);
@@ -125,11 +126,11 @@ struct Linear {
     [[maybe_unused]] const typename P::Scope scope{};
     char* const left = scratch(P::template packed_bytes<true>(kClassBlock, kDepth));
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * kClassBlock, count = least(kClassBlock, a.n - first);
+      const int64_t first = b * kClassBlock, count = std::min<int64_t>(kClassBlock, a.n - first);
       const R* const g = static_cast<const R*>(a.logits) + first;
       const char* right = static_cast<const char*>(a.panels);
       for (int64_t row = 0; a.dw && row < a.rows; row += kDepth) {
-        const int64_t depth = least(kDepth, a.rows - row);
+        const int64_t depth = std::min<int64_t>(kDepth, a.rows - row);
         P::template pack<true>(g + row * a.n, 1, a.n, count, depth, left);
         P::multiply(left, right, count, a.features, depth, static_cast<R*>(a.dw) + first * a.features,
                     a.features, a.add || row > 0);

@@ -8,7 +8,7 @@ namespace {
 
 template <template <class> class Loss>
 void run(const ScanArgs& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T> { ScanWalker<Loss<acc_t<T>>, T>(a).run(begin, end); });
+  with_type(a.dtype, [&]<class T> { ScanKernel<Loss<acc_t<T>>, T>(a).run(begin, end); });
 }
 
 }  // namespace

@@ -17,13 +17,13 @@ struct Rows {
 };
 
 template <class T>
-class RankingWalker {
+class RankingKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   static constexpr int W = kLanes<F>;
 
  public:
-  explicit RankingWalker(const RankingArgs& args)
+  explicit RankingKernel(const RankingArgs& args)
       : a_(args), n_(args.n), width_(args.state_width()), chooses_(args.kind == Ranking::plackett_luce) {
     char* p = static_cast<char*>(cpu::thread_scratch(3 * (n_ + 1) * sizeof(F) + 64));
     F* const first = reinterpret_cast<F*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64);
@@ -88,7 +88,7 @@ class RankingWalker {
 };
 
 void run(const RankingArgs& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T> { RankingWalker<T>(a).run(begin, end); });
+  with_type(a.dtype, [&]<class T> { RankingKernel<T>(a).run(begin, end); });
 }
 
 }  // namespace

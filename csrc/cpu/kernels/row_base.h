@@ -96,7 +96,8 @@ class RowBase {
   }
   FL_NOINLINE R block_max(const T* x, int64_t begin, int64_t end) const {
     if constexpr (sizeof(T) == 2)
-      if (scale_ > 0 && !(Loss::kSoftcap && cap_ > 0)) return widen(largest(x + begin, end - begin)) * scale_;
+      if (scale_ > 0 && !(Loss::kSoftcap && cap_ > 0))
+        return widen(max_half(x + begin, end - begin)) * scale_;
     F top[kUnroll];
     for (F& v : top) v = fill<F>(-INFINITY);
     int64_t j = begin;
@@ -146,17 +147,17 @@ class RowBase {
   }
 
   // ---- the term of a loss with numbers
-  FL_FN const R* number_far(int64_t r) const {
+  FL_FN const R* distances_of_label(int64_t r) const {
     return static_cast<const R*>(a_.number_table) + a_.number_position[r] * a_.numbers;
   }
-  FL_FN F far_part(const R* far, int64_t k) const {
-    return k + W <= a_.numbers ? load(far + k) : load_part(far + k, a_.numbers - k, R(0));
+  FL_FN F distances_part(const R* distance, int64_t k) const {
+    return k + W <= a_.numbers ? load(distance + k) : load_part(distance + k, a_.numbers - k, R(0));
   }
   FL_NOINLINE R number_term(Row& row, int64_t r) const {
     const R weight = static_cast<const R*>(a_.number_weight)[r];
     if (weight == 0) return 0;
     const int64_t count = a_.numbers;
-    const R* far = number_far(r);
+    const R* distance = distances_of_label(r);
     R top = -INFINITY;
     for (int64_t k = 0; k < count; ++k) {
       number_logits_[k] = logit(fill<F>(widen(row.x[a_.number_ids[k]])))[0];
@@ -164,15 +165,16 @@ class RowBase {
     }
     for (int64_t k = count; k % W; ++k) number_logits_[k] = -INFINITY;
     const R base = softmax_base(top);
-    F total{}, away{};
+    F total{}, weighted_distance{};
     for (int64_t k = 0; k < count; k += W) {
       const F e = exp(load(number_logits_ + k) - base);
       total += e;
-      away += e * far_part(far, k);
+      weighted_distance += e * distances_part(distance, k);
     }
     const R sum = horizontal_sum(total);
     row.number = loss_.numbers.term(weight, *static_cast<const R*>(a_.number_worst),
-                                    horizontal_sum(away) / sum, base, sum, row.state.m, row.state.log_sum);
+                                    horizontal_sum(weighted_distance) / sum, base, sum, row.state.m,
+                                    row.state.log_sum);
     return row.number.value;
   }
   // Over the gradient of the number tokens' classes, which `coef` knows without their own share.
@@ -180,16 +182,17 @@ class RowBase {
   FL_NOINLINE void number_gradient(const Row& row, int64_t r, T* dx, const GradCoef& coef, R g,
                                    R at_target) const {
     const int64_t count = a_.numbers, *ids = a_.number_ids;
-    const R* far = number_far(r);
+    const R* distance = distances_of_label(r);
     for (int64_t k = 0; k < count; k += W) {
       const F z = load(number_logits_ + k), p = exp((z - row.state.m) - row.state.log_sum);
       store(number_shared_ + k, loss_.grad(p, F{}, F{}, F{}, coef));
-      store(number_own_ + k, loss_.numbers.own(row.number, exp(z - row.number.top), p, far_part(far, k)) * g);
+      store(number_self_ + k,
+            loss_.numbers.self_term(row.number, exp(z - row.number.top), p, distances_part(distance, k)) * g);
     }
     for (int64_t k = 0; k < count;) {
       const int64_t j = ids[k];
       R dz = j == row.t ? at_target : number_shared_[k];
-      for (; k < count && ids[k] == j; ++k) dz += number_own_[k];  // a class may stand there more than once
+      for (; k < count && ids[k] == j; ++k) dz += number_self_[k];  // a class may stand there more than once
       store_one(dx + j, dz);
     }
   }
@@ -198,7 +201,7 @@ class RowBase {
   const Loss loss_;
   const int64_t n_;
   const R scale_, cap_, inverse_cap_;
-  R *number_logits_, *number_shared_, *number_own_;  // of the number tokens: logits, gradients
+  R *number_logits_, *number_shared_, *number_self_;  // of the number tokens: logits, gradients
 };
 
 }  // namespace fastloss::inline FL_ISA

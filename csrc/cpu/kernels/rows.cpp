@@ -7,7 +7,7 @@ namespace {
 
 template <template <class, int> class Loss, int kVariant>
 void run_dtype(const RowArgs& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&]<class T> { walk_rows<Loss<acc_t<T>, kVariant>, T>(a, begin, end); });
+  with_type(a.dtype, [&]<class T> { run_rows<Loss<acc_t<T>, kVariant>, T>(a, begin, end); });
 }
 
 template <template <class, int> class Loss, int kVariant = 0>

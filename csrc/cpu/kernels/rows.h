@@ -15,10 +15,10 @@
 namespace fastloss::inline FL_ISA {
 
 template <class Loss, class T>
-class RowWalker : RowBase<Loss, T> {
+class RowKernel : RowBase<Loss, T> {
   using Base = RowBase<Loss, T>;
   using Base::a_, Base::loss_, Base::n_, Base::scale_, Base::cap_, Base::W, Base::kUnroll;
-  using Base::number_logits_, Base::number_shared_, Base::number_own_;
+  using Base::number_logits_, Base::number_shared_, Base::number_self_;
   using Base::raise, Base::logit, Base::slope, Base::below, Base::power, Base::powers;
   using Base::side, Base::side_part, Base::block_max;
   using typename Base::R, typename Base::F, typename Base::GradCoef, typename Base::Row, typename Base::Side;
@@ -31,7 +31,7 @@ class RowWalker : RowBase<Loss, T> {
   static constexpr int kFields = std::is_empty_v<Sums> ? 0 : sizeof(Sums) / sizeof(F);
 
  public:
-  FL_FN RowWalker(const RowArgs& args, const Loss& loss) : Base(args, loss) {
+  FL_FN RowKernel(const RowArgs& args, const Loss& loss) : Base(args, loss) {
     const int64_t blocks = (n_ + kBlock - 1) / kBlock, padded = (n_ + 2 * W) / W * W;
     const int64_t exps = args.pass == RowPass::forward_gradient ? padded * sizeof(R) : 0;
     const int64_t kept = exps + blocks * sizeof(R);
@@ -48,7 +48,7 @@ class RowWalker : RowBase<Loss, T> {
     staged_dx_ = reinterpret_cast<T*>(p + 2 * staged);
     number_logits_ = reinterpret_cast<R*>(p + 3 * staged);
     number_shared_ = number_logits_ + numbers / sizeof(R);
-    number_own_ = number_shared_ + numbers / sizeof(R);
+    number_self_ = number_shared_ + numbers / sizeof(R);
   }
 
   FL_FN void run(int64_t begin, int64_t end) {
@@ -285,7 +285,7 @@ class RowWalker : RowBase<Loss, T> {
     } else {
       now.coef = loss_.grad_coef(row.state, row.target, g * to_x);
     }
-    if constexpr (Loss::kNumbers) loss_.add(now.coef, g * scale_ * row.number.beside);
+    if constexpr (Loss::kNumbers) loss_.add(now.coef, g * scale_ * row.number.dense_coef);
     now.p_target = exp(row.target.d - row.state.log_sum);  // both before dx, which may be x, is written
     now.target_slope = capped && a_.target ? slope(fill<F>(widen(row.x[row.t])))[0] : 1;
     return now;
@@ -421,8 +421,8 @@ class RowWalker : RowBase<Loss, T> {
 };
 
 template <class Loss, class T>
-FL_FN void walk_rows(const RowArgs& args, int64_t begin, int64_t end) {
-  RowWalker<Loss, T>(args, Loss(args.hparams, args.n)).run(begin, end);
+FL_FN void run_rows(const RowArgs& args, int64_t begin, int64_t end) {
+  RowKernel<Loss, T>(args, Loss(args.hparams, args.n)).run(begin, end);
 }
 
 }  // namespace fastloss::inline FL_ISA

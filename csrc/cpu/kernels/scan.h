@@ -38,13 +38,13 @@ FL_FN F load_flags(const uint8_t* p, int64_t count) {
 }
 
 template <class Loss, class T>
-class ScanWalker {
+class ScanKernel {
   using R = acc_t<T>;
   using F = vector_t<R>;
   static constexpr int W = kLanes<F>;
 
  public:
-  FL_FN explicit ScanWalker(const ScanArgs& args) : a_(args), loss_(args) {}
+  FL_FN explicit ScanKernel(const ScanArgs& args) : a_(args), loss_(args) {}
 
   FL_FN void run(int64_t begin, int64_t end) {
     const bool brief = !a_.offsets && a_.n < W;

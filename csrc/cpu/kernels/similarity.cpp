@@ -3,6 +3,8 @@
 
 #include <sched.h>
 
+#include <algorithm>
+
 #include "../scratch.h"
 #include "gemm.h"
 #include "similarity_passes.h"
@@ -13,16 +15,14 @@ namespace {
 using cpu::kTile;
 using cpu::TileCall;
 
-FL_FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class R, TilePass kPass>
-class TileWalker {
+class TileKernel {
   using G = Gemm<R>;
   using Pass = TileEpilogue<R, kPass>;
   static_assert(kTile % G::kLeft == 0 && kTile % G::kRight == 0);
 
  public:
-  explicit TileWalker(const TileCall& a) : a_(a), width_(round_up(a.d, G::kRight)), pass_(a) {
+  explicit TileKernel(const TileCall& a) : a_(a), width_(round_up(a.d, G::kRight)), pass_(a) {
     const int64_t rows = round_up(a.row_step, G::kLeft), left = rows * a.d, right = a.row_step * width_;
     R* at = static_cast<R*>(
         cpu::thread_scratch((left + right + 2 * kTile * kTile + kTile + Pass::kScratch) * sizeof(R)));
@@ -40,7 +40,7 @@ class TileWalker {
     left_ = take(left);
   }
 
-  void walk() {
+  void run() {
     for (;;) {
       const int64_t block = __atomic_fetch_add(a_.next, 1, __ATOMIC_RELAXED);
       if (block * a_.row_step >= a_.m) return;
@@ -50,7 +50,7 @@ class TileWalker {
 
  private:
   void rows(int64_t block) {
-    const int64_t row = block * a_.row_step, count = least(a_.row_step, a_.m - row);
+    const int64_t row = block * a_.row_step, count = std::min<int64_t>(a_.row_step, a_.m - row);
     const bool last = row + count == a_.m;
     const R* x = static_cast<const R*>(a_.x) + row * a_.d;
     const bool itself = a_.x == a_.y;
@@ -59,7 +59,7 @@ class TileWalker {
     pass_.begin_rows(row, count);
     int64_t column = 0;
     for (int64_t c = 0; column < a_.n; ++c, column += kTile) {
-      const int64_t columns = least(kTile, a_.n - column);
+      const int64_t columns = std::min<int64_t>(kTile, a_.n - column);
       multiply<R>(packed<R, G::kLeft>(left_, a_.d),
                   packed<R, G::kRight>(static_cast<const R*>(a_.panels) + column * a_.d, a_.d), count,
                   columns, a_.d, tile_, kTile, false);
@@ -121,7 +121,7 @@ template <class R>
 void pack_y(const TileCall& a, int64_t begin, int64_t end) {
   constexpr int kRight = Gemm<R>::kRight;
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = b * kTile, count = least(kTile, a.n - first);
+    const int64_t first = b * kTile, count = std::min<int64_t>(kTile, a.n - first);
     const R* y = static_cast<const R*>(a.y) + first * a.d;
     pack<kRight>(y, a.d, 1, count, a.d, static_cast<R*>(a.panels) + first * a.d);
     if (a.depth_panels)
@@ -132,17 +132,17 @@ template <class R>
 void walk(const TileCall& a) {
   switch (a.pass) {
     case TilePass::statistics:
-      return TileWalker<R, TilePass::statistics>(a).walk();
+      return TileKernel<R, TilePass::statistics>(a).run();
     case TilePass::softmax_gradient:
-      return TileWalker<R, TilePass::softmax_gradient>(a).walk();
+      return TileKernel<R, TilePass::softmax_gradient>(a).run();
     case TilePass::pairs:
-      return TileWalker<R, TilePass::pairs>(a).walk();
+      return TileKernel<R, TilePass::pairs>(a).run();
     case TilePass::pairs_gradient:
-      return TileWalker<R, TilePass::pairs_gradient>(a).walk();
+      return TileKernel<R, TilePass::pairs_gradient>(a).run();
     case TilePass::sigmoid:
-      return TileWalker<R, TilePass::sigmoid>(a).walk();
+      return TileKernel<R, TilePass::sigmoid>(a).run();
     case TilePass::hardest:
-      return TileWalker<R, TilePass::hardest>(a).walk();
+      return TileKernel<R, TilePass::hardest>(a).run();
   }
 }
 

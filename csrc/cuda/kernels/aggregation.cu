@@ -154,18 +154,18 @@ __global__ void __launch_bounds__(kAggregateThreads) aggregate_gradient_kernel(A
 
 template <class T>
 void run(const AggregateArgs& a, cudaStream_t stream) {
-  if (a.partials == 1) return start<&aggregate_kernel<T>>(1, kAggregateThreads, 0, stream, a);
+  if (a.partials == 1) return launch_1d<&aggregate_kernel<T>>(1, kAggregateThreads, 0, stream, a);
   for (int i = 0; i < a.passes; ++i)
     with_pass<acc_t<T>>(a.plan[i], [&]<class Pass> {
-      start<&aggregate_sum_kernel<T, Pass>>(a.partials, kAggregateThreads, 0, stream, a);
-      start<&aggregate_finish_kernel<T, Pass>>(1, kAggregateThreads, 0, stream, a);
+      launch_1d<&aggregate_sum_kernel<T, Pass>>(a.partials, kAggregateThreads, 0, stream, a);
+      launch_1d<&aggregate_finish_kernel<T, Pass>>(1, kAggregateThreads, 0, stream, a);
     });
 }
 template <class T>
 void run_gradient(const AggregateArgs& a, cudaStream_t stream) {
   constexpr int64_t kSamples = int64_t{kAggregateThreads} * Vec<T>::kSize;
   const int64_t blocks = a.n ? (a.n + kSamples - 1) / kSamples : 1;  // theta's gradient is wanted in any case
-  start<&aggregate_gradient_kernel<T>>(blocks, kAggregateThreads, 0, stream, a);
+  launch_1d<&aggregate_gradient_kernel<T>>(blocks, kAggregateThreads, 0, stream, a);
 }
 
 }  // namespace

@@ -87,11 +87,11 @@ __global__ void __launch_bounds__(kSumThreads)
 template <class Row>
 void sum_rows(const RowArgs& a, void* out, cudaStream_t stream) {
   auto* const to = static_cast<typename Row::Type*>(out);
-  if (!a.partial) return start<&sum_kernel<Row>>(1, kSumThreads, 0, stream, a, to);
+  if (!a.partial) return launch_1d<&sum_kernel<Row>>(1, kSumThreads, 0, stream, a, to);
   const int64_t wish = (a.rows + kSumThreads - 1) / kSumThreads;
   const int64_t partials = wish < kRowPartials ? wish : kRowPartials;
-  start<&partial_kernel<Row>>(partials, kSumThreads, 0, stream, a);
-  start<&total_kernel<Row>>(1, kSumThreads, 0, stream, a, partials, to);
+  launch_1d<&partial_kernel<Row>>(partials, kSumThreads, 0, stream, a);
+  launch_1d<&total_kernel<Row>>(1, kSumThreads, 0, stream, a, partials, to);
 }
 
 }  // namespace

@@ -109,12 +109,12 @@ __global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(AlignmentArgs a,
     __syncthreads();
   }
   if (threadIdx.x >= 32) return;
-  double rest = 0;  // by one warp, whatever the block
+  double log_scale = 0;  // by one warp, whatever the block
   for (int64_t t = threadIdx.x; t < q.steps; t += 32)
-    rest += (a.from_logits ? *q.row(a.steps + t) : R(0)) - *q.row(t);
-  rest = warp_sum(rest);
+    log_scale += (a.from_logits ? *q.row(a.steps + t) : R(0)) - *q.row(t);
+  log_scale = warp_sum(log_scale);
   if (threadIdx.x != 0) return;
-  R loss = R(rest - q.its_likelihood());
+  R loss = R(log_scale - q.its_likelihood());
   if (a.zero_infinity && loss == R(INFINITY)) loss = 0;
   static_cast<R*>(a.loss)[q.n] = loss;
 }
@@ -194,11 +194,11 @@ void run(const AlignmentArgs& a, cudaStream_t stream) {
   const bool in_shared = rows_bytes <= kMostShared;
   const size_t shared = in_shared ? rows_bytes : 0;
   if (a.backward) {
-    start<&posterior_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
-    return start<&gradient_kernel<T>>(rows, kRowThreads, 0, stream, a);
+    launch_1d<&posterior_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
+    return launch_1d<&gradient_kernel<T>>(rows, kRowThreads, 0, stream, a);
   }
-  start<&rows_kernel<T>>((rows * 32 + kRowThreads - 1) / kRowThreads, kRowThreads, 0, stream, a);
-  start<&alpha_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
+  launch_1d<&rows_kernel<T>>((rows * 32 + kRowThreads - 1) / kRowThreads, kRowThreads, 0, stream, a);
+  launch_1d<&alpha_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);
 }
 
 }  // namespace

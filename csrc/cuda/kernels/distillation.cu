@@ -137,7 +137,7 @@ template <class T, int kKind, int kTeam>
 void launch_team(const DivergenceArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
   const int64_t blocks = (a.rows.rows * kTeam + block - 1) / block;
-  start<&divergence_kernel<T, kKind, kTeam>>(blocks, block, 0, stream, a);
+  launch_1d<&divergence_kernel<T, kKind, kTeam>>(blocks, block, 0, stream, a);
 }
 template <class T, int kKind>
 void launch_type(const DivergenceArgs& a, cudaStream_t stream) {

@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kElementThreads) scale_kernel(ScaleArgs a) {
 void scale(const ScaleArgs& a, void* stream) {
   with_device_type(a.dtype, [&]<class T> {
     const int64_t blocks = (a.n + kElementThreads * Vec<T>::kSize - 1) / (kElementThreads * Vec<T>::kSize);
-    start<&scale_kernel<T>>(blocks < kScaleBlocks ? blocks : kScaleBlocks, kElementThreads, 0,
-                            static_cast<cudaStream_t>(stream), a);
+    launch_1d<&scale_kernel<T>>(blocks < kScaleBlocks ? blocks : kScaleBlocks, kElementThreads, 0,
+                                static_cast<cudaStream_t>(stream), a);
   });
 }
 int64_t element_partials(DType dtype, int64_t n) {

@@ -218,8 +218,8 @@ void launch_elements(const ElementArgs& a, cudaStream_t stream) {
   if constexpr (kStepsOf<Loss> > 0 && FirstAlone<Loss>::kWrt != Loss::kWrt)
     if (first_alone<Loss>(a)) return launch_elements<FirstAlone<Loss>, T>(a, stream);
   const int64_t blocks = tiles<T>(a.n);
-  start<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
-  if (a.partial && blocks != 1) start<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
+  launch_1d<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
+  if (a.partial && blocks != 1) launch_1d<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
 }
 
 }  // namespace fastloss::cuda

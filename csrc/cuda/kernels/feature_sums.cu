@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kFeatureThreads) features_kernel(FeatureArgs a
 template <class T>
 void run(const FeatureArgs& args, cudaStream_t stream) {
   const int64_t blocks = (args.rows * 32 + kFeatureThreads - 1) / kFeatureThreads;
-  args.others == 1 ? start<&features_kernel<T, 1>>(blocks, kFeatureThreads, 0, stream, args)
-                   : start<&features_kernel<T, 2>>(blocks, kFeatureThreads, 0, stream, args);
+  args.others == 1 ? launch_1d<&features_kernel<T, 1>>(blocks, kFeatureThreads, 0, stream, args)
+                   : launch_1d<&features_kernel<T, 2>>(blocks, kFeatureThreads, 0, stream, args);
 }
 
 }  // namespace

@@ -55,7 +55,7 @@ template <class T>
 void run(const RankingArgs& a, cudaStream_t stream) {
   constexpr int kRows = kRankingThreads / 32;
   const int64_t blocks = (a.rows + kRows - 1) / kRows;
-  start<&ranking_kernel<T>>(blocks, kRankingThreads, 0, stream, a);
+  launch_1d<&ranking_kernel<T>>(blocks, kRankingThreads, 0, stream, a);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
   using typename Base::R, typename Base::Slope;
 
   // ---- the term of a loss with numbers; every warp of a team computes it
-  __device__ __forceinline__ const R* number_far() const {
+  __device__ __forceinline__ const R* distances_of_label() const {
     return static_cast<const R*>(a.number_table) + a.number_position[r] * a.numbers;
   }
   __device__ __forceinline__ R number_term(const RowState<R>& row, NumberTerm<R>& number) const {
@@ -22,26 +22,26 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
     if (weight == 0) return 0;  // the same for the whole team
     constexpr int kStep = kTeam < 32 ? kTeam : 32;
     const unsigned mask = team_mask<kTeam>();
-    const R* far = number_far();
-    R top = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &away = sums[1];
+    const R* distance = distances_of_label();
+    R top = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &weighted_distance = sums[1];
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) top = max(logit_of_class(a.number_ids[k]), top);
     top = warp_reduce<kStep>(top, Max{}, mask);
     top = softmax_base(top);
     for (int64_t k = lane % kStep; k < a.numbers; k += kStep) {
       const R e = exp(logit_of_class(a.number_ids[k]) - top);
       total += e;
-      away += e * far[k];
+      weighted_distance += e * distance[k];
     }
     warp_reduce_all<kStep>(sums, Sum{}, mask);
-    number = loss.numbers.term(weight, *static_cast<const R*>(a.number_worst), away / total, top, total,
-                               row.m, row.log_sum);
+    number = loss.numbers.term(weight, *static_cast<const R*>(a.number_worst), weighted_distance / total, top,
+                               total, row.m, row.log_sum);
     return number.value;
   }
   __device__ __forceinline__ void number_gradient(const Slope& s, const NumberTerm<R>& number, R g,
                                                   T* dx) const {
     if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kTeam > 32) __syncthreads();  // after the writes of `write`
-    const R* far = number_far();
+    const R* distance = distances_of_label();
     for (int64_t k = lane; k < a.numbers; k += kTeam) {
       const int64_t j = a.number_ids[k];
       if (j < 0 || j >= a.n || (k && a.number_ids[k - 1] == j)) continue;
@@ -49,7 +49,7 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
       R dz = j == t ? loss.grad_at_target(p, d, R(1), s.coef) : loss.grad(p, d, R(1), R(0), s.coef);
       for (int64_t same = k; same < a.numbers && a.number_ids[same] == j;
            ++same)  // it may stand there more than once
-        dz += loss.numbers.own(number, e, p, far[same]) * g;
+        dz += loss.numbers.self_term(number, e, p, distance[same]) * g;
       dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
     }
   }

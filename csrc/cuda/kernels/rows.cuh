@@ -144,7 +144,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       asked_gradient(s, dx);
     } else {
       Slope s{loss.grad_coef(row, target, g * k * scale), row.m, row.log_sum, top, unit.kept(row.log_sum)};
-      if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.beside);
+      if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.dense_coef);
       write_row(s, dx, held, write_held, kept);
       if constexpr (Loss::kNumbers)
         if (number.total != 0) number_gradient(s, number, g * k * scale, dx);
@@ -234,13 +234,14 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
   if (kStays<Loss, T, kTeam, kBackward> && on_vectors<T>(a.x, a.x_layout) &&
       (!a.dx || on_vectors<T>(a.dx, a.dx_layout))) {
     const int64_t row = a.n / Vec<T>::kSize,
-                  room = (most_shared() - kSharedBeside) * kTeam / kResident<Loss> / 16;
-    slots = (row < room ? row : room) / kTeam * kTeam;
+                  capacity = (max_shared() - kSharedBeside) * kTeam / kResident<Loss> / 16;
+    slots = (row < capacity ? row : capacity) / kTeam * kTeam;
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
     if (slots && blocks > stay) blocks = stay;
   }
   const size_t shared = 16 * static_cast<size_t>(slots > 0 ? slots : 1);  // none is no array to point at
-  start<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a, static_cast<int>(slots));
+  launch_1d<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a,
+                                                     static_cast<int>(slots));
 }
 template <class Loss, class T, bool kBackward>
 void launch_pass(const RowArgs& a, cudaStream_t stream) {

@@ -135,7 +135,7 @@ template <class Loss, class T, int kTeam, bool kBackward>
 void launch_scan_team(const ScanArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kScanThreads;
   const int64_t blocks = (a.rows * kTeam + block - 1) / block;
-  start<&scan_kernel<Loss, T, kTeam, kBackward>>(blocks, block, 0, stream, a);
+  launch_1d<&scan_kernel<Loss, T, kTeam, kBackward>>(blocks, block, 0, stream, a);
 }
 constexpr int64_t kWarpScan = 2048;  // longer sequences get a block; those of a packed batch always a warp
 

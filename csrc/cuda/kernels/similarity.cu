@@ -10,12 +10,12 @@
 namespace fastloss::cuda::similarity {
 
 // The kernel of this name for ids or none, on the grid.
-#define FASTLOSS_BY_IDS(kernel, grid, ...)                            \
-  (a.row_ids ? start_cut<&kernel<__VA_ARGS__, true>>(a, grid, stream) \
-             : start_cut<&kernel<__VA_ARGS__, false>>(a, grid, stream))
+#define FASTLOSS_BY_IDS(kernel, grid, ...)                             \
+  (a.row_ids ? launch_cut<&kernel<__VA_ARGS__, true>>(a, grid, stream) \
+             : launch_cut<&kernel<__VA_ARGS__, false>>(a, grid, stream))
 
 template <auto kKernel>
-void start_cut(const TileChunk& a, const Grid& g, cudaStream_t stream) {
+void launch_cut(const TileChunk& a, const Grid& g, cudaStream_t stream) {
   (void)Registered<kKernel>::done;
   launch(kKernel, dim3(static_cast<unsigned>(g.bands), static_cast<unsigned>(g.spans)),
          dim3(static_cast<unsigned>(g.warps * 32)), 0, stream, a, g.band);
@@ -37,13 +37,13 @@ void run(const TileChunk& a, cudaStream_t stream) {
     case TilePass::statistics: {
       const Grid g = statistics_grid<R>(a);
       FASTLOSS_BY_IDS(statistics_kernel, g, R);
-      return start<&merge_kernel<R>>(blocks(a.rows, 32) + (a.col_max ? blocks(a.cols, 32) : 0), kMergeThreads,
-                                     0, stream, a, g.spans, g.bands);
+      return launch_1d<&merge_kernel<R>>(blocks(a.rows, 32) + (a.col_max ? blocks(a.cols, 32) : 0),
+                                         kMergeThreads, 0, stream, a, g.spans, g.bands);
     }
     case TilePass::pairs:
-      return start<&pairs_kernel<R>>(a.rows, kRowThreads, 0, stream, a);
+      return launch_1d<&pairs_kernel<R>>(a.rows, kRowThreads, 0, stream, a);
     case TilePass::hardest:
-      return start<&hardest_kernel<R>>(a.rows, kRowThreads, 0, stream, a);
+      return launch_1d<&hardest_kernel<R>>(a.rows, kRowThreads, 0, stream, a);
     case TilePass::sigmoid:
     case TilePass::softmax_gradient:
     case TilePass::pairs_gradient:
@@ -56,8 +56,8 @@ void run(const TileChunk& a, cudaStream_t stream) {
       else
         run_gradient<float, float>(a, stream);
       if (a.pass == TilePass::sigmoid || a.dots)
-        start<&spans_kernel<R>>(blocks(a.rows, kRowThreads), kRowThreads, 0, stream, a,
-                                element_grid<R>(a).spans, a.pass == TilePass::sigmoid);
+        launch_1d<&spans_kernel<R>>(blocks(a.rows, kRowThreads), kRowThreads, 0, stream, a,
+                                    element_grid<R>(a).spans, a.pass == TilePass::sigmoid);
       return;
   }
 }

@@ -89,21 +89,21 @@ void scan(const SurvivalArgs& a, cudaStream_t stream) {
   static_assert(sizeof(Item) <= kSurvivalItem * sizeof(double) && sizeof(Item) % 8 == 0);
   const int64_t blocks = a.rows * survival_tiles(a);
   if (survival_tiles(a) > 1) {
-    start<&sum_kernel<Loss, Item, T>>(blocks, kThreads, 0, stream, a);
-    start<&sums_kernel<Item>>(a.rows, kThreads, 0, stream, a);
+    launch_1d<&sum_kernel<Loss, Item, T>>(blocks, kThreads, 0, stream, a);
+    launch_1d<&sums_kernel<Item>>(a.rows, kThreads, 0, stream, a);
   }
-  start<&scan_kernel<Loss, Item, T>>(blocks, kThreads, 0, stream, a);
+  launch_1d<&scan_kernel<Loss, Item, T>>(blocks, kThreads, 0, stream, a);
 }
 template <class Loss, class T>
 void run_loss(const SurvivalArgs& a, cudaStream_t stream) {
   const int64_t blocks = a.rows * survival_tiles(a);
   if (a.backward) {
     scan<Loss, typename Loss::Back, T>(a, stream);
-    return start<&gradient_kernel<Loss, T>>(blocks, kThreads, 0, stream, a);
+    return launch_1d<&gradient_kernel<Loss, T>>(blocks, kThreads, 0, stream, a);
   }
   scan<Loss, typename Loss::Forward, T>(a, stream);
-  start<&value_kernel<Loss, T>>(blocks, kThreads, 0, stream, a);
-  if (a.total) start<&total_kernel>(1, kThreads, 0, stream, a);
+  launch_1d<&value_kernel<Loss, T>>(blocks, kThreads, 0, stream, a);
+  if (a.total) launch_1d<&total_kernel>(1, kThreads, 0, stream, a);
 }
 template <class T>
 void run(const SurvivalArgs& a, cudaStream_t stream) {

@@ -146,10 +146,10 @@ __global__ void __launch_bounds__(kTripletThreads) draw_kernel(TripletArgs a) {
 
 template <class R>
 void run(const TripletArgs& a, cudaStream_t stream) {
-  start<&anchors_kernel<R>>(a.rows, kTripletThreads, 0, stream, a);
+  launch_1d<&anchors_kernel<R>>(a.rows, kTripletThreads, 0, stream, a);
   if (a.sums) return;
-  start<&draw_kernel<R, false>>(a.rows, kTripletThreads, 0, stream, a);
-  start<&draw_kernel<R, true>>(a.m, kTripletThreads, 0, stream, a);
+  launch_1d<&draw_kernel<R, false>>(a.rows, kTripletThreads, 0, stream, a);
+  launch_1d<&draw_kernel<R, true>>(a.m, kTripletThreads, 0, stream, a);
 }
 
 }  // namespace
