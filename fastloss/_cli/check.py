@@ -69,7 +69,7 @@ def compare(
     return Result(loss.name, case, shape, dtype, torch.device(device).type, worst, relative)
 
 
-def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Result | int]:
+def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Any]:
     """First the number of comparisons, then the result of each."""
     plan = [
         (loss, case, shape, dtype, device)

@@ -5,6 +5,7 @@ what follows is arithmetic on [rows, number tokens]."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ def _of_operator(
 _cross_entropy_numbers = NumberOp("cross_entropy_numbers", _of_operator)
 
 
-def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: torch.Size) -> None:
+def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, rows: Sequence[int]) -> None:
     check_tensor(name, logits)
     if logits.dim() == 0:
         raise RuntimeError(f"{name}: expected at least one dimension")

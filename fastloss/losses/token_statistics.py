@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ class TokenStats(NamedTuple):
     is_top1: Tensor | None
 
 
-def _planes_of(s: TokenStats, index: Tensor | None, everything: bool) -> Tensor:
-    """Return the outputs of the operators, [4 + 2 K, ...], from those of the reference."""
+def _planes_of(s: Any, index: Tensor | None, everything: bool) -> Tensor:
+    """Return the outputs of the operators, [4 + 2 K, ...], from the `TokenStats` of the reference."""
     nothing = torch.zeros_like(s.entropy)
     planes = (
         [s.entropy, s.lse, s.log_sum_p2, s.mean_logit] if everything else [s.entropy, s.lse, nothing, nothing]
