@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,12 +69,9 @@ def compare(
     return Result(loss.name, case, shape, dtype, torch.device(device).type, worst, relative)
 
 
-Comparison = tuple[Loss, str, tuple[int, ...], torch.dtype, str]
-
-
-def comparisons(names: Sequence[str], on: Sequence[str]) -> list[Comparison]:
-    """List all comparisons of these losses: every case, shape and dtype on every device."""
-    return [
+def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Any]:
+    """First the number of comparisons, then the result of each."""
+    plan = [
         (loss, case, shape, dtype, device)
         for loss in entries(*names)
         for device in on
@@ -81,10 +79,7 @@ def comparisons(names: Sequence[str], on: Sequence[str]) -> list[Comparison]:
         for case in loss.cases
         for shape in loss.shapes
     ]
-
-
-def run_all(plan: Sequence[Comparison]) -> Iterator[Result]:
-    """Make the comparisons, one after the other."""
+    yield len(plan)
     for loss, case, shape, dtype, device in plan:
         try:
             yield compare(loss, case, shape, dtype, device)
@@ -101,10 +96,10 @@ def main(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    plan = comparisons(args.loss or (), args.device or devices())
-    total = len(plan)
+    runs = run_all(args.loss or (), args.device or devices())
+    total = next(runs)
     groups: dict[tuple[str, str, str], list[Result]] = {}
-    for result in track(run_all(plan), "checking", total, console=console, transient=True):
+    for result in track(runs, "checking", total, console=console, transient=True):
         groups.setdefault((result.loss, result.device, name_of(result.dtype)), []).append(result)
         if args.verbose:
             console.print(f"{'ok  ' if result.ok else 'FAIL'} {result}", highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ what follows is arithmetic on [rows, number tokens]."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
