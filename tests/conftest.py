@@ -23,6 +23,7 @@ collect_ignore = [] if torch.cuda.is_available() else ["test_cuda_graphs.py"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cpu,simt,cuda" if torch.cuda.is_available() else "cpu,simt"
     parser.addoption("--devices", default=default, help=f"comma-separated; default {default}")
+    parser.addoption("--quick", action="store_true", help="one dtype, device and case of every family")
     parser.addoption("--large", action="store_true", help="run tests marked large whatever the memory")
 
 
@@ -31,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def devices(config: pytest.Config) -> list[str]:
+    if config.getoption("--quick"):
+        return ["cpu"]
     return config.getoption("--devices").split(",")
 
 
@@ -57,7 +60,40 @@ def available_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+# Of these, seconds each, a quick run takes one item for every function instead of one for every family.
+SLOW_FILES = (
+    "test_compile",
+    "test_memory",
+    "test_distributed",
+    "test_distributed_contrastive",
+    "test_benchmarks",
+)
+
+
+def quick_key(item: pytest.Item) -> tuple[str, str]:
+    """What a quick run has one item of: a test function, and the family of the loss that it is about."""
+    loss = getattr(item, "callspec", None) and item.callspec.params.get("loss")
+    slow = item.path.stem in SLOW_FILES
+    return item.nodeid.split("[")[0], "" if slow or loss is None else getattr(loss, "family", "")
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Leave out sanitizers, builds of the CUDA kernels, what needs much memory, and dtypes but float32."""
+    params = (getattr(item, "callspec", None) and item.callspec.params) or {}
+    return (
+        item.path.parent.name != "cuda_on_cpu"
+        and item.path.stem not in ("test_gemm", "test_package")  # which compile and install
+        and item.get_closest_marker("large") is None
+        and params.get("dtype", torch.float32) == torch.float32
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        first = {quick_key(item): item for item in reversed(items) if is_quick(item)}
+        kept = set(map(id, first.values()))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+        items[:] = [item for item in items if id(item) in kept]
     for item in items:
         for pattern, reason in EXCEPTIONS.items():
             if fnmatch.fnmatchcase(item.name, pattern.replace("[", "[[]", 1)):

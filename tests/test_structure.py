@@ -1,0 +1,145 @@
+"""Who may include and import whom, and how long a file may be. As a script: the import graph in figures."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 400
+LONGER = {
+    "csrc/cpu/kernels/rows.h": "the loop over a row, read from top to bottom",
+    "csrc/losses/aggregation.h": "five aggregations that share their search and their statistics",
+    "fastloss/_ops/autograd.py": "the only autograd, read from top to bottom",
+    "fastloss/losses/elementwise.py": "ten losses, most of it docstrings",
+    "fastloss/losses/number_token.py": "three losses, most of it docstrings",
+    "fastloss/losses/token_statistics.py": "five functions, most of it docstrings",
+}
+INCLUDE = re.compile(r'#include [<"]([^>"]+)[>"]')
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """The files of a package by the name that they are imported under."""
+    found = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def import_graph(package: Path) -> dict[str, set[str]]:
+    """For every module of the package those that it imports anywhere in its text, types alone excepted.
+
+    A package's `__init__` counts only where something is imported from it that is no module.
+    """
+    names = modules(package)
+    graph: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text())
+        for_types = {
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        for node in ast.walk(tree):
+            if id(node) in for_types:
+                continue
+            wanted = []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                wanted = [full if full in names else node.module for full in inside]
+            elif isinstance(node, ast.Import):
+                wanted = [alias.name for alias in node.names]
+            graph[name] |= {w for w in wanted if w in names and w != name}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import each other, directly or through others."""
+
+    def reach(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for other in graph[waiting.pop()] - seen:
+                seen.add(other)
+                waiting.append(other)
+        return seen
+
+    reached = {name: reach(name) for name in graph}
+    found: list[set[str]] = []
+    for name in graph:
+        if name in reached[name]:
+            circle = {other for other in reached[name] if name in reached[other]}
+            if circle not in found:
+                found.append(circle)
+    return found
+
+
+def longest_chain(graph: dict[str, set[str]]) -> int:
+    """Modules on the longest path of imports; a circle counts as one."""
+    group = {name: frozenset(circle) for circle in circles(graph) for name in circle}
+    known: dict[str, int] = {}
+
+    def below(name: str) -> int:
+        if name not in known:
+            known[name] = 0
+            members = group.get(name, frozenset({name}))
+            others = {o for m in members for o in graph[m]} - members
+            known[name] = 1 + max((below(o) for o in others), default=0)
+        return known[name]
+
+    return max(below(name) for name in graph)
+
+
+def sources(*folders: str) -> list[Path]:
+    return [
+        p
+        for f in folders
+        for p in (ROOT / "csrc" / f).rglob("*.*")
+        if p.suffix in (".h", ".cpp", ".cu", ".cuh")
+    ]
+
+
+def test_no_import_circle():
+    assert circles(import_graph(ROOT / "fastloss")) == []
+
+
+def test_torch_headers_are_for_operators_alone():
+    for path in sources("math", "drivers", "losses", "cpu", "cuda"):
+        for name in INCLUDE.findall(path.read_text()):
+            assert not name.startswith(("torch/", "ATen/", "c10/")), f"{path}: {name}"
+
+
+def test_losses_include_maths_and_drivers():
+    allowed = {ROOT / "csrc" / folder for folder in ("math", "drivers", "losses")}
+    for path in sources("losses"):
+        for name in re.findall(r'#include "([^"]+)"', path.read_text()):
+            assert (path.parent / name).resolve().parent in allowed, f"{path}: {name}"
+
+
+def test_reference_imports_nothing_of_the_product():
+    for name, wanted in import_graph(ROOT / "fastloss").items():
+        if name.startswith("fastloss.reference"):
+            assert all(w.startswith("fastloss.reference") for w in wanted), f"{name}: {wanted}"
+
+
+def test_files_are_short():
+    files = [*sources("."), *(p for f in ("fastloss", "tests") for p in (ROOT / f).rglob("*.py"))]
+    long = {str(p.relative_to(ROOT)) for p in files if p.read_text().count("\n") > LONGEST}
+    assert long - set(LONGER) == set(), f"over {LONGEST} lines: split it, or enter it in LONGER with a reason"
+    assert set(LONGER) - long == set(), "not as long any more"
+
+
+if __name__ == "__main__":
+    import sys
+
+    package = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "fastloss")
+    graph = import_graph(package)
+    print(
+        f"{len(graph)} files, {sum(map(len, graph.values()))} imports, longest chain {longest_chain(graph)}"
+    )
+    for circle in circles(graph):
+        print(f"circle of {len(circle)}: {', '.join(sorted(circle))}")
