@@ -39,6 +39,13 @@ def test_accurate(loss, case, dtype, device):
         assert_right(loss, make(loss, case, dtype, device, shape, seed))
 
 
+@every_case
+def test_half_types_are_rounded_once(loss, case, real_device):
+    """They are computed in float32: what eager loses by rounding after each operation excuses nothing."""
+    for shape in () if loss.multiplies else loss.shapes:
+        assert_right(loss, make(loss, case, torch.bfloat16, real_device, shape), rounded_once=True)
+
+
 @some_dtypes
 @some_cases
 def test_accurate_without_gradient(loss, case, dtype, device):
