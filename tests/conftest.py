@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: needs about 10 GiB of free memory")
+    config.addinivalue_line("markers", "slow: takes ten seconds or more, and is left out of a quick run")
 
 
 def devices(config: pytest.Config) -> list[str]:
@@ -84,6 +85,7 @@ def is_quick(item: pytest.Item) -> bool:
         item.path.parent.name != "cuda_on_cpu"
         and item.path.stem not in ("test_gemm", "test_package")  # which compile and install
         and item.get_closest_marker("large") is None
+        and item.get_closest_marker("slow") is None
         and params.get("dtype", torch.float32) == torch.float32
     )
 

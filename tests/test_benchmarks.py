@@ -96,6 +96,7 @@ def test_cost_of_a_call():
     assert row["fastloss"] > 0
 
 
+@pytest.mark.slow
 def test_the_gpu_run_is_rehearsed_without_a_gpu(tmp_path):
     command = [
         sys.executable,

@@ -180,6 +180,7 @@ def test_ratios_are_taken_within_rounds():
     }
 
 
+@pytest.mark.slow
 def test_bench_from_the_command_line(tmp_path, capsys):
     shape = "x".join(map(str, SHAPE))
     written = tmp_path / "result.json"
@@ -197,6 +198,7 @@ def test_bench_from_the_command_line(tmp_path, capsys):
     assert "fastloss" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bench_of_a_table(tmp_path, capsys):
     table = tmp_path / "table.json"
     rows = [{"loss": LOSS.name, "shape": [n, 8], "dtype": "float32", "forward_only": n == 2} for n in (2, 3)]
@@ -212,6 +214,7 @@ def test_bench_of_a_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda p: "/".join(p.parts[-2:]))
+@pytest.mark.slow
 def test_committed_reports_are_those_of_their_numbers(folder, tmp_path):
     (tmp_path / "results.json").write_bytes((folder / "results.json").read_bytes())
     assert main(["bench", "--from", str(tmp_path)]) == 0

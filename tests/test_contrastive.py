@@ -16,6 +16,7 @@ from support import assert_right, evaluate, fused, make, same_bits, some_dtypes
 import fastloss.functional as F
 from fastloss import reference
 from fastloss._ops import similarity
+from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs
 from fastloss._registry import losses
 from fastloss.losses.contrastive import contrastive_softmax
 
@@ -169,11 +170,17 @@ def test_what_sums_of_exponentials_are_over(same_is_positive, with_positives, de
     ids = torch.arange(70, device=device) % 9
     mark = torch.arange(70, device=device) if same_is_positive else torch.randperm(70).to(device)
     drawn = [torch.randn(70, 8, dtype=torch.float64, device=device) for _ in range(2)]
-    options = (same_is_positive, with_positives, True, False, True, not same_is_positive)
+    attrs = SoftmaxAttrs(
+        normalize=True,
+        labels_are_positives=same_is_positive,
+        positives_in_denominator=with_positives,
+        columns=not same_is_positive,
+    )
     found = []
-    for function in (contrastive_softmax, lambda t, o: reference.contrastive.softmax_rows(*t, *o)):
+    for function in (contrastive_softmax, reference.contrastive.softmax_rows):
         x, y = (t.clone().requires_grad_() for t in drawn)
-        row, col, positive = function((x, y, x.new_tensor(3.0), None, mark, ids, ids, None), options)
+        inputs = SoftmaxInputs(x, y, x.new_tensor(3.0), target_col=mark, row_ids=ids, col_ids=ids)
+        row, col, positive = function(inputs, attrs)
         grads = torch.autograd.grad(row.sum() + col.square().sum() + positive.sin().sum(), (x, y))
         found.append((row, col, positive, *grads))
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
@@ -273,6 +280,7 @@ def test_bad_arguments():
         F.clip_loss(x, x.double(), 1.0)
 
 
+@pytest.mark.slow
 def test_peak_memory():
     """Proportional to the features: no matrix of similarities, which here would take 64 MiB."""
     code = """

@@ -363,6 +363,7 @@ def work(rank: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", CUTS)
+@pytest.mark.slow
 def test_processes(size, tmp_path):
     run_ranks(__file__, size, tmp_path)
 

@@ -101,6 +101,7 @@ def test_empty_cache(loss):
 
 
 @one_of_each_family
+@pytest.mark.slow
 def test_limit(loss):
     """What is cached stays within the limit whatever sizes come, and 0 caches nothing."""
     for limit in (0, 8 * MiB, 20 * MiB):
@@ -188,6 +189,7 @@ def run_child(loss, body):
 
 
 @one_of_each_family
+@pytest.mark.slow
 def test_fork(loss):
     """A child starts without the parent's cache, may free and make gradients, and does not disturb it."""
     run_child(
@@ -221,6 +223,7 @@ for _ in range(3):
 
 
 @one_of_each_family
+@pytest.mark.slow
 def test_fork_while_other_threads_allocate(loss):
     """The pool's lock is never left taken in a child."""
     run_child(
@@ -250,6 +253,7 @@ assert codes == [0] * 20, codes
 
 
 @one_of_each_family
+@pytest.mark.slow
 def test_interpreter_shutdown(loss):
     """Gradients that are alive when Python ends, in globals, modules and cycles, do no harm."""
     run_child(
@@ -267,6 +271,7 @@ gradient(3)
 
 
 @one_of_each_family
+@pytest.mark.slow
 def test_memory_from_outside(loss):
     """As the system sees it: the cache goes back to it, and a call needs one tensor of its inputs' size.
 

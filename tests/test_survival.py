@@ -65,6 +65,7 @@ def calls(score, durations, events):
 
 
 @pytest.mark.parametrize("times", [1, 30, 10**6])
+@pytest.mark.slow
 def test_longer_than_a_tile(times, device):
     """On a GPU a cohort of this size takes three blocks, and ties reach across them."""
     score, durations, events = cohort(4500, device, times)

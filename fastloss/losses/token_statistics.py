@@ -12,7 +12,7 @@ from fastloss import reference
 from fastloss._ops import abi
 from fastloss._ops.autograd import Op
 from fastloss._ops.checks import call_with_classes, check_floating, check_number, check_tensor, check_tensors
-from fastloss._ops.chunked_linear_stats import LinearStatsOp
+from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
 from fastloss._ops.rowwise import state_width
@@ -44,7 +44,7 @@ class TokenStats(NamedTuple):
 
 
 def _planes_of(s: Any, index: Tensor | None, everything: bool) -> Tensor:
-    """Return the outputs of the operators, [4 + 2 K, ...], from the `TokenStats` of the reference."""
+    """Return the outputs of the operators, [4 + 2 K, ...], from those of the reference."""
     nothing = torch.zeros_like(s.entropy)
     planes = (
         [s.entropy, s.lse, s.log_sum_p2, s.mean_logit] if everything else [s.entropy, s.lse, nothing, nothing]
@@ -289,12 +289,13 @@ def sequence_log_probs(
     return total / (labels != ignore_index).sum(-1).clamp(min=1) if average else total
 
 
-def _linear_reference(input, linear_weight, linear_bias, index, mask, scale, cap, everything):
+def _linear_reference(inputs: LinearStatsInputs, attrs: LinearStatsAttrs) -> Tensor:
+    scale, cap, everything = attrs
     s = reference.linear_token_stats(
-        input, linear_weight, index, 1 / scale, linear_bias=linear_bias, mask=mask,
+        inputs.input, inputs.linear_weight, inputs.index, 1 / scale, linear_bias=inputs.linear_bias, mask=inputs.mask,
         softcap=cap / scale if cap else None,
     )  # fmt: skip
-    return _planes_of(s, index, everything)
+    return _planes_of(s, inputs.index, everything)
 
 
 _linear_stats = LinearStatsOp("linear_token_stats", _linear_reference)
@@ -308,7 +309,10 @@ def _linear_planes(
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
     return call_with_classes(
-        names[1], _linear_stats, (input, linear_weight, linear_bias, index, mask), (scale, cap, everything)
+        names[1],
+        _linear_stats,
+        LinearStatsInputs(input, linear_weight, linear_bias, index, mask),
+        LinearStatsAttrs(logit_scale=scale, softcap=cap, everything=everything),
     )
 
 
