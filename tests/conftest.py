@@ -8,6 +8,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from pairs import of_every_pair
 from support import EXCEPTIONS
 
 import fastloss._ops.autograd
@@ -24,6 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cpu,simt,cuda" if torch.cuda.is_available() else "cpu,simt"
     parser.addoption("--devices", default=default, help=f"comma-separated; default {default}")
     parser.addoption("--quick", action="store_true", help="one dtype, device and case of every family")
+    parser.addoption(
+        "--full", action="store_true", help="every combination of a test's parameters, not every pair"
+    )
     parser.addoption("--large", action="store_true", help="run tests marked large whatever the memory")
 
 
@@ -96,6 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept = set(map(id, first.values()))
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
         items[:] = [item for item in items if id(item) in kept]
+    elif not config.getoption("--full"):
+        items[:] = of_every_pair(items)
     for item in items:
         for pattern, reason in EXCEPTIONS.items():
             if fnmatch.fnmatchcase(item.name, pattern.replace("[", "[[]", 1)):

@@ -23,9 +23,16 @@ of the sum of squares of (dy / dz) z u / sqrt(3). This is the condition of the c
 they count with their size before they do. `noise` draws from just this distribution (Monte Carlo arithmetic): the
 reference runs in float64, where a dispatch mode multiplies what each operation yields by 1 + d, and what reductions and
 products take as well. That asks for no formula of a loss, and changes neither data that are only moved nor comparisons,
-nor differences that are 0. The noise of a tensor is the largest of DRAWS draws over all its elements, for a single
-number between 1 and 2 deviations; NOISE_FACTOR 4 allows about 6, so that other operations than the reference's, in
-another order, pass on any processor and seed, and `exact` itself may be rounded (float64). No loss needs more than 2.6.
+nor differences that are 0.
+
+Noise is of first order. Where the d part two equal numbers after all, and the reference jumps (a sign, a choice among
+equals), that excuses nothing: each draw is made with u and again with u / 2, and counts twice the difference of the two,
+in which jumps cancel and terms that are linear in u stay what they are. For float64 u is 2^-40 in this and the result is
+scaled, so that float64's own rounding does not show.
+
+The noise of a tensor is the largest of DRAWS draws over all its elements, for a single number between 1 and 2
+deviations; NOISE_FACTOR 4 allows about 6, so that other operations than the reference's, in another order, pass on any
+processor and seed, and `exact` itself may be rounded (float64).
 
 The working precision is float32, in which half types are computed before they are rounded once; float64 for float64;
 the dtype itself for losses that multiply matrices, which keep the factors in it.
@@ -55,6 +62,7 @@ NOISE_FACTOR = 4.0
 ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 0.51, torch.float16: 0.51}
 """Half types are computed in float32 and rounded at the end, which costs half a unit."""
 DRAWS = 8
+LEAST_UNIT = 2.0**-40
 RULE = (
     f"within {ULPS[torch.float32]:g} units in the last place (half types {ULPS[torch.float16]:g}) and "
     f"{EAGER_FACTOR:g} x eager's error or {NOISE_FACTOR:g} x rounding noise"
@@ -327,13 +335,18 @@ class Yardstick:
     @cached_property
     def noise(self) -> dict[str, float]:
         """By quantity, how far the reference moves when each of its operations rounds at random."""
-        unit, true = torch.finfo(working_precision(self.loss, self.dtype)).eps / 2, dict(self.exact.parts())
-        most = dict.fromkeys(true, 0.0)
+        unit = torch.finfo(working_precision(self.loss, self.dtype)).eps / 2
+        drawn = max(unit, LEAST_UNIT)
+        most = {quantity: 0.0 for quantity, _ in self.exact.parts()}
         for seed in range(DRAWS):
-            with RandomRounding(unit, seed):
-                moved = evaluate(self.loss.reference, self.kwargs, self.wrt, self.upstream)
-            most = {k: max(most[k], error) for k, error in errors_of(dict(moved.parts()), true).items()}
+            whole, half = (self._rounded(u, seed) for u in (drawn, drawn / 2))
+            for quantity, distance in errors_of(whole, half).items():
+                most[quantity] = max(most[quantity], 2 * distance * unit / drawn)
         return most
+
+    def _rounded(self, unit: float, seed: int) -> dict[str, Tensor]:
+        with RandomRounding(unit, seed):
+            return dict(evaluate(self.loss.reference, self.kwargs, self.wrt, self.upstream).parts())
 
     def allowed(self, quantity: str, rounded_once: bool = False) -> float:
         """Return what is allowed beside the last digits of each element."""

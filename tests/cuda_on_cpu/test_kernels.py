@@ -7,6 +7,7 @@ others, named by FASTLOSS_SIMT_MODE.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from layouts import contiguous, lay, unaligned
+from pairs import covering
 from support import (
     DTYPES,
     assert_right,
@@ -32,6 +34,15 @@ from . import build
 
 MODE = os.environ.get("FASTLOSS_SIMT_MODE", "plain")
 SCHEDULES = (1, 5)  # beside 0
+TURNS = (
+    (torch.float32, unaligned),
+    (torch.bfloat16, unaligned),
+    (torch.float64, contiguous),
+    (torch.float16, unaligned),
+)
+# The gradient of a chunk of logits takes the place of these. Where rows are no multiple of 16 bytes, a thread reads
+# words of which a neighbour writes bytes: it drops those, but the race checker sees words. It gets rows of whole words.
+CHUNKED = ("linear", "angular_margin")
 MOST_ELEMENTS = 6000  # of a shape that every case runs on; the first case runs on all
 
 
@@ -49,24 +60,27 @@ def schedule(monkeypatch):
 def shapes(loss: Loss, case: str) -> list[tuple[int, ...]]:
     first = case == "plain" and loss.name == "cross_entropy"
     small = [shape for shape in loss.shapes if first or math.prod(shape) <= MOST_ELEMENTS]
-    return small or [min(loss.shapes, key=math.prod)]
+    small = small or [min(loss.shapes, key=math.prod)]
+    if MODE == "race" and loss.family in CHUNKED:
+        return [(*shape[:-1], -(-shape[-1] // 16) * 16) for shape in small]
+    return small
 
 
 def calls() -> Iterator[Any]:
-    """Of the first loss, which goes through every branch of the row driver, all; of the others the plainest and
-    the fullest case, in two types, on tensors that no 16-byte access fits."""
+    """Of the first loss, which goes through every branch of the row driver, every pair of case, type and layout; of the
+    others all cases, all types and both layouts, each at least once, on tensors mostly that no 16-byte access fits."""
     for loss in losses():
-        # The gradient of a chunk of logits takes the place of these. Where rows are no multiple of 16 bytes, a thread
-        # reads words of which a neighbour writes bytes: it drops those, but the checker sees words.
-        if MODE == "race" and loss.family in ("linear", "margin"):
-            continue
-        whole = loss.name == "cross_entropy"
         cases = list(loss.cases)
-        for case in cases if whole or len(cases) < 3 else (cases[0], cases[-1]):
-            for dtype in DTYPES if whole else (torch.float32, torch.bfloat16):
-                for layout in (contiguous, unaligned) if whole else (unaligned,):
-                    name = f"{loss.name}-{case}-{dtype_id(dtype)}-{layout.__name__}"
-                    yield pytest.param(loss, case, dtype, layout, id=name)
+        if loss.name == "cross_entropy":
+            every = list(itertools.product(cases, DTYPES, (contiguous, unaligned)))
+            numbers = list(itertools.product(range(len(cases)), range(len(DTYPES)), range(2)))
+            chosen = [every[i] for i in covering(numbers)]
+        else:
+            n = max(len(cases), len(TURNS))
+            chosen = [(cases[i % len(cases)], *TURNS[i % len(TURNS)]) for i in range(n)]
+        for case, dtype, layout in chosen:
+            name = f"{loss.name}-{case}-{dtype_id(dtype)}-{layout.__name__}"
+            yield pytest.param(loss, case, dtype, layout, id=name)
 
 
 @pytest.mark.parametrize(("loss", "case", "dtype", "layout"), list(calls()))
