@@ -26,9 +26,9 @@ products take as well. That asks for no formula of a loss, and changes neither d
 nor differences that are 0.
 
 Noise is of first order. Where the d part two equal numbers after all, and the reference jumps (a sign, a choice among
-equals), that excuses nothing: each draw is made with u and again with u / 2, and counts twice the difference of the two,
-in which jumps cancel and terms that are linear in u stay what they are. For float64 u is 2^-40 in this and the result is
-scaled, so that float64's own rounding does not show.
+equals), that excuses nothing: each draw is made with u and again with u / 2, and counts twice the difference of the
+two, in which jumps cancel and terms that are linear in u stay what they are. For float64 u is 2^-40 in this and the
+result is scaled, so that float64's own rounding does not show.
 
 The noise of a tensor is the largest of DRAWS draws over all its elements, for a single number between 1 and 2
 deviations; NOISE_FACTOR 4 allows about 6, so that other operations than the reference's, in another order, pass on any
