@@ -67,6 +67,9 @@ EXCEPTIONS = {
     "test_memory_from_outside[ctc_loss]": _ALPHAS,
     "test_memory_from_outside[cox_ph_loss]": _SORTED,
     "test_any_layout[simt-siglip_loss-everything-expanded-bfloat16]": _ROUNDED_ROWS,
+    "test_one_graph_serves_every_size[*-dpo_loss-mixed]": (
+        "several operators in one graph of unknown sizes trip an assertion of the compiler"
+    ),
     "test_one_graph_serves_every_size[*-gaussian_cross_entropy-plain]": (
         "the window's size is computed from sigma, which the compiler cannot follow"
     ),
