@@ -54,9 +54,13 @@ _SORTED = "a cohort's order and its sums in float64 are several times as large a
 _ROUNDED_ROWS = (
     "rows of length 1 are rounded to bfloat16 for the products: where all are equal, all errors are"
 )
+_SWAPPED = "the positive is an argument of two calls, whose gradients are rounded before they are added"
 _ALPHAS = "the alphas, 2 L + 1 for each step, are as large as the input where there are so few classes"
 _HINGE_OF_NAN = "max(1 - u, 0) in the kernel compares u with 1, which NaN is not below: the loss is 0"
 EXCEPTIONS = {
+    "test_half_types_are_rounded_once[*-kl_div-batchmean]": "the sum is rounded before it is divided by the batch",
+    "test_half_types_are_rounded_once[*-triplet_margin_loss-swap]": _SWAPPED,
+    "test_half_types_are_rounded_once[*-triplet_margin_loss-everything]": _SWAPPED,
     "test_nan_inputs_are_not_hidden[*-hinge-*]": _HINGE_OF_NAN,
     "test_opcheck[*-number_token_loss-plain-*]": (
         "the logits of the number tokens are few: torch's operations on them are all there is"
