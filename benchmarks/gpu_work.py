@@ -128,14 +128,12 @@ def smoke(args: argparse.Namespace) -> None:
 
 
 def numbers(args: argparse.Namespace) -> None:
-    from fastloss._cli.check import run_all
+    from fastloss._cli.check import comparisons, run_all
     from fastloss._registry import entries
 
     for entry in part_of(entries(), args.part):
-        runs = run_all([entry.name], [args.device])
-        next(runs)
         start, results = time.monotonic(), []
-        for result in runs:
+        for result in run_all(comparisons([entry.name], [args.device])):
             results.append(result)
             if not result.ok:
                 emit(failed=str(result), ratio=min(result.ratio, 1e30))

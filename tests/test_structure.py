@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 
+import pytest
+
+from fastloss import reference
+from fastloss._registry import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fastloss"
+MAY_IMPORT = {
+    "reference": {"reference"},
+    "_ops": {"_ops", "memory"},
+    "losses": {"losses", "_ops", "reference"},
+    "distributed": {"distributed", "losses", "_ops", "reference"},
+    "_registry": {"_registry", "losses", "_ops", "reference"},
+}
 LONGEST = 400
 LONGER = {
     "csrc/cpu/kernels/rows.h": "the loop over a row, read from top to bottom",
@@ -109,7 +124,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def test_no_import_circle():
-    assert circles(import_graph(ROOT / "fastloss")) == []
+    assert circles(import_graph(PACKAGE)) == []
 
 
 def test_torch_headers_are_for_operators_alone():
@@ -125,10 +140,31 @@ def test_losses_include_maths_and_drivers():
             assert (path.parent / name).resolve().parent in allowed, f"{path}: {name}"
 
 
-def test_reference_imports_nothing_of_the_product():
-    for name, wanted in import_graph(ROOT / "fastloss").items():
-        if name.startswith("fastloss.reference"):
-            assert all(w.startswith("fastloss.reference") for w in wanted), f"{name}: {wanted}"
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_folders_import_what_lies_below(folder):
+    for name, wanted in import_graph(PACKAGE).items():
+        if name.startswith(f"fastloss.{folder}"):
+            assert {w.split(".")[1] for w in wanted} <= MAY_IMPORT[folder], f"{name}: {wanted}"
+
+
+def test_product_takes_whole_functions_from_the_reference():
+    """No table, no helper: a mistake in one would be on both sides of every comparison."""
+    families = [importlib.import_module(f"fastloss.reference.{family}") for family in FAMILIES]
+    for folder in ("losses", "distributed", "_ops"):
+        for path in (PACKAGE / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom):
+                    assert not (node.module or "").startswith("fastloss.reference"), path
+                if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("reference."):
+                    value = reference
+                    for name in ast.unparse(node).split(".")[1:]:
+                        value = getattr(value, name)
+                    assert inspect.isfunction(value) or value in families, f"{path}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("folder", ["losses", "reference", "_registry"])
+def test_every_family_has_its_file(folder):
+    assert set(FAMILIES) <= {path.stem for path in (PACKAGE / folder).glob("*.py")}
 
 
 def test_files_are_short():
@@ -141,7 +177,7 @@ def test_files_are_short():
 if __name__ == "__main__":
     import sys
 
-    package = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "fastloss")
+    package = Path(sys.argv[1] if len(sys.argv) > 1 else PACKAGE)
     graph = import_graph(package)
     print(
         f"{len(graph)} files, {sum(map(len, graph.values()))} imports, longest chain {longest_chain(graph)}"

@@ -102,8 +102,6 @@ def wrong(name: str, function: Callable[..., Tensor], loss: Loss, spec: Spec, dt
     if name == "torch.compile":
         return ""
     result = compare(loss, spec.case, small(loss, spec.shape), dtype, spec.device, function=function)
-    if name == "eager" and dtype in HALF_TYPES and math.isfinite(result.relative):
-        return ""  # at a jump it takes the other side than float32, which is no mistake
     if result.ok or (not name.startswith("fastloss") and result.relative < torch.finfo(dtype).eps ** 0.5):
         return ""
     return f"wrong: {result}"

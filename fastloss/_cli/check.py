@@ -7,7 +7,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,9 +68,12 @@ def compare(
     return Result(loss.name, case, shape, dtype, torch.device(device).type, worst, relative)
 
 
-def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Any]:
-    """First the number of comparisons, then the result of each."""
-    plan = [
+Comparison = tuple[Loss, str, tuple[int, ...], torch.dtype, str]
+
+
+def comparisons(names: Sequence[str], on: Sequence[str]) -> list[Comparison]:
+    """List every case of these losses in every dtype and shape on every device."""
+    return [
         (loss, case, shape, dtype, device)
         for loss in entries(*names)
         for device in on
@@ -79,7 +81,10 @@ def run_all(names: Sequence[str], on: Sequence[str]) -> Iterator[Any]:
         for case in loss.cases
         for shape in loss.shapes
     ]
-    yield len(plan)
+
+
+def run_all(plan: Sequence[Comparison]) -> Iterator[Result]:
+    """Make the comparisons, one after the other."""
     for loss, case, shape, dtype, device in plan:
         try:
             yield compare(loss, case, shape, dtype, device)
@@ -96,10 +101,9 @@ def main(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    runs = run_all(args.loss or (), args.device or devices())
-    total = next(runs)
+    plan = comparisons(args.loss or (), args.device or devices())
     groups: dict[tuple[str, str, str], list[Result]] = {}
-    for result in track(runs, "checking", total, console=console, transient=True):
+    for result in track(run_all(plan), "checking", len(plan), console=console, transient=True):
         groups.setdefault((result.loss, result.device, name_of(result.dtype)), []).append(result)
         if args.verbose:
             console.print(f"{'ok  ' if result.ok else 'FAIL'} {result}", highlight=False, soft_wrap=True)
@@ -119,5 +123,7 @@ def main(args: argparse.Namespace) -> int:
     failures = [r for results in groups.values() for r in results if not r.ok]
     for result in failures:
         console.print(f"FAIL {result}", style="red", highlight=False, soft_wrap=True)
-    console.print(f"{total - len(failures)} of {total} comparisons are as exact as rounding allows: {RULE}.")
+    console.print(
+        f"{len(plan) - len(failures)} of {len(plan)} comparisons are as exact as rounding allows: {RULE}."
+    )
     return 1 if failures else 0

@@ -268,8 +268,7 @@ class Op(Differentiable):
         return plan.operators.fwd(*tensors, *options)
 
     def run_backward(self, plan, grads, tensors, saved, options):
-        results = plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options])
-        return [results] if isinstance(results, Tensor) else list(results)
+        return _tuple(plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options]))
 
     def fake_backward(self, *args: Any) -> Any:
         """Return all results of `bwd` for shapes alone."""
@@ -323,8 +322,7 @@ class FusedOp(Op):
             if unit and precomputed is not None:
                 return precomputed
         if precomputed is None:
-            results = plan.operators.bwd(g, *args)
-            return [results] if isinstance(results, Tensor) else list(results)
+            return _tuple(plan.operators.bwd(g, *args))
         plan.operators.into(g, *precomputed, *args, True)
         return precomputed
 

@@ -120,7 +120,7 @@ class LinearStatsOp(autograd.PythonOp):
         input, index = inputs.input, inputs.index
         rows, acc_dtype = input.shape[0], accumulation_dtype(input.dtype)
         planes = input.new_zeros(
-            [4 + (2 * index.shape[-1] if index is not None else 0), rows], dtype=acc_dtype
+            [_STATISTICS + (2 * index.shape[-1] if index is not None else 0), rows], dtype=acc_dtype
         )
         state = input.new_zeros([rows, _STATE], dtype=acc_dtype)
         chunks = _Chunks(operators, inputs)

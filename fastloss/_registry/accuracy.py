@@ -32,7 +32,8 @@ result is scaled, so that float64's own rounding does not show.
 
 The noise of a tensor is the largest of DRAWS draws over all its elements, for a single number between 1 and 2
 deviations; NOISE_FACTOR 4 allows about 6, so that other operations than the reference's, in another order, pass on any
-processor and seed, and `exact` itself may be rounded (float64).
+processor and seed. In float64 `exact` is rounded as well, by as much: there the distance of the two is held to twice
+the noise, by the triangle inequality.
 
 The working precision is float32, in which half types are computed before they are rounded once; float64 for float64;
 the dtype itself for losses that multiply matrices, which keep the factors in it.
@@ -129,7 +130,7 @@ def evaluate(
     graded = [v for v in values if v.requires_grad]
     grads: Sequence[Tensor | None] = [None] * len(names)
     if graded and names:
-        above = [upstream_like(v) if upstream is None else upstream.to(v) for v in graded]
+        above = [upstream_like(v) if upstream is None else upstream.to(v).expand_as(v) for v in graded]
         grads = torch.autograd.grad(graded, inputs, above, allow_unused=True)
     by_name = {
         name: torch.zeros_like(x) if g is None else g for name, x, g in zip(names, inputs, grads, strict=True)
@@ -342,7 +343,8 @@ class Yardstick:
             whole, half = (self._rounded(u, seed) for u in (drawn, drawn / 2))
             for quantity, distance in errors_of(whole, half).items():
                 most[quantity] = max(most[quantity], 2 * distance * unit / drawn)
-        return most
+        sides = 2 if self.dtype is torch.float64 else 1  # `exact` is rounded too
+        return {quantity: sides * noise for quantity, noise in most.items()}
 
     def _rounded(self, unit: float, seed: int) -> dict[str, Tensor]:
         with RandomRounding(unit, seed):

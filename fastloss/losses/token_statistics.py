@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops import abi
-from fastloss._ops.autograd import Op
+from fastloss._ops.autograd import REDUCTIONS, Op
 from fastloss._ops.checks import call_with_classes, check_floating, check_number, check_tensor, check_tensors
 from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
@@ -155,8 +155,14 @@ def label_log_probs(
         labels_name,
         cross_entropy_rows,
         (rows, target, None, None),
-        (ignored, 0, scale, 0.0, [0.0, 0.0], True),
-        False,
+        (
+            ignored,
+            REDUCTIONS["none"],
+            scale,
+            0.0,
+            cross_entropy_rows.pack(label_smoothing=0.0, z_loss=0.0),
+            True,
+        ),
     )
     return -nll.reshape(labels.shape)
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastloss.reference.options import accumulation_dtype
+
 __all__ = ["clip_loss", "info_nce", "siglip_loss"]
 
 
@@ -16,7 +18,7 @@ def similarities(
     x: Tensor, y: Tensor | None, scale: Tensor, normalize: bool, temperature: bool = False
 ) -> Tensor:
     """In the accumulation type; with `temperature` the scale is one."""
-    high = torch.float64 if x.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(x.dtype)
     x, y, scale = x.to(high), x.to(high) if y is None else y.to(high), scale.reshape(()).to(high)
     if normalize:
         x, y = F.normalize(x), F.normalize(y)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastloss.reference.options import accumulation_dtype
+
 __all__ = ["ctc_loss"]
 
 
@@ -33,7 +35,7 @@ def ctc_rows(
     zero_infinity: bool = False,
 ) -> Tensor:
     """Of [T, N, C] and padded targets [N, L] the loss of each sequence."""
-    y = log_probs.to(torch.float64 if log_probs.dtype == torch.float64 else torch.float32)
+    y = log_probs.to(accumulation_dtype(log_probs.dtype))
     if from_logits:
         y = y.log_softmax(-1)
     steps, batch, classes = y.shape

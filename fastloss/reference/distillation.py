@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastloss.reference.options import accumulation_dtype
+
 __all__ = ["js_div_logits", "kl_div_logits"]
 
 
@@ -59,7 +61,7 @@ def js_div_logits(
         counts = counts & (labels != ignore_index)
     if mask is not None:
         counts = counts & (mask != 0)
-    high = torch.float64 if dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(dtype)
     weight = counts.to(high) if sample_weight is None else torch.where(counts, sample_weight.to(high), 0.0)
     read = (weight != 0).unsqueeze(-1)
     each = divergence_rows(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastloss.reference.options import accumulation_dtype
+
 __all__ = ["detailed_balance_loss"]
 
 
@@ -21,7 +23,7 @@ def detailed_balance_loss(
 ) -> Tensor:
     """As `fastloss.functional.detailed_balance_loss`."""
     dtype = torch.promote_types(torch.promote_types(state_flow.dtype, next_flows.dtype), logits.dtype)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     flow, ahead, x = (t.to(wide) for t in (state_flow, next_flows, logits))
     if state_flow.shape != logits.shape[:-1] or next_flows.shape != logits.shape:
         raise RuntimeError("next_flows, state_flow: expected the shape of logits, without its last dimension")

@@ -1,8 +1,10 @@
-"""What every reference asks of an option that is one of several names."""
+"""What several references need: options that are one of several names, the dtype of sums."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+import torch
 
 
 def one_of(name: str, value: str, choices: Iterable[str]) -> str:
@@ -11,3 +13,8 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums over values of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastloss.reference.options import one_of
+from fastloss.reference.options import accumulation_dtype, one_of
 
 __all__ = ["policy_loss", "value_loss"]
 
@@ -78,7 +78,7 @@ def aggregate(
     loss: Tensor, mask, loss_agg_mode: str, horizon: float | None = None, normalizer=None
 ) -> Tensor:
     """Losses of tokens [..., T] to one number; tokens of weight 0 are ignored, even if NaN."""
-    high = torch.float64 if loss.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(loss.dtype)
     m = torch.ones(loss.shape, device=loss.device) if mask is None else torch.as_tensor(mask)
     m = m.to(high).expand(loss.shape)
     loss = torch.where(m != 0, m.to(loss.dtype) * loss, 0.0)
@@ -164,7 +164,7 @@ def covariant_tokens(loss_type, logps, old, advantages, mask, low, high, ratio, 
         counted = counted & ~clipped & (bounds[0] < key) & (key < bounds[1])
         key = torch.rand(key.shape, generator=generator, dtype=key.dtype, device=key.device)
     place = torch.where(counted, key, -math.inf).flatten().argsort(descending=True).argsort().view(key.shape)
-    high_count = total.to(torch.float64 if key.dtype == torch.float64 else torch.float32)
+    high_count = total.to(accumulation_dtype(key.dtype))
     return counted & (place < (ratio * high_count).floor().clamp(min=1))
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from fastloss.reference.dpo import reduced, softplus
+from fastloss.reference.options import accumulation_dtype
 
 __all__ = ["bradley_terry_loss", "k_way_ranking_loss"]
 
 
 def rows_of_ranking(rewards: Tensor, ranks: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """Loss and number of pairs of each row [..., K]; ranks of NaN are not compared."""
-    high = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    high = accumulation_dtype(rewards.dtype)
     r = torch.where(ranks.isnan(), 0.0, rewards.to(high))
     behind = ranks.unsqueeze(-2) > ranks.unsqueeze(-1)  # [..., i, j]
     pairs = behind.sum((-2, -1))
@@ -38,7 +39,7 @@ def k_way_ranking_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """As `fastloss.functional.k_way_ranking_loss`."""
-    places = ranks.detach().to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
+    places = ranks.detach().to(accumulation_dtype(rewards.dtype))
     if mask is not None:
         places = torch.where(mask != 0, places, math.nan)
     loss, pairs = rows_of_ranking(rewards, places, kind)

@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor
 
+from fastloss.reference.options import accumulation_dtype
+
 __all__ = ["cox_ph_loss", "dart_loss"]
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.to(accumulation_dtype(x.dtype))
 
 
 def cox_terms(log_h: Tensor, durations: Tensor, events: Tensor, strata: Tensor | None, efron: bool) -> Tensor:

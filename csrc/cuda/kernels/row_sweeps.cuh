@@ -125,6 +125,9 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   }
   __device__ __forceinline__ void write_row(const Slope& s, T* dx, Held& held, bool whole,
                                             const Kept& kept) const {
+    // In place the target's logit, which all have read, is overwritten by one: shuffles order no memory. A
+    // block has had a barrier since.
+    if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kHold > 0)
       if (whole) return write(s, dx, held);
     write(s, dx, kept);
