@@ -54,10 +54,19 @@ SECTIONS = (
 )
 """What Nsight Compute reads of each launch."""
 TESTS = (
-    ("tests/test_cuda_graphs.py", "tests/test_large.py", "tests/test_row_lengths.py", "--large"),
-    ("tests/test_determinism.py", "tests/test_classification.py", "tests/test_classification_extremes.py",
-     "tests/test_numerics.py"),
-)  # fmt: skip
+    (
+        "tests/contract/test_cuda_graphs.py",
+        "tests/contract/test_large.py",
+        "tests/contract/test_row_lengths.py",
+        "--large",
+    ),
+    (
+        "tests/contract/test_determinism.py",
+        "tests/losses/test_classification.py",
+        "tests/losses/test_classification_extremes.py",
+        "tests/contract/test_numerics.py",
+    ),
+)
 
 
 @dataclass

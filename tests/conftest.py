@@ -8,8 +8,8 @@ import os
 import hypothesis
 import pytest
 import torch
-from pairs import of_every_pair
 from support import EXCEPTIONS
+from support.pairs import of_every_pair
 
 import fastloss._ops.autograd
 
@@ -18,7 +18,7 @@ hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, d
 hypothesis.settings.load_profile("suite")
 
 
-collect_ignore = [] if torch.cuda.is_available() else ["test_cuda_graphs.py"]
+collect_ignore = [] if torch.cuda.is_available() else ["contract/test_cuda_graphs.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

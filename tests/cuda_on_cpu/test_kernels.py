@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import contiguous, lay, unaligned
-from pairs import covering
 from support import (
     DTYPES,
     assert_right,
@@ -26,6 +24,8 @@ from support import (
     fused,
     make,
 )
+from support.layouts import contiguous, lay, unaligned
+from support.pairs import covering
 
 import fastloss._ops.autograd
 from fastloss._registry import Loss, losses

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastloss._cli.losses import table
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_table_of_losses_is_the_registrys():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import be_a_rank, run_ranks
 from support import same_bits
+from support.ranks import be_a_rank, run_ranks
 
 import fastloss
 from fastloss import distributed, functional

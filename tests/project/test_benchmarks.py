@@ -18,7 +18,7 @@ import torch
 from fastloss._cli.check import compare
 from fastloss._registry import losses
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DEVICES = ("cpu", "cuda")
 
 

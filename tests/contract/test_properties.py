@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, lay
 from support import (
     DTYPES,
     assert_right,
@@ -17,6 +16,7 @@ from support import (
     requiring,
     tensors,
 )
+from support.layouts import LAYOUTS, lay
 
 from fastloss._registry import losses
 

@@ -13,7 +13,7 @@ import pytest
 from fastloss import reference
 from fastloss._registry import FAMILIES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "fastloss"
 MAY_IMPORT = {
     "reference": {"reference"},

@@ -8,9 +8,19 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import CASES, FEATURES, IMAGES, ROWS, WEIGHT, arguments, drawn, of_this_rank, part
-from ranks import be_a_rank, run_ranks
 from support import same_bits
+from support.distributed_cases import (
+    CASES,
+    FEATURES,
+    IMAGES,
+    ROWS,
+    WEIGHT,
+    arguments,
+    drawn,
+    of_this_rank,
+    part,
+)
+from support.ranks import be_a_rank, run_ranks
 from torch import nn
 
 import fastloss

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import channels_last, expanded, lay, transposed
+from support.layouts import channels_last, expanded, lay, transposed
 
 import fastloss
 from fastloss.functional import cross_entropy

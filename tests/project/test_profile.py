@@ -193,4 +193,4 @@ def test_from_the_command_line(tmp_path, capsys):
 @pytest.mark.slow
 def test_importing_fastloss_imports_no_plots():
     code = "import sys, fastloss; sys.exit(any(m in sys.modules for m in ('rich', 'matplotlib')))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0

@@ -17,7 +17,7 @@ from fastloss.__main__ import main
 from fastloss._cli import bench_worker, check
 from fastloss._registry import accuracy, losses
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = [path.parent for path in sorted(ROOT.glob("benchmarks/results/*/*/results.json"))]
 LOSS = losses()[0]
 CASE = next(iter(LOSS.cases))

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from layouts import LAYOUTS, lay
 from support import (
     Answer,
     assert_right,
@@ -28,6 +27,7 @@ from support import (
     some_dtypes,
     tensors,
 )
+from support.layouts import LAYOUTS, lay
 
 from fastloss._ops import autograd
 
