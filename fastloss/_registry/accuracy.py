@@ -310,8 +310,8 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 class Yardstick:
     """What one call should give, and how far from it an answer may be.
 
-    Made before the call is run, which may overwrite its arguments. Eager's error and the noise are only worked out
-    for an answer that is further off than the last digit.
+    Made before the call is run, which may overwrite its arguments. Eager's error is only worked out for an answer that
+    is further off than the last digits, and noise is only drawn until it allows what eager's error does not.
     """
 
     def __init__(
@@ -327,33 +327,38 @@ class Yardstick:
         self.dtype = next(v.dtype for v in kwargs.values() if is_float(v))
         self.eager = eager(loss, kwargs, self.wrt, upstream)
         self.exact = evaluate(loss.reference, self.kwargs, self.wrt, upstream)
+        self._noise: list[dict[str, float]] = []
 
     @cached_property
     def errors_of_eager(self) -> dict[str, float]:
         """By quantity, how far plain PyTorch is off."""
         return errors_of(dict(self.eager.parts()), dict(self.exact.parts()))
 
-    @cached_property
-    def noise(self) -> dict[str, float]:
-        """By quantity, how far the reference moves when each of its operations rounds at random."""
+    def noise(self) -> Iterator[dict[str, float]]:
+        """By quantity, how far the reference moves when each of its operations rounds at random, after each draw."""
         unit = torch.finfo(working_precision(self.loss, self.dtype)).eps / 2
         drawn = max(unit, LEAST_UNIT)
-        most = {quantity: 0.0 for quantity, _ in self.exact.parts()}
-        for seed in range(DRAWS):
-            whole, half = (self._rounded(u, seed) for u in (drawn, drawn / 2))
-            for quantity, distance in errors_of(whole, half).items():
-                most[quantity] = max(most[quantity], 2 * distance * unit / drawn)
         sides = 2 if self.dtype is torch.float64 else 1  # `exact` is rounded too
-        return {quantity: sides * noise for quantity, noise in most.items()}
+        for seed in range(DRAWS):
+            if seed == len(self._noise):
+                whole, half = (self._rounded(u, seed) for u in (drawn, drawn / 2))
+                moved = {q: sides * 2 * d * unit / drawn for q, d in errors_of(whole, half).items()}
+                before = self._noise[-1] if self._noise else dict.fromkeys(moved, 0.0)
+                self._noise.append({q: max(before[q], d) for q, d in moved.items()})
+            yield self._noise[seed]
 
     def _rounded(self, unit: float, seed: int) -> dict[str, Tensor]:
         with RandomRounding(unit, seed):
             return dict(evaluate(self.loss.reference, self.kwargs, self.wrt, self.upstream).parts())
 
-    def allowed(self, quantity: str, rounded_once: bool = False) -> float:
-        """Return what is allowed beside the last digits of each element."""
-        theirs = 0.0 if rounded_once else EAGER_FACTOR * self.errors_of_eager[quantity]
-        return max(theirs, NOISE_FACTOR * self.noise[quantity])
+    def allowances(self, quantity: str, rounded_once: bool = False) -> Iterator[float]:
+        """Yield what is allowed beside the last digits of each element: more and more, as it takes more to tell."""
+        allowed = 0.0
+        yield allowed
+        if not rounded_once:
+            yield (allowed := EAGER_FACTOR * self.errors_of_eager[quantity])
+        for noise in self.noise():
+            yield max(allowed, NOISE_FACTOR * noise[quantity])
 
     def findings(self, got: Answer, rounded_once: bool = False) -> list[Finding]:
         """Hold an answer to the rule, quantity by quantity; with `rounded_once` to its stricter half.
@@ -369,10 +374,10 @@ class Yardstick:
                 found.append(Finding(quantity, math.inf, math.inf, math.inf, math.inf, message))
                 continue
             message = ""
-            measured = worst_element(have, want, 0.0)
-            if 1.0 < measured[2] < math.inf:
-                measured = worst_element(have, want, self.allowed(quantity, rounded_once))
-            error, allowed, ratio = measured
+            for allowance in self.allowances(quantity, rounded_once):
+                error, allowed, ratio = worst_element(have, want, allowance)
+                if ratio <= 1.0 or math.isinf(ratio):
+                    break
             if have.dtype != like.dtype:
                 ratio, message = math.inf, f"is {name_of(have.dtype)}, should be {name_of(like.dtype)}"
             found.append(Finding(quantity, error, allowed, ratio, relative_error(have, want), message))

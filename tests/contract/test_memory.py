@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import differentiable, make, one_of_each_family, requiring, same_bits
+from support import differentiable, make, one_of_each_driver, one_of_each_family, requiring, same_bits
 
 import fastloss
 from fastloss import memory
@@ -74,7 +74,7 @@ def test_buffer_is_used_again(loss, pool):
     assert again["peak_in_use_bytes"] >= again["in_use_bytes"]
 
 
-@one_of_each_family
+@one_of_each_driver
 def test_living_tensors_share_nothing(loss):
     """Gradients, and views of dead gradients, keep their numbers while others come and go."""
     kept = [gradient(loss, seed) for seed in range(3)]
@@ -89,7 +89,7 @@ def test_living_tensors_share_nothing(loss):
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
-@one_of_each_family
+@one_of_each_driver
 def test_empty_cache(loss):
     alive, dead = gradient(loss), gradient(loss, 1)
     copy = alive.clone()
@@ -100,7 +100,7 @@ def test_empty_cache(loss):
     assert same_bits(alive, copy)
 
 
-@one_of_each_family
+@one_of_each_driver
 @pytest.mark.slow
 def test_limit(loss):
     """What is cached stays within the limit whatever sizes come, and 0 caches nothing."""
@@ -136,7 +136,7 @@ def test_graph_that_is_dropped_gives_its_memory_back(loss, pool):
     assert memory.stats()["in_use_bytes"] == pool["in_use_bytes"]
 
 
-@one_of_each_family
+@one_of_each_driver
 def test_threads(loss, pool):
     """Calls from several threads at once, gradients freed by a thread that did not make them."""
     expected = {seed: gradient(loss, seed, (1 + seed % 3) * MiB).clone() for seed in range(6)}
@@ -188,7 +188,7 @@ def run_child(loss, body):
     assert not child.stderr, child.stderr
 
 
-@one_of_each_family
+@one_of_each_driver
 @pytest.mark.slow
 def test_fork(loss):
     """A child starts without the parent's cache, may free and make gradients, and does not disturb it."""
@@ -222,7 +222,7 @@ for _ in range(3):
     )
 
 
-@one_of_each_family
+@one_of_each_driver
 @pytest.mark.slow
 def test_fork_while_other_threads_allocate(loss):
     """The pool's lock is never left taken in a child."""
@@ -252,7 +252,7 @@ assert codes == [0] * 20, codes
     )
 
 
-@one_of_each_family
+@one_of_each_driver
 @pytest.mark.slow
 def test_interpreter_shutdown(loss):
     """Gradients that are alive when Python ends, in globals, modules and cycles, do no harm."""
@@ -282,7 +282,7 @@ def test_memory_from_outside(loss):
         loss,
         """
 from support import differentiable, has_argument, make, requiring
-MEGABYTES = 96
+MEGABYTES = 48
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 def anonymous():  # without the pages of libraries, which the system may drop meanwhile

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastloss._registry import InputSampler, Loss, accuracy, losses
 from fastloss._registry.accuracy import DTYPES as DTYPES
 from fastloss._registry.accuracy import Answer as Answer
-from fastloss._registry.accuracy import Yardstick, evaluate, is_float
+from fastloss._registry.accuracy import Yardstick as Yardstick
+from fastloss._registry.accuracy import evaluate, is_float
 from fastloss._registry.accuracy import exact as exact
 from fastloss._registry.accuracy import name_of as dtype_id
 from fastloss._registry.accuracy import upstream_like as upstream_like
@@ -86,11 +87,15 @@ EXCEPTIONS = {
 
 
 every_loss = pytest.mark.parametrize("loss", losses(), ids=lambda loss: loss.name)
-# of every family the first: for what lies below the losses, in memory and processes
+# of every family the first: for what lies below the losses, in memory
 one_of_each_family = pytest.mark.parametrize(
     "loss",
     list({loss.family: loss for loss in reversed(losses()) if not loss.multiplies}.values()),
     ids=lambda loss: loss.name,
+)
+# rows, elements, scans: for what lies below the families
+one_of_each_driver = pytest.mark.parametrize(
+    "loss", losses("cross_entropy", "mse_loss", "ctc_loss"), ids=lambda loss: loss.name
 )
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 some_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
@@ -172,11 +177,18 @@ def assert_same_bits(a: Answer, b: Answer, what: str) -> None:
 
 
 def assert_right(
-    loss: Loss, kwargs: Kwargs, upstream: Tensor | None = None, rounded_once: bool = False
+    loss: Loss,
+    kwargs: Kwargs,
+    upstream: Tensor | None = None,
+    rounded_once: bool = False,
+    yardstick: Yardstick | None = None,
 ) -> Answer:
-    """Value and gradients of one call keep the rule of `fastloss._registry.accuracy`; returns them."""
+    """Value and gradients of one call keep the rule of `fastloss._registry.accuracy`; returns them.
+
+    Calls of the same numbers may share a yardstick.
+    """
     names = differentiable(loss, kwargs)
-    yardstick = Yardstick(loss, kwargs, names, upstream)
+    yardstick = yardstick or Yardstick(loss, kwargs, names, upstream)
     got = fused(loss, kwargs, names, upstream)
     wrong = [str(found) for found in yardstick.findings(got, rounded_once) if not found.ok]
     assert not wrong, "; ".join(wrong)
