@@ -174,7 +174,7 @@ class Comparison:
         return TimedStep(self.candidates[name], self.kwargs, self.wrt, overwrites(name))
 
     def eager_in_float32(self) -> dict[str, Tensor]:
-        """Return eager's results in float32: in half-precision dtypes eager itself may take the other side of a jump."""
+        """Return eager's results in float32: in half precision eager itself may take the other side of a jump."""
         function = eager_of(self.loss, self.kwargs)
         return TimedStep(function, cast(self.kwargs, torch.float32), self.wrt, copy_inputs=False).results()
 

@@ -18,6 +18,7 @@ def cell(text: str) -> str:
 
 def row(loss: Loss) -> str:
     summary = cell((inspect.getdoc(loss.function) or "").splitlines()[0].rstrip("."))
+    summary = re.sub(r"^Compute (the |a )?(\w)", lambda start: start[2].upper(), summary)
     replaces = f"`{loss.replaces}`" if loss.replaces else ""
     return f"| `{loss.name}` | {loss.family} | {replaces} | {summary} |"
 

@@ -59,7 +59,7 @@ def kernels() -> Any:
 
 
 def runs_on_cpu(x: Tensor, operators: Any = None) -> bool:
-    """Return whether kernels made for the CPU take `x`; another build may run those of CUDA on tensors of the CPU."""
+    """Return whether CPU kernels take `x`; another build may run CUDA kernels on CPU tensors."""
     return x.is_cpu and (_namespace if operators is None else operators.name) == LIBRARY
 
 
@@ -83,7 +83,7 @@ def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def needs_grad_mask(op: Differentiable, tensors: Sequence[Tensor | None]) -> int:
-    """Return the tensors that need a gradient, a bit for each; all that have one inside a transform."""
+    """Return the bit mask of the tensors that need a gradient; inside a transform, of all that can have one."""
     transformed = not torch.compiler.is_compiling() and functorch_active()
     return sum(
         1 << i for i in op.wrt if _differentiable(tensors[i]) and (transformed or tensors[i].requires_grad)
@@ -99,13 +99,13 @@ def _tuple(results: Any) -> Sequence[Any]:
 
 
 class Plan:
-    """What forward and backward of one call agree on."""
+    """The state that forward and backward of one call share."""
 
     fuse = False  # forward writes the gradients
     inplace = False  # backward writes the gradient over the input
-    needs_grad_mask = 0  # the inputs, a bit for each, whose gradients forward computes
+    needs_grad_mask = 0  # bit mask of the inputs whose gradients forward computes
     precomputed_grads: Sequence[Tensor] | None = None  # gradients computed in forward
-    needed: Sequence[bool] | None = None  # the inputs whose gradients backward is asked for
+    needed: Sequence[bool] | None = None  # the inputs whose gradients backward must return
     record: Any = None  # the profiler's of this call
 
     def __init__(self, operators: SimpleNamespace):
@@ -135,14 +135,14 @@ class Differentiable:
         self._function = _eager_function(self)
 
     def operators(self) -> SimpleNamespace:
-        """Return the operators behind the passes, of the namespace in use; `all` of them, where Python calls more."""
+        """Return the operators of the passes in the namespace in use; `all` is the whole namespace."""
         found = self._operators.get(_namespace)
         if found is None:
             found = self._operators[_namespace] = SimpleNamespace(all=kernels())
         return found
 
     def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any) -> Any:
-        """Apply to `tensors`. `how` is for `plan` alone: what changes the way to the gradients, never the results."""
+        """Apply to `tensors`. `how` goes to `plan`: it changes how gradients are computed, never their values."""
         if torch.compiler.is_compiling():
             return self._compiled(tensors, options)
         if profiler is not None:
@@ -172,20 +172,20 @@ class Differentiable:
     def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         return torch.compiler.disable(self.__call__)(tensors, options)  # here: it imports the compiler
 
-    # ---- what a kind of function may do its own way
+    # ---- overridable
 
     def plan(
         self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]
     ) -> Plan:
-        """Decide how this call, which is to be differentiated, goes."""
+        """Plan a call that is to be differentiated."""
         return Plan(operators)
 
     def run_forward(self, plan: Plan, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
-        """Return outputs and what backward needs."""
+        """Return the outputs, then the state for backward."""
         raise NotImplementedError
 
     def save_for_backward(self, plan: Plan, saved: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return those results of forward that autograd saves; the plan may hold others."""
+        """Return the results of forward that autograd saves; the plan may hold others."""
         return saved
 
     def run_backward(self, plan: Plan, grads, tensors, saved, options) -> Sequence[Tensor | None]:
@@ -193,7 +193,7 @@ class Differentiable:
         raise NotImplementedError
 
     def differentiable_again(self, plan: Plan) -> None:
-        """Raise where the gradient cannot be differentiated."""
+        """Raise if the gradient cannot be differentiated again."""
 
     def flops(self, shapes: Sequence[torch.Size | None], needed: Sequence[bool]) -> int:
         """Return the FLOPs of the GEMMs behind the outputs and the gradients that are needed (0 if none)."""
@@ -247,7 +247,7 @@ class Op(Differentiable):
         return self._unwrap(self._traced.apply(*tensors, *options))
 
     def traced_passes(self) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-        """Return forward, what of its results is saved, and backward, as a tracer may follow them: no plan."""
+        """Return traceable functions without a plan: forward, the selection of saved results, and backward."""
         operators = self.operators()
         fwd, bwd, extra, saved_only = operators.fwd, operators.bwd, self.traced_extra, self.saved
         # two numbers, because the compiler of torch 2.11 cannot follow a slice that stands outside the function
@@ -271,7 +271,7 @@ class Op(Differentiable):
         return _tuple(plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options]))
 
     def fake_backward(self, *args: Any) -> Any:
-        """Return all results of `bwd` for shapes alone."""
+        """Return the results of `bwd` as empty tensors, from shapes alone."""
         first = self.outputs
         like = [args[first + i] for i in self.wrt]  # what is absent has an empty gradient
         grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
@@ -279,13 +279,13 @@ class Op(Differentiable):
 
 
 class FusedOp(Op):
-    """A loss whose forward pass also writes the gradients, where the loss is one number: the data is at hand.
+    """A loss whose forward pass also writes the gradients if the loss is a scalar: the data is at hand.
 
     `fwd` takes `with_gradient` after the options and gives, after the outputs and what backward needs, buffers
     of the gradients of `wrt` for an upstream gradient of 1. The first backward takes them if its upstream
     gradient is 1, else `bwd_into` fills them again from the inputs; both ways give the same bits. On the CPU,
-    where looking is free, a function whose upstream gradients are not 1 stops doing so. `reduction` is the place
-    of the reduction among the options.
+    where reading the upstream gradient costs nothing, a function whose upstream gradients are not 1 stops fusing.
+    `reduction` is the position of the reduction among the options.
     """
 
     traced_extra = (False,)
@@ -333,13 +333,13 @@ _SCHEMA_TYPES: dict[Any, str] = {
 
 
 def _arguments(fields: type | None) -> list[str]:
-    """Return the fields of a NamedTuple class as arguments of a schema."""
+    """Return the fields of a NamedTuple class as schema arguments."""
     hints = {} if fields is None else typing.get_type_hints(fields)
     return [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in hints.items()]
 
 
 class PythonOp(Op):
-    """An operator of which Python calls the kernels, block by block. Its signature is written once, as named tuples.
+    """An operator implemented in Python over kernels, block by block. Its signature is written once, as named tuples.
 
     `Inputs` are the tensors and `Attrs` the attributes of a call, `Outputs` and `State` the results of forward: those
     of the function and what backward needs. `Gradients` are the results of backward; without them there is no
@@ -375,7 +375,7 @@ class PythonOp(Op):
         return self.Inputs(*inputs), self.Attrs(*attrs) if self.Attrs else None
 
     def schemas(self) -> dict[str, str]:
-        """Return the schemas of the operators, `fwd` and perhaps `bwd`."""
+        """Return the schemas of `fwd` and, if there are `Gradients`, `bwd`."""
         mask = ["int needs_grad_mask"] if self.masked else []
         inputs, attrs, state = _arguments(self.Inputs), _arguments(self.Attrs) + mask, _arguments(self.State)
         results = ", ".join(_arguments(self.Outputs) + state)
@@ -387,7 +387,7 @@ class PythonOp(Op):
         return found
 
     def implement(self, kind: str, operators: Any) -> Callable[..., Any]:
-        """Return what the dispatcher calls: a pass that calls the kernels `operators`."""
+        """Return the implementation of a pass for the dispatcher, over the kernels `operators`."""
         tensors, last_attr, first = self.tensors, self._last_attr, self.outputs
         as_inputs, as_attrs = self.Inputs._make, self.Attrs._make if self.Attrs else lambda _: None
         forward = self.forward
@@ -411,17 +411,17 @@ class PythonOp(Op):
         return torch.no_grad()(run)
 
     def shapes(self, inputs: Any, attrs: Any, *mask: int) -> Sequence[Tensor]:
-        """Return the results of `forward`, of which the shapes alone count."""
+        """Return the results of `forward` as empty tensors."""
         raise NotImplementedError
 
     def forward(self, operators: Any, inputs: Any, attrs: Any, *mask: int) -> Any:
-        """Return the fields of outputs and state."""
+        """Return the fields of `Outputs` and `State`."""
         raise NotImplementedError
 
     def backward(
         self, operators: Any, grads: Any, inputs: Any, state: Any, attrs: Any, *mask: int
     ) -> Sequence[Tensor]:
-        """Return the fields of the gradients; one that nobody needs is empty."""
+        """Return the fields of `Gradients`; one that is not needed is empty."""
         raise NotImplementedError
 
     def operators(self) -> SimpleNamespace:
@@ -441,7 +441,7 @@ class PythonOp(Op):
 
 
 def _register(namespace: str, op: Op) -> None:
-    """Fake kernels and batching rules of an operator's pair."""
+    """Register fake kernels and batching rules of an operator's two passes."""
     fwd, bwd = f"{namespace}::{op.name}_fwd", f"{namespace}::{op.name}_bwd"
     torch.library.register_fake(fwd, op.fake)
     operators = op.operators()
@@ -455,7 +455,7 @@ def _register(namespace: str, op: Op) -> None:
 
 
 def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """A batching rule: one call for each sample."""
+    """Return a batching rule that calls the operator once for each sample."""
 
     def rule(info, in_dims, *args):
         results = [
@@ -472,7 +472,7 @@ def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _traced_function(op: Op) -> type[Function]:
-    """Return the function as a tracer may follow it: operators, and arithmetic on what they give."""
+    """Return the autograd function for tracers: operators, and arithmetic on their results."""
     run_forward, save, run_backward = op.traced_passes()
     wrt, tensors, outputs = op.wrt, op.tensors, op.outputs
 
@@ -506,7 +506,7 @@ def _eager_function(op: Differentiable) -> type[Function]:
     n = op.tensors
 
     def by_reference(tensors, options, needed: Sequence[bool], grads: Sequence[Tensor | None]):
-        """Return gradients by the reference's differentiable operations, for the tensors that are needed."""
+        """Return the gradients of the `needed` tensors by the reference's differentiable operations."""
 
         def outputs(*free: Tensor):
             it = iter(free)

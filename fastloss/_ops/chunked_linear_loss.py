@@ -89,12 +89,12 @@ class LinearOp(PrecomputedOp):
 
     @staticmethod
     def factors(results, factor, dtype):
-        """In a half type gradients come in the accumulation dtype, to be divided by the norm of "mean"."""
+        """Return the gradients and their factors; half-precision ones are yet to be divided by the norm of "mean"."""
         norm, *grads = results
-        late = factor
+        undivided = factor
         if norm.dtype != dtype and norm.dim() == 0:
-            late = factor / (norm + (norm == 0))  # of nothing: no gradient
-        return grads, [factor if d.dtype == dtype else late for d in grads]
+            undivided = factor / (norm + (norm == 0))  # an empty mean has no gradient
+        return grads, [factor if d.dtype == dtype else undivided for d in grads]
 
     def flops(self, shapes, needed):
         (rows, features), (classes, _) = shapes[:2]

@@ -1,4 +1,4 @@
-"""What may stand between the GEMM of a chunk and its row loss: in place where it can be, and back.
+"""Transforms between the GEMM of a chunk and its row loss, in place where possible, and their backward.
 
 A logit transform is made from the width of the hidden states and its hyperparameters, `HPARAMS`. `forward` turns a
 chunk of products into logits, `backward` the logits' gradient into that of the products; `classes` says how many
@@ -27,8 +27,8 @@ class LogitTransform(Protocol):
     def backward(self, gradient: Tensor) -> Tensor: ...
 
 
-LEAST_SIN2 = 1e-7
-"""Closer to the poles than this the sine of the angle stays what it is there."""
+MIN_SIN2 = 1e-7
+"""Squared sines are clamped from below at this."""
 
 
 class AngularMargin:
@@ -56,7 +56,7 @@ class AngularMargin:
         self._products = cosines = products
         if self.centres > 1:
             cosines, self._nearest = products.view(len(products), -1, self.centres).max(-1)
-        self._target = target.clamp(0, cosines.shape[1] - 1).unsqueeze(1)  # what is ignored stays so
+        self._target = target.clamp(0, cosines.shape[1] - 1).unsqueeze(1)  # ignored rows stay ignored
         cosine = cosines.gather(1, self._target)
         value, self._slope = self._margin(cosine.to(accumulation_dtype(cosine.dtype)))
         return cosines.scatter_(1, self._target, value.to(cosines.dtype))
@@ -77,9 +77,9 @@ class AngularMargin:
             return c - self.margin, one
         cos, sin = math.cos(self.margin), math.sin(self.margin)
         square = 1 - c * c
-        sine = square.clamp(min=LEAST_SIN2).sqrt()
+        sine = square.clamp(min=MIN_SIN2).sqrt()
         value = c * cos - sine * sin
-        slope = torch.where(square > LEAST_SIN2, cos + sin * c / sine, cos)
+        slope = torch.where(square > MIN_SIN2, cos + sin * c / sine, cos)
         inside = c > (0.0 if self.easy else -cos)
         value = torch.where(inside, value, c if self.easy else c - self.margin * sin)
         return value, one if self.straight else torch.where(inside, slope, one)

@@ -1,7 +1,7 @@
-"""Losses whose forward pass computes the gradients too, where the loss is one number: the data is at hand.
+"""Losses whose forward pass computes the gradients too, if the loss is a scalar: the data is at hand.
 
-Backward multiplies these by its upstream gradient. Where there is none to multiply, because the loss is one number a
-row or the graph is used again, it runs forward once more.
+Backward multiplies these by its upstream gradient. If there are none, because the loss is unreduced or the graph is
+used again, backward runs forward once more.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Precomputed(Differentiable):
     def evaluate_again(
         self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], mask: int
     ) -> Sequence[Tensor]:
-        """Return the results but for the loss."""
+        """Return the results without the loss."""
         return self.evaluate(operators, tensors, options, mask)[1:]
 
     @staticmethod
     def factors(
         results: Sequence[Tensor], factor: Tensor, dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the gradients among the results, and what each is to be multiplied by."""
+        """Return the gradients among the results, and the factor of each."""
         return results, [factor] * len(results)
 
     @functools.cached_property
@@ -107,14 +107,14 @@ class Precomputed(Differentiable):
 def _gradients_of(
     reduction: int, row_weight: int, wrt: Sequence[int], factors: Callable[..., Any]
 ) -> Callable[..., list[Tensor | None]]:
-    """Return the backward pass, for eager code and for a tracer, which follows functions of numbers, not operators."""
+    """Return the backward pass as a function that both eager code and a tracer can call."""
     none, total = REDUCTIONS["none"], REDUCTIONS["sum"]
 
     def gradients(
         evaluate: Callable[..., Sequence[Tensor]], multiply: Callable[..., Tensor], grad: Tensor,
         tensors: Sequence[Tensor | None], options: Sequence[Any], precomputed: Sequence[Tensor] | None, mask: int,
     ) -> list[Tensor | None]:  # fmt: skip
-        """Return those of the mask, of the tensors in `wrt`."""
+        """Return the gradients of the tensors in `wrt` that the mask selects."""
         factor = grad.to(accumulation_dtype(tensors[0].dtype))
         if options[reduction] == none:
             tensors, options = list(tensors), list(options)

@@ -203,7 +203,7 @@ def test_layouts_empty_sizes_and_mixed_types(device):
         ({"terminated": torch.zeros(7, dtype=torch.bool)}, "terminated"),
         ({"truncated": torch.zeros(3, 7, dtype=torch.bool)}, "needs next_values"),
         ({"bootstrap_value": torch.zeros(4)}, "bootstrap_value"),
-        ({"bootstrap_value": torch.zeros(3), "next_values": torch.zeros(3, 7)}, "not with next_values"),
+        ({"bootstrap_value": torch.zeros(3), "next_values": torch.zeros(3, 7)}, "cannot be combined with next_values"),
         ({"cu_seqlens": torch.tensor([0, 7])}, "one dimension"),
         ({"gamma": 1.5}, "gamma"),
         ({"lam": -0.1}, "lam"),
