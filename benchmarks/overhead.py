@@ -1,4 +1,4 @@
-"""What a call costs the host: every loss on its smallest inputs, forward and backward, in microseconds.
+"""Host overhead of a call: every loss on its smallest inputs, forward and backward, in microseconds.
 
 The kernels take next to nothing there, so that a loop of calls is as fast as the host can start them. On CUDA the
 same step is also replayed as a CUDA graph, which takes the host out: what is left is the time of the kernels and
@@ -25,7 +25,7 @@ REPEATS = 5
 
 
 def microseconds(run: Callable[[], object], calls: int, device: str) -> float:
-    """Of one of many calls in a row, the median of a few such rows."""
+    """Time one of many consecutive calls, as the median of a few repetitions."""
     taken = []
     for _ in range(REPEATS + 1):  # the first one warms up
         start = time.perf_counter()
@@ -38,7 +38,7 @@ def microseconds(run: Callable[[], object], calls: int, device: str) -> float:
 
 
 def one(step: TimedStep) -> Callable[[], None]:
-    """Forward and backward of gradients that are made anew."""
+    """Return a function that runs forward and backward with new gradients."""
 
     def run() -> None:
         step.release()

@@ -1,7 +1,8 @@
 """Load the compiled library and read the names and constants that C++ and Python must agree on.
 
 What an operator takes by position, Python passes by name: a loss's hyperparameters (`hparams(...).pack(gamma=2.0)`),
-the values of an enum (`enum("Ranking")["bradley_terry"]`). The names stand in C++, once; see csrc/drivers/names.h.
+the values of an enum (`enum("Ranking")["bradley_terry"]`). The names are defined once, in C++; see
+csrc/drivers/names.h.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ The rules:
 * The operators differentiate the tensors in `wrt`. Any other tensor that requires a gradient, and every second
   derivative, goes through the loss's reference, which is plain PyTorch and takes `(*tensors, *options)`.
 * torch.compile and torch.export see the two operators; torch.func and vmap the same functions as eager code.
-* Nothing that autograd may still need is written.
+* Tensors that autograd may still need are never overwritten.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def runs_on_cpu(x: Tensor, operators: Any = None) -> bool:
 
 
 profiler: Any = None
-"""While `fastloss.profile` is active: called with an operation and its tensors, gives the record of this call."""
+"""While `fastloss.profile` is active: a function from an operation and its tensors to the record of this call."""
 
 functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -115,9 +115,9 @@ class Plan:
 class Differentiable:
     """A differentiable function of `tensors` tensors (some may be None) and options, by two passes in Python.
 
-    `outputs` of the forward pass's results are the function's, the rest is what backward needs. A function with one
-    output returns it bare, else a tuple. Without a `reference` it is differentiated once, and in the tensors in `wrt`
-    alone. A compiler calls it as it is.
+    The first `outputs` results of the forward pass are the function's, the others are state for backward. A function
+    with one output returns a tensor, else a tuple. Without a `reference` it can be differentiated once, and only with
+    respect to the tensors in `wrt`. Compilers do not trace it.
     """
 
     def __init__(
@@ -203,12 +203,12 @@ class Differentiable:
 class Op(Differentiable):
     """A differentiable function whose passes are two operators of the dispatcher.
 
-    `fake` computes all results of `fwd` for shapes alone. torch.compile and torch.export see the two operators.
+    `fake` computes the results of `fwd` as empty tensors. torch.compile and torch.export see the two operators.
     """
 
     backward_options: slice = slice(None)
-    traced_extra: tuple = ()  # what forward takes after the options, where a tracer follows it
-    saved: int | None = None  # how many of the results after the outputs backward needs; None: all
+    traced_extra: tuple = ()  # arguments of forward after the options, for tracers
+    saved: int | None = None  # the number of results after the outputs that backward needs; None: all
 
     def __init__(
         self,
@@ -281,9 +281,9 @@ class Op(Differentiable):
 class FusedOp(Op):
     """A loss whose forward pass also writes the gradients if the loss is a scalar: the data is at hand.
 
-    `fwd` takes `with_gradient` after the options and gives, after the outputs and what backward needs, buffers
-    of the gradients of `wrt` for an upstream gradient of 1. The first backward takes them if its upstream
-    gradient is 1, else `bwd_into` fills them again from the inputs; both ways give the same bits. On the CPU,
+    `fwd` takes `with_gradient` after the options and returns, after the outputs and the state for backward, buffers
+    of the gradients of `wrt` for an upstream gradient of 1. The first backward returns them if its upstream
+    gradient is 1, else `bwd_into` recomputes them from the inputs; both ways give the same bits. On the CPU,
     where reading the upstream gradient costs nothing, a function whose upstream gradients are not 1 stops fusing.
     `reduction` is the position of the reduction among the options.
     """
@@ -341,10 +341,10 @@ def _arguments(fields: type | None) -> list[str]:
 class PythonOp(Op):
     """An operator implemented in Python over kernels, block by block. Its signature is written once, as named tuples.
 
-    `Inputs` are the tensors and `Attrs` the attributes of a call, `Outputs` and `State` the results of forward: those
-    of the function and what backward needs. `Gradients` are the results of backward; without them there is no
-    operator `bwd`. The dispatcher is given the fields one after another; `forward` and `backward` get them back
-    together. With `masked` both operators take `needs_grad_mask` after the attributes.
+    `Inputs` are the tensors and `Attrs` the attributes of a call, `Outputs` and `State` the results of forward: the
+    function's and the state for backward. `Gradients` are the results of backward; without them there is no operator
+    `bwd`. The operators take the fields one by one, `forward` and `backward` as named tuples. With `masked` both
+    operators take `needs_grad_mask` after the attributes.
 
     The reference takes `(inputs, attrs)`.
     """

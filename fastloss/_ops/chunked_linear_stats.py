@@ -1,7 +1,8 @@
 """Statistics of rows of `input @ weight.T + bias` (see `token_stats`), without the matrix of all logits.
 
-Forward makes the logits of a chunk of rows and keeps a few numbers of each row; backward makes them again, turns
-them into their gradient, and multiplies that on. Chunks and GEMMs are those of `chunked_linear`.
+Forward computes the logits of a chunk of rows and keeps a few numbers per row; backward computes them again, turns
+them into their gradient, and multiplies that by hidden states and weight. Chunks and GEMMs are those of
+`chunked_linear`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The operator of elementwise losses, and how a family makes and calls one."""
+"""The operator of elementwise losses, and helpers to call it."""
 
 from __future__ import annotations
 

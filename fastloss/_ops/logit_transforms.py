@@ -1,9 +1,8 @@
 """Transforms between the GEMM of a chunk and its row loss, in place where possible, and their backward.
 
-A logit transform is made from the width of the hidden states and its hyperparameters, `HPARAMS`. `forward` turns a
-chunk of products into logits, `backward` the logits' gradient into that of the products; `classes` says how many
-logits a row of products makes, `extra_per_row` how many numbers a row takes beyond its products. Nothing lives longer
-than a chunk.
+A logit transform is constructed from the number of features and its hyperparameters, `HPARAMS`. `forward` turns a
+chunk of products into logits, `backward` the logits' gradient into that of the products; `classes` is the number of
+logits per row, `extra_per_row` the number of elements per row that it allocates. Its state lasts for one chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 
 class LogitTransform(Protocol):
-    HPARAMS: ClassVar[tuple[str, ...]]  # what the class takes by name, after the width of the hidden states
+    HPARAMS: ClassVar[tuple[str, ...]]  # keyword arguments of the class, after the number of features
 
     def __init__(self, features: int, *args: Any, **hparams: Any): ...
     def classes(self, products: int) -> int: ...
@@ -32,9 +31,9 @@ MIN_SIN2 = 1e-7
 
 
 class AngularMargin:
-    """Cosines, of which the target's has a margin; of several centres of a class the nearest counts.
+    """Cosines with a margin for the target; of several centres of a class the nearest counts.
 
-    Where `additive` is not 0 the margin is one of the cosine in place of the angle.
+    If `additive` is not 0, the margin is subtracted from the cosine instead of added to the angle.
     """
 
     HPARAMS: ClassVar[tuple[str, ...]] = ("additive", "margin", "easy", "straight", "centres")
@@ -88,7 +87,7 @@ class AngularMargin:
 class Harmonic:
     """Squared distances become -n log(distance).
 
-    n is 0 for the square root of the embeddings' width, to which two features are added; `eps` is added to the squares.
+    n = 0 stands for the square root of the embeddings' width (features - 2); `eps` is added to the squares.
     """
 
     HPARAMS: ClassVar[tuple[str, ...]] = ("n", "eps")

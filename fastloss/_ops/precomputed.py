@@ -48,7 +48,7 @@ def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, inplace: boo
 class Precomputed(Differentiable):
     """A loss of rows that computes its gradients in forward. `evaluate` is its forward pass.
 
-    The results of that are the loss and, of what `needs_grad_mask` asks for, the gradients, in the order of `wrt`.
+    Its results are the loss and the gradients that `needs_grad_mask` selects, in the order of `wrt`.
     """
 
     reduction: ClassVar[int]  # its place among the options
@@ -131,7 +131,7 @@ def _gradients_of(
 
 
 class PrecomputedOp(Precomputed, PythonOp):
-    """The same as an operator: `fwd` takes `needs_grad_mask`, and there is no `bwd`."""
+    """A `Precomputed` loss as an operator: `fwd` takes `needs_grad_mask`, and there is no `bwd`."""
 
     masked = True
 

@@ -1,11 +1,11 @@
-"""Losses of a matrix of similarities, s = scale * x y^T + bias, that is never stored: operators and their autograd.
+"""Losses of a similarity matrix, s = scale * x y^T + bias, that is never stored: operators and their autograd.
 
 On the CPU one call runs over the whole matrix in tiles, GEMMs included (csrc/cpu/kernels/similarity.h). On CUDA the
 GEMMs are cuBLAS's, for a block of the matrix at a time that `BUDGET` bytes hold, with a fused epilogue on each block
-(csrc/cuda/kernels/similarity.cu). What an entry counts as, `target_col` and ids say: see
-`EntryRule` in csrc/losses/similarity.h.
+(csrc/cuda/kernels/similarity.cu). `target_col` and ids determine the role
+of an entry: see `EntryRule` in csrc/losses/similarity.h.
 
-The columns come in blocks: one here (`OneBlock`); over several processes those of `fastloss.distributed.exchange`.
+The columns come in blocks: one here (`OneBlock`), several in `fastloss.distributed.exchange`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def target_columns(rows: int, columns: int, offset: int, like: Tensor, keys: str
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """Write `a @ b` to `out`, or add it to what that holds; accumulated in the dtype of `out`."""
+    """Write `a @ b` to `out`, or add it to `out`; accumulated in the dtype of `out`."""
     more: dict[str, Any] = {}
     if a.dtype != out.dtype:
         if out.is_cuda:
@@ -60,7 +60,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 class Features:
-    """Rows of features as the passes take them: `acc`, in the accumulation dtype, of length 1 if normalised."""
+    """Feature rows for the passes: `acc`, in the accumulation dtype, of length 1 if normalised."""
 
     def __init__(self, x: Tensor, normalize: bool):
         self.dtype = x.dtype
@@ -114,7 +114,7 @@ class Columns(Protocol):
 
 
 class OneBlock:
-    """All columns are here: those of `y`, or without it the rows themselves."""
+    """All columns in one block: those of `y`, or without it the rows themselves."""
 
     first, count = 0, 1
 
@@ -217,8 +217,8 @@ class Matrix:
     def run(self, kind: int, gradients: bool = False, **arrays: Tensor | None) -> Sequence[Tensor | None]:
         """Run one pass over the matrix. With `gradients` it returns those of the rows `x.acc`, `y.acc`, and the scale.
 
-        On the CPU, of x with itself the gradient of s and its transpose are made as one matrix, with a row's arrays
-        as the column's: one GEMM fewer, and no gradient of y.
+        On the CPU, of x with itself the gradient of s and its transpose are computed as one matrix, with a row's
+        arrays as the column's: one GEMM fewer, and no gradient of y.
         """
         x, y = self.x.acc, self.y.acc
         both = self.itself and kind in (SOFTMAX_GRADIENT, PAIRS_GRADIENT) and arrays.get("col_grad") is None
@@ -287,7 +287,7 @@ class Matrix:
         if dtype != x.dtype:  # GEMMs of half-precision dtypes, accumulated in float32
             x, y = x.to(dtype), y.to(dtype)
             if dx is not None and dtype == torch.float16:
-                # relative to the largest number among them, so that small ones are not lost
+                # relative to their maximum, so that small ones do not underflow
                 places = [i for i in _GRADIENTS if given[i] is not None]
                 finite = (given[i].abs().nan_to_num(0.0, 0.0) for i in places)
                 max_grad = torch.stack([g.amax() for g in finite]).amax()
@@ -358,10 +358,10 @@ def _block(workspace: Tensor | None, down: slice, across: slice) -> Tensor | Non
 
 
 class SimilarityOp(PythonOp):
-    """An operator over a matrix of similarities, written in Python over passes.
+    """An operator over a similarity matrix, written in Python over passes.
 
-    The first inputs are `x`, `y` or None, and `scale`: without y it is x with itself, and without `col_ids` columns
-    have the ids of rows. With the attribute `temperature` the scale is one, that s is divided by.
+    The first inputs are `x`, `y` or None, and `scale`. Without y the columns are those of x, and without `col_ids` they
+    have the ids of rows. With the attribute `temperature` the scale is a temperature, by which s is divided.
     """
 
     def fake_backward(self, *args):
@@ -419,12 +419,12 @@ class SoftmaxGradients(NamedTuple):
 class SoftmaxOp(SimilarityOp):
     """The log of the sum of exponentials of rows and columns, relative to the positive.
 
-    Of row i, with a positive or the sum of the positives t_i,
+    For row i, with the positive or the sum of positives t_i,
 
         row_i = log sum_j exp(s_ij) - inv_num_positives_i t_i - base_i
         col_i = log sum_k exp(s_kj) - t_i, j = target_col_i
 
-    and t_i itself; where nothing is summed it is -inf.
+    and t_i itself; an empty sum of exponentials gives -inf.
     """
 
     Inputs, Attrs, Outputs, State = SoftmaxInputs, SoftmaxAttrs, SoftmaxOutputs, SoftmaxState
