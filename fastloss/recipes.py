@@ -71,7 +71,7 @@ def cringe_loss(
     valid = negative_labels != ignore_index
     label = torch.where(valid, negative_labels, 0).unsqueeze(-1)
     best, classes = logits.detach().topk(top_k + 1, -1)
-    # the negative label goes, or else the last: after sorting that to the end the first top_k are left
+    # drop the negative label, or else the last: sort it to the end and keep the first top_k
     keep = (classes == label).int().argsort(dim=-1, stable=True)[..., :top_k]
     best, classes = best.gather(-1, keep), classes.gather(-1, keep)
     p = best.float().softmax(-1).reshape(-1, top_k)

@@ -149,7 +149,8 @@ def plan(args: argparse.Namespace) -> list[BenchSpec]:
             shape=tuple(one.shape or (moderate(loss) if args.all else loss.bench_shape)),
             dtype=dtype,
             device=device,
-            backward=not one.forward_only and loss.name not in estimators,  # they are called without
+            backward=not one.forward_only
+            and loss.name not in estimators,  # estimators are called without gradient
             threads=args.threads,
             rounds=args.rounds,
             budget=budget,
@@ -205,7 +206,7 @@ def main(args: argparse.Namespace) -> int:
                 task = progress.add_task(label, total=1.0)
                 try:
                     rows = rows_of(spec, worker(spec, partial(show, progress, task, label)))
-                except ValueError as error:  # out of memory, for example: the others are still of interest
+                except ValueError as error:  # out of memory, for example: measure the others
                     if len(specs) == 1:
                         raise
                     rows = failed(spec, str(error))

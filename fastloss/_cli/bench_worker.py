@@ -46,7 +46,7 @@ REGIMES = ("malloc", "recycled")
 
 @dataclass(frozen=True)
 class BenchSpec:
-    """What to measure; travels between the processes as JSON."""
+    """One measurement, as sent to the worker in JSON."""
 
     loss: str
     case: str
@@ -118,7 +118,7 @@ def disagreement(
         scale = want.abs().max().item() if want.numel() else 0.0
         enough = max(torch.finfo(dtype).eps ** 0.5 * scale, (allowed or {}).get(quantity, 0.0))
         pieces = zip(got[quantity].reshape(-1).split(2**22), want.reshape(-1).split(2**22), strict=True)
-        for have, like in pieces:  # in pieces, because float64 of everything may not fit
+        for have, like in pieces:  # in pieces: a float64 copy of everything may not fit
             off = (have.double() - like.double()).abs()
             if not bool(((off <= enough) | (have == like) | like.isnan()).all()):
                 return (
@@ -215,7 +215,7 @@ class Comparison:
                     reason = self.fault(name, expected)
             except Slow:
                 reason = f"given up after {max_seconds:.0f} s"
-            except Exception as error:  # a peer may raise anything; the others are still of interest
+            except Exception as error:  # a peer may raise anything: time the others
                 reason = summarized(error)
             if reason:
                 skipped[name] = reason

@@ -88,7 +88,7 @@ def run_all(plan: Sequence[Comparison]) -> Iterator[Result]:
     for loss, case, shape, dtype, device in plan:
         try:
             yield compare(loss, case, shape, dtype, device)
-        except Exception as error:  # whatever a loss raises is its failure, and the others still run
+        except Exception as error:  # any error is a failure of this loss; the others still run
             message = f"raised {type(error).__name__}: {error}"
             failed = Finding("call", math.inf, 0.0, math.inf, math.inf, message)
             yield Result(loss.name, case, shape, dtype, device, failed, math.inf)

@@ -131,7 +131,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.empty_cache()  # the runs' blocks lie in this stream's pool: the graph has one of its own
+    torch.cuda.empty_cache()  # the runs' blocks are in this stream's pool: the graph has its own
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()

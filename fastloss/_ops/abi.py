@@ -72,7 +72,7 @@ class Hparams:
         self.pack: Callable[..., list[float]] = self._packer(owner)
 
     def _packer(self, owner: str) -> Callable[..., list[float]]:
-        # a function with these very keywords: to look them up in a dictionary takes five times as long
+        # a function with these keywords: looking them up in a dictionary takes five times as long
         places = {f"places_of_{k}": {v: float(i) for i, v in enumerate(vs)} for k, vs in self.choices.items()}
         arguments = f"*, {', '.join(self.names)}" if self.names else ""
         values = ", ".join(f"places_of_{k}[{k}]" if k in self.choices else k for k in self.names)

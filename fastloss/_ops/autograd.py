@@ -106,7 +106,7 @@ class Plan:
     needs_grad_mask = 0  # bit mask of the inputs whose gradients forward computes
     precomputed_grads: Sequence[Tensor] | None = None  # gradients computed in forward
     needed: Sequence[bool] | None = None  # the inputs whose gradients backward must return
-    record: Any = None  # the profiler's of this call
+    record: Any = None  # the profiler's record of this call
 
     def __init__(self, operators: SimpleNamespace):
         self.operators = operators
@@ -241,7 +241,7 @@ class Op(Differentiable):
 
     def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         if requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
-            return self.reference(*tensors, *options)  # whose operations the compiler fuses itself
+            return self.reference(*tensors, *options)  # the compiler fuses the operations of the reference
         if not (torch.is_grad_enabled() and requires_grad(tensors)):
             return self._unwrap(self._plain(*tensors, *options, *self.traced_extra))
         return self._unwrap(self._traced.apply(*tensors, *options))
@@ -250,7 +250,7 @@ class Op(Differentiable):
         """Return traceable functions without a plan: forward, the selection of saved results, and backward."""
         operators = self.operators()
         fwd, bwd, extra, saved_only = operators.fwd, operators.bwd, self.traced_extra, self.saved
-        # two numbers, because the compiler of torch 2.11 cannot follow a slice that stands outside the function
+        # two integers, because the compiler of torch 2.11 cannot trace a slice from outside the function
         first, last = self.backward_options.start, self.backward_options.stop
 
         def forward(*args):
@@ -273,7 +273,7 @@ class Op(Differentiable):
     def fake_backward(self, *args: Any) -> Any:
         """Return the results of `bwd` as empty tensors, from shapes alone."""
         first = self.outputs
-        like = [args[first + i] for i in self.wrt]  # what is absent has an empty gradient
+        like = [args[first + i] for i in self.wrt]  # an absent tensor has an empty gradient
         grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
         return grads[0] if len(grads) == 1 else tuple(grads)
 
@@ -435,7 +435,7 @@ class PythonOp(Op):
                 for device in ("CPU", "CUDA"):
                     library.impl(name, self.implement(kind, operators), device)
                 setattr(found, kind, getattr(operators, name).default)
-            found.library = library  # its registrations live as long as it does
+            found.library = library  # registrations live as long as the library object
             self._operators[_namespace] = found
         return found
 
@@ -485,7 +485,7 @@ def _traced_function(op: Op) -> type[Function]:
         def setup_context(ctx, inputs, output):
             results = (output,) if isinstance(output, Tensor) else output
             ctx.options = inputs[tensors:]
-            if len(results) > outputs:  # the compiler knows no empty call of it
+            if len(results) > outputs:  # the compiler cannot trace it without arguments
                 ctx.mark_non_differentiable(*results[outputs:])
             ctx.save_for_backward(*inputs[:tensors], *save(results[outputs:], ctx.options))
 

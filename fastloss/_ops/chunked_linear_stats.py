@@ -70,7 +70,7 @@ class _Chunks:
         classes, features = weight.shape
         rows = chunked_linear.rows_of_a_chunk(
             2 * classes, features, self.product.logits_type, on_cpu, 0
-        )  # and their gradient
+        )  # the logits and their gradient
         self.step = min(rows, max(self.total, 1))
         self.shape = self.step, classes
 

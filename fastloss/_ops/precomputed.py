@@ -28,15 +28,13 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, inplace: bool) -> Tensor:
     """Return `factor * d` in the dtype of `like`; with `inplace` it may be `d` itself, written or left as it is."""
-    if (
-        type(d) is not Tensor or not inplace or d.numel() == 1
-    ):  # the first stands for other tensors, or for none
+    if type(d) is not Tensor or not inplace or d.numel() == 1:  # the first covers subclasses and None
         return (d.to(factor.dtype) * factor).to(like.dtype)
     on_cpu = runs_on_cpu(d, operators)
     if d.dtype == like.dtype:
         if on_cpu:
             return d if factor.item() == 1 else d.mul_(factor)
-        operators.linear_scale_(d, factor)  # the device looks whether it is 1
+        operators.linear_scale_(d, factor)  # the kernel skips a factor of 1
         return d
     if on_cpu:
         return operators.linear_scaled(d, factor, like)
@@ -51,8 +49,8 @@ class Precomputed(Differentiable):
     Its results are the loss and the gradients that `needs_grad_mask` selects, in the order of `wrt`.
     """
 
-    reduction: ClassVar[int]  # its place among the options
-    row_weight: ClassVar[int]  # the place of the rows' weight among the tensors
+    reduction: ClassVar[int]  # its position among the options
+    row_weight: ClassVar[int]  # the position of the row weights among the tensors
 
     def evaluate(self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], mask: int):
         raise NotImplementedError

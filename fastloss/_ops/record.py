@@ -29,7 +29,7 @@ class Pass:
     bytes: int = 0
     """Minimal traffic: every tensor read once, every result written once, as if no row were ignored."""
     flops: int = 0
-    """Of GEMMs."""
+    """FLOPs of the GEMMs."""
     extra_bytes: int = 0
     """Peak memory beyond that in use before, results included."""
 
@@ -188,7 +188,7 @@ class Record:
 
     @contextlib.contextmanager
     def backward(self, ctx: Any, upstream: Sequence[Tensor | None]) -> Iterator[None]:
-        if autograd.profiler != self.profile.record:  # which is over
+        if autograd.profiler != self.profile.record:  # that profile is over
             yield
             return
         precomputed = bool(getattr(ctx.plan, "precomputed_grads", None))

@@ -83,8 +83,8 @@ class Features:
 class Block(NamedTuple):
     """Some columns of the matrix."""
 
-    index: int  # its place in the order of columns
-    columns: slice  # of all
+    index: int  # its position in the order of columns
+    columns: slice  # among the columns of all blocks
     y: Features | None  # [columns, features]; None: the rows themselves
 
 
@@ -222,7 +222,7 @@ class Matrix:
         """
         x, y = self.x.acc, self.y.acc
         both = self.itself and kind in (SOFTMAX_GRADIENT, PAIRS_GRADIENT) and arrays.get("col_grad") is None
-        both = both and self.on_cpu  # cuBLAS's s_ij and s_ji differ, and so would what they are relative to
+        both = both and self.on_cpu  # cuBLAS's s_ij and s_ji differ, and so would their maxima
         if both:
             of_rows = ("row_max", "row_log_sum", "row_grad")
             arrays |= {name.replace("row", "col"): arrays.get(name) for name in of_rows}
@@ -377,7 +377,7 @@ class SimilarityOp(PythonOp):
 class SoftmaxInputs(NamedTuple):
     x: Tensor  # [m, features]
     y: Tensor | None  # [n, features]
-    scale: Tensor  # one number
+    scale: Tensor  # one element
     base: Tensor | None = None  # [m], subtracted from a row's loss
     target_col: Tensor | None = None  # [m] int64: the column of the positive, or of the row itself
     row_ids: Tensor | None = None  # [m] int64

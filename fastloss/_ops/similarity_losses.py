@@ -29,7 +29,7 @@ from fastloss._ops.similarity import (
 class PairsInputs(NamedTuple):
     x: Tensor  # [m, features]
     y: Tensor | None  # [n, features]
-    scale: Tensor  # one number
+    scale: Tensor  # one element
     target_col: Tensor | None  # [m] int64: the column of the row itself
     row_ids: Tensor  # [m] int64
     col_ids: Tensor | None  # [n] int64
@@ -110,8 +110,8 @@ class PairsOp(SimilarityOp):
 class SigmoidInputs(NamedTuple):
     x: Tensor  # [m, features]
     y: Tensor  # [n, features]
-    scale: Tensor  # one number
-    bias: Tensor | None  # one number
+    scale: Tensor  # one element
+    bias: Tensor | None  # one element
     target_col: Tensor | None  # [m] int64: the column of the positive; None: there is none
     weight: Tensor | None  # [m]
 

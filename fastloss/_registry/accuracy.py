@@ -180,8 +180,7 @@ def eager(
 
 # ---- noise ----------------------------------------------------------------------------------------------
 
-# Operations that round nothing: they move, select, compare or change signs. What is missing here costs a
-# needless rounding.
+# Operations without rounding: they move, select, compare or change signs. A missing one is rounded needlessly.
 # fmt: off
 _EXACT = frozenset({
     "_local_scalar_dense", "_to_copy", "_unique2", "_unsafe_view", "abs", "alias", "all", "amax", "amin",

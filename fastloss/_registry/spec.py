@@ -110,7 +110,7 @@ class Loss:
 
     @property
     def multiplies(self) -> bool:
-        """Whether the loss runs GEMMs: in its own buffers, and in the autocast dtype under autocast."""
+        """True for a loss that runs GEMMs: in its own buffers, and in the autocast dtype under autocast."""
         return self.products != (0, 0)
 
     def work(self, shape: tuple[int, ...]) -> int:

@@ -101,7 +101,7 @@ def sup_con_loss(
     for_ddp: bool = False,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""Supervised contrastive loss of the rows of all ranks: `fastloss.functional.sup_con_loss` of them.
+    r"""Compute the supervised contrastive loss over the rows of all ranks: `fastloss.functional.sup_con_loss` of them.
 
     With :math:`s = \cos / \tau` and the other rows :math:`P_i` of its class, whichever rank has them, row :math:`i` has
     :math:`\log \sum_{a \ne i} e^{s_{ia}} - \sum_{p \in P_i} s_{ip} / |P_i|`. A row that is alone in its class on all

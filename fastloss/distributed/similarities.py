@@ -59,7 +59,7 @@ class _Softmax(Differentiable):
         *state, gathered = saved[:5]
         if inputs.row_ids is not None:
             inputs = inputs._replace(col_ids=saved[5])
-        if attrs.columns and grads.col is None:  # of which the other ranks may have one: all take part
+        if attrs.columns and grads.col is None:  # other ranks may have one: all take part
             grads = grads._replace(col=torch.zeros_like(state[0]))
         rows = Features(inputs.x, attrs.normalize)
         columns = exchange(inputs.x, inputs.y, gathered, ranks, attrs.normalize)
@@ -72,8 +72,8 @@ class _Softmax(Differentiable):
 class SigmoidInputs(NamedTuple):
     x: Tensor  # [m, features], of this rank
     y: Tensor  # [n, features], of this rank
-    scale: Tensor  # one number
-    bias: Tensor | None  # one number
+    scale: Tensor  # one element
+    bias: Tensor | None  # one element
     target_col: Tensor | None  # [m] int64, among the columns of all
     weight: Tensor | None  # [m], of this rank's rows
     weight_of_all: Tensor | None  # [rows of all ranks], not differentiated
@@ -123,7 +123,7 @@ class _Sigmoid(Precomputed):
     def evaluate_again(self, operators, tensors, options, mask):
         if options[self.reduction] == REDUCTIONS["mean"] or tensors[6] is not None:
             return super().evaluate_again(operators, tensors, options, mask)
-        # nothing but the gradients, for which no rank needs the loss of the others
+        # only the gradients, for which no rank needs the loss of the others
         inputs, options = SigmoidInputs(*tensors), SigmoidOptions(*options)
         row_grad = inputs.weight
         if row_grad is None:

@@ -53,7 +53,7 @@ class _NegativeLogProbability(Differentiable):
         return [grad * grad_lse, torch.where(local, -grad, 0.0)]
 
     def differentiable_again(self, plan):
-        check_once()  # what is saved depends on every rank's logits
+        check_once()  # the saved tensors depend on every rank's logits
 
 
 _negative_log_probability = _NegativeLogProbability()

@@ -398,7 +398,7 @@ def batch_all_triplet_loss(
     """
     check_reduction(reduction)
     x, labels, dtype = _labelled_rows(embeddings, labels, distance)
-    unit = 0.5 if distance == "cosine" else 1.0  # of rows of length 1: half the square of their distance
+    unit = 0.5 if distance == "cosine" else 1.0  # 1 - cos is half the squared distance of unit rows
     margin = check_number("margin", margin) / unit
     x = x.to(accumulation_dtype(x.dtype))
     loss, number = _triplets((x, labels), (margin, distance == "euclidean")).unbind(0)

@@ -138,7 +138,7 @@ def ranking_rows(
         of_query = of_query.repeat(1 + hard.shape[0] // max(d.shape[0], 1))
         doc_ids = torch.cat([doc_ids, doc_ids.new_full((hard.shape[0],), torch.iinfo(torch.int64).min)])
     scale = number("scale", scale, q)
-    if set(directions) & set(DIRECTIONS[2:]):  # several gradients of it, to be added up unrounded
+    if set(directions) & set(DIRECTIONS[2:]):  # its gradients are added up unrounded
         scale = scale.reshape(()).to(accumulation_dtype(q.dtype))
     both = "doc_to_query" in directions
     row_ids, col_ids = (None, None) if ids is None else (query_ids, doc_ids)
@@ -154,11 +154,11 @@ def ranking_rows(
     if "query_to_query" in directions:
         terms.append(softmax(SoftmaxInputs(q, None, scale, first, row_ids=query_ids), attrs)[0])
     if "doc_to_doc" in directions:
-        if ids is not None:  # of one query or of one id, which are not both expressed by one number for a row
+        if ids is not None:  # a row id cannot express both its query and its id
             raise ValueError("ids: not with the direction doc_to_doc")
         own = SoftmaxInputs(d[own_doc], docs, scale, first, row_ids=of_query[own_doc], col_ids=of_query)
         terms.append(softmax(own, attrs)[0])
     others = torch.stack(terms).logsumexp(0) if len(terms) > 1 else row
-    # with both directions the positive stands in the sum twice
+    # with both directions the positive is in the sum twice
     loss = F.softplus(others - math.log(2)) + math.log(2) if both else F.softplus(others)
     return loss, weight, dtype

@@ -141,7 +141,7 @@ def bradley_terry_loss(
         weight: :math:`w`, same shape; pairs of weight 0 are ignored, even if NaN. Default: 1.
         label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
         center_coefficient: :math:`k`, pulls the rewards towards a mean of 0. Default: 0.
-        reduction: `"none"`, `"mean"` (over the pairs, whatever their weights) or `"sum"`. Default: `"mean"`.
+        reduction: `"none"`, `"mean"` (over the pairs, regardless of their weights) or `"sum"`. Default: `"mean"`.
 
     Returns:
         A scalar, or for `"none"` a tensor of the shape of the inputs.

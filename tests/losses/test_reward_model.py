@@ -1,4 +1,4 @@
-"""Losses of rankings beside their definitions, pair by pair and choice by choice."""
+"""Losses of rankings against their definitions, pair by pair and choice by choice."""
 
 from __future__ import annotations
 

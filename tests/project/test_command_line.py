@@ -1,4 +1,4 @@
-"""`check` finds what is wrong, `bench` times nothing wrong, and both say so by their exit code."""
+"""`check` finds wrong results, `bench` does not time them, and both report them by their exit code."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_bench_sees_one_wrong_element_of_the_full_shape():
 
 
 def test_bench_knows_a_gradient_that_jumps(monkeypatch):
-    """In bfloat16 eager PPO clips other ratios than float32 would, which is no mistake of who computes in float32."""
+    """In bfloat16 eager PPO clips other ratios than float32 would, which is no mistake of a float32 computation."""
     (clipped,) = losses("policy_loss")
     functions = {"eager": clipped.reference, "fastloss": clipped.function}
     monkeypatch.setattr(bench_worker, "candidates", lambda *_: functions)
