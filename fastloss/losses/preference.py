@@ -53,8 +53,8 @@ def kto_loss(
             float64, bfloat16 or float16.
         labels: True (or positive) where the completion is desirable, of the same shape.
         kl: :math:`z`, a scalar or one number for each completion, without gradient: an estimate of the divergence of
-            policy from reference, in the paper `(policy - reference).mean().clamp(min=0)` of completions to other prompts,
-            averaged over all processes before the clamp. Default: 0.
+            policy from reference, in the paper `(policy - reference).mean().clamp(min=0)` of completions to other
+            prompts, averaged over all processes before the clamp. Default: 0.
         beta: :math:`\beta > 0`. Default: 0.1.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
         desirable_weight, undesirable_weight: :math:`\lambda_D` and :math:`\lambda_U`. Default: 1.
