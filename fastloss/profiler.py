@@ -100,9 +100,9 @@ class profile(Recorder):
     ```
 
     Times are of the operators, without what a loss does around them in PyTorch. On CUDA they come from events, which
-    are read after the block: profiling adds no synchronisation. Calls inside a
-    `torch.compile`d function or a CUDA graph are not timed here; `torch.profiler` shows them, and all others, as
-    `fastloss::<operator>_fwd` and `_bwd`. There is no overhead outside such a block.
+    are read after the block: profiling adds no synchronisation. Calls inside a `torch.compile`d function or a CUDA
+    graph are not timed here; `torch.profiler` shows them, and all others, as `fastloss::<operator>_fwd` and `_bwd`.
+    There is no overhead outside such a block.
 
     The ceiling is the bandwidth of a copy of 256 MiB, measured once in a process, after the block.
 

@@ -42,10 +42,10 @@ def cringe_loss(
 ) -> Tensor:
     r"""Compute the token loss of CRINGE for sequences that should not be generated.
 
-    At each token a positive class is drawn from the softmax over the `top_k` largest logits that are not the
-    negative label's, and the loss is :math:`\mathrm{softplus}(s^- - s^+)`, with :math:`s^-, s^+` the logits of the
-    negative label and of the drawn class. Only these two logits have a gradient. Add it to the cross-entropy of
-    sequences that should be generated, with weight 1.
+    At each token a positive class is drawn from the softmax over the `top_k` largest logits that are not the negative
+    label's, and the loss is :math:`\mathrm{softplus}(s^- - s^+)`, with :math:`s^-, s^+` the logits of the negative
+    label and of the drawn class. Only these two logits have a gradient. Add it to the cross-entropy of sequences that
+    should be generated, with weight 1.
 
     Args:
         logits: `[..., V]`, V > `top_k`.
@@ -174,8 +174,8 @@ def ppo_total_loss(
 
     .. math:: L_\mathrm{clip} + c_1 L_V - c_2 H
 
-    with `policy_loss`, `value_loss` (which includes the factor 1/2) and the mean of the entropies. The
-    signs are those of a loss to be minimised: the value loss is added, the entropy taken off.
+    with `policy_loss`, `value_loss` (which includes the factor 1/2) and the mean of the entropies. The signs are those
+    of a loss to be minimised: the value loss is added, the entropy taken off.
 
     Args:
         logps, old_logps, advantages: `[..., T]`, as for `policy_loss`; advantages also `[...]`.

@@ -1,9 +1,9 @@
 """The process that measures: `bench` starts it once and writes one line of JSON to it for each measurement.
 
-Every measurement runs in a fork of it, and each allocator regime and each candidate's memory in a fork of that:
-no state leaks from one to the next, and nothing is imported or drawn twice. Until then one thread runs and no GPU is
-touched, so that forks may use all threads and the GPU. Lines of JSON go to standard output: progress, then one with
-the result. All other output goes to standard error.
+Every measurement runs in a fork of it, and each allocator regime and each candidate's memory in a fork of that: no
+state leaks from one to the next, and nothing is imported or drawn twice. Until then one thread runs and no GPU is
+touched, so that forks may use all threads and the GPU. Lines of JSON go to standard output: progress, then one with the
+result. All other output goes to standard error.
 """
 
 from __future__ import annotations

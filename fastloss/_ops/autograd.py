@@ -281,11 +281,11 @@ class Op(Differentiable):
 class FusedOp(Op):
     """A loss whose forward pass also writes the gradients if the loss is a scalar: the data is at hand.
 
-    `fwd` takes `with_gradient` after the options and returns, after the outputs and the state for backward, buffers
-    of the gradients of `wrt` for an upstream gradient of 1. The first backward returns them if its upstream
-    gradient is 1, else `bwd_into` recomputes them from the inputs; both ways give the same bits. On the CPU,
-    where reading the upstream gradient costs nothing, a function whose upstream gradients are not 1 stops fusing.
-    `reduction` is the position of the reduction among the options.
+    `fwd` takes `with_gradient` after the options and returns, after the outputs and the state for backward, buffers of
+    the gradients of `wrt` for an upstream gradient of 1. The first backward returns them if its upstream gradient is 1,
+    else `bwd_into` recomputes them from the inputs; both ways give the same bits. On the CPU, where reading the
+    upstream gradient costs nothing, a function whose upstream gradients are not 1 stops fusing. `reduction` is the
+    position of the reduction among the options.
     """
 
     traced_extra = (False,)

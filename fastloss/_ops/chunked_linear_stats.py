@@ -1,8 +1,7 @@
 """Statistics of rows of `input @ weight.T + bias` (see `token_stats`), without the matrix of all logits.
 
-Forward computes the logits of a chunk of rows and keeps a few numbers per row; backward computes them again, turns
-them into their gradient, and multiplies that by hidden states and weight. Chunks and GEMMs are those of
-`chunked_linear`.
+Forward computes the logits of a chunk of rows and keeps a few numbers per row; backward computes them again, turns them
+into their gradient, and multiplies that by hidden states and weight. Chunks and GEMMs are those of `chunked_linear`.
 """
 
 from __future__ import annotations

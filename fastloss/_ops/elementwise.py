@@ -18,8 +18,8 @@ class ElementOp(FusedOp):
     """An elementwise loss: its inputs, tensors of one shape, then `weight` of that shape and `norm`, a scalar.
 
     An int64 tensor among the inputs holds classes and stands for their one-hot encoding along a last dimension.
-    Broadcast tensors come expanded and are not copied. A weight of 0 leaves an element out; a reduced
-    loss is divided by `norm`.
+    Broadcast tensors come expanded and are not copied. A weight of 0 leaves an element out; a reduced loss is divided
+    by `norm`.
 
     `options` are `reduction, hparams, ignore_index, background_index, out_fp32`, with `hparams` from `pack`. `formula`,
     the reference of one element's loss, takes the inputs, and by name the hyperparameters.

@@ -1,8 +1,8 @@
 """Transforms between the GEMM of a chunk and its row loss, in place where possible, and their backward.
 
-A logit transform is constructed from the number of features and its hyperparameters, `HPARAMS`. `forward` turns a
-chunk of products into logits, `backward` the logits' gradient into that of the products; `classes` is the number of
-logits per row, `extra_per_row` the number of elements per row that it allocates. Its state lasts for one chunk.
+A logit transform is constructed from the number of features and its hyperparameters, `HPARAMS`. `forward` turns a chunk
+of products into logits, `backward` the logits' gradient into that of the products; `classes` is the number of logits
+per row, `extra_per_row` the number of elements per row that it allocates. Its state lasts for one chunk.
 """
 
 from __future__ import annotations

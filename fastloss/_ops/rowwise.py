@@ -21,8 +21,8 @@ class RowOp(FusedOp):
     """A loss of rows of logits: tensors `(input, target, weight, row_weight)`, one output.
 
     `options` are `ignore_index, reduction, logit_scale, softcap, hparams, out_fp32`, as in the operator's schema, with
-    `hparams` from `pack`. The reference takes `input, target` and by name `weight, sample_weight, ignore_index,
-    reduction, logit_scale, softcap` and the hyperparameters.
+    `hparams` from `pack`. The reference takes `input, target` and by name
+    `weight, sample_weight, ignore_index, reduction, logit_scale, softcap` and the hyperparameters.
     """
 
     backward_options = slice(2, 5)
@@ -80,8 +80,8 @@ class NumberOp(FusedOp):
     """A row loss with a term for number tokens, one output.
 
     The tensors are `(input, target, ids, table, max_distance, position, number_weight)`, the options
-    `ignore_index, reduction, hparams, out_fp32`, as in the operator's schema; the reference takes the
-    tensors, and by name the first two and the hyperparameters.
+    `ignore_index, reduction, hparams, out_fp32`, as in the operator's schema; the reference takes the tensors, and by
+    name the first two and the hyperparameters.
     """
 
     backward_options = slice(2, 3)

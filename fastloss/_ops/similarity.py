@@ -2,8 +2,8 @@
 
 On the CPU one call runs over the whole matrix in tiles, GEMMs included (csrc/cpu/kernels/similarity.h). On CUDA the
 GEMMs are cuBLAS's, for a block of the matrix at a time that `BUDGET` bytes hold, with a fused epilogue on each block
-(csrc/cuda/kernels/similarity.cu). `target_col` and ids determine the role
-of an entry: see `EntryRule` in csrc/losses/similarity.h.
+(csrc/cuda/kernels/similarity.cu). `target_col` and ids determine the role of an entry: see `EntryRule` in
+csrc/losses/similarity.h.
 
 The columns come in blocks: one here (`OneBlock`), several in `fastloss.distributed.exchange`.
 """
@@ -217,8 +217,8 @@ class Matrix:
     def run(self, kind: int, gradients: bool = False, **arrays: Tensor | None) -> Sequence[Tensor | None]:
         """Run one pass over the matrix. With `gradients` it returns those of the rows `x.acc`, `y.acc`, and the scale.
 
-        On the CPU, of x with itself the gradient of s and its transpose are computed as one matrix, with a row's
-        arrays as the column's: one GEMM fewer, and no gradient of y.
+        On the CPU, of x with itself the gradient of s and its transpose are computed as one matrix, with a row's arrays
+        as the column's: one GEMM fewer, and no gradient of y.
         """
         x, y = self.x.acc, self.y.acc
         both = self.itself and kind in (SOFTMAX_GRADIENT, PAIRS_GRADIENT) and arrays.get("col_grad") is None

@@ -12,9 +12,9 @@ eager's error: the largest |eager - exact| of the tensor, where `eager` is plain
 
 Why noise. Eager's error alone does not tell how well a result can be computed: the error of a scalar whose terms cancel
 may by chance be a hundredth of the terms' rounding, and changes with the seed, the width of a vector and the order of a
-sum. What matters is the magnitude of the terms. With unit roundoff u = eps / 2 every operation yields
-z (1 + d), |d| <= u, instead of z, and a sum or a product of matrices yields the sum of terms t_i (1 + d_i). To first
-order an output y is then off by
+sum. What matters is the magnitude of the terms. With unit roundoff u = eps / 2 every operation yields z (1 + d), |d| <=
+u, instead of z, and a sum or a product of matrices yields the sum of terms t_i (1 + d_i). To first order an output y is
+then off by
 
     sum over all intermediate numbers z of (dy / dz) z d_z.
 

@@ -1,7 +1,7 @@
 """The exchange of columns between ranks: by an all-gather beforehand, or passed around a ring.
 
-Both yield the columns of all ranks in blocks and return the gradients to the columns' owners. They implement
-`Columns` of `fastloss._ops.similarity`.
+Both yield the columns of all ranks in blocks and return the gradients to the columns' owners. They implement `Columns`
+of `fastloss._ops.similarity`.
 """
 
 from __future__ import annotations

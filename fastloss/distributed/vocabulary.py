@@ -1,7 +1,7 @@
 """Vocabulary-parallel losses: each rank holds a slice of the classes.
 
-Ranks exchange a few numbers per row, never logits. Every rank gets the same loss, and the gradients of its own
-logits or slice of the weight; the gradient of hidden states, which are replicated, is all-reduced.
+Ranks exchange a few numbers per row, never logits. Every rank gets the same loss, and the gradients of its own logits
+or slice of the weight; the gradient of hidden states, which are replicated, is all-reduced.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ def cross_entropy(
     r"""Compute vocabulary-parallel cross-entropy: each rank holds the logits of a slice of the classes.
 
     Equal to `fastloss.functional.cross_entropy` of the concatenated slices. The ranks exchange four numbers per row:
-    one all-reduce of the largest log-sum-exp, one of the probability mass, the target's logit and the rank that
-    holds it. Backward exchanges nothing. Each rank gets the same loss and the gradient of its own logits, for an
-    upstream gradient that is the same on every rank.
+    one all-reduce of the largest log-sum-exp, one of the probability mass, the target's logit and the rank that holds
+    it. Backward exchanges nothing. Each rank gets the same loss and the gradient of its own logits, for an upstream
+    gradient that is the same on every rank.
 
     Differs from one process only by rounding: with W ranks, logits :math:`z` and rounding unit :math:`u` (2^-24, in
     float64 2^-53), value and gradient by at most :math:`u (W + 8 + 4 \max |z|)` of themselves before they are rounded

@@ -17,10 +17,10 @@ def group_advantages(
 ) -> Tensor:
     r"""Compute group-relative advantages of the completions of each prompt.
 
-    With the mean :math:`\bar r` and the (unbiased) standard deviation :math:`s` of the rewards of a group of
-    :math:`n` completions, :math:`(r - \bar r) / (s + \varepsilon)` (grpo), :math:`r - \bar r` (dr_grpo), or
-    :math:`(r - \bar r)\, n / (n - 1)`, the difference from the mean of the others (rloo). A completion that is alone
-    in its group has advantage 0.
+    With the mean :math:`\bar r` and the (unbiased) standard deviation :math:`s` of the rewards of a group of :math:`n`
+    completions, :math:`(r - \bar r) / (s + \varepsilon)` (grpo), :math:`r - \bar r` (dr_grpo), or
+    :math:`(r - \bar r)\, n / (n - 1)`, the difference from the mean of the others (rloo). A completion that is alone in
+    its group has advantage 0.
 
     Args:
         rewards: shape `(N)`; float32, float64, bfloat16 or float16.

@@ -90,9 +90,9 @@ def cvar_loss(
     .. math:: \theta + \frac{1}{(1 - q) N} \sum_i \max(\ell_i - \theta, 0)
 
     Without `theta` the exact minimum over it: with the losses in descending order, :math:`k = (1 - q) N` and
-    :math:`\theta = \ell_{(\lceil k \rceil)}`, it is :math:`\frac1k [\sum_{\ell_i > \theta} \ell_i + (k - n_>)
-    \theta]`. Losses above :math:`\theta` have the weight 1/k, those that equal it split the rest equally, so the result
-    and its gradient do not depend on the order of the samples. The formula at
+    :math:`\theta = \ell_{(\lceil k \rceil)}`, it is :math:`\frac1k [\sum_{\ell_i > \theta} \ell_i + (k - n_>) \theta]`.
+    Losses above :math:`\theta` have the weight 1/k, those that equal it split the rest equally, so the result and its
+    gradient do not depend on the order of the samples. The formula at
     `torch.quantile(losses, q, interpolation="lower")`, of which the rank is :math:`\lfloor q (N - 1) \rfloor`, is not
     below this, and in some cases above.
 
@@ -102,8 +102,8 @@ def cvar_loss(
         theta: a number, or a tensor of one, without dimensions, that may be trained: it gets a gradient. Default:
             the best one, found by a search of fixed length through the bits of the losses.
         flood: a level b, of which the result is :math:`|L - b| + b`. Default: none.
-        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of
-            weight 0 are ignored, even if NaN. Default: 1.
+        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of weight
+            0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:
@@ -150,8 +150,8 @@ def chi2_dro_loss(
         theta: a number, or a tensor of one, without dimensions, that may be trained: it gets a gradient. Default:
             the best one.
         flood: a level b, of which the result is :math:`|L - b| + b`. Default: none.
-        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of
-            weight 0 are ignored, even if NaN. Default: 1.
+        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of weight
+            0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:
@@ -222,8 +222,8 @@ def soft_ad_loss(
         theta: a number, or a tensor of one, without dimensions, that may be trained: it gets a gradient.
         sigma: :math:`\sigma > 0`. Default: 1.
         eta: :math:`\eta`; where theta is a constant so is its term. Default: 1.
-        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of
-            weight 0 are ignored, even if NaN. Default: 1.
+        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of weight
+            0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:
@@ -251,15 +251,15 @@ def tilted_loss(
 ) -> Tensor:
     r"""Compute the tilted empirical risk, :math:`\frac1t \log \frac1N \sum_i e^{t \ell_i}`.
 
-    From the smallest loss (:math:`t \to -\infty`) over the mean (0) to the largest (:math:`t \to \infty`). It does
-    not overflow, and is as accurate as the mean for any small t: exponents are relative to the largest of them, and
-    where they are near 0 it takes the logarithm of 1 + the mean of :math:`e^x - 1`.
+    From the smallest loss (:math:`t \to -\infty`) over the mean (0) to the largest (:math:`t \to \infty`). It does not
+    overflow, and is as accurate as the mean for any small t: exponents are relative to the largest of them, and where
+    they are near 0 it takes the logarithm of 1 + the mean of :math:`e^x - 1`.
 
     Args:
         losses: of any shape; float32, float64, bfloat16 or float16.
         t: any finite number.
-        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of
-            weight 0 are ignored, even if NaN. Default: 1.
+        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of weight
+            0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:

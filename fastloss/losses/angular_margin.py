@@ -171,9 +171,9 @@ def arcface_loss(
 
     .. math:: \varphi(\theta) = \cos(\theta + m) \text{ if } \theta + m < \pi \text{, else } \cos\theta - m \sin m
 
-    which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`,
-    else :math:`\cos\theta`. Cosines are computed for a chunk of rows and turned into their gradient in place: beyond
-    the normalised copies and the gradients that takes at most 128 MiB (on CUDA as much as `linear_cross_entropy`).
+    which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`, else
+    :math:`\cos\theta`. Cosines are computed for a chunk of rows and turned into their gradient in place: beyond the
+    normalised copies and the gradients that takes at most 128 MiB (on CUDA as much as `linear_cross_entropy`).
     Half-precision inputs are normalised in float32, on the CPU also multiplied.
 
     Args:
@@ -271,8 +271,8 @@ def harmonic_loss(
               d_j = \sqrt{\lVert x - w_j \rVert^2 + \varepsilon}
 
     It is invariant to a common scale of `x` and `w`; the softmax of :math:`-d^2` that is sometimes used in its place is
-    not. Distances come from :math:`\lVert x \rVert^2 + \lVert w \rVert^2 - 2 x w` in float32 (float64), of one
-    chunk of rows at a time; a squared distance has the rounding of the squared lengths.
+    not. Distances come from :math:`\lVert x \rVert^2 + \lVert w \rVert^2 - 2 x w` in float32 (float64), of one chunk of
+    rows at a time; a squared distance has the rounding of the squared lengths.
 
     Args:
         input: of shape `(N, D)`; float32, float64, bfloat16 or float16.

@@ -44,13 +44,13 @@ def clip_loss(
 
     .. math:: \tfrac12 \Big(\log \sum_j e^{s_{ij}} - s_{ii}\Big) + \tfrac12 \Big(\log \sum_j e^{s_{ji}} - s_{ii}\Big)
 
-    The matrix :math:`s` is computed in tiles, once for the statistics of rows and columns and once for the gradients
-    of both sides: four GEMMs, and memory in proportion to the features. Maxima are exact, and the sums leave the
-    positive out, so that a small loss keeps its relative precision.
+    The matrix :math:`s` is computed in tiles, once for the statistics of rows and columns and once for the gradients of
+    both sides: four GEMMs, and memory in proportion to the features. Maxima are exact, and the sums leave the positive
+    out, so that a small loss keeps its relative precision.
 
     Args:
-        image_features: :math:`x`, shape `(B, D)`; float32, float64, bfloat16 or float16. Not
-            normalised unless `normalize` is set.
+        image_features: :math:`x`, shape `(B, D)`; float32, float64, bfloat16 or float16. Not normalised unless
+            `normalize` is set.
         text_features: :math:`y`, of the same shape and type; the text of image :math:`i` is row :math:`i`.
         logit_scale: :math:`a`, a number or a tensor of one; it gets a gradient if it requires one.
         logit_bias: :math:`b`; it changes nothing, and its gradient is 0. Default: none.
@@ -59,8 +59,8 @@ def clip_loss(
         normalize: divide each row by its length first. Default: False.
 
     Returns:
-        A scalar, or for `"none"` one number for each pair, of the features' type (float32 under autocast, where
-        the GEMMs run in the autocast dtype).
+        A scalar, or for `"none"` one number for each pair, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
         ValueError, RuntimeError, TypeError: for unsupported shapes and types.
@@ -98,15 +98,14 @@ def siglip_loss(
 ) -> Tensor:
     r"""Compute the SigLIP loss: binary classification of every image-text pair as matching or not.
 
-    With :math:`s_{ij} = a \langle x_i, y_j \rangle + b`, and :math:`z_{ij} = 1` where the two match
-    and :math:`-1` elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`. The mean is over
-    images, not over pairs.
+    With :math:`s_{ij} = a \langle x_i, y_j \rangle + b`, and :math:`z_{ij} = 1` where the two match and :math:`-1`
+    elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`. The mean is over images, not over pairs.
 
     Value and gradients come from one pass over the matrix, which is never stored: three GEMMs.
 
     Args:
-        image_features: :math:`x`, shape `(B, D)`; float32, float64, bfloat16 or float16. Not
-            normalised unless `normalize` is set.
+        image_features: :math:`x`, shape `(B, D)`; float32, float64, bfloat16 or float16. Not normalised unless
+            `normalize` is set.
         text_features: :math:`y`, `(N, D)`, of the same type.
         logit_scale: :math:`a`, a number or a tensor of one; it gets a gradient if it requires one.
         logit_bias: :math:`b`, the same. Default: 0.
@@ -117,8 +116,8 @@ def siglip_loss(
             processes; None: no text here belongs to any image. Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each image, of the features' type (float32 under autocast, where
-        the GEMMs run in the autocast dtype).
+        A scalar, or for `"none"` one number for each image, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
         ValueError, RuntimeError, TypeError: for unsupported shapes and types.
@@ -176,8 +175,8 @@ def info_nce(
             processes; without `negative_keys`. Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each query, of the features' type (float32 under autocast, where
-        the GEMMs run in the autocast dtype).
+        A scalar, or for `"none"` one number for each query, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
         ValueError, RuntimeError, TypeError: for unsupported shapes and types.

@@ -85,9 +85,9 @@ def ctc_loss(
 
     Args:
         log_probs: log-probabilities `(T, N, C)` or `(T, C)`, with `from_logits` logits; float32, float64, bfloat16 or
-            float16, half-precision dtypes are computed in float32.
-        targets: integers `(N, S)` padded or `(sum of target_lengths)` concatenated, without blanks; `(S)` for
-            one sequence.
+            float16. Half-precision dtypes are computed in float32.
+        targets: integers `(N, S)` padded or `(sum of target_lengths)` concatenated, without blanks; `(S)` for one
+            sequence.
         input_lengths, target_lengths: `(N)`, for one sequence `()` or `(1)`; tensors of integers or sequences of them.
         blank: class of the blank. Default: 0.
         reduction: `"none"`, `"mean"`: each loss divided by its target's length (or 1), then the mean over the batch;
@@ -100,8 +100,8 @@ def ctc_loss(
         A scalar, or for `"none"` a tensor of shape `(N)`, `()` for one sequence.
 
     Raises:
-        RuntimeError, ValueError, TypeError: for unsupported shapes, types and options. Lengths and classes out of
-            range are found on the CPU; on CUDA, where checking would synchronise, they give NaN. Concatenated targets
+        RuntimeError, ValueError, TypeError: for unsupported shapes, types and options. Lengths and classes out of range
+            are found on the CPU; on CUDA, where checking would synchronise, they give NaN. Concatenated targets
             synchronise if their lengths are on a CUDA device.
 
     Source: Graves et al., ICML 2006; `torch.nn.functional.ctc_loss`.

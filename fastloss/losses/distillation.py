@@ -79,13 +79,13 @@ def js_div_logits(
     .. math:: \beta\, \mathrm{KL}(p \,\|\, m) + (1 - \beta)\, \mathrm{KL}(q \,\|\, m), \qquad
               m = \beta p + (1 - \beta) q .
 
-    The end points are defined as in TRL and GKD, not as the limits of this formula (which are 0):
-    :math:`\beta = 0` is the forward divergence :math:`\mathrm{KL}(p \| q) = \sum_j p_j \log (p_j / q_j)`, as in plain
-    distillation, and :math:`\beta = 1` the reverse one :math:`\mathrm{KL}(q \| p)`.
+    The end points are defined as in TRL and GKD, not as the limits of this formula (which are 0): :math:`\beta = 0` is
+    the forward divergence :math:`\mathrm{KL}(p \| q) = \sum_j p_j \log (p_j / q_j)`, as in plain distillation, and
+    :math:`\beta = 1` the reverse one :math:`\mathrm{KL}(q \| p)`.
 
     Both tensors are read once, the gradients of those that require one are written while the rows are in cache; no
-    distribution is stored. A class of probability 0 in one of them (a logit of -inf) contributes the limit of its
-    term, and one of probability 0 in both contributes nothing.
+    distribution is stored. A class of probability 0 in one of them (a logit of -inf) contributes the limit of its term,
+    and one of probability 0 in both contributes nothing.
 
     Args:
         student_logits: :math:`s`, `[..., V]`; float32, float64, bfloat16 or float16.
@@ -139,8 +139,8 @@ def kl_div_logits(
     .. math:: \mathrm{KL}(p \,\|\, q) = \sum_j p_j \log \frac{p_j}{q_j}, \qquad
               p = \mathrm{softmax}(t / T),\ q = \mathrm{softmax}(s / T)
 
-    of the teacher's logits :math:`t` and the student's :math:`s`; the gradient with respect to
-    the latter is :math:`(q - p) / T`. Equal to `js_div_logits` with `beta=0`; `beta=1` gives the reverse divergence.
+    of the teacher's logits :math:`t` and the student's :math:`s`; the gradient with respect to the latter is
+    :math:`(q - p) / T`. Equal to `js_div_logits` with `beta=0`; `beta=1` gives the reverse divergence.
 
     Args:
         student_logits: :math:`s`, `[..., V]`; float32, float64, bfloat16 or float16.

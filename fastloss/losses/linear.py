@@ -110,11 +110,11 @@ def linear_cross_entropy(
     and with probabilities :math:`q`, :math:`\sum_c w_c [(1 - \varepsilon) q_c + \varepsilon / C]
     (\mathrm{lse} - z_c) + \zeta\, \mathrm{lse}^2`.
 
-    Logits of a chunk of rows are computed, turned into their gradient in place and multiplied on. Beyond the
-    gradients that takes at most 128 MiB on the CPU (while one row of logits is smaller than that), and on CUDA as
-    much as the weight has in float32, if that is more, up to 1 GiB; `options` can lower it. Gradients of half-precision
-    dtypes are collected in float32 and so take 4 bytes an element until backward (that of a large bfloat16 weight on
-    CUDA only until forward ends, and not at all where one chunk does). For "mean" and "sum" the gradients of `input`,
+    Logits of a chunk of rows are computed, turned into their gradient in place and multiplied on. Beyond the gradients
+    that takes at most 128 MiB on the CPU (while one row of logits is smaller than that), and on CUDA as much as the
+    weight has in float32, if that is more, up to 1 GiB; `options` can lower it. Gradients of half-precision dtypes are
+    collected in float32 and so take 4 bytes an element until backward (that of a large bfloat16 weight on CUDA only
+    until forward ends, and not at all where one chunk does). For "mean" and "sum" the gradients of `input`,
     `linear_weight` and `linear_bias` are computed in forward, those that are required. On the CPU rows that are
     ignored, or have a `sample_weight` of 0, are left out of the GEMMs; on CUDA, where counting them would synchronise,
     they are not.
@@ -131,21 +131,21 @@ def linear_cross_entropy(
             `sample_weight` over the rows that are not ignored (with probabilities: of `sample_weight`).
         ignore_index: rows with this class are ignored and have no gradient. Default: -100.
         label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
-        options: torch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` is the most rows in a chunk (fewer
-            if memory requires it); its policies do not apply here: sums are always in float32 (float64), and a graph
-            may always be retained. Default: None.
+        options: torch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` is the most rows in a chunk (fewer if
+            memory requires it); its policies do not apply here: sums are always in float32 (float64), and a graph may
+            always be retained. Default: None.
         logit_scale: :math:`s`, multiplies the logits. Default: 1.
         softcap: :math:`c > 0`, bounds the logits (Gemma 2). Default: none.
         z_loss: :math:`\zeta`, pulls lse towards 0 (PaLM, ST-MoE). Default: 0.
         sample_weight: a weight for each row, of the shape of the classes. Default: 1.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the shape of the classes, of the input's type. Under autocast the
-        GEMMs run in the autocast dtype, as those of `linear`, and the loss is float32.
+        A scalar, or for `"none"` a tensor of the shape of the classes, of the input's type. Under autocast the GEMMs
+        run in the autocast dtype, as those of `linear`, and the loss is float32.
 
     Raises:
-        ValueError, RuntimeError, IndexError: where torch raises them. On CUDA, where checking would
-            synchronise, a class out of bounds gives NaN instead.
+        ValueError, RuntimeError, IndexError: where torch raises them. On CUDA, where checking would synchronise, a
+            class out of bounds gives NaN instead.
 
     Source: `torch.nn.functional.linear_cross_entropy`; Cut Your Losses https://arxiv.org/abs/2411.09009, Liger
     https://arxiv.org/abs/2410.10989, softcap https://arxiv.org/abs/2408.00118, z-loss

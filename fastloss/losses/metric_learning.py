@@ -320,10 +320,10 @@ def batch_hard_triplet_loss(
 ) -> Tensor:
     r"""Compute the triplet loss of each row with the farthest row of its class and the nearest of another.
 
-    With these two distances :math:`d_p` and :math:`d_n` a row has :math:`\max(0, d_p - d_n + m)`, or without a
-    margin :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the similarity matrix, which is
-    not stored; their distances are then computed from differences. A row without a positive or without a
-    negative has 0 and does not count in the mean.
+    With these two distances :math:`d_p` and :math:`d_n` a row has :math:`\max(0, d_p - d_n + m)`, or without a margin
+    :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the similarity matrix, which is not stored;
+    their distances are then computed from differences. A row without a positive or without a negative has 0 and does
+    not count in the mean.
 
     Args:
         embeddings: shape `(B, D)`; float32, float64, bfloat16 or float16.

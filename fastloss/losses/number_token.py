@@ -1,8 +1,8 @@
 """Losses that know the values of number tokens.
 
 Those without a cross-entropy take the number tokens' logits, or, where their probability in the whole vocabulary
-counts, their log-probabilities from `token_stats`, at the cost of one read of the vocabulary. The rest is arithmetic
-on [rows, number tokens].
+counts, their log-probabilities from `token_stats`, at the cost of one read of the vocabulary. The rest is arithmetic on
+[rows, number tokens].
 """
 
 from __future__ import annotations

@@ -236,8 +236,7 @@ def orpo_loss(
     r"""Compute the ORPO loss (odds ratio preference optimisation).
 
     The loss of a pair is :math:`\mathrm{nll} - \beta \log \sigma(\mathrm{odds}(c) - \mathrm{odds}(r))` with
-    :math:`\mathrm{odds}(x) = x - \log(1 - e^x)`. Value and gradient are finite for every
-    log-probability below 0.
+    :math:`\mathrm{odds}(x) = x - \log(1 - e^x)`. Value and gradient are finite for every log-probability below 0.
 
     Args:
         chosen_logps, rejected_logps: :math:`c, r < 0`, mean log-probabilities of the tokens of a completion, of one

@@ -58,8 +58,8 @@ def multiple_negatives_ranking_loss(
     Args:
         anchor: queries, shape `(B, D)`; float32, float64, bfloat16 or float16.
         positive: documents `(N, D)` of the same type, those of the queries and possibly more.
-        negatives: hard negatives `(K, N, D)`, K for the query of each document, or `(N, D)`; they are wrong
-            documents for all queries. Default: none.
+        negatives: hard negatives `(K, N, D)`, K for the query of each document, or `(N, D)`; they are wrong documents
+            for all queries. Default: none.
         scale: :math:`a`, a number or a tensor of one, which gets a gradient if it requires one. Default: 20.
         directions: which ones, `"query_to_doc"` first.
         partition_mode: `"joint"` or `"per_direction"`; the latter only with directions that have a positive.
@@ -72,8 +72,8 @@ def multiple_negatives_ranking_loss(
             from several processes. Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each query, of the features' type (float32 under autocast, where
-        the GEMMs run in the autocast dtype).
+        A scalar, or for `"none"` one number for each query, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
         ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.

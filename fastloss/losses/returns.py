@@ -124,8 +124,8 @@ def gae(
     .. math:: \delta_t = r_t + \gamma (1 - \mathrm{terminated}_t) V_{t+1} - V_t, \qquad
               A_t = \delta_t + \gamma \lambda (1 - \mathrm{terminated}_t) (1 - \mathrm{truncated}_t) A_{t+1}
 
-    The results are linear in rewards and values and carry exact gradients where these require them; targets of a
-    policy loss should have none: call under `torch.no_grad()` or give `values.detach()`.
+    The results are linear in rewards and values and carry exact gradients where these require them; targets of a policy
+    loss should have none: call under `torch.no_grad()` or give `values.detach()`.
 
     Args:
         rewards: :math:`r`, shape `(..., T)`, time being the last dimension; float32, float64, bfloat16, float16.
@@ -139,15 +139,15 @@ def gae(
         bootstrap_value: :math:`V(s_T)` behind the last step, shape `(...)`. Default: 0.
         mask: bool, same shape; where False there is no step: the steps around it are neighbours, the results 0.
             Default: everywhere True.
-        cu_seqlens: int32 or int64 `(S + 1)`, from 0 to N: sequences packed into tensors `(N)`;
-            `bootstrap_value` then is `(S)`. Default: none.
+        cu_seqlens: int32 or int64 `(S + 1)`, from 0 to N: sequences packed into tensors `(N)`; `bootstrap_value` then
+            is `(S)`. Default: none.
 
     Returns:
         Advantages and returns, of the shape of rewards and the wider type of rewards and values.
 
     Raises:
-        ValueError, TypeError: for unsupported shapes, types and options, naming the argument. Offsets are
-            checked on the CPU; on CUDA, where checking would synchronise, nothing out of bounds is read.
+        ValueError, TypeError: for unsupported shapes, types and options, naming the argument. Offsets are checked on
+            the CPU; on CUDA, where checking would synchronise, nothing out of bounds is read.
 
     Source: https://arxiv.org/abs/1506.02438; terminated and truncated as in gymnasium and TorchRL, masks as in verl.
     """

@@ -80,15 +80,15 @@ def sup_con_loss(
             their `sample_weight`.
         sample_weight: `(B)`, a weight for each row. Default: 1.
         normalize: divide each row by its length first; False: :math:`s = \langle x_i, x_a \rangle / \tau`.
-        keys: `(N, D)`, of the features' type: the rows to compare with instead of the batch, such as the rows
-            of several processes or of earlier batches. Default: `features`.
+        keys: `(N, D)`, of the features' type: the rows to compare with instead of the batch, such as the rows of
+            several processes or of earlier batches. Default: `features`.
         key_labels: `(N)` integers, with `keys`.
         label_offset: row :math:`i` is itself the key :math:`i +` offset; None: rows are not among the keys.
             Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the features' type (float32 under autocast, where
-        the GEMMs run in the autocast dtype).
+        A scalar, or for `"none"` one number for each row, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
         ValueError, RuntimeError, TypeError: for unsupported shapes and types.
@@ -143,15 +143,15 @@ def pair_nt_xent_loss(
             pairs of `sample_weight`.
         sample_weight: `(B)`, a weight for the pairs of each row. Default: 1.
         normalize: divide each row by its length first; False: :math:`s_{ij} = \langle x_i, x_j \rangle / \tau`.
-        keys: `(N, D)`, of the embeddings' type: the rows to pair with instead of the batch, such as the rows
-            of several processes or of earlier batches. Default: `embeddings`.
+        keys: `(N, D)`, of the embeddings' type: the rows to pair with instead of the batch, such as the rows of several
+            processes or of earlier batches. Default: `embeddings`.
         key_labels: `(N)` integers, with `keys`.
         label_offset: row :math:`i` is itself the key :math:`i +` offset; None: rows are not among the keys.
             Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the features' type (float32 under autocast, where
-        the GEMMs run in the autocast dtype).
+        A scalar, or for `"none"` one number for each row, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
         ValueError, RuntimeError, TypeError: for unsupported shapes and types.

@@ -357,11 +357,10 @@ def linear_token_stats(
 ) -> TokenStats:
     r"""Compute the statistics of `token_stats` for the logits `input @ linear_weight.T + linear_bias`, in chunks.
 
-    The formulas are those of `token_stats`. Logits are computed for a chunk of rows, read once, and computed again
-    in backward; only six numbers per row are kept in between. Beyond
-    the gradients that takes at most 128 MiB (while one row of logits is smaller than that; on CUDA as much as the
-    weight has twice in float32, if that is more, up to 1 GiB). For DPO, KTO, GRPO and other losses of
-    log-probabilities over a large vocabulary.
+    The formulas are those of `token_stats`. Logits are computed for a chunk of rows, read once, and computed again in
+    backward; only six numbers per row are kept in between. Beyond the gradients that takes at most 128 MiB (while one
+    row of logits is smaller than that; on CUDA as much as the weight has twice in float32, if that is more, up to 1
+    GiB). For DPO, KTO, GRPO and other losses of log-probabilities over a large vocabulary.
 
     Args:
         input: hidden states `[..., in_features]`; float32, float64, bfloat16 or float16.
