@@ -1,9 +1,9 @@
 """Time a loss against eager PyTorch and torch.compile, with a ceiling measured in the same run.
 
 Measurements run in processes of their own (`bench_worker.py`). On the CPU there are two regimes: `malloc`, the default
-allocator, which returns large blocks to the system, so that every step pays page faults; and `recycled`, where it keeps
-them, which removes page-fault cost for every candidate. The ceiling is a memcpy of the loss's minimal traffic; for a
-loss that multiplies matrices it is `torch.mm` of as many FLOPs.
+allocator, which returns large blocks to the system, so that every step pays for page faults; and `recycled`, where it
+keeps them, which removes page-fault cost for every candidate. The ceiling is a memcpy of the loss's minimal traffic;
+for a loss that multiplies matrices it is `torch.mm` of as many FLOPs.
 """
 
 from __future__ import annotations
