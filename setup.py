@@ -1,9 +1,9 @@
-"""Builds two libraries into the package with ninja, incrementally.
+"""Build two libraries into the package with ninja, incrementally.
 
 `_library.so`   the operators and kernels, on torch's stable ABI: one build serves every torch >= 2.11 and Python
 `_C.*.so`   pybind11, for this Python: what was built, what the machine has
 
-CUDA kernels are compiled whenever nvcc is found, also beside a CPU-only torch; they know no torch.
+CUDA kernels are compiled whenever nvcc is found, also with a CPU-only torch; they include no torch header.
 Environment: FASTLOSS_CUDA=auto|0|1, TORCH_CUDA_ARCH_LIST (default "8.0;9.0+PTX"), CXX, MAX_JOBS.
 """
 
@@ -53,7 +53,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_root(nvcc: str) -> Path:
-    """The toolkit that an nvcc belongs to, asked of nvcc itself: it may be a wrapper."""
+    """Return the toolkit of an nvcc, as nvcc itself reports it: it may be a wrapper."""
     dry = subprocess.run(
         [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
     ).stderr

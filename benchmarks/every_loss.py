@@ -1,4 +1,4 @@
-"""Every loss on small inputs, forward and backward, and nothing else: what compute-sanitizer is to watch.
+"""Run every loss on small inputs, forward and backward, and nothing else: for compute-sanitizer.
 
 The first case in every registered shape, so that each way in which a kernel divides a row among threads is taken, and
 the other cases in the largest.

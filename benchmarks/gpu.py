@@ -1,6 +1,6 @@
-"""What only a GPU can show, in one run of at most `--seconds`: `make gpu`.
+"""Check and measure on a GPU, in one run of at most `--seconds`: `make gpu`.
 
-The stages, what tells most first, each with a limit of its own; nothing that is timed runs beside anything else:
+The stages, most important first, each with its own time limit; nothing runs concurrently with timed work:
 
 ceilings    versions; what the card does at best: a copy, a product of matrices
 smoke       every case of every loss once: does it run at all
@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACK = ROOT / "gpu-pack"
 WORK = "benchmarks/gpu_work.py"
 COUNTED = (0, 2, 3, 5, 8, 10, 11, 13)
-"""Rows of the table whose kernels are looked at one by one."""
+"""Rows of the table whose kernels are profiled one by one."""
 SECTIONS = (
     "SpeedOfLight",
     "MemoryWorkloadAnalysis",
@@ -52,7 +52,7 @@ SECTIONS = (
     "SchedulerStats",
     "WarpStateStats",
 )
-"""What Nsight Compute reads of each launch."""
+"""The metrics that Nsight Compute reads for each launch."""
 TESTS = (
     (
         "tests/contract/test_cuda_graphs.py",
@@ -71,7 +71,7 @@ TESTS = (
 
 @dataclass
 class Command:
-    """A process; its lines of JSON go to results.jsonl, all else to the log or to a file of its own."""
+    """A process; its lines of JSON go to results.jsonl, all other output to the log or a file of its own."""
 
     arguments: Sequence[str]
     environment: dict[str, str] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Command:
 class Stage:
     name: str
     seconds: float
-    """The most that it may take, all in all."""
+    """The time limit in total."""
     commands: list[Command]
     at_once: int = 1
 
@@ -165,7 +165,7 @@ def stages(args: argparse.Namespace) -> list[Stage]:
 
 
 class Results:
-    """The folder: everything is on the disk as soon as it is known."""
+    """The folder of results, written as soon as they are known."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def kill(process: subprocess.Popen[str], sign: int) -> None:
 
 
 def run_command(command: Command, stage: str, until: float, results: Results) -> str:
-    """Runs it to its end or to `until`; gives how it ended."""
+    """Run the process to its end or to `until`; return how it ended."""
     tree = command.environment.get("PYTHONPATH", str(ROOT))
     environment = {
         **os.environ,
@@ -269,8 +269,8 @@ def run_stage(stage: Stage, until: float, results: Results) -> bool:
 # ---- before and after
 
 
-def answer(*command: str) -> str:
-    """What a command prints, or nothing where it is not there or fails."""
+def output_of(*command: str) -> str:
+    """Return the output of a command, or an empty string if it is missing or fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -278,14 +278,14 @@ def answer(*command: str) -> str:
 
 
 def commit() -> str:
-    """Of the checkout, or the one that was written down when the pack was made: a copy need not know its own."""
+    """Return the commit of the checkout, or the one recorded in the pack."""
     packed = PACK / "commit"
-    found = answer("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return found or (packed.read_text().strip() if packed.exists() else "")
 
 
 def unpack(results: Results) -> None:
-    """The carried libraries, where none are built."""
+    """Unpack the packed libraries if none are built."""
     for folder, tree in ((PACK, ROOT), (PACK / "beside", PACK / "beside")):
         library, packed = tree / "fastloss" / "_library.so", folder / "_library.so.xz"
         if packed.exists() and not library.exists():
@@ -295,7 +295,7 @@ def unpack(results: Results) -> None:
 
 
 def pack(beside: Path | None) -> int:
-    """What travels to a machine with a GPU: the library, compressed; a second tree to compare with; peers."""
+    """Pack for a machine with a GPU: the compressed library, a second tree to compare with, peers."""
     PACK.mkdir(exist_ok=True)
     (PACK / "commit").write_text(commit())
     trees = {PACK: ROOT} | ({PACK / "beside": beside} if beside else {})
@@ -320,7 +320,7 @@ def pack(beside: Path | None) -> int:
 
 
 def report(folder: Path) -> str:
-    """A page of the results of one folder, as Markdown."""
+    """Return a summary of the results of one folder as Markdown."""
     records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
     def of(stage: str) -> list[dict[str, Any]]:
@@ -355,8 +355,8 @@ def report(folder: Path) -> str:
         name += ", forward" if row.get("forward_only") else ""
         who = r["candidate"] + (f" ({r['tree']})" if r.get("tree") else "")
         if "ms" in r:
-            share = f"{r['of_ceiling']:.0%} of {r['ceiling']}" if "of_ceiling" in r else "-"
-            lines.append(f"| {name} | {who} | {r['ms']:.4g} | {share} | {r.get('extra_MiB', '-')} |")
+            fraction = f"{r['of_ceiling']:.0%} of {r['ceiling']}" if "of_ceiling" in r else "-"
+            lines.append(f"| {name} | {who} | {r['ms']:.4g} | {fraction} | {r.get('extra_MiB', '-')} |")
         else:
             lines.append(f"| {name} | {who} | {r.get('failed', '')} | - | - |")
     return "\n".join(lines) + "\n"
@@ -370,9 +370,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540.0, help="for everything; default: 540")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--stages", help="comma-separated; default: all")
-    parser.add_argument(
-        "--beside", metavar="FOLDER", help="holds another fastloss, to be timed beside this one"
-    )
+    parser.add_argument("--beside", metavar="FOLDER", help="folder of another fastloss, timed for comparison")
     parser.add_argument("--note", default="", help="a sentence for the report")
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write report.md of these results")
     parser.add_argument("--pack", action="store_true", help="only make gpu-pack, which travels to the GPU")
@@ -386,7 +384,10 @@ def main() -> int:
     until = time.monotonic() + args.seconds - 5.0
     results = Results(args.out)
     started = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "note": args.note}
-    started |= {"card": answer("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"), "commit": commit()}
+    started |= {
+        "card": output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
+        "commit": commit(),
+    }
     results.add(stage="start", device=args.device, **started)
     unpack(results)
     good = True

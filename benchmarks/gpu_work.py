@@ -1,4 +1,4 @@
-"""The parts of `gpu.py` that use the device, each a process of its own: results are lines of JSON on standard output.
+"""The parts of `gpu.py` that use the device, each in its own process: results are lines of JSON on standard output.
 
 ceilings   what the card does at best: a copy, a product of random matrices
 smoke      every case of every loss once, forward and backward: does it run at all, and is it finite
@@ -27,7 +27,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 COPIED = 4 << 30
-"""Bytes read, and as many written, by the copy that is the ceiling."""
+"""Bytes that the copy of the ceiling reads, and as many that it writes."""
 
 
 def emit(**record: Any) -> None:
@@ -40,13 +40,13 @@ def first_line(error: BaseException) -> str:
 
 
 def part_of(sequence: Sequence[Any], part: str) -> Sequence[Any]:
-    """`part` is "i/n": every n-th entry from the i-th on, so that the parts take about as long."""
+    """Return part "i/n": every n-th entry from the i-th on, so that the parts take about as long."""
     i, n = map(int, part.split("/"))
     return sequence[i::n]
 
 
 class Device:
-    """The card, or for a rehearsal the CPU: waiting, clearing the cache, timing."""
+    """The GPU, or the CPU for a rehearsal: synchronising, flushing the cache, timing."""
 
     def __init__(self, name: str):
         self.name, self.cuda = name, name == "cuda"
@@ -59,7 +59,7 @@ class Device:
             torch.cuda.synchronize()
 
     def milliseconds(self, run: Callable[[], Any], repeats: int) -> list[float]:
-        """Of each run; on CUDA by events, which are all in the queue before the first is waited for."""
+        """Time each run; on CUDA by events, which are all queued before the first synchronisation."""
         if not self.cuda:
             found = []
             for _ in range(repeats):
@@ -80,7 +80,7 @@ class Device:
 
 
 def copy_rate(device: Device, total: int, repeats: int = 10) -> float:
-    """GB/s of a copy of random numbers that reads and writes `total` bytes together."""
+    """Measure the GB/s of a copy of random numbers that reads and writes `total` bytes together."""
     source = torch.randn(max(1, total // 8), device=device.name)
     target = torch.empty_like(source)
     times = device.milliseconds(lambda: target.copy_(source), repeats)
@@ -88,7 +88,7 @@ def copy_rate(device: Device, total: int, repeats: int = 10) -> float:
 
 
 def product_rate(device: Device, n: int, dtype: torch.dtype) -> float:
-    """TFLOP/s of a product of two random n x n matrices."""
+    """Measure the TFLOP/s of a GEMM of two random n x n matrices."""
     a, b = (torch.randn(n, n, device=device.name, dtype=torch.float32).to(dtype) for _ in range(2))
     out = torch.empty(n, n, device=device.name, dtype=dtype)
     device.milliseconds(lambda: torch.mm(a, b, out=out), 3)
@@ -153,7 +153,7 @@ def numbers(args: argparse.Namespace) -> None:
 
 
 class Row:
-    """A row of the table on the device: the inputs of one loss, and how much work the step is at the least."""
+    """A row of the table on the device: the inputs of one loss, and the minimum work of a step."""
 
     def __init__(self, spec: dict[str, Any], device: str, largest: int | None):
         from fastloss._registry import InputSampler, entries
@@ -172,7 +172,7 @@ class Row:
         return {**self.spec, "shape": list(self.shape)}
 
     def step(self, function: Callable[..., Tensor]) -> Callable[[], Any]:
-        """Forward, and the gradients that a training step takes, as tensors that are made anew."""
+        """Run forward and return the gradients of a training step as new tensors."""
         leaves = {k: self.kwargs[k].detach().requires_grad_() for k in self.wrt}
         kwargs = {**self.kwargs, **leaves}
         upstream: list[Tensor] = []
@@ -189,14 +189,14 @@ class Row:
         return run
 
     def work(self) -> tuple[str, float]:
-        """The ceiling that counts, "copy" or "product", and bytes or operations of a step at the least."""
+        """Return the ceiling, "copy" or "product", and the minimum bytes or FLOPs of a step."""
         if self.loss.multiplies:
             return "product", self.loss.flops(self.shape, self.backward)
         return "copy", self.loss.traffic(self.shape, self.dtype.itemsize, self.backward)
 
 
 def rows_of(args: argparse.Namespace) -> Iterator[Row]:
-    """The rows of the table that are asked for, one in memory at a time; on the CPU in small."""
+    """Iterate over the requested rows of the table, one in memory at a time; small ones on the CPU."""
     table = json.loads(Path(args.table).read_text())
     for i in range(len(table)) if args.rows is None else args.rows:
         try:

@@ -1,4 +1,4 @@
-"""What `train_lm.py` found: numbers of two runs, whether they agree, a table, a picture, a JSON file."""
+"""The report of `train_lm.py`: two runs, whether they agree, a table, a plot, a JSON file."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Run:
         return [step.loss for step in self.steps]
 
     def median(self, what: str) -> float:
-        """Seconds: the median over the steps after warm-up (over all, in a very short run)."""
+        """Return the median over the steps after warm-up (over all, in a very short run), in seconds."""
         return statistics.median(getattr(s, what) for s in self.steps[WARM_UP:] or self.steps)
 
 
 def differences(runs: dict[str, Run]) -> list[float]:
-    """Of the two loss curves, step by step, relative to torch's."""
+    """Return the differences of the two loss curves by step, relative to torch's."""
 
     def curve(losses: list[float]) -> list[float]:
         ends = range(MEAN_OF + 1, len(losses) + 1)
@@ -136,10 +136,10 @@ def draw(runs: dict[str, Run], settings: Settings, path: Path) -> None:
 
     names = list(runs)
     loss = [1e3 * run.median("loss_seconds") for run in runs.values()]
-    rest = [1e3 * run.median("seconds") - t for run, t in zip(runs.values(), loss, strict=True)]
+    others = [1e3 * run.median("seconds") - t for run, t in zip(runs.values(), loss, strict=True)]
     axes["time"].barh(names, loss, color="tab:blue", label="loss, forward + backward")
-    top = axes["time"].barh(names, rest, left=loss, color="lightgray", label="rest of the step")
-    sums = [f"{a:.0f} + {b:.0f}" for a, b in zip(loss, rest, strict=True)]
+    top = axes["time"].barh(names, others, left=loss, color="lightgray", label="rest of the step")
+    sums = [f"{a:.0f} + {b:.0f}" for a, b in zip(loss, others, strict=True)]
     axes["time"].bar_label(top, sums, label_type="center")
     axes["time"].set(title="time per step (ms, median)", ylim=(2.3, -0.6))
     axes["time"].legend(loc="lower right", frameon=False)

@@ -1,4 +1,4 @@
-"""What a call costs the host: every loss on its smallest inputs, forward and backward, in microseconds.
+"""Host overhead of a call: every loss on its smallest inputs, forward and backward, in microseconds.
 
 The kernels take next to nothing there, so that a loop of calls is as fast as the host can start them. On CUDA the
 same step is also replayed as a CUDA graph, which takes the host out: what is left is the time of the kernels and
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fastloss._cli import report
-from fastloss._cli.timing import Step, captured
+from fastloss._cli.timing import TimedStep, captured
 from fastloss._registry import InputSampler, Loss, entries, losses
 from fastloss._registry.accuracy import differentiable, eager_of
 
@@ -25,7 +25,7 @@ REPEATS = 5
 
 
 def microseconds(run: Callable[[], object], calls: int, device: str) -> float:
-    """Of one of many calls in a row, the median of a few such rows."""
+    """Time one of many consecutive calls, as the median of a few repetitions."""
     taken = []
     for _ in range(REPEATS + 1):  # the first one warms up
         start = time.perf_counter()
@@ -37,8 +37,8 @@ def microseconds(run: Callable[[], object], calls: int, device: str) -> float:
     return statistics.median(taken[1:])
 
 
-def one(step: Step) -> Callable[[], None]:
-    """Forward and backward of gradients that are made anew."""
+def one(step: TimedStep) -> Callable[[], None]:
+    """Return a function that runs forward and backward with new gradients."""
 
     def run() -> None:
         step.release()
@@ -55,10 +55,10 @@ def measure(loss: Loss, calls: int, device: str) -> dict[str, float | str | list
     row: dict[str, float | str | list[int]] = {"loss": loss.name, "case": case, "shape": list(shape)}
     steps = {"eager": eager_of(loss, kwargs), "fastloss": loss.function}
     for name, function in steps.items():
-        row[name] = microseconds(one(Step(function, kwargs, wrt, own=True)), calls, device)
+        row[name] = microseconds(one(TimedStep(function, kwargs, wrt, copy_inputs=True)), calls, device)
     if device == "cuda":
         try:
-            replay = captured(one(Step(loss.function, kwargs, wrt, own=True)))
+            replay = captured(one(TimedStep(loss.function, kwargs, wrt, copy_inputs=True)))
             row["fastloss as a graph"] = microseconds(replay, calls, device)
         except Exception as error:  # the other losses are still of interest
             row["not captured"] = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"

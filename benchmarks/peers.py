@@ -29,14 +29,14 @@ Function = Callable[..., Tensor]
 
 
 def averaged(rows: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """Of losses of rows that are 0 where the row is ignored."""
+    """Return the mean of row losses that are 0 where the row is ignored."""
     if reduction == "none":
         return rows
     return rows.sum() if reduction == "sum" else rows.sum() / (target != ignore_index).sum()
 
 
 def classes_only(target: Tensor) -> None:
-    """The kernels would read probabilities as if they were classes."""
+    """Raise for probabilities, which the kernels would read as classes."""
     if target.is_floating_point():
         raise TypeError("target: only classes")
 
@@ -129,7 +129,7 @@ def trl_entropy() -> Function:
 
 
 class NumberTokens:
-    """As much of a tokenizer as ntloss asks for: which tokens are numbers."""
+    """The part of a tokenizer that ntloss needs: which tokens are numbers."""
 
     def __init__(self, ids: list[int], values: list[float], size: int) -> None:
         self.size = size
@@ -290,7 +290,7 @@ def apex_sigmoid_focal() -> Function:
 
 
 def open_clip_losses() -> ModuleType:
-    """The file of its losses needs torch alone; the package also wants a torchvision made for this torch."""
+    """Load the file of its losses, which needs torch alone; the package also needs a matching torchvision."""
     path = Path(find_spec("open_clip").origin).with_name("loss.py")
     spec = spec_from_file_location("open_clip_losses", path)
     module = module_from_spec(spec)
@@ -321,7 +321,7 @@ def memeff_clip() -> Function:
 
 
 def inf_cl_rows(queries: Tensor, keys: Tensor, scale: float | Tensor) -> Tensor:
-    """One direction; its kernels walk over features in pieces of `head_dim`."""
+    """Compute one direction; its kernels iterate over features in pieces of `head_dim`."""
     from inf_cl import cal_flash_loss
 
     return cal_flash_loss(queries, keys, scale=scale, head_dim=math.gcd(queries.shape[1], 256))
@@ -528,7 +528,7 @@ def installed(module: str) -> bool:
 
 
 def when_called(module: str, load: Callable[[], Function]) -> Function:
-    """The peer, imported with its first call: one that cannot be imported is refused, and the rest goes on."""
+    """Return the peer, imported with its first call: one that cannot be imported is skipped, the others go on."""
 
     @cache
     def function() -> Function:
@@ -541,7 +541,7 @@ def when_called(module: str, load: Callable[[], Function]) -> Function:
 
 
 def peers(loss: str, device: str) -> dict[str, Function]:
-    """The installed peers of a loss, by label."""
+    """Return the installed peers of a loss by label."""
     return {
         label: when_called(module, load)
         for label, (module, where, load) in PROVIDERS.get(loss, {}).items()

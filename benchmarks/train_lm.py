@@ -1,4 +1,4 @@
-"""Trains one small language model twice, with torch's cross-entropy and with fastloss's, and compares.
+"""Train one small language model twice, with torch's cross-entropy and with fastloss's, and compares.
 
 Both runs start from the same weights, see the same batches and differ in one line: the loss. Each lives in a
 process of its own, so that peak memory is its own, and the two take turns every few steps, so that a
@@ -37,14 +37,14 @@ LOSSES = {"torch": "torch.nn.functional", "fastloss": "fastloss.functional"}
 STEPS = 120
 TURN = 5  # steps that one run takes before it is the other's turn
 PATIENCE = 180.0  # seconds of training, unless --steps is given, after which a slow or busy machine may stop
-FEWEST = 30  # steps before it may
+MIN_STEPS = 30  # steps before it may
 
 
 # ---- text ----------------------------------------------------------------------------------------
 
 
 def python_text() -> str:
-    """English that every CPython brings along: the language reference and the docstrings of its library."""
+    """Return English text that ships with CPython: the language reference and the library's docstrings."""
     from pydoc_data.topics import topics
 
     docs: dict[str, None] = {}  # an ordered set
@@ -65,7 +65,7 @@ def python_text() -> str:
 
 
 def encode(text: str, vocab: int) -> tuple[Tensor, int]:
-    """Byte-pair encodes `text` with pieces learned from it: tokens and how many different ones there are."""
+    """Encode `text` with byte pairs learned from it; return the tokens and the size of the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -119,7 +119,7 @@ class GPT(nn.Module):
 
 
 class PeakMemory:
-    """Bytes that the process, or the GPU, came to hold above what it held when this was made."""
+    """Peak memory of the process, or of the GPU, beyond that at construction, in bytes."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -171,7 +171,7 @@ class Training:
         return windows[:, :-1], windows[:, 1:]
 
     def step(self) -> Step:
-        """The graph is cut at the logits, so that the loss, forward and backward, is timed alone."""
+        """Take one step; the graph is cut at the logits, so that the loss, forward and backward, is timed alone."""
         inputs, targets = self.next_batch()
         begin = self.now()
         logits = self.model(inputs).flatten(0, 1)  # [batch * context, vocab]
@@ -189,7 +189,7 @@ class Training:
 
 
 def work(connection: Connection, name: str, settings: Settings, tokens: bytes) -> None:
-    """A child process: receives numbers of steps to take, answers with them; 0 asks for the peak memory."""
+    """Run in a child process: receive numbers of steps, take them and send them; send the peak memory for 0."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     training = Training(name, settings, torch.frombuffer(bytearray(tokens), dtype=torch.int64))
@@ -203,8 +203,8 @@ def work(connection: Connection, name: str, settings: Settings, tokens: bytes) -
 # ---- both runs -----------------------------------------------------------------------------------
 
 
-def train_both(settings: Settings, tokens: Tensor, patience: float, console: Console) -> dict[str, Run]:
-    """Takes turns until `settings.steps` are taken, or until `patience` seconds are over and it must do."""
+def train_both(settings: Settings, tokens: Tensor, max_seconds: float, console: Console) -> dict[str, Run]:
+    """Train both in turns until `settings.steps` are taken, or `max_seconds` are over."""
     processes = multiprocessing.get_context("spawn")
     children, connections, runs = [], {}, {}
     columns = [TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn()]
@@ -224,7 +224,7 @@ def train_both(settings: Settings, tokens: Tensor, patience: float, console: Con
             order = list(LOSSES)
             begin = time.monotonic()
             for done in range(0, settings.steps, TURN):
-                if done >= FEWEST and time.monotonic() - begin > patience:
+                if done >= MIN_STEPS and time.monotonic() - begin > max_seconds:
                     break
                 for name in order:
                     connections[name].send(min(TURN, settings.steps - done))
@@ -263,7 +263,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--text", type=Path, help="UTF-8 text to train on instead of CPython's documentation")
     parser.add_argument(
-        "--out", type=Path, default=Path("demo-out"), help="folder of the picture and the numbers"
+        "--out", type=Path, default=Path("demo-out"), help="folder of the plot and the results"
     )
     args = parser.parse_args(argv)
     if args.steps < 0 or args.threads < 0:
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     save(runs, settings, args.out / "train_lm.json")
     draw(runs, settings, args.out / "train_lm.png")
     console.print(table(runs, settings))
-    console.print(f"picture and numbers: {args.out / 'train_lm.png'}, {args.out / 'train_lm.json'}")
+    console.print(f"plot and results: {args.out / 'train_lm.png'}, {args.out / 'train_lm.json'}")
     return 0 if agree(runs, console) else 1
 
 

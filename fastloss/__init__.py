@@ -1,4 +1,4 @@
-"""Fused loss functions for PyTorch: drop-in, exact, at the limit of the memory."""
+"""Fused loss functions for PyTorch: drop-in, accurate, deterministic, one read of the input."""
 
 from fastloss import functional, memory, nn, reference
 from fastloss.profiler import profile

@@ -11,7 +11,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """ "4096x32000" as (4096, 32000)."""
+    """Parse "4096x32000" as (4096, 32000)."""
     try:
         return tuple(int(n) for n in text.lower().split("x"))
     except ValueError:
@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "--patience",
         type=float,
         metavar="SECONDS",
+        dest="max_step_seconds",
         help="skip candidates slower than this per step (12 times during the check); default: none, with --all 5",
     )
     bench.add_argument("--peers", type=Path, metavar="FILE", help="Python file with further candidates")
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--all", action="store_true", help="every loss, with fewer rows than its own; needs --out"
     )
     bench.add_argument(
-        "--table", type=Path, metavar="FILE", help="what the JSON file lists, like benchmarks/cpu.json"
+        "--table", type=Path, metavar="FILE", help="measure the list in a JSON file, like benchmarks/cpu.json"
     )
     bench.add_argument("--out", type=Path, metavar="DIR", help="folder for the report of --all and --table")
     bench.add_argument(

@@ -1,4 +1,4 @@
-"""The losses as functions, under the names that the field knows them by. Each family's file holds its own."""
+"""All losses as functions, under their common names; each family has its own file in `fastloss.losses`."""
 
 from fastloss.losses.advantages import *  # noqa: F403
 from fastloss.losses.aggregation import *  # noqa: F403

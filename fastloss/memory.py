@@ -1,8 +1,8 @@
 """The pool of warm buffers behind large CPU outputs.
 
-A fresh page of memory costs more than computing what fills it. Gradients of a megabyte and more on the CPU
-therefore come from buffers that keep their pages when the tensor dies, like the caching allocator that torch has
-on CUDA. What is cached stays within a limit, a quarter of the machine's memory unless set.
+A page fault costs more than the arithmetic that fills the page. Gradients of a megabyte and more on the CPU therefore
+come from buffers that keep their pages when the tensor dies, like torch's caching allocator on CUDA. The cache is
+limited, by default to a quarter of the machine's memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _pool() -> ModuleType:
 
 
 def stats() -> dict[str, int]:
-    """Bytes in use, cached, at the peak of use, and the limit of the cache; requests served warm and cold.
+    """Return the pool's statistics: bytes in use, cached, at the peak, and the limit; cache hits and misses.
 
     Returns:
         `in_use_bytes`, `cached_bytes`, `peak_in_use_bytes`, `limit_bytes`, `hits`, `misses`.
@@ -33,12 +33,12 @@ def stats() -> dict[str, int]:
 
 
 def empty_cache() -> None:
-    """Give every cached buffer back to the system. Tensors that are alive keep theirs."""
+    """Return every cached buffer to the system. Live tensors keep theirs."""
     _pool().pool_empty()
 
 
 def set_limit(bytes: int) -> None:
-    """Cache at most so many bytes; 0 turns the pool into plain allocation.
+    """Cache at most `bytes` bytes; 0 disables the pool.
 
     Raises:
         ValueError: if `bytes` is negative.

@@ -1,8 +1,8 @@
-"""The losses as modules, made from the registry: `CrossEntropyLoss` for `cross_entropy`, and so on.
+"""The losses as modules, generated from the registry: `CrossEntropyLoss` for `cross_entropy`, and so on.
 
-A module takes the options of its function in the constructor (tensors among them become buffers) and the rest,
-such as `input` and `target`, when it is called. An option given by name in a call, such as a temperature that is
-learned, counts for that call.
+A module takes the options of its function in the constructor (tensors become buffers) and the other arguments, such as
+`input` and `target`, in the call. An option given by name in a call, such as a learned temperature, overrides that of
+the constructor for this call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastloss._registry import Loss, losses
 
 
 class LossModule(torch.nn.Module):
-    """Base of the modules here; `loss` is the registry's entry."""
+    """Base class of the modules; `loss` is the registry's entry."""
 
     loss: Loss
     __signature__: ClassVar[inspect.Signature]

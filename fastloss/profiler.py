@@ -1,7 +1,7 @@
-"""What each call of fastloss costs inside a program: times, bytes, how near they come to what the machine can do.
+"""Profiling of fastloss calls inside a program: time, bytes, and the achieved fraction of the machine's ceiling.
 
-`_ops/autograd.py` asks `Profile.record` at every call while a profile is active; nothing else in the package knows
-of it.
+`_ops/autograd.py` calls `profile.record` at every call while a profile is active; nothing else in the package knows
+about it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ __all__ = ["Call", "Group", "Pass", "profile"]
 
 @dataclass
 class Group:
-    """Equal calls: medians of their times, in ms. `of_ceiling`: of the bandwidth of a copy, or of the rate of a
-    matrix product where the operator multiplies matrices."""
+    """Equal calls, with the medians of their times in ms.
+
+    `of_ceiling` is the achieved fraction of the copy bandwidth, or of the rate of `torch.mm` for operators with GEMMs.
+    """
 
     loss: str
     operator: str
@@ -53,7 +55,7 @@ class Group:
 
 @functools.cache
 def _copy_bandwidth(device: str, threads: int) -> float:
-    """Return the bytes per second that a copy reads and writes, of more than the caches hold."""
+    """Return the bandwidth in bytes per second of a copy that exceeds the caches."""
     from fastloss._cli.timing import Copy
 
     size = 2**29
@@ -89,7 +91,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 class profile(Recorder):
-    """Record every call of fastloss inside the block: times, bytes, memory, share of what the machine can do.
+    """Record every call of fastloss inside the block: time, bytes, memory, fraction of the ceiling.
 
     ```python
     with fastloss.profile() as p:
@@ -98,12 +100,11 @@ class profile(Recorder):
     ```
 
     Times are of the operators, without what a loss does around them in PyTorch. On CUDA they come from events, which
-    are read when they are asked for after the block: nothing inside it waits for the device. Calls inside a
-    `torch.compile`d function or a CUDA graph are not timed here; `torch.profiler` shows them, and all others, as
-    `fastloss::<operator>_fwd` and `_bwd`. Outside such a block a call costs what it always does.
+    are read after the block: profiling adds no synchronisation. Calls inside a `torch.compile`d function or a CUDA
+    graph are not timed here; `torch.profiler` shows them, and all others, as `fastloss::<operator>_fwd` and `_bwd`.
+    There is no overhead outside such a block.
 
-    The bandwidth that a call is compared with is that of a copy of 256 MiB, measured once in a process, after the
-    block.
+    The ceiling is the bandwidth of a copy of 256 MiB, measured once in a process, after the block.
 
     Args:
         memory: measure the peak memory of each pass. On CUDA this resets `torch.cuda.max_memory_allocated`; on the
@@ -135,14 +136,14 @@ class profile(Recorder):
 
     @property
     def calls(self) -> list[Call]:
-        """Return every call, in order. Waits for the device, if it has not come so far."""
+        """All calls in order. Waits for the device if necessary."""
         for span, into in self.spans:
             span.read(into)
         self.spans.clear()
         return self.seen
 
     def groups(self) -> list[Group]:
-        """Return equal calls together, in order of their first."""
+        """Return the groups of equal calls, in order of their first call."""
         found: dict[tuple, list[Call]] = {}
         for c in self.calls:
             found.setdefault((c.loss, c.operator, c.shape, c.dtype, c.device), []).append(c)
@@ -205,7 +206,7 @@ class profile(Recorder):
         return table
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the bandwidth that each loss reaches over the bytes it moves, below that of a copy."""
+        """Plot the achieved bandwidth of each loss over its bytes, with the ceiling of a copy."""
         from fastloss._cli import plot
 
         timed = [asdict(g) for g in self.groups() if g.GB_per_s]

@@ -1,4 +1,4 @@
-"""Training objectives of papers, composed of the losses of this package. Each says what it stands on."""
+"""Training objectives of papers, composed of the losses of this package."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def cringe_loss(
     detach_positive: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""The token loss of CRINGE for sequences that should not be generated.
+    r"""Compute the token loss of CRINGE for sequences that should not be generated.
 
-    At each token a positive class is drawn from the softmax over the `top_k` largest logits that are not the
-    negative label's, and the loss is :math:`\mathrm{softplus}(s^- - s^+)`, with :math:`s^-, s^+` the logits of the
-    negative label and of the drawn class. Only these two logits have a gradient. To be added to the cross-entropy of
-    sequences that should be generated, with weight 1.
+    At each token a positive class is drawn from the softmax over the `top_k` largest logits that are not the negative
+    label's, and the loss is :math:`\mathrm{softplus}(s^- - s^+)`, with :math:`s^-, s^+` the logits of the negative
+    label and of the drawn class. Only these two logits have a gradient. Add it to the cross-entropy of sequences that
+    should be generated, with weight 1.
 
     Args:
         logits: `[..., V]`, V > `top_k`.
@@ -71,7 +71,7 @@ def cringe_loss(
     valid = negative_labels != ignore_index
     label = torch.where(valid, negative_labels, 0).unsqueeze(-1)
     best, classes = logits.detach().topk(top_k + 1, -1)
-    # the negative label goes, or else the last: after sorting that to the end the first top_k are left
+    # drop the negative label, or else the last: sort it to the end and keep the first top_k
     keep = (classes == label).int().argsort(dim=-1, stable=True)[..., :top_k]
     best, classes = best.gather(-1, keep), classes.gather(-1, keep)
     p = best.float().softmax(-1).reshape(-1, top_k)
@@ -86,9 +86,9 @@ def cringe_loss(
 
 
 def cringe_hinge_loss(chosen_log_probs: Tensor, rejected_log_probs: Tensor, margin: float = 1.0) -> Tensor:
-    r"""The hinge on whole sequences that also goes by that name, :math:`\max(0, \log\pi(y^-) - \log\pi(y^+) + \alpha)`.
+    r"""Compute the CRINGE hinge loss of whole sequences, :math:`\max(0, \log\pi(y^-) - \log\pi(y^+) + \alpha)`.
 
-    A different loss than `cringe_loss`. The log-probabilities are those of `sequence_log_probs`, `[B]`.
+    A different loss from `cringe_loss`. The log-probabilities are those of `sequence_log_probs`, `[B]`.
 
     Args:
         chosen_log_probs, rejected_log_probs: `[B]`.
@@ -98,7 +98,7 @@ def cringe_hinge_loss(chosen_log_probs: Tensor, rejected_log_probs: Tensor, marg
 
 
 def rog_loss(answer_log_probs: Tensor, path_log_probs: Tensor, path_question: Tensor) -> Tensor:
-    r"""Reasoning on graphs: answer from the paths, and plan the paths.
+    r"""Compute the loss of reasoning on graphs (RoG): answer from the paths, and plan the paths.
 
     .. math:: \mathrm{mean}_b \left[-\log P(a_b \mid q_b, Z^*_b) - \frac{1}{|Z^*_b|} \sum_{z \in Z^*_b}
               \log P(z \mid q_b)\right]
@@ -120,7 +120,9 @@ def rog_loss(answer_log_probs: Tensor, path_log_probs: Tensor, path_question: Te
 
 
 def deep_rag_imitation_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    r"""First stage of DeepRAG: :math:`-\sum_t \log p(y_t)` over the model's own tokens, mean over sequences.
+    r"""Compute the loss of DeepRAG's first stage, :math:`-\sum_t \log p(y_t)` over the model's own tokens.
+
+    The mean is over sequences.
 
     Args:
         logits: `[B, T, V]`, aligned with the labels.
@@ -135,7 +137,7 @@ def deep_rag_imitation_loss(logits: Tensor, labels: Tensor, ignore_index: int = 
 def deep_rag_calibration_loss(
     chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float = 0.4
 ) -> Tensor:
-    r"""Second stage of DeepRAG, its chain of calibration: DPO on whether to retrieve or to answer from memory.
+    r"""Compute the loss of DeepRAG's second stage: DPO on the decision to retrieve or to answer from memory.
 
     .. math:: -\log\sigma\left(\beta \left[(\log\pi - \log\pi_\mathrm{ref})(y^+) -
               (\log\pi - \log\pi_\mathrm{ref})(y^-)\right]\right)
@@ -168,12 +170,12 @@ def ppo_total_loss(
     value_clip: float | None = 0.2,
     loss_agg_mode: str = "token-mean",
 ) -> Tensor:
-    r"""What PPO minimises: clipped policy loss, plus the value loss, minus the entropy.
+    r"""Compute PPO's total loss: clipped policy loss, plus the value loss, minus the entropy.
 
     .. math:: L_\mathrm{clip} + c_1 L_V - c_2 H
 
-    with `policy_loss`, `value_loss` (which holds the factor 1/2 of its square) and the mean of the entropies. The
-    signs are those of a loss to be minimised: the value loss is added, the entropy taken off.
+    with `policy_loss`, `value_loss` (which includes the factor 1/2) and the mean of the entropies. The signs are those
+    of a loss to be minimised: the value loss is added, the entropy taken off.
 
     Args:
         logps, old_logps, advantages: `[..., T]`, as for `policy_loss`; advantages also `[...]`.
@@ -208,7 +210,7 @@ def q_learning_loss(
     huber_delta: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""One step of Q-learning: the difference of the current estimate from its target.
+    r"""Compute the Q-learning loss: squared difference of the current estimate from its target.
 
     .. math:: \delta = r + \gamma (1 - \mathrm{terminated}) \max_a Q^-(s', a) - Q(s, a), \qquad \tfrac12 \delta^2
 
@@ -256,10 +258,10 @@ def q_learning_loss(
 def reward_regression_loss(
     rewards: Tensor, scores: Tensor, center: float = 0.0, scale: float = 1.0, reduction: str = "mean"
 ) -> Tensor:
-    r"""A reward model fitted to scores on a scale, :math:`(r - (s - c) / d)^2`.
+    r"""Compute the regression loss of rewards on scaled scores, :math:`(r - (s - c) / d)^2`.
 
-    The simplest way from scores to rewards. Scores of different annotators seldom share a scale, which losses of pairs,
-    such as `bradley_terry_loss`, do not need.
+    Scores of different annotators seldom have a common scale, which pairwise losses such as `bradley_terry_loss` do not
+    need.
 
     Args:
         rewards: of any shape.
@@ -276,7 +278,7 @@ def reward_regression_loss(
 def multi_task_loss(
     losses: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float] | None = None
 ) -> Tensor:
-    r"""The sum of the losses of several tasks, :math:`\sum_k w_k L_k`.
+    r"""Compute the weighted sum of the losses of several tasks, :math:`\sum_k w_k L_k`.
 
     Args:
         losses: `[K]`, or K scalars.
@@ -294,11 +296,11 @@ def multi_task_loss(
 
 
 class InitialBalance(torch.nn.Module):
-    r"""Two losses that weigh the same at the first call: :math:`L_a + \alpha L_b`.
+    r"""Sum of two losses with equal weight at the first call: :math:`L_a + \alpha L_b`.
 
     :math:`\alpha = L_a / L_b` of the first call, or of the first at which it is finite, is a constant from then on; it
-    has no gradient, and is part of the state that is saved. Nothing waits for the device if the module is on that of
-    the losses.
+    has no gradient, and is part of the state that is saved. There is no synchronisation if the module is on the device
+    of the losses.
     """
 
     alpha: Tensor
@@ -317,22 +319,22 @@ class InitialBalance(torch.nn.Module):
 
 
 def l1_regularization(parameters: Iterable[Tensor], strength: float) -> Tensor:
-    r""":math:`\lambda \sum |w|` over all numbers of all parameters, by one call for all of them.
+    r"""Compute :math:`\lambda \sum |w|` over all elements of all parameters, in one call.
 
     Args:
-        parameters: such as `model.parameters()`; one at least.
+        parameters: such as `model.parameters()`; at least one.
         strength: :math:`\lambda`.
     """
     return check_number("strength", strength) * torch.stack(torch._foreach_norm(list(parameters), 1)).sum()
 
 
 def l2_regularization(parameters: Iterable[Tensor], strength: float) -> Tensor:
-    r""":math:`\lambda \sum w^2` over all numbers of all parameters, by one call for all of them.
+    r"""Compute :math:`\lambda \sum w^2` over all elements of all parameters, in one call.
 
-    For plain SGD the same as a weight decay of :math:`2 \lambda`, which costs less; for Adam it is not.
+    For plain SGD equivalent to a weight decay of :math:`2 \lambda`, which costs less; for Adam it is not.
 
     Args:
-        parameters: such as `model.parameters()`; one at least.
+        parameters: such as `model.parameters()`; at least one.
         strength: :math:`\lambda`.
     """
     norms = torch.stack(torch._foreach_norm(list(parameters), 2))

@@ -1,4 +1,4 @@
-"""Hash value and gradients of every case of the registry, to show that a change leaves every bit as it was.
+"""Hash value and gradients of every case of the registry, to show that a change keeps results bitwise identical.
 
     python tests/hash_registry.py --out before.json          # then change, rebuild
     python tests/hash_registry.py --out after.json

@@ -1,9 +1,9 @@
-"""Time a loss beside eager PyTorch and torch.compile, with a ceiling measured in the same run.
+"""Time a loss against eager PyTorch and torch.compile, with a ceiling measured in the same run.
 
-Measurements run in processes of their own (`bench_worker.py`). On the CPU there are two regimes: `malloc`,
-the default allocator, which returns large blocks to the system, so that every step pays for fresh
-pages; and `recycled`, where it keeps them, so that nobody does. The ceiling is a copy that moves as many
-bytes as the loss must at least move; of a loss that multiplies matrices, the library's speed at that.
+Measurements run in processes of their own (`bench_worker.py`). On the CPU there are two regimes: `malloc`, the default
+allocator, which returns large blocks to the system, so that every step pays for page faults; and `recycled`, where it
+keeps them, which removes page-fault cost for every candidate. The ceiling is a memcpy of the loss's minimal traffic;
+for a loss that multiplies matrices it is `torch.mm` of as many FLOPs.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastloss._cli import report
-from fastloss._cli.bench_worker import Spec, summary
+from fastloss._cli.bench_worker import BenchSpec, summary
 from fastloss._registry import Loss, entries, estimators
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 Advance = Callable[[float, str], None]
-"""Called with the fraction that is done and what is going on."""
+"""Called with the fraction done and a description of the current step."""
 
 
-class Meter:
+class BenchWorker:
     """The process that measures; it ends with this object's `with` block."""
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> BenchWorker:
         self.start()
         return self
 
@@ -68,7 +68,7 @@ class Meter:
         self.process.wait()
         self.errors.close()
 
-    def __call__(self, spec: Spec, advance: Advance) -> dict[str, Any]:
+    def __call__(self, spec: BenchSpec, advance: Advance) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         failed = None
         with contextlib.suppress(BrokenPipeError):
@@ -81,33 +81,33 @@ class Meter:
                     failed = message["error"]
                     break
                 advance(message["done"], message["what"])
-        if failed is None:  # it never answered: what it printed last says why
+        if failed is None:  # it never answered: its last output says why
             self.process.wait()
             self.errors.seek(0)
             failed = (self.errors.read().strip().splitlines() or ["the measuring process ended"])[-1]
         raise ValueError(f"measuring {spec.loss} in {spec.dtype} failed: {failed}")
 
 
-def row_of(spec: Spec, candidate: str, threads: int | None) -> dict[str, Any]:
+def row_of(spec: BenchSpec, candidate: str, threads: int | None) -> dict[str, Any]:
     what = {k: v for k, v in asdict(spec).items() if k in ("loss", "case", "dtype", "device", "backward")}
     return {**what, "shape": list(spec.shape), "candidate": candidate, "threads": threads}
 
 
-def failed(spec: Spec, why: str) -> list[dict[str, Any]]:
-    """The rows of what could not be measured."""
+def failed(spec: BenchSpec, why: str) -> list[dict[str, Any]]:
+    """Return the rows of a measurement that failed."""
     return [row_of(spec, "fastloss", spec.threads) | {"refused": why}]
 
 
-def rows_of(spec: Spec, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per candidate: times in every regime, and memory."""
-    regimes, refused = found["regimes"], found["refused"]
+def rows_of(spec: BenchSpec, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row per candidate: times in every regime, and memory."""
+    regimes, skipped = found["regimes"], found["skipped"]
     measured = next(iter(regimes.values()))
     timed = [name for name in measured["times"] if name != measured["ceiling"]]
     rows = []
-    for name in [*timed, *refused, measured["ceiling"]]:
+    for name in [*timed, *skipped, measured["ceiling"]]:
         row = row_of(spec, name, found["threads"])
-        if name in refused:
-            row["refused"] = refused[name]
+        if name in skipped:
+            row["refused"] = skipped[name]
         else:
             row["times"] = {regime: summary(measured, name) for regime, measured in regimes.items()}
         peak = found["peaks"].get(name)
@@ -119,15 +119,15 @@ def rows_of(spec: Spec, found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def moderate(loss: Loss) -> tuple[int, ...]:
-    """The loss's own shape with fewer rows, so that all losses together take minutes."""
-    shape, most = loss.bench_shape, 2**33 if loss.multiplies else 2**24
-    while loss.work(shape) > most and shape[0] > 1:
+    """Return the loss's own shape with fewer rows, so that all losses together take minutes."""
+    shape, max_work = loss.bench_shape, 2**33 if loss.multiplies else 2**24
+    while loss.work(shape) > max_work and shape[0] > 1:
         shape = (shape[0] // 2, *shape[1:])
     return shape
 
 
-def plan(args: argparse.Namespace) -> list[Spec]:
-    """What to measure, from the command line."""
+def plan(args: argparse.Namespace) -> list[BenchSpec]:
+    """Return what the command line asks to measure."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU")
@@ -136,26 +136,27 @@ def plan(args: argparse.Namespace) -> list[Spec]:
 
     budget = args.budget or (5.0 if args.all else 20.0)
 
-    def spec(loss: Loss, dtype: str, one: argparse.Namespace = args) -> Spec:
+    def spec(loss: Loss, dtype: str, one: argparse.Namespace = args) -> BenchSpec:
         case = one.case or next(iter(loss.cases))
         if case not in loss.cases:
             raise ValueError(f"{loss.name} has no case {case!r}; there are {', '.join(loss.cases)}")
         ranks = sorted({len(shape) for shape in loss.shapes})
         if one.shape and len(one.shape) not in ranks:
             raise ValueError(f"--shape of {loss.name} has {' or '.join(map(str, ranks))} sizes")
-        return Spec(
+        return BenchSpec(
             loss=loss.name,
             case=case,
             shape=tuple(one.shape or (moderate(loss) if args.all else loss.bench_shape)),
             dtype=dtype,
             device=device,
-            backward=not one.forward_only and loss.name not in estimators,  # they are called without
+            backward=not one.forward_only
+            and loss.name not in estimators,  # estimators are called without gradient
             threads=args.threads,
             rounds=args.rounds,
             budget=budget,
             peers=str(args.peers) if args.peers else None,
             skip=tuple(one.skip),
-            patience=args.patience or (5.0 if args.all else None),
+            max_step_seconds=args.max_step_seconds or (5.0 if args.all else None),
         )
 
     if args.table:
@@ -172,7 +173,7 @@ def show(progress: Progress, task: TaskID, label: str, done: float, what: str) -
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
-    """The folder of a report: numbers, tables, one plot."""
+    """Write the folder of a report: results, tables, one plot."""
     from fastloss._cli import plot
 
     report.write_folder(folder, results)
@@ -181,7 +182,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """`python -m fastloss bench`: returns 1 if a result of fastloss was refused as wrong."""
+    """Run `python -m fastloss bench`; return 1 if a candidate of fastloss was skipped or failed."""
     if args.again:
         write(args.again, json.loads((args.again / "results.json").read_text()))
         return 0
@@ -198,18 +199,18 @@ def main(args: argparse.Namespace) -> int:
     if load > 0.5 * results["machine"]["cores"]:
         console.print(f"Other work keeps this machine busy (load {load}): the times below will be too long.")
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Meter() as meter:
+    with BenchWorker() as worker:
         for i, spec in enumerate(specs):
             label = f"{i + 1} of {len(specs)}: {spec.loss} {'x'.join(map(str, spec.shape))} {spec.dtype}"
             with Progress(*columns, console=console, transient=True) as progress:
                 task = progress.add_task(label, total=1.0)
                 try:
-                    rows = rows_of(spec, meter(spec, partial(show, progress, task, label)))
-                except ValueError as error:  # out of memory, for example: the others are still of interest
+                    rows = rows_of(spec, worker(spec, partial(show, progress, task, label)))
+                except ValueError as error:  # out of memory, for example: measure the others
                     if len(specs) == 1:
                         raise
                     rows = failed(spec, str(error))
-                    meter.restart()
+                    worker.restart()
             results["rows"] += rows
             console.print(report.table(rows))
             for row in rows:

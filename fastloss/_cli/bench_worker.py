@@ -1,9 +1,9 @@
-"""The process that measures: `bench` starts it once and writes to it what is to be measured, a line each.
+"""The process that measures: `bench` starts it once and writes one line of JSON to it for each measurement.
 
-Every measurement runs in a fork of it, and in a fork of that each allocator's regime and the memory of each candidate:
-what one leaves behind must not serve the next, and nothing is imported or drawn twice. Until then one thread
-runs and no GPU is touched, so that forks may use all threads and the GPU. Lines of JSON go to standard output:
-progress, then one with the result. What anything else prints goes to standard error.
+Every measurement runs in a fork of it, and each allocator regime and each candidate's memory in a fork of that: no
+state leaks from one to the next, and nothing is imported or drawn twice. Until then one thread runs and no GPU is
+touched, so that forks may use all threads and the GPU. Lines of JSON go to standard output: progress, then one with the
+result. All other output goes to standard error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fastloss._cli.check import compare
 from fastloss._cli.report import CEILINGS
-from fastloss._cli.timing import Clock, Copy, Products, Step, cuda_peak, rss_peak
+from fastloss._cli.timing import Copy, Products, TimedStep, Timer, cuda_peak, rss_peak
 from fastloss._ops.autograd import HALF_TYPES
 from fastloss._registry import InputSampler, Loss, entries
 from fastloss._registry.accuracy import cast, differentiable, eager_of, errors_of
@@ -39,14 +39,14 @@ from fastloss._registry.accuracy import cast, differentiable, eager_of, errors_o
 CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
 CHECK_STEPS = 12
-"""The check of a candidate, its compilation included, may take as many times as long as a step."""
+"""The check of a candidate, compilation included, may take this many times `max_step_seconds`."""
 REGIMES = ("malloc", "recycled")
-"""The default allocator, which returns large blocks to the system, and one that keeps all it ever had."""
+"""The default allocator, which returns large blocks to the system, and one that returns nothing."""
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What to measure; travels between the processes as JSON."""
+class BenchSpec:
+    """One measurement, as sent to the worker in JSON."""
 
     loss: str
     case: str
@@ -60,13 +60,13 @@ class Spec:
     """Seconds of timing, over all regimes."""
     peers: str | None
     skip: tuple[str, ...] = ()
-    """Candidates that do not compete."""
-    patience: float | None = None
-    """Seconds that a step may take; a slower candidate is not timed. None: any."""
+    """Candidates that are left out."""
+    max_step_seconds: float | None = None
+    """A candidate whose step takes longer is skipped. None: no limit."""
 
 
-def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
-    """Who competes, by name."""
+def candidates(loss: Loss, spec: BenchSpec) -> dict[str, Callable[..., Tensor]]:
+    """Return the candidates by name."""
     eager = eager_of(loss, loss.call(spec.case, InputSampler(), loss.shapes[0]))
     found: dict[str, Callable[..., Tensor]] = {"eager": eager}
     if not loss.unrolls:
@@ -80,12 +80,12 @@ def candidates(loss: Loss, spec: Spec) -> dict[str, Callable[..., Tensor]]:
 
 
 def overwrites(candidate: str) -> bool:
-    """Whether it needs inputs of its own: some peers write their gradient over the logits."""
+    """Return whether the candidate needs inputs of its own: some peers write their gradient over the logits."""
     return candidate not in ("eager", "torch.compile", "fastloss")
 
 
 def small(loss: Loss, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape with its first size cut, and its last if need be, so that a float64 reference stays cheap."""
+    """Cut the first size of the shape, and the last if need be, so that a float64 reference stays cheap."""
     if len(shape) > 2:
         shape = (*shape[:-1], min(shape[-1], max(1, 4 * CHECKED_ELEMENTS // math.prod(shape[1:-1]))))
     rows = max(1, min(shape[0], CHECKED_ELEMENTS // max(1, math.prod(shape[1:]))))
@@ -94,8 +94,8 @@ def small(loss: Loss, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (rows, *shape[1:])
 
 
-def wrong(name: str, function: Callable[..., Tensor], loss: Loss, spec: Spec, dtype: torch.dtype) -> str:
-    """Why this candidate is not timed: fastloss must keep `check`'s rule, others half of the digits.
+def wrong(name: str, function: Callable[..., Tensor], loss: Loss, spec: BenchSpec, dtype: torch.dtype) -> str:
+    """Return what is wrong with this candidate: fastloss must keep `check`'s rule, others half of the digits.
 
     The compiled eager function is held against eager itself on the full shape, to compile once only.
     """
@@ -113,12 +113,12 @@ def disagreement(
     dtype: torch.dtype,
     allowed: Mapping[str, float] | None = None,
 ) -> str:
-    """Where the results on the full shape part from eager's by more than half of the digits, and than `allowed`."""
+    """Describe where results on the full shape differ from eager's by more than half of the digits and `allowed`."""
     for quantity, want in eager.items():
         scale = want.abs().max().item() if want.numel() else 0.0
         enough = max(torch.finfo(dtype).eps ** 0.5 * scale, (allowed or {}).get(quantity, 0.0))
         pieces = zip(got[quantity].reshape(-1).split(2**22), want.reshape(-1).split(2**22), strict=True)
-        for have, like in pieces:  # in pieces, because float64 of everything may not fit
+        for have, like in pieces:  # in pieces: a float64 copy of everything may not fit
             off = (have.double() - like.double()).abs()
             if not bool(((off <= enough) | (have == like) | like.isnan()).all()):
                 return (
@@ -128,12 +128,12 @@ def disagreement(
 
 
 class Slow(BaseException):
-    """Raised in what takes too long; a compiler that catches its Exceptions does not catch this."""
+    """Raised when the time is up; a compiler that catches every Exception does not catch this."""
 
 
 @contextlib.contextmanager
 def within(seconds: float | None) -> Iterator[None]:
-    """Raises Slow in the block when the time is up, between two operations."""
+    """Raise Slow in the block when the time is up, between two operations."""
 
     def stop(*_: Any) -> None:
         raise Slow
@@ -148,17 +148,17 @@ def within(seconds: float | None) -> Iterator[None]:
 
 
 def keep_pages() -> None:
-    """From now on no memory goes back to the system: glibc's allocator, where it is the one in use."""
+    """Keep glibc's allocator, where it is the one in use, from returning memory to the system."""
     with contextlib.suppress(AttributeError, OSError):
         mmap_max, trim_threshold = -4, -1
         ctypes.CDLL(None).mallopt(mmap_max, 0)
         ctypes.CDLL(None).mallopt(trim_threshold, -1)
 
 
-class Contest:
+class Comparison:
     """The candidates of one spec and the arguments that they are called with."""
 
-    def __init__(self, loss: Loss, spec: Spec):
+    def __init__(self, loss: Loss, spec: BenchSpec):
         self.loss, self.spec, self.dtype = loss, spec, getattr(torch, spec.dtype)
         self.kwargs = loss.call(spec.case, InputSampler(self.dtype, spec.device, fast=True), spec.shape)
         self.wrt = differentiable(self.kwargs, loss.trained or loss.wrt) if spec.backward else []
@@ -170,17 +170,19 @@ class Contest:
         )
         self.candidates = candidates(loss, spec)
 
-    def step(self, name: str) -> Step:
-        return Step(self.candidates[name], self.kwargs, self.wrt, overwrites(name))
+    def step(self, name: str) -> TimedStep:
+        return TimedStep(self.candidates[name], self.kwargs, self.wrt, overwrites(name))
 
     def eager_in_float32(self) -> dict[str, Tensor]:
-        """The judge of half types, in which eager itself may be off: at a jump it finds the other side."""
+        """Return eager's results in float32: in half precision eager itself may take the other side of a jump."""
         function = eager_of(self.loss, self.kwargs)
-        return Step(function, cast(self.kwargs, torch.float32), self.wrt, own=False).results()
+        return TimedStep(function, cast(self.kwargs, torch.float32), self.wrt, copy_inputs=False).results()
 
     def fault(self, name: str, expected: dict[str, dict[str, Tensor]]) -> str:
-        """What there is against this candidate. `expected` keeps results on the full shape: the first candidate's,
-        and those in float32 once they are asked for."""
+        """Return why this candidate is not timed, or an empty string.
+
+        `expected` caches results on the full shape: the first candidate's, and eager's in float32 once needed.
+        """
         reason = wrong(name, self.candidates[name], self.loss, self.spec, self.dtype)
         if reason:
             return reason
@@ -189,64 +191,64 @@ class Contest:
         eager = expected.setdefault("eager", results)
         reason = disagreement(results, eager, self.dtype)
         if reason and self.dtype in HALF_TYPES:
-            judge = expected.get("float32") or self.eager_in_float32()
-            expected["float32"] = judge
-            reason = disagreement(results, judge, self.dtype, errors_of(eager, judge))
+            in_float32 = expected.get("float32") or self.eager_in_float32()
+            expected["float32"] = in_float32
+            reason = disagreement(results, in_float32, self.dtype, errors_of(eager, in_float32))
         step.release()
-        if reason or not self.spec.patience:
+        if reason or not self.spec.max_step_seconds:
             return reason
-        seconds = Clock(self.spec.device).time(step) / 1e3
-        return f"a step takes {seconds:.1f} s" if seconds > self.spec.patience else ""
+        seconds = Timer(self.spec.device).time(step) / 1e3
+        return f"a step takes {seconds:.1f} s" if seconds > self.spec.max_step_seconds else ""
 
-    def refusals(self, emit: Callable[..., None]) -> dict[str, str]:
-        """Those that are not to be timed, and why."""
-        refused: dict[str, str] = {}
-        patience = self.spec.patience
+    def skipped(self, emit: Callable[..., None]) -> dict[str, str]:
+        """Return the candidates that are not to be timed, and why."""
+        skipped: dict[str, str] = {}
+        max_seconds = self.spec.max_step_seconds and CHECK_STEPS * self.spec.max_step_seconds
         expected: dict[str, dict[str, Tensor]] = {}
         for i, name in enumerate(self.candidates):
             emit(done=i, total=len(self.candidates), what=f"checking {name}")
-            if name == "torch.compile" and "eager" in refused:
-                refused[name] = "eager is refused"
+            if name == "torch.compile" and "eager" in skipped:
+                skipped[name] = "eager is skipped"
                 continue
             try:
-                with within(patience and CHECK_STEPS * patience):
+                with within(max_seconds):
                     reason = self.fault(name, expected)
             except Slow:
-                reason = f"given up after {CHECK_STEPS * patience:.0f} s"
-            except Exception as error:  # a peer may raise anything; the others are still of interest
+                reason = f"given up after {max_seconds:.0f} s"
+            except Exception as error:  # a peer may raise anything: time the others
                 reason = summarized(error)
             if reason:
-                refused[name] = reason
-        return refused
+                skipped[name] = reason
+        return skipped
 
     def times(self, skip: Mapping[str, str], budget: float, emit: Callable[..., None]) -> dict[str, Any]:
-        """Milliseconds of everyone but those to skip and of the ceiling, one after the other in every round."""
-        steps: dict[str, Step | Copy | Products] = {
+        """Time all candidates but those in `skip`, and the ceiling, in interleaved rounds: milliseconds."""
+        steps: dict[str, TimedStep | Copy | Products] = {
             name: self.step(name) for name in self.candidates if name not in skip
         }
         device = self.spec.device
         steps[self.ceiling] = (
             Products(self.work, self.dtype, device) if self.loss.multiplies else Copy(self.work, device)
         )
-        clock = Clock(device)
-        on_gpu = {k: s for k, s in steps.items() if isinstance(s, Step) and device == "cuda"}
+        timer = Timer(device)
+        on_gpu = {k: s for k, s in steps.items() if isinstance(s, TimedStep) and device == "cuda"}
         peaks = {k: cuda_peak(s) for k, s in on_gpu.items()}
         gc.collect()
         gc.disable()
         for step in steps.values():
-            clock.time(step)
-        seconds = sum(clock.time(step) for step in steps.values()) / 1e3
+            timer.time(step)
+        seconds = sum(timer.time(step) for step in steps.values()) / 1e3
         rounds = self.spec.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / seconds)))
         times: dict[str, list[float]] = {name: [] for name in steps}
         for r in range(rounds):
             emit(done=r, total=rounds, what=f"round {r + 1} of {rounds}")
             order = list(steps)
             for name in order[r % len(order) :] + order[: r % len(order)]:
-                times[name].append(clock.time(steps[name]))
+                times[name].append(timer.time(steps[name]))
         return {"times": times, "ceiling": self.ceiling, "work": self.work, "peaks": peaks}
 
     def peak(self, name: str) -> int | None:
-        """Bytes beyond the inputs at the highest point of one candidate's step, on the CPU."""
+        """Return the peak memory of one candidate's step beyond its inputs, in bytes, on the CPU."""
         step = self.step(name)
         step.results()
         step.release()
@@ -266,7 +268,7 @@ def summarized(error: Exception) -> str:
 
 
 def summary(measured: Mapping[str, Any], candidate: str) -> dict[str, float]:
-    """Medians of one candidate; ratios are medians of the ratios within each round."""
+    """Return the medians of one candidate; ratios are medians of the ratios within each round."""
     times = measured["times"]
     ms = statistics.median(times[candidate])
     ceiling = measured["ceiling"]
@@ -278,12 +280,12 @@ def summary(measured: Mapping[str, Any], candidate: str) -> dict[str, float]:
     for key, other in ((f"of_{ceiling}", ceiling), ("x_eager", "eager"), ("x_compile", "torch.compile")):
         if other in times:
             pairs = zip(times[other], times[candidate], strict=True)
-            found[key] = statistics.median(theirs / own for theirs, own in pairs)
+            found[key] = statistics.median(other / ours for other, ours in pairs)
     return found
 
 
 def in_fork(work: Callable[[], Any]) -> Any:
-    """What `work` gives in a copy of this process, which then ends."""
+    """Run `work` in a fork of this process and return its result."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -306,12 +308,12 @@ def in_fork(work: Callable[[], Any]) -> Any:
     return answer["result"]
 
 
-def measure(loss: Loss, spec: Spec, threads: int, emit: Callable[..., None]) -> dict[str, Any]:
-    """Times by regime, memory by candidate, who was refused and why."""
+def measure(loss: Loss, spec: BenchSpec, threads: int, emit: Callable[..., None]) -> dict[str, Any]:
+    """Measure times by regime and memory by candidate; say which candidates were skipped and why."""
 
-    def part(start: float, share: float, what: str) -> Callable[..., None]:
+    def part(start: float, fraction: float, what: str) -> Callable[..., None]:
         return lambda done, total, **more: emit(
-            done=start + share * done / max(total, 1), what=f"{what}: {more['what']}"
+            done=start + fraction * done / max(total, 1), what=f"{what}: {more['what']}"
         )
 
     def job(work: Callable[[], Any]) -> Any:
@@ -324,37 +326,38 @@ def measure(loss: Loss, spec: Spec, threads: int, emit: Callable[..., None]) -> 
 
         return in_fork(run)
 
-    contest = Contest(loss, spec)
+    comparison = Comparison(loss, spec)
     regimes = REGIMES if spec.device == "cpu" else ("cuda",)
-    refused = job(lambda: contest.refusals(part(0.0, 0.2, "check")))
+    skipped = job(lambda: comparison.skipped(part(0.0, 0.2, "check")))
     measured = {}
     for i, regime in enumerate(regimes):
 
         def timed(regime: str = regime, i: int = i) -> dict[str, Any]:
             if regime == "recycled":
                 keep_pages()
-            share = 0.6 / len(regimes)
-            return contest.times(refused, spec.budget / len(regimes), part(0.2 + i * share, share, regime))
+            fraction = 0.6 / len(regimes)
+            progress = part(0.2 + i * fraction, fraction, regime)
+            return comparison.times(skipped, spec.budget / len(regimes), progress)
 
         measured[regime] = job(timed)
     peaks = measured[regimes[0]]["peaks"]
     if spec.device == "cpu":
-        for i, name in enumerate(contest.candidates):
-            emit(done=0.8 + 0.2 * i / len(contest.candidates), what=f"memory of {name}")
-            if name not in refused:
-                peaks[name] = job(partial(contest.peak, name))
+        for i, name in enumerate(comparison.candidates):
+            emit(done=0.8 + 0.2 * i / len(comparison.candidates), what=f"memory of {name}")
+            if name not in skipped:
+                peaks[name] = job(partial(comparison.peak, name))
     return {
         "regimes": measured,
-        "refused": refused,
+        "skipped": skipped,
         "peaks": peaks,
         "threads": threads,
-        "input_bytes": next(v.nbytes for v in contest.kwargs.values() if isinstance(v, Tensor)),
+        "input_bytes": next(v.nbytes for v in comparison.kwargs.values() if isinstance(v, Tensor)),
     }
 
 
 @functools.cache
 def prepare_compiler() -> None:
-    """torch.compile does much when it is first used: once, before the forks, which it takes seconds in each."""
+    """Warm torch.compile up before the forks: its first use takes seconds."""
     x = torch.rand(8, requires_grad=True)
     with contextlib.suppress(Exception):  # a candidate that cannot be compiled says so itself
         torch.compile(lambda v: v.exp().log_softmax(0).sum())(x).backward()
@@ -376,9 +379,9 @@ def main() -> None:
         config.compile_threads = 1  # its workers would be started anew in every fork
     for line in sys.stdin:
         given = json.loads(line)
-        spec = Spec(**{**given, "shape": tuple(given["shape"]), "skip": tuple(given["skip"])})
+        spec = BenchSpec(**{**given, "shape": tuple(given["shape"]), "skip": tuple(given["skip"])})
         if spec.device == "cpu" and "torch.compile" not in spec.skip:
-            emit(done=0.0, what="making torch.compile ready")
+            emit(done=0.0, what="warming up torch.compile")
             prepare_compiler()
         (loss,) = entries(spec.loss)
         try:

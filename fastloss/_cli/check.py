@@ -1,4 +1,4 @@
-"""Every registered loss and estimator against its float64 reference, by the rule of `fastloss._registry.accuracy`."""
+"""Compare every registered loss and estimator with its float64 reference, by the rule of `_registry.accuracy`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Result:
     device: str
     worst: Finding
     relative: float = 0.0
-    """Largest error over largest exact magnitude, the worst of all quantities."""
+    """Largest error over largest exact magnitude, the largest of all quantities."""
 
     @property
     def ok(self) -> bool:
@@ -34,7 +34,7 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """Error over what is allowed."""
+        """The error over the allowed error."""
         return self.worst.ratio
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Result:
 
 
 def devices() -> list[str]:
-    """The devices present on this machine."""
+    """Return the types of the devices present on this machine."""
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -88,14 +88,14 @@ def run_all(plan: Sequence[Comparison]) -> Iterator[Result]:
     for loss, case, shape, dtype, device in plan:
         try:
             yield compare(loss, case, shape, dtype, device)
-        except Exception as error:  # whatever a loss raises is its failure, and the others still run
+        except Exception as error:  # any error is a failure of this loss; the others still run
             message = f"raised {type(error).__name__}: {error}"
             failed = Finding("call", math.inf, 0.0, math.inf, math.inf, message)
             yield Result(loss.name, case, shape, dtype, device, failed, math.inf)
 
 
 def main(args: argparse.Namespace) -> int:
-    """`python -m fastloss check`: a table, the failures, and 1 if there are any."""
+    """Run `python -m fastloss check`: print a table and the failures, return 1 if there are any."""
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -116,8 +116,8 @@ def main(args: argparse.Namespace) -> int:
     for key, results in groups.items():
         worst = max((r.worst for r in results), key=lambda found: found.ratio)
         failed = sum(not r.ok for r in results)
-        numbers = f"{worst.error:.2g}", f"{worst.allowed:.2g}", f"{worst.ratio:.3g}"
-        table.add_row(*key, str(len(results)), *numbers, str(failed), style="red" if failed else "")
+        errors = f"{worst.error:.2g}", f"{worst.allowed:.2g}", f"{worst.ratio:.3g}"
+        table.add_row(*key, str(len(results)), *errors, str(failed), style="red" if failed else "")
     console.print(table)
 
     failures = [r for results in groups.values() for r in results if not r.ok]

@@ -1,4 +1,4 @@
-"""What was built, what this machine has, and which kernels a tensor will therefore meet."""
+"""Show build and hardware info, and which kernels a tensor will use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_GPU = "none can exist: torch sees no GPU"
 
 
 def cpu_model() -> str:
-    """The processor's name; Linux keeps it in /proc/cpuinfo."""
+    """Return the processor's name; Linux keeps it in /proc/cpuinfo."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -27,7 +27,7 @@ def cpu_model() -> str:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """The GPUs that torch sees."""
+    """Return name, compute capability and memory of the GPUs that torch sees."""
     if not torch.cuda.is_available():
         return []
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -38,7 +38,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def extension() -> Any | None:
-    """The compiled module, or None where it was not built."""
+    """Return the compiled module, or None where it was not built."""
     try:
         return importlib.import_module("fastloss._C")
     except ImportError:
@@ -46,7 +46,7 @@ def extension() -> Any | None:
 
 
 def machine() -> dict[str, Any]:
-    """What a number measured here depends on."""
+    """Return the facts that a measurement on this machine depends on."""
     compiled = extension()
     return {
         "cpu": cpu_model(),
@@ -63,7 +63,7 @@ def machine() -> dict[str, Any]:
 
 
 def will_use(built: dict[str, Any] | None, here: dict[str, Any]) -> dict[str, str]:
-    """What happens to a tensor, by its device."""
+    """Say by device which kernels a tensor will use."""
     if built is None:
         unknown = "fastloss kernels; which ones is unknown, fastloss._C not being built for this Python"
         return {"cpu tensors": unknown, "cuda tensors": unknown if here["gpus"] else NO_GPU}
@@ -78,7 +78,7 @@ def will_use(built: dict[str, Any] | None, here: dict[str, Any]) -> dict[str, st
 
 
 def gather() -> dict[str, Any]:
-    """All facts, by section."""
+    """Return all facts by section."""
     compiled, here = extension(), machine()
     built = dict(compiled.build_info()) if compiled else None
     facts: dict[str, Any] = {
@@ -94,7 +94,7 @@ def gather() -> dict[str, Any]:
 
 
 def text_of(value: Any) -> str:
-    """One line for one fact."""
+    """Format one fact as one line."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, dict):
@@ -105,7 +105,7 @@ def text_of(value: Any) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    """`python -m fastloss info`: plain text, so that it works without the extras."""
+    """Run `python -m fastloss info`: print plain text, so that it works without the extras."""
     facts = gather()
     if args.json:
         print(json.dumps(facts, indent=2))

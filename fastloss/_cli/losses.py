@@ -1,4 +1,4 @@
-"""`python -m fastloss losses`: the table of losses that stands in the README."""
+"""Print the table of losses of the README: `python -m fastloss losses`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastloss._registry import Loss, entries
 
 
 def cell(text: str) -> str:
-    """Docstring markup as GitHub's Markdown: math in its syntax, without the bar that would end a table cell."""
+    """Convert docstring markup to GitHub's Markdown: its math syntax, no bar that would end a table cell."""
     return re.sub(
         r":math:`([^`]*)`", lambda math: "$`" + re.sub(r"\|\s*", r"\\vert ", math[1]).strip() + "`$", text
     )
@@ -18,12 +18,13 @@ def cell(text: str) -> str:
 
 def row(loss: Loss) -> str:
     summary = cell((inspect.getdoc(loss.function) or "").splitlines()[0].rstrip("."))
+    summary = re.sub(r"^Compute (the |a )?(\w)", lambda start: start[2].upper(), summary)
     replaces = f"`{loss.replaces}`" if loss.replaces else ""
     return f"| `{loss.name}` | {loss.family} | {replaces} | {summary} |"
 
 
 def table() -> str:
-    """One line for each loss and each estimator, by family."""
+    """Return the table: one line for each loss and each estimator, by family."""
     head = ["| function | family | replaces | description |", "|---|---|---|---|"]
     return "\n".join(head + [row(loss) for loss in entries()])
 

@@ -1,4 +1,4 @@
-"""What `bench` and `profile` measured, against the ceiling."""
+"""Plots of the measurements of `bench` and `profile` against their ceilings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """One panel a measurement: a bar for every candidate and allocator regime, a line where the ceiling stands."""
+    """Draw one panel per measurement: a bar for every candidate and allocator regime, a line at the ceiling."""
     timed = [m for m in measurements(rows) if any("times" in row for row in m)]
     columns = min(len(timed), 2)
     lines = [timed[i : i + columns] for i in range(0, len(timed), columns)]
@@ -85,7 +85,7 @@ def panel(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def roofline(groups: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], path: Path) -> None:
-    """A point for each group of equal calls, a line for each device's copy, both in GB/s."""
+    """Draw a point for each group of equal calls and a line for each device's copy, both in GB/s."""
     figure, axes = plt.subplots(figsize=(8, 5))
     for i, g in enumerate(groups):
         label = f"{g['loss']} {'x'.join(map(str, g['shape']))} {g['dtype']}"

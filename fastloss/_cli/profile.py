@@ -1,4 +1,4 @@
-"""`python -m fastloss profile SCRIPT ...`: run a script, then say what its fastloss calls cost."""
+"""Run a script, then print what its fastloss calls cost: `python -m fastloss profile SCRIPT ...`."""
 
 from __future__ import annotations
 

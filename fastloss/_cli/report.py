@@ -1,4 +1,4 @@
-"""What `bench` prints and writes: a table, a JSON file with its provenance, a folder for many measurements."""
+"""The output of `bench`: a table, a JSON file with its provenance, a folder for many measurements."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CEILINGS = {
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package lies in, with "-dirty" where files differ from it."""
+    """Return the commit of the checkout this package lies in, with "-dirty" where files differ from it."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -53,7 +53,7 @@ def commit() -> str | None:
 
 
 def header() -> dict[str, Any]:
-    """A report without rows: where, from which source and by which command it was made."""
+    """Return a report without rows: the machine, the commit and the command."""
     return {
         "machine": info.machine(),
         "command": "python -m fastloss " + shlex.join(sys.argv[1:]),
@@ -65,7 +65,7 @@ def header() -> dict[str, Any]:
 
 
 def measurements(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of a report by measurement: the candidates of one loss, case, shape, dtype and pass together."""
+    """Group the rows of a report by measurement: loss, case, shape, dtype, device and pass."""
     keys = ("loss", "case", "shape", "dtype", "device", "backward")
     return [list(group) for _, group in itertools.groupby(rows, lambda row: [row[k] for k in keys])]
 
@@ -78,14 +78,14 @@ def title(row: Row) -> str:
 
 
 def number(value: float | None) -> str:
-    """About three significant digits, without an exponent."""
+    """Format about three significant digits, without an exponent."""
     if value is None:
         return "-"
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
 
 
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Column names, on two lines, and text of the table over all candidates of one measurement."""
+    """Return the column names, on two lines, and the cells of the table of one measurement."""
     regimes = next((list(r["times"]) for r in rows if "times" in r), [])
     ceiling = next((r["candidate"] for r in rows if r["candidate"] in CEILINGS), "copy")
     unit, short = CEILINGS[ceiling].unit, CEILINGS[ceiling].short
@@ -111,7 +111,7 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For the terminal."""
+    """Return the table of one measurement for the terminal."""
     from rich.table import Table
 
     head, body = cells(rows)
@@ -126,7 +126,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """For the report."""
+    """Return the table of one measurement for the report."""
     head, body = cells(rows)
     lines = [[name.replace("\n", " ").strip() for name in head], ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -146,7 +146,7 @@ EXPLANATION = (
 
 
 def write_folder(folder: Path, report: dict[str, Any]) -> None:
-    """`results.json`, and `report.md` with a table of every measurement and a link to their plot, `times.svg`."""
+    """Write `results.json`, and `report.md` with a table of every measurement and a link to their plot."""
     write_json(folder / "results.json", report)
     machine = report["machine"]
     gpus = ", ".join(g["name"] for g in machine["gpus"])

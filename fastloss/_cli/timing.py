@@ -1,4 +1,4 @@
-"""One candidate's step, and how its time and its memory are taken."""
+"""A candidate's step, and how its time and memory are measured."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from torch import Tensor
 from fastloss._registry.accuracy import values_by_name
 
 
-class Step:
-    """Forward and backward of one candidate; with `own`, on inputs that it may overwrite."""
+class TimedStep:
+    """Forward and backward of one candidate; with `copy_inputs`, on inputs that it may overwrite."""
 
-    share = 1.0
-    """What a run's time is multiplied by."""
+    time_factor = 1.0
+    """A run's time is multiplied by this."""
 
-    def __init__(self, function: Callable[..., Tensor], kwargs: Mapping[str, Any], wrt: list[str], own: bool):
+    def __init__(
+        self, function: Callable[..., Tensor], kwargs: Mapping[str, Any], wrt: list[str], copy_inputs: bool
+    ):
         self.function = function
-        self.pristine = {k: kwargs[k] for k in wrt} if own else {}
-        self.leaves = {k: (kwargs[k].clone() if own else kwargs[k].detach()).requires_grad_() for k in wrt}
+        self.pristine = {k: kwargs[k] for k in wrt} if copy_inputs else {}
+        self.leaves = {
+            k: (kwargs[k].clone() if copy_inputs else kwargs[k].detach()).requires_grad_() for k in wrt
+        }
         self.kwargs = {**kwargs, **self.leaves}
         self.upstream: list[Tensor] | None = None
 
@@ -58,9 +62,9 @@ class Step:
 
 
 class Copy:
-    """A ceiling: half the traffic read, half written, between two warm buffers."""
+    """The ceiling of memory-bound losses: a copy between two warm buffers, half the traffic read, half written."""
 
-    share = 1.0
+    time_factor = 1.0
 
     def __init__(self, traffic: int, device: str):
         n = max(1, traffic // 8)
@@ -76,13 +80,13 @@ class Copy:
 
 
 class Products:
-    """The ceiling of what multiplies matrices: `flops` at the speed of the library, from one product of square ones."""
+    """The ceiling of GEMM-bound losses: `flops` at the rate of `torch.mm` of square matrices."""
 
     def __init__(self, flops: int, dtype: torch.dtype, device: str):
         n = 8192 if device.startswith("cuda") else 1024
         self.factor, self.out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
         self.flops = 2 * n**3
-        self.share = flops / self.flops
+        self.time_factor = flops / self.flops
 
     def prepare(self) -> None: ...
 
@@ -92,8 +96,8 @@ class Products:
     def release(self) -> None: ...
 
 
-class Clock:
-    """Milliseconds of one run; on CUDA with events, after the L2 cache was overwritten."""
+class Timer:
+    """Times one run in milliseconds; on CUDA with events, after the L2 cache was overwritten."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
@@ -102,7 +106,7 @@ class Clock:
             size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
             self.flush = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def time(self, step: Step | Copy | Products) -> float:
+    def time(self, step: TimedStep | Copy | Products) -> float:
         step.prepare()
         if self.cuda:
             self.flush.zero_()
@@ -116,18 +120,18 @@ class Clock:
             step.run()
             ms = (time.perf_counter() - start) * 1e3
         step.release()
-        return ms * step.share
+        return ms * step.time_factor
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same as a CUDA graph: without the host's part."""
+    """Return `run` as the replay of a CUDA graph: without host overhead."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.empty_cache()  # what the runs left lies in this stream's pool: the graph has one of its own
+    torch.cuda.empty_cache()  # the runs' blocks are in this stream's pool: the graph has its own
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()
@@ -140,7 +144,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def status_bytes(field: str) -> int:
-    """A memory field of this process's /proc status, such as VmRSS or its high-water mark VmHWM."""
+    """Return a memory field of this process's /proc status, such as VmRSS or its high-water mark VmHWM."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -148,11 +152,11 @@ def status_bytes(field: str) -> int:
 
 
 class RssSampler(threading.Thread):
-    """Highest resident size seen, looked at every millisecond: where the high-water mark cannot be reset."""
+    """Samples the resident size every millisecond and keeps the peak: where VmHWM cannot be reset."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.highest = 0
+        self.peak = 0
         self.finished = threading.Event()
 
     def run(self) -> None:
@@ -160,11 +164,11 @@ class RssSampler(threading.Thread):
         with open("/proc/self/statm", "rb", buffering=0) as statm:
             while not self.finished.wait(0.001):
                 statm.seek(0)
-                self.highest = max(self.highest, int(statm.read().split()[1]) * page)
+                self.peak = max(self.peak, int(statm.read().split()[1]) * page)
 
 
-def rss_peak(step: Step) -> int | None:
-    """Resident bytes that one run adds at its highest point; None on systems without /proc."""
+def rss_peak(step: TimedStep) -> int | None:
+    """Return the resident bytes that one run adds at its peak; None on systems without /proc."""
     step.prepare()
     sampler: RssSampler | None = None
     try:
@@ -179,15 +183,15 @@ def rss_peak(step: Step) -> int | None:
             return max(0, status_bytes("VmHWM") - before)
         sampler.finished.set()
         sampler.join()
-        return max(0, sampler.highest - before)
+        return max(0, sampler.peak - before)
     except FileNotFoundError:
         return None
     finally:
         step.release()
 
 
-def cuda_peak(step: Step) -> int:
-    """Bytes that one run allocates through torch at its highest point."""
+def cuda_peak(step: TimedStep) -> int:
+    """Return the bytes that one run allocates through torch at its peak."""
     step.prepare()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

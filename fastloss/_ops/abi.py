@@ -1,7 +1,8 @@
-"""The compiled library: loads it, and asks it for the names and numbers that C++ and Python must agree on.
+"""Load the compiled library and read the names and constants that C++ and Python must agree on.
 
 What an operator takes by position, Python passes by name: a loss's hyperparameters (`hparams(...).pack(gamma=2.0)`),
-the values of an enum (`enum("Ranking")["bradley_terry"]`). The names stand in C++, once; see csrc/drivers/names.h.
+the values of an enum (`enum("Ranking")["bradley_terry"]`). The names are defined once, in C++; see
+csrc/drivers/names.h.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Load the operators; return what the library says of itself."""
+    """Load the operators; return the library's description of itself."""
     if not path.exists():
         raise ImportError(
             "fastloss is not built: run `pip install --no-build-isolation .` in its checkout (`make build` there)"
@@ -30,10 +31,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check_environment(capabilities: list[str]) -> None:
-    wish = os.environ.get("FASTLOSS_CPU_CAPABILITY")
-    if wish and wish not in capabilities:
+    requested = os.environ.get("FASTLOSS_CPU_CAPABILITY")
+    if requested and requested not in capabilities:
         raise RuntimeError(
-            f"FASTLOSS_CPU_CAPABILITY: expected one of {', '.join(capabilities)}, got {wish!r}"
+            f"FASTLOSS_CPU_CAPABILITY: expected one of {', '.join(capabilities)}, got {requested!r}"
         )
 
 
@@ -42,17 +43,17 @@ _check_environment(_description["cpu_capabilities"])
 
 
 def enum(name: str) -> dict[str, int]:
-    """Return the values of an enum of C++ by name, in their order."""
+    """Return the values of a C++ enum by name, in their order."""
     return {value: i for i, value in enumerate(_description["enums"][name])}
 
 
 def constant(name: str) -> int:
-    """Return a number of C++ that Python needs."""
+    """Return a constant of C++."""
     return _description["constants"][name]
 
 
 def fact(operator: str, name: str) -> Any:
-    """Return what the library says of an operator: `"inputs"`, `"wrt"`, `"saved"` or `"outputs"`."""
+    """Return a property of an operator: `"inputs"`, `"wrt"`, `"saved"` or `"outputs"`."""
     return _description["operators"][operator][name]
 
 
@@ -71,18 +72,18 @@ class Hparams:
         self.pack: Callable[..., list[float]] = self._packer(owner)
 
     def _packer(self, owner: str) -> Callable[..., list[float]]:
-        # a function with these very keywords: to look them up in a dictionary takes five times as long
+        # a function with these keywords: looking them up in a dictionary takes five times as long
         places = {f"places_of_{k}": {v: float(i) for i, v in enumerate(vs)} for k, vs in self.choices.items()}
         arguments = f"*, {', '.join(self.names)}" if self.names else ""
-        numbers = ", ".join(f"places_of_{k}[{k}]" if k in self.choices else k for k in self.names)
-        make = eval(f"lambda {', '.join(places)}: lambda {arguments}: [{numbers}]")
+        values = ", ".join(f"places_of_{k}[{k}]" if k in self.choices else k for k in self.names)
+        make = eval(f"lambda {', '.join(places)}: lambda {arguments}: [{values}]")
         packer = make(**places)
         packer.__name__ = packer.__qualname__ = f"{owner}.hparams"
         return packer
 
-    def unpack(self, numbers: Sequence[float]) -> dict[str, Any]:
+    def unpack(self, hparams: Sequence[float]) -> dict[str, Any]:
         """Return the hyperparameters by name, and of those in `choices` the value's name."""
-        found: dict[str, Any] = dict(zip(self.names, numbers, strict=True))
+        found: dict[str, Any] = dict(zip(self.names, hparams, strict=True))
         for name, values in self.choices.items():
             found[name] = values[int(found[name])]
         return found
@@ -98,5 +99,5 @@ class Hparams:
 
 
 def hparams(operator: str) -> Hparams:
-    """Return those of an operator of the library."""
+    """Return the hyperparameters of an operator of the library."""
     return Hparams(operator, fact(operator, "hparams"), fact(operator, "choices"))

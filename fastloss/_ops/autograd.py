@@ -11,7 +11,7 @@ The rules:
 * The operators differentiate the tensors in `wrt`. Any other tensor that requires a gradient, and every second
   derivative, goes through the loss's reference, which is plain PyTorch and takes `(*tensors, *options)`.
 * torch.compile and torch.export see the two operators; torch.func and vmap the same functions as eager code.
-* Nothing that autograd may still need is written.
+* Tensors that autograd may still need are never overwritten.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def kernels() -> Any:
 
 
 def runs_on_cpu(x: Tensor, operators: Any = None) -> bool:
-    """Return whether kernels made for the CPU take `x`; another build may run those of CUDA on tensors of the CPU."""
+    """Return whether CPU kernels take `x`; another build may run CUDA kernels on CPU tensors."""
     return x.is_cpu and (_namespace if operators is None else operators.name) == LIBRARY
 
 
 profiler: Any = None
-"""While `fastloss.profile` is active: called with an operation and its tensors, gives the record of this call."""
+"""While `fastloss.profile` is active: a function from an operation and its tensors to the record of this call."""
 
 functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -83,7 +83,7 @@ def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def needs_grad_mask(op: Differentiable, tensors: Sequence[Tensor | None]) -> int:
-    """Return the tensors that need a gradient, a bit for each; all that have one inside a transform."""
+    """Return the bit mask of the tensors that need a gradient; inside a transform, of all that can have one."""
     transformed = not torch.compiler.is_compiling() and functorch_active()
     return sum(
         1 << i for i in op.wrt if _differentiable(tensors[i]) and (transformed or tensors[i].requires_grad)
@@ -99,14 +99,14 @@ def _tuple(results: Any) -> Sequence[Any]:
 
 
 class Plan:
-    """What forward and backward of one call agree on."""
+    """The state that forward and backward of one call share."""
 
     fuse = False  # forward writes the gradients
     inplace = False  # backward writes the gradient over the input
-    needs_grad_mask = 0  # the inputs, a bit for each, whose gradients forward computes
+    needs_grad_mask = 0  # bit mask of the inputs whose gradients forward computes
     precomputed_grads: Sequence[Tensor] | None = None  # gradients computed in forward
-    needed: Sequence[bool] | None = None  # the inputs whose gradients backward is asked for
-    record: Any = None  # the profiler's of this call
+    needed: Sequence[bool] | None = None  # the inputs whose gradients backward must return
+    record: Any = None  # the profiler's record of this call
 
     def __init__(self, operators: SimpleNamespace):
         self.operators = operators
@@ -115,9 +115,9 @@ class Plan:
 class Differentiable:
     """A differentiable function of `tensors` tensors (some may be None) and options, by two passes in Python.
 
-    `outputs` of the forward pass's results are the function's, the rest is what backward needs. A function with one
-    output returns it bare, else a tuple. Without a `reference` it is differentiated once, and in the tensors in `wrt`
-    alone. A compiler calls it as it is.
+    The first `outputs` results of the forward pass are the function's, the others are state for backward. A function
+    with one output returns a tensor, else a tuple. Without a `reference` it can be differentiated once, and only with
+    respect to the tensors in `wrt`. Compilers do not trace it.
     """
 
     def __init__(
@@ -135,14 +135,14 @@ class Differentiable:
         self._function = _eager_function(self)
 
     def operators(self) -> SimpleNamespace:
-        """Return the operators behind the passes, of the namespace in use; `all` of them, where Python calls more."""
+        """Return the operators of the passes in the namespace in use; `all` is the whole namespace."""
         found = self._operators.get(_namespace)
         if found is None:
             found = self._operators[_namespace] = SimpleNamespace(all=kernels())
         return found
 
     def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any) -> Any:
-        """Apply to `tensors`. `how` is for `plan` alone: what changes the way to the gradients, never the results."""
+        """Apply to `tensors`. `how` goes to `plan`: it changes how gradients are computed, never their values."""
         if torch.compiler.is_compiling():
             return self._compiled(tensors, options)
         if profiler is not None:
@@ -172,20 +172,20 @@ class Differentiable:
     def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         return torch.compiler.disable(self.__call__)(tensors, options)  # here: it imports the compiler
 
-    # ---- what a kind of function may do its own way
+    # ---- overridable
 
     def plan(
         self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]
     ) -> Plan:
-        """Decide how this call, which is to be differentiated, goes."""
+        """Plan a call that is to be differentiated."""
         return Plan(operators)
 
     def run_forward(self, plan: Plan, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
-        """Return outputs and what backward needs."""
+        """Return the outputs, then the state for backward."""
         raise NotImplementedError
 
     def save_for_backward(self, plan: Plan, saved: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return those results of forward that autograd saves; the plan may hold others."""
+        """Return the results of forward that autograd saves; the plan may hold others."""
         return saved
 
     def run_backward(self, plan: Plan, grads, tensors, saved, options) -> Sequence[Tensor | None]:
@@ -193,7 +193,7 @@ class Differentiable:
         raise NotImplementedError
 
     def differentiable_again(self, plan: Plan) -> None:
-        """Raise where the gradient cannot be differentiated."""
+        """Raise if the gradient cannot be differentiated again."""
 
     def flops(self, shapes: Sequence[torch.Size | None], needed: Sequence[bool]) -> int:
         """Return the FLOPs of the GEMMs behind the outputs and the gradients that are needed (0 if none)."""
@@ -203,12 +203,12 @@ class Differentiable:
 class Op(Differentiable):
     """A differentiable function whose passes are two operators of the dispatcher.
 
-    `fake` computes all results of `fwd` for shapes alone. torch.compile and torch.export see the two operators.
+    `fake` computes the results of `fwd` as empty tensors. torch.compile and torch.export see the two operators.
     """
 
     backward_options: slice = slice(None)
-    traced_extra: tuple = ()  # what forward takes after the options, where a tracer follows it
-    saved: int | None = None  # how many of the results after the outputs backward needs; None: all
+    traced_extra: tuple = ()  # arguments of forward after the options, for tracers
+    saved: int | None = None  # the number of results after the outputs that backward needs; None: all
 
     def __init__(
         self,
@@ -241,16 +241,16 @@ class Op(Differentiable):
 
     def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
         if requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
-            return self.reference(*tensors, *options)  # whose operations the compiler fuses itself
+            return self.reference(*tensors, *options)  # the compiler fuses the operations of the reference
         if not (torch.is_grad_enabled() and requires_grad(tensors)):
             return self._unwrap(self._plain(*tensors, *options, *self.traced_extra))
         return self._unwrap(self._traced.apply(*tensors, *options))
 
     def traced_passes(self) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-        """Return forward, what of its results is saved, and backward, as a tracer may follow them: no plan."""
+        """Return traceable functions without a plan: forward, the selection of saved results, and backward."""
         operators = self.operators()
         fwd, bwd, extra, saved_only = operators.fwd, operators.bwd, self.traced_extra, self.saved
-        # two numbers, because the compiler of torch 2.11 cannot follow a slice that stands outside the function
+        # two integers, because the compiler of torch 2.11 cannot trace a slice from outside the function
         first, last = self.backward_options.start, self.backward_options.stop
 
         def forward(*args):
@@ -271,21 +271,21 @@ class Op(Differentiable):
         return _tuple(plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options]))
 
     def fake_backward(self, *args: Any) -> Any:
-        """Return all results of `bwd` for shapes alone."""
+        """Return the results of `bwd` as empty tensors, from shapes alone."""
         first = self.outputs
-        like = [args[first + i] for i in self.wrt]  # what is absent has an empty gradient
+        like = [args[first + i] for i in self.wrt]  # an absent tensor has an empty gradient
         grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
         return grads[0] if len(grads) == 1 else tuple(grads)
 
 
 class FusedOp(Op):
-    """A loss whose forward pass also writes the gradients, where the loss is one number: the data is at hand.
+    """A loss whose forward pass also writes the gradients if the loss is a scalar: the data is at hand.
 
-    `fwd` takes `with_gradient` after the options and gives, after the outputs and what backward needs, buffers
-    of the gradients of `wrt` for an upstream gradient of 1. The first backward takes them if its upstream
-    gradient is 1, else `bwd_into` fills them again from the inputs; both ways give the same bits. On the CPU,
-    where looking is free, a function whose upstream gradients are not 1 stops doing so. `reduction` is the place
-    of the reduction among the options.
+    `fwd` takes `with_gradient` after the options and returns, after the outputs and the state for backward, buffers of
+    the gradients of `wrt` for an upstream gradient of 1. The first backward returns them if its upstream gradient is 1,
+    else `bwd_into` recomputes them from the inputs; both ways give the same bits. On the CPU, where reading the
+    upstream gradient costs nothing, a function whose upstream gradients are not 1 stops fusing. `reduction` is the
+    position of the reduction among the options.
     """
 
     traced_extra = (False,)
@@ -333,18 +333,18 @@ _SCHEMA_TYPES: dict[Any, str] = {
 
 
 def _arguments(fields: type | None) -> list[str]:
-    """Return the fields of a NamedTuple class as arguments of a schema."""
+    """Return the fields of a NamedTuple class as schema arguments."""
     hints = {} if fields is None else typing.get_type_hints(fields)
     return [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in hints.items()]
 
 
 class PythonOp(Op):
-    """An operator of which Python calls the kernels, block by block. Its signature is written once, as named tuples.
+    """An operator implemented in Python over kernels, block by block. Its signature is written once, as named tuples.
 
-    `Inputs` are the tensors and `Attrs` the attributes of a call, `Outputs` and `State` the results of forward: those
-    of the function and what backward needs. `Gradients` are the results of backward; without them there is no
-    operator `bwd`. The dispatcher is given the fields one after another; `forward` and `backward` get them back
-    together. With `masked` both operators take `needs_grad_mask` after the attributes.
+    `Inputs` are the tensors and `Attrs` the attributes of a call, `Outputs` and `State` the results of forward: the
+    function's and the state for backward. `Gradients` are the results of backward; without them there is no operator
+    `bwd`. The operators take the fields one by one, `forward` and `backward` as named tuples. With `masked` both
+    operators take `needs_grad_mask` after the attributes.
 
     The reference takes `(inputs, attrs)`.
     """
@@ -375,7 +375,7 @@ class PythonOp(Op):
         return self.Inputs(*inputs), self.Attrs(*attrs) if self.Attrs else None
 
     def schemas(self) -> dict[str, str]:
-        """Return the schemas of the operators, `fwd` and perhaps `bwd`."""
+        """Return the schemas of `fwd` and, if there are `Gradients`, `bwd`."""
         mask = ["int needs_grad_mask"] if self.masked else []
         inputs, attrs, state = _arguments(self.Inputs), _arguments(self.Attrs) + mask, _arguments(self.State)
         results = ", ".join(_arguments(self.Outputs) + state)
@@ -387,7 +387,7 @@ class PythonOp(Op):
         return found
 
     def implement(self, kind: str, operators: Any) -> Callable[..., Any]:
-        """Return what the dispatcher calls: a pass that calls the kernels `operators`."""
+        """Return the implementation of a pass for the dispatcher, over the kernels `operators`."""
         tensors, last_attr, first = self.tensors, self._last_attr, self.outputs
         as_inputs, as_attrs = self.Inputs._make, self.Attrs._make if self.Attrs else lambda _: None
         forward = self.forward
@@ -411,17 +411,17 @@ class PythonOp(Op):
         return torch.no_grad()(run)
 
     def shapes(self, inputs: Any, attrs: Any, *mask: int) -> Sequence[Tensor]:
-        """Return the results of `forward`, of which the shapes alone count."""
+        """Return the results of `forward` as empty tensors."""
         raise NotImplementedError
 
     def forward(self, operators: Any, inputs: Any, attrs: Any, *mask: int) -> Any:
-        """Return the fields of outputs and state."""
+        """Return the fields of `Outputs` and `State`."""
         raise NotImplementedError
 
     def backward(
         self, operators: Any, grads: Any, inputs: Any, state: Any, attrs: Any, *mask: int
     ) -> Sequence[Tensor]:
-        """Return the fields of the gradients; one that nobody needs is empty."""
+        """Return the fields of `Gradients`; one that is not needed is empty."""
         raise NotImplementedError
 
     def operators(self) -> SimpleNamespace:
@@ -435,13 +435,13 @@ class PythonOp(Op):
                 for device in ("CPU", "CUDA"):
                     library.impl(name, self.implement(kind, operators), device)
                 setattr(found, kind, getattr(operators, name).default)
-            found.library = library  # its registrations live as long as it does
+            found.library = library  # registrations live as long as the library object
             self._operators[_namespace] = found
         return found
 
 
 def _register(namespace: str, op: Op) -> None:
-    """Fake kernels and batching rules of an operator's pair."""
+    """Register fake kernels and batching rules of an operator's two passes."""
     fwd, bwd = f"{namespace}::{op.name}_fwd", f"{namespace}::{op.name}_bwd"
     torch.library.register_fake(fwd, op.fake)
     operators = op.operators()
@@ -455,7 +455,7 @@ def _register(namespace: str, op: Op) -> None:
 
 
 def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """A batching rule: one call for each sample."""
+    """Return a batching rule that calls the operator once for each sample."""
 
     def rule(info, in_dims, *args):
         results = [
@@ -472,7 +472,7 @@ def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _traced_function(op: Op) -> type[Function]:
-    """Return the function as a tracer may follow it: operators, and arithmetic on what they give."""
+    """Return the autograd function for tracers: operators, and arithmetic on their results."""
     run_forward, save, run_backward = op.traced_passes()
     wrt, tensors, outputs = op.wrt, op.tensors, op.outputs
 
@@ -485,7 +485,7 @@ def _traced_function(op: Op) -> type[Function]:
         def setup_context(ctx, inputs, output):
             results = (output,) if isinstance(output, Tensor) else output
             ctx.options = inputs[tensors:]
-            if len(results) > outputs:  # the compiler knows no empty call of it
+            if len(results) > outputs:  # the compiler cannot trace it without arguments
                 ctx.mark_non_differentiable(*results[outputs:])
             ctx.save_for_backward(*inputs[:tensors], *save(results[outputs:], ctx.options))
 
@@ -506,7 +506,7 @@ def _eager_function(op: Differentiable) -> type[Function]:
     n = op.tensors
 
     def by_reference(tensors, options, needed: Sequence[bool], grads: Sequence[Tensor | None]):
-        """Return gradients by the reference's differentiable operations, for the tensors that are needed."""
+        """Return the gradients of the `needed` tensors by the reference's differentiable operations."""
 
         def outputs(*free: Tensor):
             it = iter(free)

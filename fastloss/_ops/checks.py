@@ -1,4 +1,4 @@
-"""Checks of arguments that the losses share. Each raises what torch raises and names the argument."""
+"""Argument checks that the losses share. Each raises the error that torch raises and names the argument."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 
 def check_tensor(name: str, t: Any) -> None:
-    """Raise if this is no tensor."""
+    """Raise if `t` is not a tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
 
 
 def check_same_shape(name: str, t: Tensor | None, like_name: str, like: Tensor) -> None:
-    """Raise if a tensor that is given has not the shape of another."""
+    """Raise if `t` is given and its shape differs from that of `like`."""
     if t is not None and t.shape != like.shape:
         raise RuntimeError(
             f"{name}: expected the shape of {like_name}, {tuple(like.shape)}, got {tuple(t.shape)}"
@@ -29,7 +29,7 @@ def check_same_shape(name: str, t: Tensor | None, like_name: str, like: Tensor) 
 
 
 def check_tensors(like: Tensor, **tensors: Tensor | None) -> None:
-    """All tensors, and on the device of `like`, the first of which must be `input` or its equal."""
+    """Check that all are tensors on the device of `like`, which errors call `input`."""
     check_tensor("input", like)
     for name, t in tensors.items():
         if t is None:
@@ -47,14 +47,14 @@ def check_floating(name: str, t: Tensor) -> None:
 
 
 def check_real(**tensors: Tensor | None) -> None:
-    """Numbers of any type but complex ones."""
+    """Raise for complex tensors."""
     for name, t in tensors.items():
         if t is not None and t.is_complex():
             raise NotImplementedError(f"{name}: expected real numbers, got {t.dtype}")
 
 
 def check_weight_type(name: str, t: Tensor | None, like: Tensor) -> None:
-    """A weight has the type of the logits, or float32 beside half types."""
+    """Check that a weight has the dtype of the logits, or float32 for half-precision logits."""
     if (
         t is not None
         and t.dtype != like.dtype
@@ -64,7 +64,7 @@ def check_weight_type(name: str, t: Tensor | None, like: Tensor) -> None:
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number in [low, high]."""
+    """Return `value` as a float; raise unless it is a finite number in [low, high]."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not (-math.inf < value < math.inf and low <= value <= high):
@@ -73,14 +73,14 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
 
 
 def check_reduction(reduction: str) -> int:
-    """The operators' number of a reduction."""
+    """Return the enum value of a reduction; raise for an unknown name."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction: expected 'none', 'mean' or 'sum'")
     return REDUCTIONS[reduction]
 
 
 def check_rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    """Logits (C), (N, C) or (N, C, d1, ...), with classes or probabilities, and a weight for each class."""
+    """Check logits (C), (N, C) or (N, C, d1, ...) with classes or probabilities, and the weights of classes."""
     check_tensors(input, target=target, weight=weight)
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
@@ -122,7 +122,7 @@ def _check_classes(input: Tensor, target: Tensor) -> None:
 
 
 def promoted(input: Tensor, **others: Tensor | None) -> torch.dtype:
-    """The type that torch's operations on all of them give."""
+    """Return the dtype to which torch promotes all of them."""
     dtype = input.dtype
     check_real(**others)
     for t in others.values():
@@ -153,7 +153,7 @@ def one_number(name: str, value: float | Tensor | None, like: Tensor) -> Tensor 
 
 
 def _alike(tensors: list[Tensor | None]) -> bool:
-    """Whether nothing is to be said nor converted, as in nearly every call."""
+    """Return True if all tensors already agree in dtype, shape and device: the fast path."""
     first = tensors[0]
     if not isinstance(first, Tensor) or not first.is_floating_point():
         return False
@@ -165,7 +165,7 @@ def _alike(tensors: list[Tensor | None]) -> bool:
 
 
 def same_shape(**tensors: Tensor | None) -> list[Tensor | None]:
-    """Checks that all are floating-point tensors of the first one's shape and device; gives them one type."""
+    """Check that all are floating-point tensors of one shape and device; return them promoted to one dtype."""
     found = list(tensors.values())
     if _alike(found):
         return found
@@ -199,7 +199,7 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def rows_of_features(first: str, **tensors: Tensor | None) -> tuple[list[Tensor | None], torch.dtype | None]:
-    """Checks that all are rows of the same features; under autocast in its type. And what the loss is to be in."""
+    """Validate feature matrices, cast for autocast, and return them with the output dtype."""
     x = tensors[first]
     check_tensor(first, x)
     for name, t in tensors.items():
@@ -216,14 +216,14 @@ def rows_of_features(first: str, **tensors: Tensor | None) -> tuple[list[Tensor 
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors.values()), x.dtype
-    low = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(low) for t in tensors.values()], (
+    autocast_dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(autocast_dtype) for t in tensors.values()], (
         accumulation_dtype(x.dtype)
     )
 
 
 def number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """As a tensor of one number; one that is given stays what it is."""
+    """Return `value` as a tensor of one number; a tensor is checked and returned as it is."""
     if isinstance(value, Tensor):
         check_tensors(like, **{name: value})
         if value.numel() != 1 or not value.is_floating_point():
@@ -265,7 +265,7 @@ def labels_of_rows(labels: Tensor, x: Tensor, name: str = "labels") -> Tensor:
 
 
 def call_with_classes(names: str | None, op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call an operator; what it says of a class out of bounds becomes an IndexError, which names the argument."""
+    """Call an operator; turn its error about a class out of bounds into an IndexError that names the argument."""
     try:
         return op(*args)
     except RuntimeError as error:

@@ -1,14 +1,14 @@
-"""A row loss of `input @ weight.T + bias` for all rows at once, without the matrix of all logits.
+"""A row loss of `input @ weight.T + bias`, without the matrix of all logits.
 
-Rows are taken in chunks. The logits of a chunk lie in one buffer; the row kernels of the loss turn them into
-their own gradient in place; two more GEMMs turn that into gradients of input and weight. The buffer serves
-the next chunk. Beyond the gradients, which half types collect in float32, no call needs more than `BUDGET`
-bytes on the CPU, unless one row does; on CUDA, where each chunk reads and writes the sum of the weight's
-gradients, as many as that sum has, up to `MOST`.
+Rows are processed in chunks. The logits of a chunk lie in one buffer; the row kernels of the loss turn them into their
+gradient in place; two more GEMMs turn that into gradients of input and weight. The buffer is reused by the next chunk.
+Beyond the gradients, which are accumulated in float32 for half-precision dtypes, a call needs at most `BUDGET` bytes on
+the CPU, unless one row needs more; on CUDA, where each chunk reads and writes the weight's gradient, as many as that
+has, up to `MAX_CHUNK_BYTES`.
 
-On the CPU the rows that count are picked out first, and the GEMMs are packed ones, in which no row depends
-on its neighbours; with AMX those of bfloat16 round the logits' gradient to bfloat16, as plain PyTorch does. On
-CUDA, where counting would wait for the device, all rows are multiplied, by cuBLAS.
+On the CPU the rows that count are selected first, and the GEMMs are packed ones, in which no row depends on its
+neighbours; with AMX those of bfloat16 round the logits' gradient to bfloat16, as plain PyTorch does. On CUDA, where
+selecting would synchronise, all rows are multiplied, by cuBLAS.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import LogitTransform
 
 BUDGET = 116 << 20
-MOST, MOST_ROWS = 1025 << 20, 4096
+MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 1025 << 20, 4096
 """On CUDA: bytes and rows of a chunk where the weight is larger than `BUDGET`."""
 DIRECT = 1 << 24
-"""Elements of a weight so large that its gradient is written as bfloat16 at once: cuBLAS splits no sum then."""
+"""Elements of a weight from which its gradient is written as bfloat16 at once: cuBLAS does not split its sums."""
 INPUT, WEIGHT, BIAS = 1, 2, 4
 """Bits of `needs_grad_mask`."""
 PANEL = abi.constant("linear_rows")
-"""Rows that a product on the CPU adds up as one: chunks of whole panels give the same bits whatever their size."""
+"""Rows that a CPU GEMM sums as a unit: chunks of whole panels give the same bits for any chunk size."""
 
 
 class PackedProducts:
@@ -84,7 +84,7 @@ class BlasProducts:
 
 
 PRODUCTS: dict[tuple[str, str], type] = {(LIBRARY, "cpu"): PackedProducts, (LIBRARY, "cuda"): BlasProducts}
-"""Who multiplies, by namespace of the kernels and type of device. Another build of these brings its own."""
+"""The GEMMs by namespace of the kernels and type of device. Another build of the kernels adds its own."""
 
 
 def products_for(operators: Any, x: Tensor) -> type:
@@ -93,17 +93,17 @@ def products_for(operators: Any, x: Tensor) -> type:
 
 
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, limit: int) -> int:
-    """Return as many as the budget allows, in whole panels where it allows one; by the sizes alone."""
-    # on the CPU a row also lies there itself, packed, and as its gradient
+    """Return how many rows the budget allows, in whole panels where it allows one; a function of sizes alone."""
+    # on the CPU also the row itself, packed, and its gradient
     row = (classes + (4 * features if cpu else 0)) * logits.itemsize + 64
     rows = max(1, BUDGET // row)
     if cpu:
-        # more would gain little: the weight is packed once a chunk
+        # more would gain little: the weight is packed once per chunk
         rows = min(rows, 2 * PANEL)
     else:
         # each chunk reads and writes the sum of the weight's gradients
-        memory = min(classes * features * accumulation_dtype(logits).itemsize, MOST)
-        rows = max(rows, min(memory // row, MOST_ROWS))
+        memory = min(classes * features * accumulation_dtype(logits).itemsize, MAX_CHUNK_BYTES)
+        rows = max(rows, min(memory // row, MAX_CHUNK_ROWS))
     if limit:
         rows = min(rows, limit)
     unit = PANEL if cpu else 128
@@ -113,8 +113,7 @@ def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool,
 def narrow_weight_gradient(products: type, weight: Tensor) -> bool:
     """Return whether forward leaves the weight's gradient in the type of the weight, divided by the norm of "mean".
 
-    The rows that it is multiplied from are divided: bfloat16 has the exponents of float32, and they lose nothing
-    by being small.
+    The rows of the GEMM are divided instead: bfloat16 has the exponent range of float32, so small values lose nothing.
     """
     return products is not PackedProducts and weight.dtype == torch.bfloat16 and weight.numel() >= DIRECT
 
@@ -126,7 +125,7 @@ def _check_targets(target: Tensor, ignore_index: int, classes: int) -> None:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return `x` as cuBLAS is to see it, whose sums depend on how operands are aligned: ours must not."""
+    """Return `x` aligned to 64 bytes: the order of cuBLAS's sums depends on alignment, our results must not."""
     return x.clone() if x.data_ptr() % 64 else x
 
 
@@ -155,9 +154,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return loss, norm, and the gradients of the mask of the sum of all rows' losses, in the accumulation dtype.
 
-    The gradients are divided by the norm of "mean", save for half types: there, what is that small would be lost
-    in the logits' gradient, and backward divides at the end, all but a weight's gradient in a half type (see
-    `narrow_weight_gradient`). After the row loss's hyperparameters come those of the logit transform.
+    The gradients are divided by the norm of "mean", except for half-precision dtypes: there the logits' gradient would
+    underflow, so backward divides at the end, except for a weight's gradient in a half-precision dtype (see
+    `narrow_weight_gradient`). The row loss's hyperparameters are followed by those of the logit transform.
     """
     input, linear_weight, linear_bias, target, weight, row_weight = inputs
     products = products_for(operators, input)

@@ -1,4 +1,4 @@
-"""The operator of a row loss of hidden states: from chunks of logits, which never exist all at once."""
+"""The operator of a row loss of hidden states, computed from chunks of logits."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class LinearState(NamedTuple):
 class LinearOp(PrecomputedOp):
     """A row loss of `linear(input, linear_weight, linear_bias)`, from the chunks of `chunked_linear`.
 
-    Where the loss is one number, the gradients are computed in forward, while the logits are at hand, and the first
-    backward multiplies them by its upstream gradient. Any other backward runs the chunks again.
+    If the loss is a scalar, forward also computes the gradients, while the logits are at hand, and the first backward
+    multiplies them by its upstream gradient. Any other backward processes the chunks again.
 
     The attribute `hparams` comes from `pack`: those of the row loss, then those of the logit transform.
 
     Args:
         reference: takes the inputs, and by name `ignore_index, reduction, logit_scale, softcap` and the
             hyperparameters.
-        row_loss: whose row kernels turn a chunk of logits into their gradient.
-        logit_transform: what stands between the GEMMs and the logits. Default: nothing.
+        row_loss: the row loss whose kernels turn a chunk of logits into their gradient.
+        logit_transform: the transform from the GEMM's results to logits. Default: none.
     """
 
     Inputs, Attrs, Outputs, State = LinearInputs, LinearAttrs, LinearOutputs, LinearState
@@ -89,12 +89,12 @@ class LinearOp(PrecomputedOp):
 
     @staticmethod
     def factors(results, factor, dtype):
-        """In a half type gradients come in the accumulation dtype, to be divided by the norm of "mean"."""
+        """Return the gradients and their factors; half-precision ones are yet to be divided by the norm of "mean"."""
         norm, *grads = results
-        late = factor
+        undivided = factor
         if norm.dtype != dtype and norm.dim() == 0:
-            late = factor / (norm + (norm == 0))  # of nothing: no gradient
-        return grads, [factor if d.dtype == dtype else late for d in grads]
+            undivided = factor / (norm + (norm == 0))  # an empty mean has no gradient
+        return grads, [factor if d.dtype == dtype else undivided for d in grads]
 
     def flops(self, shapes, needed):
         (rows, features), (classes, _) = shapes[:2]

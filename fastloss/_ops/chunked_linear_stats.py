@@ -1,7 +1,7 @@
 """Statistics of rows of `input @ weight.T + bias` (see `token_stats`), without the matrix of all logits.
 
-Forward makes the logits of a chunk of rows and keeps a few numbers of each row; backward makes them again, turns
-them into their gradient, and multiplies that on. Chunks and GEMMs are those of `chunked_linear`.
+Forward computes the logits of a chunk of rows and keeps a few numbers per row; backward computes them again, turns them
+into their gradient, and multiplies that by hidden states and weight. Chunks and GEMMs are those of `chunked_linear`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LinearStatsAttrs(NamedTuple):
 
 
 class LinearStatsOutputs(NamedTuple):
-    planes: Tensor  # [statistics + 2 K, rows] as `token_stats` has them, 0 in rows that are masked
+    outputs: Tensor  # [statistics + 2 K, rows] as those of `token_stats`, 0 in rows that are masked
 
 
 class LinearStatsState(NamedTuple):
@@ -49,7 +49,7 @@ class LinearStatsGradients(NamedTuple):
 
 
 class _Chunks:
-    """The rows that count, by chunks: where they are, their hidden states, memory for their logits."""
+    """Iterates over chunks of the rows that count: their indices, hidden states and logits."""
 
     def __init__(self, operators: Any, inputs: LinearStatsInputs):
         input, weight, mask = inputs.input, inputs.linear_weight, inputs.mask
@@ -69,12 +69,12 @@ class _Chunks:
         classes, features = weight.shape
         rows = chunked_linear.rows_of_a_chunk(
             2 * classes, features, self.product.logits_type, on_cpu, 0
-        )  # and their gradient
+        )  # the logits and their gradient
         self.step = min(rows, max(self.total, 1))
         self.shape = self.step, classes
 
     def one_product(self, weight: Tensor) -> bool:
-        """Return whether the weight's gradient is written at once, in the type of the weight."""
+        """Return whether one GEMM writes the weight's gradient, in the dtype of the weight."""
         return self.total <= self.step and chunked_linear.narrow_weight_gradient(type(self.product), weight)
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
@@ -103,8 +103,8 @@ class LinearStatsOp(autograd.PythonOp):
 
     def shapes(self, inputs, attrs, mask):
         input, index = inputs.input, inputs.index
-        planes = _STATISTICS + (2 * index.shape[-1] if index is not None else 0)
-        for shape in ([planes, input.shape[0]], [input.shape[0], _STATE]):
+        num_outputs = _STATISTICS + (2 * index.shape[-1] if index is not None else 0)
+        for shape in ([num_outputs, input.shape[0]], [input.shape[0], _STATE]):
             yield input.new_empty(shape, dtype=accumulation_dtype(input.dtype))
 
     def fake_backward(self, *args):
@@ -119,7 +119,7 @@ class LinearStatsOp(autograd.PythonOp):
     def forward(self, operators, inputs, attrs, mask):
         input, index = inputs.input, inputs.index
         rows, acc_dtype = input.shape[0], accumulation_dtype(input.dtype)
-        planes = input.new_zeros(
+        outputs = input.new_zeros(
             [_STATISTICS + (2 * index.shape[-1] if index is not None else 0), rows], dtype=acc_dtype
         )
         state = input.new_zeros([rows, _STATE], dtype=acc_dtype)
@@ -127,8 +127,8 @@ class LinearStatsOp(autograd.PythonOp):
         for pick, _, logits in chunks:
             of_chunk = None if index is None else index[pick]
             kept = None if chunks.mask is None else chunks.mask[pick]
-            planes[:, pick], state[pick] = operators.token_stats_fwd(logits, of_chunk, kept, *attrs)
-        return planes, state
+            outputs[:, pick], state[pick] = operators.token_stats_fwd(logits, of_chunk, kept, *attrs)
+        return outputs, state
 
     def backward(self, operators, grads, inputs, state, attrs, mask):
         input, index = inputs.input, inputs.index
@@ -151,7 +151,7 @@ class LinearStatsOp(autograd.PythonOp):
             of_chunk = None if index is None else index[pick]
             kept = None if chunks.mask is None else chunks.mask[pick]
             g = operators.token_stats_bwd(
-                grads.planes[:, pick], logits, of_chunk, kept, state.state[pick], *attrs
+                grads.outputs[:, pick], logits, of_chunk, kept, state.state[pick], *attrs
             )
             if mask & chunked_linear.INPUT:
                 part = dx[pick] if chunks.counted is None else dx.new_empty(x.shape)

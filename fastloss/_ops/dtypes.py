@@ -1,4 +1,4 @@
-"""The dtypes that losses are computed and returned in."""
+"""Accumulation and result dtypes of the losses."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def autocast_to_fp32(input: Tensor) -> bool:
-    """Return whether the loss of this input is float32 though it is not: under autocast, as torch's losses are."""
+    """Return whether autocast makes the loss of this half-precision input float32, as it does torch's losses."""
     return input.dtype in HALF_TYPES and torch.is_autocast_enabled(input.device.type)

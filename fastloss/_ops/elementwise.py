@@ -1,4 +1,4 @@
-"""The operator of elementwise losses, and how a family makes and calls one."""
+"""The operator of elementwise losses, and helpers to call it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NO_INDEX = abi.constant("default_background")  # the operators take the number o
 
 
 class ElementOp(FusedOp):
-    """An elementwise loss: its inputs, tensors of one shape, then `weight` of that shape and `norm`, one number.
+    """An elementwise loss: its inputs, tensors of one shape, then `weight` of that shape and `norm`, a scalar.
 
     An int64 tensor among the inputs holds classes and stands for their one-hot encoding along a last dimension.
-    What is broadcast comes expanded; it is read where it lies. A weight of 0 leaves an element out; a reduced
-    loss is divided by `norm`.
+    Broadcast tensors come expanded and are not copied. A weight of 0 leaves an element out; a reduced loss is divided
+    by `norm`.
 
-    `options` are `reduction, hparams, ignore_index, background_index, wide`, with `hparams` from `pack`. `formula`,
+    `options` are `reduction, hparams, ignore_index, background_index, out_fp32`, with `hparams` from `pack`. `formula`,
     the reference of one element's loss, takes the inputs, and by name the hyperparameters.
     """
 
@@ -36,19 +36,19 @@ class ElementOp(FusedOp):
         reference = _whole(formula, inputs, self.hparams)
 
         def fake(*args):
-            input, reduction, wide, wanted, gradient = args[0], args[inputs + 2], *args[-3:]
+            input, reduction, out_fp32, mask, gradient = args[0], args[inputs + 2], *args[-3:]
             shape = input.shape if reduction == REDUCTIONS["none"] else []
-            high = accumulation_dtype(input.dtype)
-            loss = input.new_empty(shape, dtype=high if wide else input.dtype)
-            return loss, *self._empty_gradients(input, wanted if gradient else 0)
+            acc_dtype = accumulation_dtype(input.dtype)
+            loss = input.new_empty(shape, dtype=acc_dtype if out_fp32 else input.dtype)
+            return loss, *self._empty_gradients(input, mask if gradient else 0)
 
         def for_inputs(*args):
-            return reference(*args[:-1])  # without `wanted`
+            return reference(*args[:-1])  # without `needs_grad_mask`
 
         super().__init__(name, for_inputs, fake, tensors=inputs + 2, wrt=abi.fact(name, "wrt"))
 
-    def _empty_gradients(self, input: Tensor, wanted: int) -> list[Tensor]:
-        return [input.new_empty(input.shape if wanted >> i & 1 else [0]) for i in self.wrt]
+    def _empty_gradients(self, input: Tensor, mask: int) -> list[Tensor]:
+        return [input.new_empty(input.shape if mask >> i & 1 else [0]) for i in self.wrt]
 
     def fake_backward(self, *args):
         grads = self._empty_gradients(args[1], args[-1])
@@ -62,7 +62,7 @@ def _whole(formula: Callable[..., Tensor], inputs: int, named: abi.Hparams) -> C
     """Return the reference of an `ElementOp` from that of one element."""
 
     def whole(*args):
-        tensors, (weight, norm, reduction, hparams, ignore_index, _, wide) = args[:inputs], args[inputs:]
+        tensors, (weight, norm, reduction, hparams, ignore_index, _, out_fp32) = args[:inputs], args[inputs:]
         shape, first = tensors[0].shape, tensors[0]
         counted = None
         columns = []
@@ -80,13 +80,13 @@ def _whole(formula: Callable[..., Tensor], inputs: int, named: abi.Hparams) -> C
             loss = loss.mean() if reduction == REDUCTIONS["mean"] else loss.sum()
         if norm is not None:
             loss = loss / norm.reshape(()).to(loss.dtype)
-        return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+        return loss.float() if out_fp32 and loss.dtype in HALF_TYPES else loss
 
     return whole
 
 
 def zeros_like(x: Tensor) -> Tensor:
-    """One zero that every element reads."""
+    """Return zeros as one number that is expanded."""
     return x.new_zeros(()).expand(x.shape)
 
 

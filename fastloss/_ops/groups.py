@@ -1,7 +1,6 @@
-"""Segment sums without float atomics: sorted by group, then added up segment by segment.
+"""Segment sums without float atomics: sort by group, then add up segment by segment.
 
-A sum, in float64, is taken in an order of its members alone, whatever the other groups are. Groups are told apart
-by any integers.
+The order of a sum, in float64, depends on the members of its group alone. Group ids are any integers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ __all__ = ["Groups"]
 
 
 class _Transfer(Function):
-    """Members to the sums of their groups, or sums back to the members: each is the derivative of the other."""
+    """Sums members by group, or broadcasts sums back to the members: each is the derivative of the other."""
 
     generate_vmap_rule = True
 
@@ -46,7 +45,7 @@ class Groups:
             ordered, self.order = ids.sort(stable=True)
             place = torch.ones_like(ordered)
             place[1:] = ordered[1:] != ordered[:-1]
-            place = place.cumsum(0) - 1  # 0 for the least id, and so on
+            place = place.cumsum(0) - 1  # 0 for the smallest id, and so on
             self.group = torch.empty_like(place).scatter(0, self.order, place)
         else:
             self.group, self.order = ids, ids.argsort(stable=True)
@@ -58,5 +57,5 @@ class Groups:
         return _Transfer.apply(x, self.order, self.lengths, self.group, True)
 
     def of(self, sums: Tensor) -> Tensor:
-        """Return for each member what its group has."""
+        """Return for each member the sum of its group."""
         return _Transfer.apply(sums, self.order, self.lengths, self.group, False)

@@ -1,9 +1,8 @@
-"""What may stand between the GEMM of a chunk and its row loss: in place where it can be, and back.
+"""Transforms between the GEMM of a chunk and its row loss, in place where possible, and their backward.
 
-A logit transform is made from the width of the hidden states and its hyperparameters, `HPARAMS`. `forward` turns a
-chunk of products into logits, `backward` the logits' gradient into that of the products; `classes` says how many
-logits a row of products makes, `extra_per_row` how many numbers a row takes beyond its products. Nothing lives longer
-than a chunk.
+A logit transform is constructed from the number of features and its hyperparameters, `HPARAMS`. `forward` turns a chunk
+of products into logits, `backward` the logits' gradient into that of the products; `classes` is the number of logits
+per row, `extra_per_row` the number of elements per row that it allocates. Its state lasts for one chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 
 class LogitTransform(Protocol):
-    HPARAMS: ClassVar[tuple[str, ...]]  # what the class takes by name, after the width of the hidden states
+    HPARAMS: ClassVar[tuple[str, ...]]  # keyword arguments of the class, after the number of features
 
     def __init__(self, features: int, *args: Any, **hparams: Any): ...
     def classes(self, products: int) -> int: ...
@@ -27,14 +26,14 @@ class LogitTransform(Protocol):
     def backward(self, gradient: Tensor) -> Tensor: ...
 
 
-LEAST_SIN2 = 1e-7
-"""Closer to the poles than this the sine of the angle stays what it is there."""
+MIN_SIN2 = 1e-7
+"""Squared sines are clamped from below at this."""
 
 
 class AngularMargin:
-    """Cosines, of which the target's has a margin; of several centres of a class the nearest counts.
+    """Cosines with a margin for the target; of several centres of a class the nearest counts.
 
-    Where `additive` is not 0 the margin is one of the cosine in place of the angle.
+    If `additive` is not 0, the margin is subtracted from the cosine instead of added to the angle.
     """
 
     HPARAMS: ClassVar[tuple[str, ...]] = ("additive", "margin", "easy", "straight", "centres")
@@ -56,7 +55,7 @@ class AngularMargin:
         self._products = cosines = products
         if self.centres > 1:
             cosines, self._nearest = products.view(len(products), -1, self.centres).max(-1)
-        self._target = target.clamp(0, cosines.shape[1] - 1).unsqueeze(1)  # what is ignored stays so
+        self._target = target.clamp(0, cosines.shape[1] - 1).unsqueeze(1)  # ignored rows stay ignored
         cosine = cosines.gather(1, self._target)
         value, self._slope = self._margin(cosine.to(accumulation_dtype(cosine.dtype)))
         return cosines.scatter_(1, self._target, value.to(cosines.dtype))
@@ -77,9 +76,9 @@ class AngularMargin:
             return c - self.margin, one
         cos, sin = math.cos(self.margin), math.sin(self.margin)
         square = 1 - c * c
-        sine = square.clamp(min=LEAST_SIN2).sqrt()
+        sine = square.clamp(min=MIN_SIN2).sqrt()
         value = c * cos - sine * sin
-        slope = torch.where(square > LEAST_SIN2, cos + sin * c / sine, cos)
+        slope = torch.where(square > MIN_SIN2, cos + sin * c / sine, cos)
         inside = c > (0.0 if self.easy else -cos)
         value = torch.where(inside, value, c if self.easy else c - self.margin * sin)
         return value, one if self.straight else torch.where(inside, slope, one)
@@ -88,7 +87,7 @@ class AngularMargin:
 class Harmonic:
     """Squared distances become -n log(distance).
 
-    n is 0 for the square root of the embeddings' width, to which two features are added; `eps` is added to the squares.
+    n = 0 stands for the square root of the embeddings' width (features - 2); `eps` is added to the squares.
     """
 
     HPARAMS: ClassVar[tuple[str, ...]] = ("n", "eps")

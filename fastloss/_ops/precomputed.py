@@ -1,7 +1,7 @@
-"""Losses whose forward pass computes the gradients too, where the loss is one number: the data is at hand.
+"""Losses whose forward pass computes the gradients too, if the loss is a scalar: the data is at hand.
 
-Backward multiplies these by its upstream gradient. Where there is none to multiply, because the loss is one number a
-row or the graph is used again, it runs forward once more.
+Backward multiplies these by its upstream gradient. If there are none, because the loss is unreduced or the graph is
+used again, backward runs forward once more.
 """
 
 from __future__ import annotations
@@ -28,15 +28,13 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, inplace: bool) -> Tensor:
     """Return `factor * d` in the dtype of `like`; with `inplace` it may be `d` itself, written or left as it is."""
-    if (
-        type(d) is not Tensor or not inplace or d.numel() == 1
-    ):  # the first stands for other tensors, or for none
+    if type(d) is not Tensor or not inplace or d.numel() == 1:  # the first covers subclasses and None
         return (d.to(factor.dtype) * factor).to(like.dtype)
     on_cpu = runs_on_cpu(d, operators)
     if d.dtype == like.dtype:
         if on_cpu:
             return d if factor.item() == 1 else d.mul_(factor)
-        operators.linear_scale_(d, factor)  # the device looks whether it is 1
+        operators.linear_scale_(d, factor)  # the kernel skips a factor of 1
         return d
     if on_cpu:
         return operators.linear_scaled(d, factor, like)
@@ -48,11 +46,11 @@ def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, inplace: boo
 class Precomputed(Differentiable):
     """A loss of rows that computes its gradients in forward. `evaluate` is its forward pass.
 
-    The results of that are the loss and, of what `needs_grad_mask` asks for, the gradients, in the order of `wrt`.
+    Its results are the loss and the gradients that `needs_grad_mask` selects, in the order of `wrt`.
     """
 
-    reduction: ClassVar[int]  # its place among the options
-    row_weight: ClassVar[int]  # the place of the rows' weight among the tensors
+    reduction: ClassVar[int]  # its position among the options
+    row_weight: ClassVar[int]  # the position of the row weights among the tensors
 
     def evaluate(self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], mask: int):
         raise NotImplementedError
@@ -60,14 +58,14 @@ class Precomputed(Differentiable):
     def evaluate_again(
         self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], mask: int
     ) -> Sequence[Tensor]:
-        """Return the results but for the loss."""
+        """Return the results without the loss."""
         return self.evaluate(operators, tensors, options, mask)[1:]
 
     @staticmethod
     def factors(
         results: Sequence[Tensor], factor: Tensor, dtype: torch.dtype
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return the gradients among the results, and what each is to be multiplied by."""
+        """Return the gradients among the results, and the factor of each."""
         return results, [factor] * len(results)
 
     @functools.cached_property
@@ -107,14 +105,14 @@ class Precomputed(Differentiable):
 def _gradients_of(
     reduction: int, row_weight: int, wrt: Sequence[int], factors: Callable[..., Any]
 ) -> Callable[..., list[Tensor | None]]:
-    """Return the backward pass, for eager code and for a tracer, which follows functions of numbers, not operators."""
+    """Return the backward pass as a function that both eager code and a tracer can call."""
     none, total = REDUCTIONS["none"], REDUCTIONS["sum"]
 
     def gradients(
         evaluate: Callable[..., Sequence[Tensor]], multiply: Callable[..., Tensor], grad: Tensor,
         tensors: Sequence[Tensor | None], options: Sequence[Any], precomputed: Sequence[Tensor] | None, mask: int,
     ) -> list[Tensor | None]:  # fmt: skip
-        """Return those of the mask, of the tensors in `wrt`."""
+        """Return the gradients of the tensors in `wrt` that the mask selects."""
         factor = grad.to(accumulation_dtype(tensors[0].dtype))
         if options[reduction] == none:
             tensors, options = list(tensors), list(options)
@@ -131,7 +129,7 @@ def _gradients_of(
 
 
 class PrecomputedOp(Precomputed, PythonOp):
-    """The same as an operator: `fwd` takes `needs_grad_mask`, and there is no `bwd`."""
+    """A `Precomputed` loss as an operator: `fwd` takes `needs_grad_mask`, and there is no `bwd`."""
 
     masked = True
 

@@ -1,4 +1,4 @@
-"""What `fastloss.profile` notes of one call while it runs: clock or events, bytes, memory."""
+"""Recording of one call for `fastloss.profile`: clock or events, bytes, memory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Pass:
     start_ms: float | None = None
     ms: float | None = None
     bytes: int = 0
-    """Fewest bytes to move: every tensor read once, every result written once, as if no row were ignored."""
+    """Minimal traffic: every tensor read once, every result written once, as if no row were ignored."""
     flops: int = 0
-    """Of GEMMs."""
+    """FLOPs of the GEMMs."""
     extra_bytes: int = 0
-    """Highest point of the memory it took beyond what was there before, results included."""
+    """Peak memory beyond that in use before, results included."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Call:
 
 
 def _bytes(tensors: Any) -> int:
-    """Return the bytes of tensors as they lie in memory: what is broadcast counts once."""
+    """Return the bytes of tensors in memory; broadcast dimensions count once."""
     return sum(
         math.prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride) * t.itemsize
         for t in tensors
@@ -69,7 +69,7 @@ def _public_name(operator: str) -> str:
 
 
 class Recorder:
-    """What the passes of a profile have in common, and where they are noted."""
+    """The state of a profile: its options, the calls and their spans."""
 
     def __init__(self, memory: bool, nvtx: bool):
         self.memory, self.nvtx = memory, nvtx
@@ -79,7 +79,7 @@ class Recorder:
         self.began = 0.0
 
     def record(self, op: autograd.Differentiable, tensors: Sequence[Tensor | None]) -> Record:
-        """Return what a call is to be noted by."""
+        """Return the record of a new call."""
         raise NotImplementedError
 
 
@@ -104,7 +104,7 @@ class Span:
             self.marks.append(time.perf_counter())
 
     def read(self, into: Pass) -> None:
-        """Write down the times; wait for the device, if it has not come so far."""
+        """Write the times to `into`; wait for the device if it is not that far."""
         if len(self.marks) != 2:
             return
         start, stop = self.marks
@@ -118,7 +118,7 @@ class Span:
 
 
 class Peak:
-    """Bytes taken at the highest point since it was made."""
+    """Peak memory in bytes since its construction."""
 
     def __init__(self, device: torch.device, measured: bool):
         self.device = device if measured else None
@@ -137,7 +137,7 @@ class Peak:
 
 
 class Record:
-    """What `autograd.py` sees of one call: a context around each pass, which is told what the pass made."""
+    """The record of one call, as `autograd.py` uses it: a context around each pass, which notes the results."""
 
     def __init__(self, profile: Recorder, op: autograd.Differentiable, tensors: Sequence[Tensor | None]):
         first = next(t for t in tensors if t is not None)
@@ -152,7 +152,7 @@ class Record:
         self.results: Any = None
 
     def note(self, results: Any) -> Any:
-        """Take and return what a pass has written."""
+        """Note and return the results of a pass."""
         self.results = results
         return results
 
@@ -188,7 +188,7 @@ class Record:
 
     @contextlib.contextmanager
     def backward(self, ctx: Any, upstream: Sequence[Tensor | None]) -> Iterator[None]:
-        if autograd.profiler != self.profile.record:  # which is over
+        if autograd.profiler != self.profile.record:  # that profile is over
             yield
             return
         precomputed = bool(getattr(ctx.plan, "precomputed_grads", None))

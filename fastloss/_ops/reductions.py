@@ -1,4 +1,4 @@
-"""Reductions of the losses of rows that are left to torch."""
+"""Weighted reductions of row losses, by torch operations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def reduced(loss: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype) -> Tensor:
-    """Return the rows' losses weighted and reduced, in `dtype`; a mean is divided by the sum of the weights."""
+    """Weight and reduce the row losses, in `dtype`; a mean is divided by the sum of the weights."""
     if weight is not None:
         loss = loss * weight.to(loss.dtype)
     if reduction == "mean":
@@ -20,9 +20,9 @@ def reduced(loss: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dt
 def reduced_over(
     loss: Tensor, counts: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype
 ) -> Tensor:
-    """Return the rows' losses weighted and reduced; a mean is divided by the sum of `counts` times the weights.
+    """Weight and reduce the row losses; a mean is divided by the sum of `counts` times the weights.
 
-    Where nothing counts the mean is 0.
+    The mean is 0 where that sum is 0.
     """
     if weight is not None:
         loss = loss * weight.to(loss.dtype)

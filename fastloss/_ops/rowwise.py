@@ -1,4 +1,4 @@
-"""The operators of each driver of csrc: what they take, what they give, and what they save."""
+"""The operators of each driver of csrc: their inputs, outputs and saved state."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 
 def state_width(name: str) -> int:
-    """How many numbers of a row backward needs: its statistics, its weight and what the loss saves."""
+    """Return how many numbers of a row backward needs: its statistics, its weight and what the loss saves."""
     return abi.constant("state_head") + abi.fact(name, "saved")
 
 
 class RowOp(FusedOp):
     """A loss of rows of logits: tensors `(input, target, weight, row_weight)`, one output.
 
-    `options` are `ignore_index, reduction, logit_scale, softcap, hparams, wide`, as in the operator's schema, with
-    `hparams` from `pack`. The reference takes `input, target` and by name `weight, sample_weight, ignore_index,
-    reduction, logit_scale, softcap` and the hyperparameters.
+    `options` are `ignore_index, reduction, logit_scale, softcap, hparams, out_fp32`, as in the operator's schema, with
+    `hparams` from `pack`. The reference takes `input, target` and by name
+    `weight, sample_weight, ignore_index, reduction, logit_scale, softcap` and the hyperparameters.
     """
 
     backward_options = slice(2, 5)
@@ -35,22 +35,24 @@ class RowOp(FusedOp):
         self.pack = self.hparams.pack
         width = state_width(name)
 
-        def by_name(input, target, weight, row_weight, index, reduction, scale, cap, hparams, wide):
+        def by_name(input, target, weight, row_weight, index, reduction, scale, cap, hparams, out_fp32):
             loss = reference(
                 input, target, weight=weight, sample_weight=row_weight, ignore_index=index,
                 reduction=list(REDUCTIONS)[reduction], logit_scale=scale, softcap=cap, **self.hparams.unpack(hparams),
             )  # fmt: skip
-            return loss.float() if wide and loss.dtype in HALF_TYPES else loss
+            return loss.float() if out_fp32 and loss.dtype in HALF_TYPES else loss
 
-        def fake(input, target, weight, row_weight, index, reduction, scale, cap, hparams, wide, gradient):
+        def fake(
+            input, target, weight, row_weight, index, reduction, scale, cap, hparams, out_fp32, gradient
+        ):
             rows = list(input.shape[:1] + input.shape[2:]) if input.dim() > 1 else []
-            high = accumulation_dtype(input.dtype)
+            acc_dtype = accumulation_dtype(input.dtype)
             shape = rows if reduction == REDUCTIONS["none"] else []
-            loss = input.new_empty(shape, dtype=high if wide else input.dtype)
+            loss = input.new_empty(shape, dtype=acc_dtype if out_fp32 else input.dtype)
             count = 1
             for size in rows:
                 count = count * size
-            state = input.new_empty([count, width], dtype=high)
+            state = input.new_empty([count, width], dtype=acc_dtype)
             return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
 
         super().__init__(name, by_name, fake, tensors=4)
@@ -75,10 +77,11 @@ class RowOp(FusedOp):
 
 
 class NumberOp(FusedOp):
-    """A row loss with a term for numbers: `(input, target, ids, table, worst, position, number_weight)`, one output.
+    """A row loss with a term for number tokens, one output.
 
-    `options` are `ignore_index, reduction, hparams, wide`, as in the operator's schema; the reference takes the
-    tensors, and by name the first two and the hyperparameters.
+    The tensors are `(input, target, ids, table, max_distance, position, number_weight)`, the options
+    `ignore_index, reduction, hparams, out_fp32`, as in the operator's schema; the reference takes the tensors, and by
+    name the first two and the hyperparameters.
     """
 
     backward_options = slice(2, 3)
@@ -92,19 +95,19 @@ class NumberOp(FusedOp):
         width = state_width(name)
 
         def by_name(*args):
-            tensors, (index, reduction, hparams, wide) = args[:7], args[7:]
+            tensors, (index, reduction, hparams, out_fp32) = args[:7], args[7:]
             loss = reference(
                 *tensors, ignore_index=index, reduction=list(REDUCTIONS)[reduction],
                 **self.hparams.unpack(hparams),
             )  # fmt: skip
-            return loss if wide else loss.to(tensors[0].dtype)
+            return loss if out_fp32 else loss.to(tensors[0].dtype)
 
-        def fake(input, target, *rest):
-            reduction, wide, gradient = rest[6], *rest[-2:]
-            high = accumulation_dtype(input.dtype)
+        def fake(input, target, *args):
+            reduction, out_fp32, gradient = args[6], *args[-2:]
+            acc_dtype = accumulation_dtype(input.dtype)
             shape = target.shape if reduction == REDUCTIONS["none"] else []
-            loss = input.new_empty(shape, dtype=high if wide else input.dtype)
-            state = input.new_empty([target.numel(), width], dtype=high)
+            loss = input.new_empty(shape, dtype=acc_dtype if out_fp32 else input.dtype)
+            state = input.new_empty([target.numel(), width], dtype=acc_dtype)
             return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
 
         super().__init__(name, by_name, fake, tensors=7)
@@ -123,19 +126,20 @@ class DivergenceOp(FusedOp):
     def __init__(self, name: str, reference: Callable[..., Tensor]):
         width = abi.constant("divergence_state")
 
-        def fake(student, teacher, row_weight, reduction, scale, beta, wanted, gradient):
-            high = accumulation_dtype(student.dtype)
+        def fake(student, teacher, row_weight, reduction, scale, beta, mask, gradient):
+            acc_dtype = accumulation_dtype(student.dtype)
             rows = [] if reduction != REDUCTIONS["none"] else student.shape[:-1]
             count = 1
             for size in student.shape[:-1]:
                 count = count * size
-            loss, state = student.new_empty(rows, dtype=high), student.new_empty([count, width], dtype=high)
-            return loss, state, *self._empty_gradients(student, wanted if gradient else 0)
+            loss = student.new_empty(rows, dtype=acc_dtype)
+            state = student.new_empty([count, width], dtype=acc_dtype)
+            return loss, state, *self._empty_gradients(student, mask if gradient else 0)
 
         super().__init__(name, lambda *args: reference(*args[:-1]), fake, tensors=3, wrt=(0, 1))
 
-    def _empty_gradients(self, student: Tensor, wanted: int) -> list[Tensor]:
-        return [student.new_empty(student.shape if wanted >> i & 1 else [0]) for i in self.wrt]
+    def _empty_gradients(self, student: Tensor, mask: int) -> list[Tensor]:
+        return [student.new_empty(student.shape if mask >> i & 1 else [0]) for i in self.wrt]
 
     def fake_backward(self, *args):
         return tuple(self._empty_gradients(args[1], args[-1]))

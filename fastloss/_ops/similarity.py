@@ -1,11 +1,11 @@
-"""Losses of a matrix of similarities, s = scale * x y^T + bias, that is never stored: operators and their autograd.
+"""Losses of a similarity matrix, s = scale * x y^T + bias, that is never stored: operators and their autograd.
 
 On the CPU one call runs over the whole matrix in tiles, GEMMs included (csrc/cpu/kernels/similarity.h). On CUDA the
 GEMMs are cuBLAS's, for a block of the matrix at a time that `BUDGET` bytes hold, with a fused epilogue on each block
-(csrc/cuda/kernels/similarity.cu). What an entry counts as, `target_col` and ids say: see
-`EntryRule` in csrc/losses/similarity.h.
+(csrc/cuda/kernels/similarity.cu). `target_col` and ids determine the role of an entry: see `EntryRule` in
+csrc/losses/similarity.h.
 
-The columns come in blocks: one here (`OneBlock`); over several processes those of `fastloss.distributed.exchange`.
+The columns come in blocks: one here (`OneBlock`), several in `fastloss.distributed.exchange`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastloss._ops.chunked_linear import aligned
 from fastloss._ops.dtypes import accumulation_dtype
 
 BUDGET = 256 << 20
-"""Bytes of similarities that lie in memory on CUDA; their gradient in a half type takes half as many more."""
+"""Bytes of similarities in memory on CUDA; their gradient in a half-precision dtype takes half as many more."""
 _PASSES = abi.enum("TilePass")
 STATISTICS, SOFTMAX_GRADIENT = _PASSES["statistics"], _PASSES["softmax_gradient"]
 PAIRS, PAIRS_GRADIENT = _PASSES["pairs"], _PASSES["pairs_gradient"]
@@ -46,12 +46,12 @@ def target_columns(rows: int, columns: int, offset: int, like: Tensor, keys: str
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    """Write `a @ b` to `out`, or add it to what that holds; accumulated in the dtype of `out`."""
+    """Write `a @ b` to `out`, or add it to `out`; accumulated in the dtype of `out`."""
     more: dict[str, Any] = {}
     if a.dtype != out.dtype:
         if out.is_cuda:
             more = {"out_dtype": out.dtype}
-        else:  # where the CUDA kernels run on the CPU: the products of half types are exact in float32
+        else:  # where the CUDA kernels run on the CPU: the products of half-precision dtypes are exact in float32
             a, b = a.to(out.dtype), b.to(out.dtype)
     if add:
         torch.addmm(out, a, b, **more, out=out)
@@ -60,7 +60,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 
 
 class Features:
-    """Rows of features as the passes take them: `acc`, in the accumulation dtype, of length 1 if normalised."""
+    """Feature rows for the passes: `acc`, in the accumulation dtype, of length 1 if normalised."""
 
     def __init__(self, x: Tensor, normalize: bool):
         self.dtype = x.dtype
@@ -71,7 +71,7 @@ class Features:
             self.acc = self.acc / self.length
 
     def gradient(self, d: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the gradient of the rows as they were given from that of `acc`; in their dtype, or another."""
+        """Return the gradient with respect to the unnormalised rows, from that of `acc`; in their dtype or `dtype`."""
         if self.length is not None:
             d = (d - self.acc * (self.acc * d).sum(1, keepdim=True)) / self.length
         return d.to(self.dtype if dtype is None else dtype)
@@ -83,13 +83,13 @@ class Features:
 class Block(NamedTuple):
     """Some columns of the matrix."""
 
-    index: int  # its place in the order of columns
-    columns: slice  # of all
+    index: int  # its position in the order of columns
+    columns: slice  # among the columns of all blocks
     y: Features | None  # [columns, features]; None: the rows themselves
 
 
 class Columns(Protocol):
-    """How this process comes to see the columns, and what becomes of what it finds for them."""
+    """The columns of all processes in blocks, and how their gradients return to their owners."""
 
     first: int  # of this process's own columns, among all
     count: int  # of blocks
@@ -97,11 +97,11 @@ class Columns(Protocol):
     def blocks(self) -> Iterable[Block]: ...
 
     def add(self, dy: Tensor | None) -> None:
-        """Take this process's part of the gradient of the block that was given last."""
+        """Add this process's part of the gradient of the block that was given last."""
         ...
 
     def gradient(self, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Return that of this process's own columns, all processes' parts added up; of the rows' if they are these."""
+        """Return the gradient of this process's own columns over all processes; that of the rows if there is no y."""
         ...
 
     def own_statistics(self, blocks: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -109,12 +109,12 @@ class Columns(Protocol):
         ...
 
     def of_all(self, *arrays: Tensor) -> Sequence[Tensor]:
-        """Return what `arrays` say of this process's own columns for those of all."""
+        """Gather `arrays`, which hold this process's own columns, over the columns of all processes."""
         ...
 
 
 class OneBlock:
-    """All columns are here: those of `y`, or without it the rows themselves."""
+    """All columns in one block: those of `y`, or without it the rows themselves."""
 
     first, count = 0, 1
 
@@ -141,7 +141,7 @@ class OneBlock:
 
 
 def in_order(parts: Sequence[Tensor] | Tensor) -> Tensor:
-    """Return the sum from the first to the last, written over the first."""
+    """Return the sum of the parts, added up in their order; overwrites the first."""
     total, *others = parts
     for part in others:
         total.add_(part)
@@ -149,25 +149,25 @@ def in_order(parts: Sequence[Tensor] | Tensor) -> Tensor:
 
 
 class BlockSums:
-    """What the blocks of a matrix add up: gradients of rows as the blocks come, numbers in the order of columns."""
+    """Sums over the blocks of a matrix: gradients of rows in order of arrival, arrays in the order of columns."""
 
     def __init__(self, blocks: int):
         self.dx: Tensor | None = None
-        self._numbers: list[Any] = [None] * blocks
+        self._arrays: list[Any] = [None] * blocks
 
-    def add(self, index: int, dx: Tensor | None, *numbers: Tensor) -> None:
+    def add(self, index: int, dx: Tensor | None, *arrays: Tensor) -> None:
         self.dx = dx if self.dx is None or dx is None else self.dx.add_(dx)
-        self._numbers[index] = numbers
+        self._arrays[index] = arrays
 
-    def numbers(self) -> list[Tensor]:
-        return [in_order(parts) for parts in zip(*self._numbers, strict=True)]
+    def arrays(self) -> list[Tensor]:
+        return [in_order(parts) for parts in zip(*self._arrays, strict=True)]
 
 
-def merged(top: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the online softmax's state of all parts together, from maxima and logs of sums [parts, n]."""
-    most = top.masked_fill(log_sum == -torch.inf, -torch.inf).amax(0)
-    most = most.masked_fill(most == -torch.inf, 0.0)
-    return most, ((top - most) + log_sum).logsumexp(0)
+def merged(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge the online softmax's states of all parts: maxima and logs of sums [parts, n]."""
+    total_max = maxima.masked_fill(log_sums == -torch.inf, -torch.inf).amax(0)
+    total_max = total_max.masked_fill(total_max == -torch.inf, 0.0)
+    return total_max, ((maxima - total_max) + log_sums).logsumexp(0)
 
 
 # ---- the matrix
@@ -217,12 +217,12 @@ class Matrix:
     def run(self, kind: int, gradients: bool = False, **arrays: Tensor | None) -> Sequence[Tensor | None]:
         """Run one pass over the matrix. With `gradients` it returns those of the rows `x.acc`, `y.acc`, and the scale.
 
-        On the CPU, of x with itself the gradient of s and its transpose are made as one matrix, with a row's arrays
+        On the CPU, of x with itself the gradient of s and its transpose are computed as one matrix, with a row's arrays
         as the column's: one GEMM fewer, and no gradient of y.
         """
         x, y = self.x.acc, self.y.acc
         both = self.itself and kind in (SOFTMAX_GRADIENT, PAIRS_GRADIENT) and arrays.get("col_grad") is None
-        both = both and self.on_cpu  # cuBLAS's s_ij and s_ji differ, and so would what they are relative to
+        both = both and self.on_cpu  # cuBLAS's s_ij and s_ji differ, and so would their maxima
         if both:
             of_rows = ("row_max", "row_log_sum", "row_grad")
             arrays |= {name.replace("row", "col"): arrays.get(name) for name in of_rows}
@@ -253,7 +253,7 @@ class Matrix:
     def statistics(
         self, rows: bool, columns: bool
     ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor]:
-        """Return maximum and log sum of rows, the same of columns, and of rows the positive or the positives' sum."""
+        """Return max and log sum of rows, the same of columns, and the positive (or sum of positives) of rows."""
         empty = self.x.acc.new_empty
         of_rows = [empty(self.m) if rows else None for _ in range(2)]
         of_cols = [empty(self.n) if columns else None for _ in range(2)]
@@ -283,16 +283,16 @@ class Matrix:
         if self.m == 0 or self.n == 0:
             return
         x, y = aligned(self.x.acc), aligned(self.y.acc)
-        top, dtype = None, self.x.dtype
-        if dtype != x.dtype:  # GEMMs of half types, accumulated in float32
+        max_grad, dtype = None, self.x.dtype
+        if dtype != x.dtype:  # GEMMs of half-precision dtypes, accumulated in float32
             x, y = x.to(dtype), y.to(dtype)
             if dx is not None and dtype == torch.float16:
-                # relative to the largest number among them, so that small ones are not lost
+                # relative to their maximum, so that small ones do not underflow
                 places = [i for i in _GRADIENTS if given[i] is not None]
                 finite = (given[i].abs().nan_to_num(0.0, 0.0) for i in places)
-                top = torch.stack([g.amax() for g in finite]).amax()
-                top = top + (top == 0)
-                given = [g / top if i in places else g for i, g in enumerate(given)]
+                max_grad = torch.stack([g.amax() for g in finite]).amax()
+                max_grad = max_grad + (max_grad == 0)
+                given = [g / max_grad if i in places else g for i, g in enumerate(given)]
         rows, cols = block_shape(self.m, self.n, self.x.acc.element_size(), kind == HARDEST)
         ld = -(-cols // 8) * 8
         workspace = self.empty(rows * ld)
@@ -314,18 +314,18 @@ class Matrix:
                     _multiply(dx[down], g, y[across], add=col > 0)
                     if dy is not None:
                         _multiply(dy[across], g.t(), x[down], add=row > 0)
-        if top is not None:
+        if max_grad is not None:
             for d in (dx, dy, dots):
                 if d is not None:
-                    d.mul_(top)
+                    d.mul_(max_grad)
 
 
 def block_shape(m: int, n: int, itemsize: int, whole_rows: bool = False) -> tuple[int, int]:
-    """Return rows and columns of the blocks of an m x n matrix: about as many of either, `BUDGET` bytes at most.
+    """Return rows and columns of the blocks of an m x n matrix: about square, `BUDGET` bytes at most.
 
-    Blocks that are alike, of multiples of 128 where there are several: sizes on which sums depend follow from m and n.
+    Blocks are equal, of multiples of 128 where there are several: the order of sums follows from m and n alone.
     """
-    most = max(1, BUDGET // itemsize)
+    max_entries = max(1, BUDGET // itemsize)
 
     def even(length: int, limit: int) -> int:
         if length <= limit:
@@ -339,14 +339,14 @@ def block_shape(m: int, n: int, itemsize: int, whole_rows: bool = False) -> tupl
         return -(-cols // 8) * 8
 
     if whole_rows:
-        return even(m, max(1, most // padded(n))), n
-    side = max(8, math.isqrt(most) // 8 * 8)
-    rows = even(m, max(side, most // padded(n)))
-    return rows, even(n, max(8, most // rows // 8 * 8))
+        return even(m, max(1, max_entries // padded(n))), n
+    side = max(8, math.isqrt(max_entries) // 8 * 8)
+    rows = even(m, max(side, max_entries // padded(n)))
+    return rows, even(n, max(8, max_entries // rows // 8 * 8))
 
 
 def _block(workspace: Tensor | None, down: slice, across: slice) -> Tensor | None:
-    """Return a block in `workspace`, of rows that begin at multiples of 8."""
+    """Return a block in `workspace` whose rows begin at multiples of 8."""
     if workspace is None:
         return None
     rows, cols = down.stop - down.start, across.stop - across.start
@@ -358,10 +358,10 @@ def _block(workspace: Tensor | None, down: slice, across: slice) -> Tensor | Non
 
 
 class SimilarityOp(PythonOp):
-    """An operator over a matrix of similarities, written in Python over passes.
+    """An operator over a similarity matrix, written in Python over passes.
 
-    The first inputs are `x`, `y` or None, and `scale`: without y it is x with itself, and without `col_ids` columns
-    have the ids of rows. With the attribute `temperature` the scale is one, that s is divided by.
+    The first inputs are `x`, `y` or None, and `scale`. Without y the columns are those of x, and without `col_ids` they
+    have the ids of rows. With the attribute `temperature` the scale is a temperature, by which s is divided.
     """
 
     def fake_backward(self, *args):
@@ -377,7 +377,7 @@ class SimilarityOp(PythonOp):
 class SoftmaxInputs(NamedTuple):
     x: Tensor  # [m, features]
     y: Tensor | None  # [n, features]
-    scale: Tensor  # one number
+    scale: Tensor  # one element
     base: Tensor | None = None  # [m], subtracted from a row's loss
     target_col: Tensor | None = None  # [m] int64: the column of the positive, or of the row itself
     row_ids: Tensor | None = None  # [m] int64
@@ -419,12 +419,12 @@ class SoftmaxGradients(NamedTuple):
 class SoftmaxOp(SimilarityOp):
     """The log of the sum of exponentials of rows and columns, relative to the positive.
 
-    Of row i, with a positive or the sum of the positives t_i,
+    For row i, with the positive or the sum of positives t_i,
 
         row_i = log sum_j exp(s_ij) - inv_num_positives_i t_i - base_i
         col_i = log sum_k exp(s_kj) - t_i, j = target_col_i
 
-    and t_i itself; where nothing is summed it is -inf.
+    and t_i itself; an empty sum of exponentials gives -inf.
     """
 
     Inputs, Attrs, Outputs, State = SoftmaxInputs, SoftmaxAttrs, SoftmaxOutputs, SoftmaxState
@@ -529,7 +529,7 @@ def softmax_backward(
         dx, dy, dscale = s.run(SOFTMAX_GRADIENT, True, **arrays)
         sums.add(block.index, dx, dscale)
         columns.add(dy)
-    (dscale,), dx, dy = sums.numbers(), sums.dx, columns.gradient()
+    (dscale,), dx, dy = sums.arrays(), sums.dx, columns.gradient()
     if inputs.y is None and dy is not None:
         dx, dy = dx.add_(dy), None
     dbase = None if inputs.base is None else (-zero if g_row is None else -g_row)

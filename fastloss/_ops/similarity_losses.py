@@ -1,4 +1,4 @@
-"""Operators over a matrix of similarities other than the softmax: pairs, decisions, extremes. See similarity.py."""
+"""Operators over a similarity matrix other than the softmax: pairs, sigmoid, hardest. See similarity.py."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastloss._ops.similarity import (
 class PairsInputs(NamedTuple):
     x: Tensor  # [m, features]
     y: Tensor | None  # [n, features]
-    scale: Tensor  # one number
+    scale: Tensor  # one element
     target_col: Tensor | None  # [m] int64: the column of the row itself
     row_ids: Tensor  # [m] int64
     col_ids: Tensor | None  # [n] int64
@@ -57,7 +57,7 @@ class PairsGradients(NamedTuple):
 
 
 class PairsOp(SimilarityOp):
-    """Of each row the sum over its positives p of log(1 + sum over its negatives j of exp(s_j - s_p))."""
+    """For each row the sum over its positives p of log(1 + sum over its negatives j of exp(s_j - s_p))."""
 
     Inputs, Attrs, Outputs, State, Gradients = (
         PairsInputs,
@@ -110,8 +110,8 @@ class PairsOp(SimilarityOp):
 class SigmoidInputs(NamedTuple):
     x: Tensor  # [m, features]
     y: Tensor  # [n, features]
-    scale: Tensor  # one number
-    bias: Tensor | None  # one number
+    scale: Tensor  # one element
+    bias: Tensor | None  # one element
     target_col: Tensor | None  # [m] int64: the column of the positive; None: there is none
     weight: Tensor | None  # [m]
 
@@ -190,10 +190,10 @@ def sigmoid_pass(
             columns.add(found[1])
         else:
             sums.add(block.index, None, loss)
-    loss, *numbers = sums.numbers()
+    loss, *arrays = sums.arrays()
     if row_grad is None:
         return loss, ()
-    slope, dscale = numbers
+    slope, dscale = arrays
     dbias = None
     if inputs.bias is not None:
         dbias = operators.row_reduce(slope * row_grad, None).reshape(inputs.bias.shape)
@@ -211,7 +211,7 @@ class HardestOutputs(NamedTuple):
 
 
 class HardestOp(SimilarityOp):
-    """Of each row x_i the farthest row with its id and the nearest with another: their indices, [2, m], or -1."""
+    """For each row x_i the indices of the farthest row with its id and the nearest with another, [2, m], or -1."""
 
     Inputs, Outputs = HardestInputs, HardestOutputs
 

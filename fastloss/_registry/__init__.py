@@ -1,7 +1,7 @@
-"""Every loss described once: tests, `check`, `bench`, modules and the README enumerate this.
+"""The registry of losses, which tests, `check`, `bench`, modules and the README enumerate.
 
-A family's file here holds what tests and benchmarks draw for its losses, their cases, and what they are compared
-with; the losses themselves know nothing of it.
+A family's file here holds the inputs, cases and eager baselines of its losses; the losses themselves know nothing of
+it.
 """
 
 import importlib

@@ -1,20 +1,20 @@
-"""How far from the truth a result may be: one rule for the tests, `check` and `bench`.
+"""The accuracy rule of the tests, `check` and `bench`.
 
 The rule, for the value and for the gradient of every differentiable argument, element by element:
 
     |got - exact| <= ULPS[dtype] * ulp(exact) + max(EAGER_FACTOR * eager's error, NOISE_FACTOR * noise)
 
-`exact`: the reference in float64, at the very numbers that the arguments hold.
+`exact`: the reference in float64, at the exact values of the arguments.
 `ulp`: the spacing of the dtype at that element.
 eager's error: the largest |eager - exact| of the tensor, where `eager` is plain PyTorch in the dtype under test: the
     function that the loss replaces, or the reference. It is the error that users have today.
 `noise`: how far the reference moves when each of its operations rounds at random to the working precision.
 
-Why noise. Eager's error alone does not tell how well a result can be computed: that of one number whose terms cancel
-may be a hundredth of what its terms are rounded by, through luck that changes with the seed, the width of a vector and
-the order of a sum. What decides is the size of what is added up. With unit roundoff u = eps / 2 every operation yields
-z (1 + d), |d| <= u, instead of z, and a sum or a product of matrices yields the sum of terms t_i (1 + d_i). To first
-order an output y is then off by
+Why noise. Eager's error alone does not tell how well a result can be computed: the error of a scalar whose terms cancel
+may by chance be a hundredth of the terms' rounding, and changes with the seed, the width of a vector and the order of a
+sum. What matters is the magnitude of the terms. With unit roundoff u = eps / 2 every operation yields z (1 + d), |d| <=
+u, instead of z, and a sum or a product of matrices yields the sum of terms t_i (1 + d_i). To first order an output y is
+then off by
 
     sum over all intermediate numbers z of (dy / dz) z d_z.
 
@@ -35,8 +35,8 @@ deviations; NOISE_FACTOR 4 allows about 6, so that other operations than the ref
 processor and seed. In float64 `exact` is rounded as well, by as much: there the distance of the two is held to twice
 the noise, by the triangle inequality.
 
-The working precision is float32, in which half types are computed before they are rounded once; float64 for float64;
-the dtype itself for losses that multiply matrices, which keep the factors in it.
+The working precision is float32, in which half-precision dtypes are computed before they are rounded once; float64 for
+float64; the dtype itself for losses that multiply matrices, which keep the factors in it.
 
 Where `exact`, rounded to the dtype, is infinite or NaN, the result must be so too. The dtype must be eager's, the shape
 the reference's. The upstream gradient is not one, so that a loss which forgets it is caught.
@@ -61,11 +61,11 @@ from fastloss._registry.spec import Loss
 EAGER_FACTOR = 2.0
 NOISE_FACTOR = 4.0
 ULPS = {torch.float64: 4.0, torch.float32: 4.0, torch.bfloat16: 0.51, torch.float16: 0.51}
-"""Half types are computed in float32 and rounded at the end, which costs half a unit."""
+"""Half-precision dtypes are computed in float32 and rounded at the end, which costs half a unit."""
 DRAWS = 8
-LEAST_UNIT = 2.0**-40
+MIN_UNIT = 2.0**-40
 RULE = (
-    f"within {ULPS[torch.float32]:g} units in the last place (half types {ULPS[torch.float16]:g}) and "
+    f"within {ULPS[torch.float32]:g} units in the last place (half-precision dtypes {ULPS[torch.float16]:g}) and "
     f"{EAGER_FACTOR:g} x eager's error or {NOISE_FACTOR:g} x rounding noise"
 )
 DTYPES = tuple(ULPS)
@@ -76,7 +76,7 @@ DTYPES = tuple(ULPS)
 
 @dataclass
 class Answer:
-    """What one call gives: its value (of an estimator: each) and the gradients by argument."""
+    """The results of one call: its value (of an estimator: each) and the gradients by argument."""
 
     value: Tensor
     grads: dict[str, Tensor] = field(default_factory=dict)
@@ -140,7 +140,7 @@ def evaluate(
 
 
 def exactly(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same numbers in float64 on the CPU, in memory of their own."""
+    """Return copies of the arguments in float64 on the CPU."""
     own = {k: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     own.pop("inplace_backward", None)
     return cast(own, torch.float64)
@@ -149,12 +149,12 @@ def exactly(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def exact(
     loss: Loss, kwargs: Mapping[str, Any], wrt: Sequence[str], upstream: Tensor | None = None
 ) -> Answer:
-    """Evaluate the float64 reference at the very numbers that the arguments hold."""
+    """Evaluate the float64 reference at the exact values of the arguments."""
     return evaluate(loss.reference, exactly(kwargs), wrt, upstream)
 
 
 def eager_of(loss: Loss, kwargs: Iterable[str]) -> Callable[..., Tensor]:
-    """Return what people call today, or the reference where that does not take these arguments."""
+    """Return the common PyTorch implementation, or the reference where that does not take these arguments."""
     if loss.eager is None:
         return loss.reference
     parameters = inspect.signature(loss.eager).parameters
@@ -164,7 +164,7 @@ def eager_of(loss: Loss, kwargs: Iterable[str]) -> Callable[..., Tensor]:
 def eager(
     loss: Loss, kwargs: Mapping[str, Any], wrt: Sequence[str], upstream: Tensor | None = None
 ) -> Answer:
-    """Evaluate plain PyTorch in the arguments' own dtype; in float32, then rounded, where it has no kernel for that."""
+    """Evaluate plain PyTorch in the arguments' dtype; in float32, then rounded, where it has no such kernel."""
     kwargs = {k: v for k, v in kwargs.items() if k != "inplace_backward"}
     function = eager_of(loss, kwargs)
     try:
@@ -180,8 +180,7 @@ def eager(
 
 # ---- noise ----------------------------------------------------------------------------------------------
 
-# Operations that round nothing: they move, select, compare or change signs. What is missing here costs a
-# needless rounding.
+# Operations without rounding: they move, select, compare or change signs. A missing one is rounded needlessly.
 # fmt: off
 _EXACT = frozenset({
     "_local_scalar_dense", "_to_copy", "_unique2", "_unsafe_view", "abs", "alias", "all", "amax", "amin",
@@ -202,7 +201,7 @@ _EXACT = frozenset({
 
 
 class RandomRounding(TorchDispatchMode):
-    """Multiplies what operations yield by 1 + d, d uniform in [-unit, unit]; what reductions and products take, too."""
+    """Multiplies results of operations, and inputs of reductions and GEMMs, by 1 + d, d uniform in [-unit, unit]."""
 
     def __init__(self, unit: float, seed: int) -> None:
         super().__init__()
@@ -245,25 +244,25 @@ def working_precision(loss: Loss, dtype: torch.dtype) -> torch.dtype:
 
 def errors_of(got: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the largest finite error by quantity."""
-    worst = {}
+    max_error = {}
     for quantity, want in exact.items():
         error = (got[quantity].detach().to(want.device).double() - want).abs()
         finite = error[error.isfinite()]
-        worst[quantity] = finite.max().item() if finite.numel() else 0.0
-    return worst
+        max_error[quantity] = finite.max().item() if finite.numel() else 0.0
+    return max_error
 
 
 def ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the spacing of `dtype` at `exact`, never below what a kernel that flushes subnormals can resolve."""
     info = torch.finfo(dtype)
     accumulator = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32)
-    least = max(info.smallest_normal * info.eps, accumulator.smallest_normal)
-    return (exact.abs() * info.eps).clamp_min(least)
+    smallest = max(info.smallest_normal * info.eps, accumulator.smallest_normal)
+    return (exact.abs() * info.eps).clamp_min(smallest)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One quantity of one answer, at the element that is worst relative to what is allowed there."""
+    """One quantity of one result, at the element with the largest error relative to the allowed one."""
 
     quantity: str
     """"value" or "gradient of <argument>"."""
@@ -308,10 +307,10 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 
 class Yardstick:
-    """What one call should give, and how far from it an answer may be.
+    """The expected results of one call, and the allowed errors.
 
-    Made before the call is run, which may overwrite its arguments. Eager's error is only worked out for an answer that
-    is further off than the last digits, and noise is only drawn until it allows what eager's error does not.
+    Made before the call, which may overwrite its arguments. Eager's error is only computed for results that are off by
+    more than the last digit, and noise is only drawn until it allows what eager's error does not.
     """
 
     def __init__(
@@ -331,13 +330,13 @@ class Yardstick:
 
     @cached_property
     def errors_of_eager(self) -> dict[str, float]:
-        """By quantity, how far plain PyTorch is off."""
+        """The error of plain PyTorch by quantity."""
         return errors_of(dict(self.eager.parts()), dict(self.exact.parts()))
 
     def noise(self) -> Iterator[dict[str, float]]:
-        """By quantity, how far the reference moves when each of its operations rounds at random, after each draw."""
+        """Yield, after each draw, how far the reference moved by quantity when its operations rounded at random."""
         unit = torch.finfo(working_precision(self.loss, self.dtype)).eps / 2
-        drawn = max(unit, LEAST_UNIT)
+        drawn = max(unit, MIN_UNIT)
         sides = 2 if self.dtype is torch.float64 else 1  # `exact` is rounded too
         for seed in range(DRAWS):
             if seed == len(self._noise):
@@ -352,7 +351,7 @@ class Yardstick:
             return dict(evaluate(self.loss.reference, self.kwargs, self.wrt, self.upstream).parts())
 
     def allowances(self, quantity: str, rounded_once: bool = False) -> Iterator[float]:
-        """Yield what is allowed beside the last digits of each element: more and more, as it takes more to tell."""
+        """Yield increasing allowed errors in addition to the last digits, the cheapest to compute first."""
         allowed = 0.0
         yield allowed
         if not rounded_once:
@@ -361,9 +360,9 @@ class Yardstick:
             yield max(allowed, NOISE_FACTOR * noise[quantity])
 
     def findings(self, got: Answer, rounded_once: bool = False) -> list[Finding]:
-        """Hold an answer to the rule, quantity by quantity; with `rounded_once` to its stricter half.
+        """Apply the rule to results, quantity by quantity; with `rounded_once` without eager's error.
 
-        Eager rounds half types after each operation; that its error excuses no other counts then.
+        Eager rounds half-precision dtypes after each operation, which excuses no error of a loss that rounds once.
         """
         found = []
         for (quantity, have), (_, like), (_, want) in zip(

@@ -12,7 +12,7 @@ from fastloss.losses.aggregation import chi2_dro_loss, cvar_loss, flooding_loss,
 
 
 def _weights(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
-    """Their sums are exact: what the edge of a tail gets is a difference of two."""
+    """Draw weights whose sums are exact: the weight at the edge of a tail is a difference of two sums."""
     return (draw.index(16, *shape) + 4).to(draw.dtype) / 8
 
 

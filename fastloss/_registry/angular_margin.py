@@ -37,7 +37,7 @@ def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
 def _eager_harmonic(
     input, weight, target, n=None, reduction="mean", *, eps=1e-8, ignore_index=-100, sample_weight=None
 ):
-    """As the authors have it: squared distances from one product."""
+    """Compute the authors' implementation: squared distances from one GEMM."""
     dtype, n = input.dtype, math.sqrt(input.shape[1]) if n is None else n
     x, w = (t.float() if t.dtype in HALF_TYPES else t for t in (input, weight))
     squares = x.square().sum(1, keepdim=True) + w.square().sum(1) - 2 * x @ w.t()

@@ -20,20 +20,20 @@ def _eager_ctc(
     log_probs, targets, input_lengths, target_lengths, blank=0, reduction="mean", zero_infinity=False,
     *, from_logits=False,
 ):  # fmt: skip
-    """torch's own, where its gradient is the derivative and its unchecked reads are safe."""
-    numbers = (targets, input_lengths, target_lengths)
-    known = from_logits and all(isinstance(x, Tensor) and x.dtype == torch.int64 for x in numbers)
+    """Call torch's own where its gradient is the derivative and its unchecked reads are safe, else the reference."""
+    integers = (targets, input_lengths, target_lengths)
+    known = from_logits and all(isinstance(x, Tensor) and x.dtype == torch.int64 for x in integers)
     if not known or log_probs.dim() != 3 or not log_probs.numel() or _strange(targets, log_probs.shape[-1]):
         return reference.ctc_loss(
-            log_probs, *numbers, blank, reduction, zero_infinity, from_logits=from_logits
+            log_probs, *integers, blank, reduction, zero_infinity, from_logits=from_logits
         )
-    wide = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
-    loss = torch.nn.functional.ctc_loss(wide.log_softmax(-1), *numbers, blank, reduction, zero_infinity)
+    x = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
+    loss = torch.nn.functional.ctc_loss(x.log_softmax(-1), *integers, blank, reduction, zero_infinity)
     return loss.to(log_probs.dtype)
 
 
 def _speech(draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """A target of at most 4 labels and an input that is long enough for it."""
+    """Draw targets of at most 4 labels and inputs that are long enough for them."""
     steps, batch, classes = shape
     inputs = (steps - draw.index(3, batch)).clamp(min=0)
     labels = torch.minimum(draw.index(5, batch), (inputs + 1) // 2)

@@ -28,7 +28,7 @@ def of_logps(*names: str):
 
 
 def traffic_of(inputs: int, trained: int):
-    """All inputs read once; the gradients of those that are trained written in the same pass."""
+    """Return a traffic function: every input read once, the gradients of trained ones written in the same pass."""
     return lambda shape, itemsize, backward: (inputs + backward * trained) * math.prod(shape) * itemsize
 
 
@@ -37,7 +37,7 @@ LOGPS_BENCH = (64, 4096)
 
 
 def two_sets(first: str, second: str, draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Features of length about 1."""
+    """Draw two sets of features of length about 1."""
     rows, features = shape
     size = features**-0.5
     return {first: draw.normal(rows, features, scale=size), second: draw.normal(rows, features, scale=size)}

@@ -17,7 +17,7 @@ from fastloss.losses.number_token import (
 
 
 def _labels(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
-    """Numbers, other tokens and ignored ones."""
+    """Draw labels: number tokens, other tokens and ignored ones."""
     labels = draw.index(min(9, shape[-1]), *shape[:-1])
     return torch.where(draw.index(5, *shape[:-1]) == 0, -100, labels)
 

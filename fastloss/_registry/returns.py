@@ -14,7 +14,7 @@ from fastloss.losses.returns import discounted_returns, gae, n_step_returns, td_
 
 
 def _eager_gae(rewards, values, gamma=0.99, lam=0.95):
-    """The loop that people write."""
+    """Compute GAE by the usual loop over steps."""
     behind, value, found = 0.0, 0.0, []
     for t in reversed(range(rewards.shape[-1])):
         delta = rewards[..., t] + gamma * value - values[..., t]

@@ -1,4 +1,4 @@
-"""Every loss described once: tests, `check`, `bench`, modules and the README enumerate this."""
+"""The description of a loss and the registry, which tests, `check`, `bench`, modules and the README enumerate."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ Case = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss and all that the rest of the project needs to know of it.
+    """One loss and what tests, benchmarks, modules and docs need to know about it.
 
     `inputs(draw, shape)` gives the required arguments of a call by name. A *case* is a set of further
     arguments; a value that is callable is called with `(draw, shape)` to make a tensor.
@@ -91,38 +91,38 @@ class Loss:
     inputs: Callable[[InputSampler, tuple[int, ...]], dict[str, Any]]
     wrt: tuple[str, ...]
     cases: Mapping[str, Any]
-    """Of each case its further arguments, a `Case`."""
+    """The further arguments of each case."""
     shapes: tuple[tuple[int, ...], ...]
     bench_shape: tuple[int, ...]
     traffic: Callable[[tuple[int, ...], int, bool], int]
-    """Fewest bytes moved: `(shape, itemsize, backward)`."""
+    """Minimal traffic in bytes: `(shape, itemsize, backward)`."""
     forward_arguments: tuple[str, ...]
     """Arguments of the module's `forward`; all others belong to its constructor."""
     replaces: str = ""
     trained: tuple[str, ...] = ()
-    """Of `wrt` what a training step differentiates, and `bench` therefore; all of it if empty."""
+    """The part of `wrt` that a training step, and therefore `bench`, differentiates; all of it if empty."""
     products: tuple[int, int] = (0, 0)
-    """Of how many products of matrices as large as its shape it consists at the least: forward, and with backward."""
+    """Minimum number of GEMMs of the loss's shape: forward, forward + backward."""
     eager: Callable[..., Tensor] | None = None
-    """What people call today, with the same arguments by name; the reference where there is none."""
+    """The common PyTorch implementation, with the same argument names; None: the reference."""
     unrolls: bool = False
-    """Whether eager and reference are loops over steps, of which torch.compile would make a graph each."""
+    """Eager and reference are loops over steps, each of which torch.compile would unroll."""
 
     @property
     def multiplies(self) -> bool:
-        """Whether it multiplies matrices: works in buffers of its own, and in the autocast type under autocast."""
+        """True for a loss that runs GEMMs: in its own buffers, and in the autocast dtype under autocast."""
         return self.products != (0, 0)
 
     def work(self, shape: tuple[int, ...]) -> int:
-        """About how many numbers a plain implementation makes: for every pair of rows where a batch meets itself."""
+        """Return about how many elements eager computes: one for every pair of rows in contrastive losses."""
         return math.prod(shape) * (shape[0] if self.multiplies and len(shape) == 2 else 1)
 
     def flops(self, shape: tuple[int, ...], backward: bool) -> int:
-        """Fewest operations in its products of matrices."""
+        """Return the minimum FLOPs of the GEMMs."""
         return 2 * self.work(shape) * self.products[backward]
 
     def call(self, case: str, draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Any]:
-        """All arguments of a call, by name."""
+        """Return all arguments of a call by name."""
         kwargs = self.inputs(draw, shape)
         for key, value in self.cases[case].items():
             kwargs[key] = value(draw, shape) if callable(value) else value
@@ -131,7 +131,7 @@ class Loss:
 
 _losses: dict[str, Loss] = {}
 estimators: dict[str, Loss] = {}
-"""Functions that are no losses: what they return, one tensor or several, a loss is computed from."""
+"""Functions that are no losses: they return the targets, one tensor or several, of a loss."""
 
 
 def register_estimator(entry: Loss) -> Loss:
@@ -149,7 +149,7 @@ def register(loss: Loss) -> Loss:
 
 
 def losses(*names: str) -> list[Loss]:
-    """The registered losses, or those named, in order of registration."""
+    """Return the registered losses, or those named, in order of registration."""
     unknown = set(names) - set(_losses)
     if unknown:
         raise ValueError(f"no loss named {', '.join(sorted(unknown))}; there are {', '.join(_losses)}")
@@ -157,7 +157,7 @@ def losses(*names: str) -> list[Loss]:
 
 
 def entries(*names: str) -> list[Loss]:
-    """Losses and estimators, in this order, or those named."""
+    """Return losses and estimators, in this order, or those named."""
     everything = {loss.name: loss for loss in losses()} | estimators
     unknown = set(names) - set(everything)
     if unknown:

@@ -8,7 +8,7 @@ from fastloss.losses.supervised_contrastive import nt_xent_loss, pair_nt_xent_lo
 
 
 def _among_more(name: str):
-    """Keys, of which the rows are some or not."""
+    """Draw keys that contain the rows or not."""
 
     def keys(offset: int | None):
         return {

@@ -13,7 +13,7 @@ from fastloss.losses.survival import cox_ph_loss, dart_loss
 
 
 def _eager_cox(log_h, durations, events, ties="breslow", strata=None, reduction="mean"):
-    """As people write it today, with torch's logcumsumexp along the times in descending order."""
+    """Compute Cox's loss in the usual way, with torch's logcumsumexp along descending times."""
     alike = [log_h, durations, events]
     usual = ties == "breslow" and strata is None and reduction != "none"
     if not usual or any(t.shape != log_h.shape or t.dtype != log_h.dtype for t in alike):

@@ -1,4 +1,4 @@
-"""What one call of a contrastive loss agrees on with the other ranks, and how it takes part in their sums."""
+"""The state of one contrastive loss call that all ranks agree on, and its reductions over ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastloss.distributed.similarities import softmax
 
 
 class Call:
-    """What one call of a loss agrees on with the other ranks."""
+    """The state of one loss call that all ranks agree on: numbers of rows and columns, exchange, reduction."""
 
     def __init__(self, name, x, group, exchange, for_ddp, rows_per_rank, reduction, columns=None, **given):
         check_group(group)
@@ -47,7 +47,7 @@ class Call:
         return [t if t is None or self.factor == 1 else multiplied(t, self.factor) for t in tensors]
 
     def number(self, value: Tensor) -> Tensor:
-        """Return a number in the accumulation dtype: ranks' parts of its gradient are added up unrounded."""
+        """Return a scalar in the accumulation dtype, so that ranks' parts of its gradient are added up unrounded."""
         return completed(value.to(accumulation_dtype(value.dtype)), self.rows)
 
     def softmax(
@@ -56,7 +56,7 @@ class Call:
         return softmax(inputs, attrs, ranks, self.exchange)
 
     def to_reduce(self, loss: Tensor, weight: Tensor | None, ranks: Ranks) -> tuple[Tensor, Tensor | None]:
-        """Return those of everyone, or of this rank's rows where nothing is reduced."""
+        """Return losses and weights of all ranks' rows, or of this rank's rows for `"none"`."""
         if self.reduction == "none":
             return loss, weight
         return everyone(loss, ranks), None if weight is None else everyone(weight, ranks)

@@ -1,4 +1,4 @@
-"""Collectives: rows gathered, parts added up in the order of ranks, and who holds how much."""
+"""Collectives: rows gathered, parts added up in the order of ranks, and the layout of rows over ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_group(group: Any) -> None:
 
 
 def check_once() -> None:
-    """Raise in a backward pass that is to be differentiated: what it saved depends on every rank's input."""
+    """Raise in a backward pass with create_graph: its saved tensors depend on every rank's input."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "the loss over several processes can be differentiated once: not with create_graph"
@@ -37,14 +37,14 @@ def check_once() -> None:
 
 
 def _added_up(x: Tensor, group: Any) -> Tensor:
-    """All-reduce: return the sum over the ranks, of half types in float32."""
+    """All-reduce: return the sum over the ranks, in float32 for half-precision dtypes."""
     total = x.to(torch.float32 if x.dtype in HALF_TYPES else x.dtype, copy=True).contiguous()
     dist.all_reduce(total, group=group)
     return total.to(x.dtype)
 
 
 class _Linear(Function):
-    """A linear map of one tensor, and what it does to gradients."""
+    """A linear map of one tensor, and its adjoint for gradients."""
 
     @staticmethod
     def forward(ctx, x, forward, adjoint):
@@ -61,7 +61,7 @@ def _alias(x: Tensor) -> Tensor:
 
 
 def _once(adjoint: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return what raises where its result is differentiated."""
+    """Return the adjoint as a function that raises when its result is differentiated."""
     wrapped = once_differentiable(lambda _, grad: adjoint(grad))
     return lambda grad: wrapped(None, grad)
 
@@ -90,16 +90,16 @@ def all_gather(x: Tensor, group: Any = None) -> Tensor:
 
 
 def sum_of_gradients(x: Tensor, group: Any = None) -> Tensor:
-    """Return `x`, which all ranks hold alike and of which each computes a part: backward all-reduces its gradient."""
+    """Return `x`, which is replicated while each rank computes with a part of it: backward all-reduces its gradient."""
     check_group(group)
     return _Linear.apply(x, _alias, _once(lambda grad: _added_up(grad, group)))
 
 
-# ---- rows of which each rank holds some
+# ---- rows that are distributed over ranks
 
 
 class Ranks:
-    """The ranks of a group and the number of rows that each holds; those of all stand in the order of ranks."""
+    """The ranks of a group and the number of rows of each; all rows together are in the order of ranks."""
 
     def __init__(self, group: Any, counts: Sequence[int]):
         self.group, self.counts = group, tuple(counts)
@@ -116,19 +116,19 @@ class Ranks:
 
     def gathered(self, x: Tensor) -> Tensor:
         """All-gather: return all rows."""
-        most = max(self.counts)
-        if self.size == 1 or most == 0:
+        max_count = max(self.counts)
+        if self.size == 1 or max_count == 0:
             return x
-        short = most - x.shape[0]
-        mine = torch.cat([x, x.new_zeros(short, *x.shape[1:])]) if short else x.contiguous()
-        found = x.new_empty(self.size * most, *x.shape[1:])
-        _gather(found, mine, group=self.group)
+        pad = max_count - x.shape[0]
+        padded = torch.cat([x, x.new_zeros(pad, *x.shape[1:])]) if pad else x.contiguous()
+        found = x.new_empty(self.size * max_count, *x.shape[1:])
+        _gather(found, padded, group=self.group)
         if self.total == found.shape[0]:
             return found
-        return torch.cat([part[:n] for part, n in zip(found.split(most), self.counts, strict=True)])
+        return torch.cat([part[:n] for part, n in zip(found.split(max_count), self.counts, strict=True)])
 
     def parts(self, x: Tensor) -> Tensor:
-        """All-to-all: return [size, local rows, ...]: of each rank's `x`, which has all rows, those of this rank."""
+        """All-to-all: return [size, local rows, ...], the rows of this rank in each rank's `x`, which has all rows."""
         local = self.counts[self.rank]
         if self.size == 1:
             return x.unsqueeze(0)
@@ -139,7 +139,7 @@ class Ranks:
         return found.view(self.size, local, *x.shape[1:])
 
     def passed_on(self, x: Tensor, rows: int, tag: int) -> Callable[[], Tensor]:
-        """Send `x` to the next rank; return what waits for the `rows` rows that come from the previous one."""
+        """Send `x` to the next rank; return a function that waits for the `rows` rows of the previous one."""
         if self.size == 1:
             return lambda: x
         found = x.new_empty(rows, *x.shape[1:])
@@ -161,7 +161,7 @@ class Ranks:
 
 
 def everyone(x: Tensor, ranks: Ranks) -> Tensor:
-    """Return all rows, of which every rank makes the same number: each gets that number's gradient of its own."""
+    """Return all rows, from which every rank computes the same scalar: each rank gets the gradient of its own rows."""
 
     def gather(x: Tensor) -> Tensor:
         found = ranks.gathered(x)
@@ -171,7 +171,7 @@ def everyone(x: Tensor, ranks: Ranks) -> Tensor:
 
 
 def completed(x: Tensor, ranks: Ranks) -> Tensor:
-    """Return one number that all ranks hold alike: its gradient is added up over them, in their order."""
+    """Return a replicated scalar whose gradient is added up over the ranks, in their order."""
 
     def add_up(grad: Tensor) -> Tensor:
         check_once()
@@ -186,7 +186,7 @@ def multiplied(x: Tensor, factor: int) -> Tensor:
     return _Linear.apply(x, _alias, lambda grad: grad * factor)
 
 
-# ---- what has to be the same everywhere
+# ---- agreement between ranks
 
 
 _CAPACITY = 32
@@ -197,7 +197,7 @@ def _is_size(value: Any) -> bool:
 
 
 def agreed(call: str, group: Any, counts: Sequence[int], same: dict[str, Any]) -> list[list[int]]:
-    """Return each rank's `counts`, once all are found to make the same call with equal values in `same`. On the CPU."""
+    """Check on the CPU that all ranks make the same call with equal values in `same`; return each rank's `counts`."""
     codes = [v if _is_size(v) else zlib.crc32(repr(v).encode()) for v in same.values()]
     mine = [zlib.crc32(call.encode()), *counts, *codes]
     mine += [0] * (_CAPACITY - len(mine))

@@ -1,4 +1,4 @@
-"""Contrastive losses of a batch of which each rank holds some rows, in the way of `image_text`."""
+"""Contrastive losses of a batch whose rows are distributed over ranks, like those of `image_text`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def info_nce(
     for_ddp: bool = False,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""InfoNCE of the queries and keys of all ranks: `fastloss.functional.info_nce` of them.
+    r"""Compute InfoNCE over the queries and keys of all ranks: `fastloss.functional.info_nce` of them.
 
     With :math:`s = \cos / \tau` query :math:`i` has
     :math:`-\log (e^{s(q_i, k_i)} / (e^{s(q_i, k_i)} + \sum_j e^{s(q_i, n_j)}))`, where the negatives :math:`n` are the
@@ -101,7 +101,7 @@ def sup_con_loss(
     for_ddp: bool = False,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""Supervised contrastive loss of the rows of all ranks: `fastloss.functional.sup_con_loss` of them.
+    r"""Compute the supervised contrastive loss over the rows of all ranks: `fastloss.functional.sup_con_loss` of them.
 
     With :math:`s = \cos / \tau` and the other rows :math:`P_i` of its class, whichever rank has them, row :math:`i` has
     :math:`\log \sum_{a \ne i} e^{s_{ia}} - \sum_{p \in P_i} s_{ip} / |P_i|`. A row that is alone in its class on all
@@ -170,7 +170,7 @@ def nt_xent_loss(
     for_ddp: bool = False,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""SimCLR's NT-Xent of the samples of all ranks: `fastloss.functional.nt_xent_loss` of them.
+    r"""Compute SimCLR's NT-Xent over the samples of all ranks: `fastloss.functional.nt_xent_loss` of them.
 
     With the two views :math:`z` of all ranks' samples, :math:`s = \cos / \tau` and the other view :math:`p_i`, row
     :math:`i` has :math:`\log \sum_{a \ne i} e^{s_{ia}} - s_{i p_i}`. The sums and their rounding are those of
@@ -234,7 +234,7 @@ def multiple_negatives_ranking_loss(
     for_ddp: bool = False,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""Ranks each query's document above all others of all ranks' batches, hard negatives among them.
+    r"""Compute the loss that ranks each query's document above all others of all ranks' batches.
 
     `fastloss.functional.multiple_negatives_ranking_loss` of all ranks' queries and documents: with
     :math:`s = a \cos` query :math:`i` has :math:`\log \sum e^{s} - s(q_i, d_i)`, over any of the four directions.

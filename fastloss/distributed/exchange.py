@@ -1,7 +1,7 @@
-"""How a rank comes to see the columns that others hold: by an all-gather beforehand, or passed around a ring.
+"""The exchange of columns between ranks: by an all-gather beforehand, or passed around a ring.
 
-Both give the columns of all ranks in blocks, and bring what each rank finds as their gradient to their owners: they
-are the `Columns` of `fastloss._ops.similarity`.
+Both yield the columns of all ranks in blocks and return the gradients to the columns' owners. They implement `Columns`
+of `fastloss._ops.similarity`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastloss.distributed.collectives import Ranks
 
 
 class Exchange:
-    """Columns of which this rank has `y`, or without it its rows `x`.
+    """The columns of all ranks, of which this rank has `y`, or without it its rows `x`.
 
     `gathered` is what `gather` returned in forward, from which backward starts.
     """
@@ -30,7 +30,7 @@ class Exchange:
 
     @staticmethod
     def gather(own: Tensor, ranks: Ranks) -> Tensor:
-        """Return what is to be held of the other ranks' columns."""
+        """Return the columns of other ranks that this rank holds from forward to backward."""
         raise NotImplementedError
 
     def own_statistics(self, blocks: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
@@ -49,7 +49,7 @@ class Exchange:
 
 
 class Gathered(Exchange):
-    """One block: memory in proportion to all columns, one all-gather, and one all-to-all of the gradient."""
+    """All columns in one block: memory for all of them, one all-gather, and one all-to-all of the gradient."""
 
     count = 1
 
@@ -69,9 +69,9 @@ class Gathered(Exchange):
 
 
 class Ring(Exchange):
-    """A block a rank: memory in proportion to one, and while it is used the next one comes.
+    """One block per rank: memory for two of them; the next is received while one is used.
 
-    The gradient travels with its block from its owner on, and each rank adds its part: an order that is fixed.
+    The gradient follows its block around the ring and each rank adds its part, in a fixed order.
     """
 
     def __init__(self, x: Tensor, y: Tensor | None, gathered: Tensor, ranks: Ranks, normalize: bool):

@@ -1,9 +1,9 @@
-"""Contrastive losses of images and texts, of which each rank holds some pairs.
+"""Contrastive losses of images and texts whose pairs are distributed over ranks.
 
-A rank computes the similarities of its own rows to the columns of all ranks: its share of the work, and of memory no
-more than its rows and the columns' features. What the ranks exchange, beside features and their gradients, are a few
-numbers of each row. Every rank gets the same loss, and for an upstream gradient that is the same on every rank the
-gradient of its own features, and all of that of scale and bias.
+A rank computes the similarities of its own rows to the columns of all ranks, and holds no more than its rows and the
+columns' features. Apart from features and their gradients, the ranks exchange a few numbers per row. Every rank gets
+the same loss, and for an upstream gradient that is the same on every rank the gradient of its own features, and all of
+that of scale and bias.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def clip_loss(
     for_ddp: bool = False,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""CLIP's loss of the pairs of all ranks: `fastloss.functional.clip_loss` of them one after another.
+    r"""Compute the CLIP loss over the pairs of all ranks: `fastloss.functional.clip_loss` of their concatenation.
 
     With :math:`s_{ij} = a \langle x_i, y_j \rangle`, over the images and texts of all ranks, pair :math:`i` has
 
     .. math:: \tfrac12 \Big(\log \sum_j e^{s_{ij}} - s_{ii}\Big) + \tfrac12 \Big(\log \sum_j e^{s_{ji}} - s_{ii}\Big)
 
-    A rank with b of all B pairs does four products of b x D and D x B in all. It walks over its rows once for
-    statistics of rows and for its part of those of columns, which the columns' owners merge, and once for the
-    gradients, of which those of texts go to their owners. Nothing of size B x B or b x B is stored.
+    A rank with b of all B pairs runs four GEMMs of b x D and D x B. It passes over its rows once for statistics of rows
+    and for its part of those of columns, which the columns' owners merge, and once for the gradients, of which those of
+    texts go to their owners. No matrix of size B x B or b x B is stored.
 
-    What ranks add up they add up in their order, or along the ring, whatever arrives first: the same call gives the
-    same bits. One rank gives the bits of `fastloss.functional`. The number of ranks changes the order of sums, and so
-    the rounding alone: with unit :math:`u` (2^-24, in float64 2^-53), before the result is rounded to the features'
-    type, a pair's loss by at most :math:`u (2 B + 8 \max |s| + 16)` of itself, and a gradient by that share of
-    the sum of the magnitudes that make it up; on CUDA, where products of other sizes may add up in another order,
-    by their rounding too.
+    Sums over ranks are taken in the order of ranks, or along the ring, regardless of the order of arrival: results are
+    bitwise reproducible. One rank gives the bits of `fastloss.functional`. The number of ranks changes the order of
+    sums, and so only the rounding: with unit :math:`u` (2^-24, in float64 2^-53), before the result is rounded to the
+    features' type, a pair's loss by at most :math:`u (2 B + 8 \max |s| + 16)` of itself, and a gradient by that
+    fraction of the sum of the magnitudes of its terms; on CUDA, where GEMMs of other sizes may sum in another order, by
+    their rounding too.
 
     Args:
         image_features: :math:`x` of this rank, shape `(b, D)`; float32, float64, bfloat16 or float16. The number of
@@ -83,8 +83,8 @@ def clip_loss(
         features' type (float32 under autocast). It can be differentiated once, by all ranks together.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these; and on the CPU for those
-            that differ between ranks, where they must not.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options; and on the CPU for those that
+            differ between ranks, where they must not.
 
     Source: https://arxiv.org/abs/2103.00020; `ClipLoss` of open_clip; for the ring Inf-CL,
     https://arxiv.org/abs/2410.17243.
@@ -132,14 +132,13 @@ def siglip_loss(
     for_ddp: bool = False,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
-    r"""SigLIP's loss of the images and texts of all ranks: `fastloss.functional.siglip_loss` of them.
+    r"""Compute the SigLIP loss over the images and texts of all ranks: `fastloss.functional.siglip_loss` of them.
 
-    With :math:`s_{ij} = a \langle x_i, y_j \rangle + b`, and :math:`z_{ij} = 1` where the two belong together and
-    :math:`-1` elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`, over the texts of all ranks.
+    With :math:`s_{ij} = a \langle x_i, y_j \rangle + b`, and :math:`z_{ij} = 1` where the two match and :math:`-1`
+    elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`, over the texts of all ranks.
 
-    One walk, three products of this rank's rows and all columns. The sums and their rounding are those of
-    `clip_loss` here, for B texts. On the CPU with `exchange="gather"` the loss has the same bits for any number of
-    ranks.
+    One pass, three GEMMs of this rank's rows and all columns. The sums and their rounding are those of `clip_loss`
+    here, for B texts. On the CPU with `exchange="gather"` the loss has the same bits for any number of ranks.
 
     Args:
         image_features: :math:`x` of this rank, shape `(b, D)`; float32, float64, bfloat16 or float16.

@@ -1,8 +1,8 @@
-"""The losses of a matrix of similarities of which each rank computes the rows that it holds, tile by tile.
+"""Losses of a similarity matrix of which each rank computes its own rows, tile by tile.
 
-`softmax` and `sigmoid` are to several processes what `SoftmaxOp` and `SigmoidOp` of `fastloss._ops` are to one, and
-run the same passes over the same matrix, of which more than one block may come: target columns and ids are those of
-all columns, what comes out and what goes in is of this rank's rows and columns.
+`softmax` and `sigmoid` are the distributed versions of `SoftmaxOp` and `SigmoidOp` of `fastloss._ops` and run the same
+passes over one or more blocks of the matrix. Target columns and ids refer to the columns of all ranks; inputs and
+results are those of this rank's rows and columns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastloss.losses.contrastive import contrastive_softmax
 
 
 class _Softmax(Differentiable):
-    """Options: those of `SoftmaxOp`, the ranks, and how they exchange columns."""
+    """The distributed `SoftmaxOp`; its options are those of `SoftmaxOp`, the ranks, and the exchange of columns."""
 
     def __init__(self):
         super().__init__(contrastive_softmax.name, None, tensors=8, wrt=(0, 1, 2, 3), outputs=3)
@@ -59,7 +59,7 @@ class _Softmax(Differentiable):
         *state, gathered = saved[:5]
         if inputs.row_ids is not None:
             inputs = inputs._replace(col_ids=saved[5])
-        if attrs.columns and grads.col is None:  # of which the other ranks may have one: all take part
+        if attrs.columns and grads.col is None:  # other ranks may have one: all take part
             grads = grads._replace(col=torch.zeros_like(state[0]))
         rows = Features(inputs.x, attrs.normalize)
         columns = exchange(inputs.x, inputs.y, gathered, ranks, attrs.normalize)
@@ -72,8 +72,8 @@ class _Softmax(Differentiable):
 class SigmoidInputs(NamedTuple):
     x: Tensor  # [m, features], of this rank
     y: Tensor  # [n, features], of this rank
-    scale: Tensor  # one number
-    bias: Tensor | None  # one number
+    scale: Tensor  # one element
+    bias: Tensor | None  # one element
     target_col: Tensor | None  # [m] int64, among the columns of all
     weight: Tensor | None  # [m], of this rank's rows
     weight_of_all: Tensor | None  # [rows of all ranks], not differentiated
@@ -89,7 +89,7 @@ class SigmoidOptions(NamedTuple):
 
 
 class _Sigmoid(Precomputed):
-    """A loss that is one number is that of all ranks' rows; the weights come in the accumulation dtype."""
+    """The distributed `SigmoidOp`: a reduced loss covers all ranks' rows; weights come in the accumulation dtype."""
 
     reduction, row_weight = 0, 5
 
@@ -123,7 +123,7 @@ class _Sigmoid(Precomputed):
     def evaluate_again(self, operators, tensors, options, mask):
         if options[self.reduction] == REDUCTIONS["mean"] or tensors[6] is not None:
             return super().evaluate_again(operators, tensors, options, mask)
-        # nothing but the gradients, for which no rank needs the loss of the others
+        # only the gradients, for which no rank needs the loss of the others
         inputs, options = SigmoidInputs(*tensors), SigmoidOptions(*options)
         row_grad = inputs.weight
         if row_grad is None:
@@ -152,12 +152,12 @@ _softmax, _sigmoid = _Softmax(), _Sigmoid()
 def softmax(
     inputs: SoftmaxInputs, attrs: SoftmaxAttrs, ranks: Ranks, exchange: type[Exchange]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rows, columns and positives, as `SoftmaxOp` does."""
+    """Return the outputs of `SoftmaxOp`: of rows, of columns, and positives."""
     if ranks.size == 1:
         return contrastive_softmax(inputs, attrs)
     return _softmax(inputs, (*attrs, ranks, exchange))
 
 
 def sigmoid(inputs: SigmoidInputs, options: SigmoidOptions) -> Tensor:
-    """Return the loss of the rows, or of all ranks' rows."""
+    """Return the losses of this rank's rows, or the reduced loss over all ranks' rows."""
     return _sigmoid(inputs, options)

@@ -1,7 +1,7 @@
-"""A vocabulary of which each rank holds a slice.
+"""Vocabulary-parallel losses: each rank holds a slice of the classes.
 
-Ranks exchange a few numbers of each row, never logits. Every rank gets the same loss, and the gradients of its own
-logits or slice of the weight; the gradient of hidden states, which all ranks hold alike, is added up over them.
+Ranks exchange a few numbers per row, never logits. Every rank gets the same loss, and the gradients of its own logits
+or slice of the weight; the gradient of hidden states, which are replicated, is all-reduced.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _NegativeLogProbability(Differentiable):
         return [grad * grad_lse, torch.where(local, -grad, 0.0)]
 
     def differentiable_again(self, plan):
-        check_once()  # what is saved depends on every rank's logits
+        check_once()  # the saved tensors depend on every rank's logits
 
 
 _negative_log_probability = _NegativeLogProbability()
@@ -62,7 +62,7 @@ _negative_log_probability = _NegativeLogProbability()
 def _targets(
     target: Tensor, rows: int, classes: int, ignore_index: int, first_class: int | None, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which rows count, which of them have their class on this rank, and where (0 elsewhere)."""
+    """Return which rows count, which of them have their class on this rank, and its local index (0 elsewhere)."""
     if target.dtype != torch.int64:
         raise RuntimeError(f"target: expected classes of type int64, got {target.dtype}")
     if target.shape != (rows,):
@@ -110,14 +110,14 @@ def cross_entropy(
     first_class: int | None = None,
     group: Any = None,
 ) -> Tensor:
-    r"""Cross-entropy of logits of which each rank holds a slice of the classes.
+    r"""Compute vocabulary-parallel cross-entropy: each rank holds the logits of a slice of the classes.
 
-    `fastloss.functional.cross_entropy` of all slices beside each other. The ranks exchange four numbers of each row:
-    one all-reduce of the largest log-sum-exp, one of the probability mass, the target's logit and who holds it.
-    Backward exchanges nothing. Each rank gets the same loss and the gradient of its own logits, for an upstream
+    Equal to `fastloss.functional.cross_entropy` of the concatenated slices. The ranks exchange four numbers per row:
+    one all-reduce of the largest log-sum-exp, one of the probability mass, the target's logit and the rank that holds
+    it. Backward exchanges nothing. Each rank gets the same loss and the gradient of its own logits, for an upstream
     gradient that is the same on every rank.
 
-    Differs from one process by rounding alone: with W ranks, logits :math:`z` and rounding unit :math:`u` (2^-24, in
+    Differs from one process only by rounding: with W ranks, logits :math:`z` and rounding unit :math:`u` (2^-24, in
     float64 2^-53), value and gradient by at most :math:`u (W + 8 + 4 \max |z|)` of themselves before they are rounded
     to the input's type. It can be differentiated once. Where a rank's logits of a row are all -inf the loss is right,
     and the gradient of these logits is NaN, as that of such a row always is.
@@ -125,7 +125,7 @@ def cross_entropy(
     Args:
         input: `(N, C_r)`, this rank's logits; float32, float64, bfloat16 or float16.
         target: classes `(N)`, int64, numbered over all ranks; the same on every rank.
-        ignore_index: rows with this class count nothing. Default: -100.
+        ignore_index: rows with this class are ignored. Default: -100.
         reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
         logit_scale: multiplies the logits, > 0. Default: 1.
         softcap: bounds the logits. Default: none.
@@ -136,7 +136,7 @@ def cross_entropy(
         A scalar, or for `"none"` a tensor `(N)`, of the input's type.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it. IndexError, on every rank: on
+        TypeError, ValueError, RuntimeError: for invalid arguments, naming the argument. IndexError, on every rank: on
             the CPU for a target that is not exactly one rank's; on CUDA its loss is NaN.
 
     Source: Megatron-LM's vocabulary-parallel cross-entropy, https://arxiv.org/abs/1909.08053.
@@ -167,12 +167,12 @@ def linear_cross_entropy(
     first_class: int | None = None,
     group: Any = None,
 ) -> Tensor:
-    r"""Cross-entropy of the logits `input @ linear_weight.T + linear_bias`, each rank holding a slice of the classes.
+    r"""Compute the vocabulary-parallel cross-entropy of the logits `input @ linear_weight.T + linear_bias`.
 
-    `fastloss.functional.linear_cross_entropy` of all slices beside each other, without logits of more than a chunk of
-    rows. The ranks exchange what `cross_entropy` here does, and in backward add up the gradient of `input`, in
-    float32 for half types, of which each rank's part is rounded once to the input's type. Its rounding is that of
-    `cross_entropy` here and of the products. It can be differentiated once.
+    Equal to `fastloss.functional.linear_cross_entropy` of the concatenated slices, with logits of one chunk of rows at
+    a time. The ranks exchange what `cross_entropy` here does, and in backward add up the gradient of `input`, in
+    float32 for half-precision dtypes, of which each rank's part is rounded once to the input's type. Its rounding is
+    that of `cross_entropy` here and of the products. It can be differentiated once.
 
     Args:
         input: hidden states `(N, in_features)`, the same on every rank.
@@ -180,7 +180,7 @@ def linear_cross_entropy(
         target: classes `(N)`, int64, numbered over all ranks; the same on every rank.
         linear_bias: this rank's slice, `(C_r)`. Default: none.
         reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
-        ignore_index: rows with this class count nothing. Default: -100.
+        ignore_index: rows with this class are ignored. Default: -100.
         logit_scale: multiplies the logits, > 0. Default: 1.
         softcap: bounds the logits. Default: none.
         first_class: the number of this rank's first class. Default: its rank times C_r, for slices of equal size.

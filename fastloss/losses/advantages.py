@@ -1,4 +1,4 @@
-"""Rewards and returns that a few tensor operations make: of a group of answers, of n steps, of exploration."""
+"""Group-relative advantages and exploration rewards, from a few tensor operations."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["group_advantages", "ride_reward"]
 def group_advantages(
     rewards: Tensor, group_ids: Tensor, kind: str = "grpo", *, epsilon: float = 1e-4
 ) -> Tensor:
-    r"""Group-relative advantages of the completions of each prompt.
+    r"""Compute group-relative advantages of the completions of each prompt.
 
-    With the mean :math:`\bar r` and the (unbiased) standard deviation :math:`s` of the rewards of a group of
-    :math:`n` answers, :math:`(r - \bar r) / (s + \varepsilon)` (grpo), :math:`r - \bar r` (dr_grpo), or
-    :math:`(r - \bar r)\, n / (n - 1)`, the difference from the mean of the others (rloo). An answer that is alone
-    in its group has advantage 0.
+    With the mean :math:`\bar r` and the (unbiased) standard deviation :math:`s` of the rewards of a group of :math:`n`
+    completions, :math:`(r - \bar r) / (s + \varepsilon)` (grpo), :math:`r - \bar r` (dr_grpo), or
+    :math:`(r - \bar r)\, n / (n - 1)`, the difference from the mean of the others (rloo). A completion that is alone in
+    its group has advantage 0.
 
     Args:
         rewards: shape `(N)`; float32, float64, bfloat16 or float16.
-        group_ids: int64 `(N)`, any numbers that tell the groups apart, in any order.
+        group_ids: int64 `(N)`, any ids, in any order.
         kind: `"grpo"`, `"dr_grpo"` or `"rloo"`. Default: `"grpo"`.
         epsilon: :math:`\varepsilon \ge 0`. Default: 1e-4, as in TRL (verl: 1e-6).
 
@@ -32,7 +32,7 @@ def group_advantages(
         Advantages of shape `(N)`, differentiable in the rewards.
 
     Raises:
-        ValueError, TypeError: for shapes, types and options other than these.
+        ValueError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/2402.03300, https://arxiv.org/abs/2503.20783, https://arxiv.org/abs/2402.14740.
     """
@@ -66,7 +66,7 @@ def group_advantages(
 def ride_reward(
     embeddings: Tensor, next_embeddings: Tensor, counts: Tensor, kind: str = "next_sqrt"
 ) -> Tensor:
-    r"""RIDE exploration bonus: embedding distance between consecutive states.
+    r"""Compute the RIDE exploration bonus: embedding distance between consecutive states.
 
     .. math:: \frac{\lVert \phi(s_{t+1}) - \phi(s_t) \rVert_2}{\sqrt{N}}
 
@@ -83,7 +83,7 @@ def ride_reward(
         Rewards of shape `(...)` and the wider type of the embeddings. They are rewards: no gradient flows through them.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and kinds other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and kinds.
 
     Source: Raileanu and Rocktaeschel, https://arxiv.org/abs/2002.12292, and its released code.
     """
@@ -107,8 +107,8 @@ def ride_reward(
             f"{tuple(counts.shape)}"
         )
     dtype = torch.promote_types(embeddings.dtype, next_embeddings.dtype)
-    high = accumulation_dtype(dtype)
+    acc_dtype = accumulation_dtype(dtype)
     with torch.no_grad():
-        moved = torch.linalg.vector_norm(next_embeddings.to(high) - embeddings.to(high), dim=-1)
-        n = counts.to(high)
+        moved = torch.linalg.vector_norm(next_embeddings.to(acc_dtype) - embeddings.to(acc_dtype), dim=-1)
+        n = counts.to(acc_dtype)
         return (moved / (n.sqrt() if kind == "next_sqrt" else n)).to(dtype)

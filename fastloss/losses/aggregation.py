@@ -1,4 +1,4 @@
-"""Reductions of the losses of samples to one number, other than their mean."""
+"""Reductions of per-sample losses to a scalar, other than their mean."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ def cvar_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Conditional value at risk: mean of the :math:`1 - q` fraction of largest losses.
+    r"""Compute the conditional value at risk: mean of the :math:`1 - q` fraction of largest losses.
 
     .. math:: \theta + \frac{1}{(1 - q) N} \sum_i \max(\ell_i - \theta, 0)
 
-    Without `theta` its smallest value, exactly: with the losses in descending order, :math:`k = (1 - q) N` and
-    :math:`\theta = \ell_{(\lceil k \rceil)}`, it is :math:`\frac1k [\sum_{\ell_i > \theta} \ell_i + (k - n_>)
-    \theta]`. Losses above :math:`\theta` have the weight 1/k, those that equal it share what is left in equal parts,
-    so the result and its gradient do not depend on the order of the samples. The formula at
-    `torch.quantile(losses, q, interpolation="lower")`, of which the rank is :math:`\lfloor q (N - 1) \rfloor`, is
-    not below this, and in some cases above.
+    Without `theta` the exact minimum over it: with the losses in descending order, :math:`k = (1 - q) N` and
+    :math:`\theta = \ell_{(\lceil k \rceil)}`, it is :math:`\frac1k [\sum_{\ell_i > \theta} \ell_i + (k - n_>) \theta]`.
+    Losses above :math:`\theta` have the weight 1/k, those that equal it split the rest equally, so the result and its
+    gradient do not depend on the order of the samples. The formula at
+    `torch.quantile(losses, q, interpolation="lower")`, of which the rank is :math:`\lfloor q (N - 1) \rfloor`, is not
+    below this, and in some cases above.
 
     Args:
         losses: of any shape; float32, float64, bfloat16 or float16.
@@ -102,15 +102,15 @@ def cvar_loss(
         theta: a number, or a tensor of one, without dimensions, that may be trained: it gets a gradient. Default:
             the best one, found by a search of fixed length through the bits of the losses.
         flood: a level b, of which the result is :math:`|L - b| + b`. Default: none.
-        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of
-            weight 0 count nothing whatever they hold. Default: 1.
+        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of weight
+            0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:
-        A scalar of the type of `losses` (float32 for half types under autocast); NaN of nothing.
+        A scalar of the type of `losses` (float32 for half-precision dtypes under autocast); NaN for an empty input.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and values.
 
     Source: Rockafellar and Uryasev, Optimization of conditional value-at-risk, 2000,
     https://doi.org/10.21314/JOR.2000.038; ties and fractions as in their paper of 2002,
@@ -131,16 +131,16 @@ def chi2_dro_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Distributionally robust loss: largest expected loss in a chi-square ball around the empirical distribution.
+    r"""Compute the chi-square DRO loss: largest expected loss in a ball around the empirical distribution.
 
     .. math:: \theta + \sqrt{1 + 2 \rho} \, \sqrt{\frac1N \sum_i \max(\ell_i - \theta, 0)^2}
 
-    Its smallest value, which `theta=None` gives, is the largest of :math:`\sum_i p_i \ell_i` over distributions p with
-    :math:`\frac{1}{2 N} \sum_i (N p_i - 1)^2 \le \rho`. The derivative by :math:`\theta` is monotone, so the losses
-    above the best one are found without iteration on floating point numbers, by a search of fixed length through the
-    bits of the losses; with m, v and s their mean, their variance and their share of the samples, the result is
-    :math:`m + \sqrt{((1 + 2 \rho) s - 1) v}`. It does not lose digits to a :math:`\theta` far below the losses, as it
-    is for small :math:`\rho`.
+    Its minimum over :math:`\theta`, which `theta=None` gives, is the maximum of :math:`\sum_i p_i \ell_i` over
+    distributions p with :math:`\frac{1}{2 N} \sum_i (N p_i - 1)^2 \le \rho`. The derivative by :math:`\theta` is
+    monotone, so the losses above the best one are found without iteration on floating point numbers, by a search of
+    fixed length through the bits of the losses; with m, v and s their mean, their variance and their fraction of the
+    samples, the result is :math:`m + \sqrt{((1 + 2 \rho) s - 1) v}`. It loses no digits if :math:`\theta` lies far
+    below the losses, as it does for small :math:`\rho`.
 
     Where no loss is above a given `theta`, the derivative of the root is taken to be 0.
 
@@ -150,15 +150,15 @@ def chi2_dro_loss(
         theta: a number, or a tensor of one, without dimensions, that may be trained: it gets a gradient. Default:
             the best one.
         flood: a level b, of which the result is :math:`|L - b| + b`. Default: none.
-        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of
-            weight 0 count nothing whatever they hold. Default: 1.
+        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of weight
+            0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:
-        A scalar of the type of `losses` (float32 for half types under autocast); NaN of nothing.
+        A scalar of the type of `losses` (float32 for half-precision dtypes under autocast); NaN for an empty input.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and values.
 
     Source: Hashimoto et al., https://arxiv.org/abs/1806.08010; Levy et al., https://arxiv.org/abs/2010.05893.
     """
@@ -174,24 +174,24 @@ def flooding_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Flooding: keeps the mean loss above a threshold.
+    r"""Compute the flooding loss, which keeps the mean loss above a threshold.
 
     .. math:: |\bar\ell - b| + b
 
-    Below the level the gradient turns round, at the level it is 0.
+    Below the level the gradient changes its sign, at the level it is 0.
 
     Args:
         losses: of any shape; float32, float64, bfloat16 or float16.
         level: :math:`b`.
         sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; the mean divides by their sum.
-            Samples of weight 0 count nothing whatever they hold. Default: 1.
+            Samples of weight 0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:
-        A scalar of the type of `losses` (float32 for half types under autocast); NaN of nothing.
+        A scalar of the type of `losses` (float32 for half-precision dtypes under autocast); NaN for an empty input.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and values.
 
     Source: Ishida et al., https://arxiv.org/abs/2002.08709.
     """
@@ -207,28 +207,30 @@ def soft_ad_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Soft ascent-descent: pulls each sample's loss towards :math:`\theta`, with slope at most :math:`\sigma`.
+    r"""Compute the soft ascent-descent loss, which pulls each sample's loss towards :math:`\theta`.
+
+    The slope is at most :math:`\sigma`.
 
     .. math:: \eta \theta + \frac{\sigma^2}{N} \sum_i \rho\left(\frac{\ell_i - \theta}{\sigma}\right), \qquad
               \rho(u) = \sqrt{1 + u^2} - 1
 
-    computed as :math:`u^2 / (1 + \sqrt{1 + u^2})`, which cancels nothing. What `flooding_loss` does to the mean, and by
-    a sign, this does to each sample, and smoothly.
+    computed as :math:`u^2 / (1 + \sqrt{1 + u^2})`, which avoids cancellation. A smooth, per-sample version of
+    `flooding_loss`.
 
     Args:
         losses: of any shape; float32, float64, bfloat16 or float16.
         theta: a number, or a tensor of one, without dimensions, that may be trained: it gets a gradient.
         sigma: :math:`\sigma > 0`. Default: 1.
         eta: :math:`\eta`; where theta is a constant so is its term. Default: 1.
-        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of
-            weight 0 count nothing whatever they hold. Default: 1.
+        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of weight
+            0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:
-        A scalar of the type of `losses` (float32 for half types under autocast); NaN of nothing.
+        A scalar of the type of `losses` (float32 for half-precision dtypes under autocast); NaN for an empty input.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and values.
 
     Source: Holland and Nakatani, https://arxiv.org/abs/2310.10006, and the code of Holland.
     """
@@ -236,8 +238,8 @@ def soft_ad_loss(
         raise ValueError("sigma: expected a number above 0")
     if theta is None:
         raise TypeError("theta: expected a number or a Tensor, got None")
-    numbers = {"number": float(sigma), "eta": check_number("eta", eta)}
-    return _reduce(losses, "soft_ad", theta, sample_weight, mask, **numbers)
+    hparams = {"number": float(sigma), "eta": check_number("eta", eta)}
+    return _reduce(losses, "soft_ad", theta, sample_weight, mask, **hparams)
 
 
 def tilted_loss(
@@ -247,24 +249,24 @@ def tilted_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Tilted empirical risk, :math:`\frac1t \log \frac1N \sum_i e^{t \ell_i}`.
+    r"""Compute the tilted empirical risk, :math:`\frac1t \log \frac1N \sum_i e^{t \ell_i}`.
 
-    From the smallest loss (:math:`t \to -\infty`) over the mean (0) to the largest (:math:`t \to \infty`). Nothing
-    overflows, and it is as exact as the mean however small t is: exponents are relative to the largest of them, and
-    where they are near 0 it takes the logarithm of 1 + the mean of :math:`e^x - 1`.
+    From the smallest loss (:math:`t \to -\infty`) over the mean (0) to the largest (:math:`t \to \infty`). It does not
+    overflow, and is as accurate as the mean for any small t: exponents are relative to the largest of them, and where
+    they are near 0 it takes the logarithm of 1 + the mean of :math:`e^x - 1`.
 
     Args:
         losses: of any shape; float32, float64, bfloat16 or float16.
         t: any finite number.
-        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of
-            weight 0 count nothing whatever they hold. Default: 1.
+        sample_weight: weights :math:`\ge 0` of the samples, of the shape of `losses`; N is their sum. Samples of weight
+            0 are ignored, even if NaN. Default: 1.
         mask: flags of the samples that count, of the shape of `losses`. Default: all.
 
     Returns:
-        A scalar of the type of `losses` (float32 for half types under autocast); NaN of nothing.
+        A scalar of the type of `losses` (float32 for half-precision dtypes under autocast); NaN for an empty input.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and values.
 
     Source: Li et al., Tilted empirical risk minimization, https://arxiv.org/abs/2007.01162.
     """

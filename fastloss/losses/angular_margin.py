@@ -1,4 +1,4 @@
-"""Losses of angles and distances between embeddings and class centres, without the matrix of classes."""
+"""Losses of angles and distances between embeddings and class centres; logits are never stored as a whole."""
 
 from __future__ import annotations
 
@@ -83,15 +83,15 @@ def _check(
         )
 
 
-def _counted(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Zeros in the place of rows that are ignored: what stands there reaches nothing."""
+def _zero_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Return the input with ignored rows replaced by zeros, so that NaN in them has no effect."""
     return torch.where((target != ignore_index).unsqueeze(1), input, 0.0)
 
 
-def _chosen(
+def _select_classes(
     weight: Tensor, target: Tensor, classes: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Weight and target where only the classes listed take part."""
+    """Return weight and target restricted to the listed classes."""
     if classes is None:
         return weight, target
     check_tensors(weight, classes=classes)
@@ -116,16 +116,16 @@ def _margin_loss(
     target = target.long()
     scale = check_number("s", s, low=math.ulp(0.0))
     smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
-    weight, target = _chosen(weight, target, classes, ignore_index)
+    weight, target = _select_classes(weight, target, classes, ignore_index)
     centres = weight.shape[1] if weight.dim() == 3 else 1
     device = input.device.type
     dtype, autocast = input.dtype, torch.is_autocast_enabled(device)
     half = not autocast and dtype in HALF_TYPES
-    if half:  # a length has more range than float16, in which the least of normalize is 0
+    if half:  # lengths may exceed the range of float16, in which the eps of normalize is 0
         input, weight = input.float(), weight.float()
-    unit = F.normalize(_counted(input, target, ignore_index))
+    unit = F.normalize(_zero_ignored(input, target, ignore_index))
     centre = F.normalize(weight.reshape(-1, weight.shape[-1]))
-    if half and runs_on_cpu(input):  # there unit vectors keep what rounding would take
+    if half and runs_on_cpu(input):  # the CPU multiplies unit vectors unrounded
         sample_weight = None if sample_weight is None else sample_weight.float()
     elif half:
         unit, centre = unit.to(dtype), centre.to(dtype)
@@ -164,17 +164,17 @@ def arcface_loss(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""ArcFace: cross-entropy of scaled cosines, with a margin on the angle to the target's centre.
+    r"""Compute the ArcFace loss: cross-entropy of scaled cosines, with a margin on the angle to the target's centre.
 
     With :math:`\cos\theta_j = \langle \hat x, \hat w_j \rangle` of the normalised embedding and centres, the logits
     are :math:`s \cos\theta_j`, and for the target :math:`s\, \varphi(\theta_y)`,
 
     .. math:: \varphi(\theta) = \cos(\theta + m) \text{ if } \theta + m < \pi \text{, else } \cos\theta - m \sin m
 
-    which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`,
-    else :math:`\cos\theta`. Cosines are made for a chunk of rows and turned into their gradient in place: beyond the
-    normalised copies and the gradients that takes at most 128 MiB (on CUDA what `linear_cross_entropy` takes). Half
-    types are normalised in float32, on the CPU also multiplied.
+    which keeps :math:`\varphi` decreasing; with `easy_margin`, :math:`\cos(\theta + m)` if :math:`\cos\theta > 0`, else
+    :math:`\cos\theta`. Cosines are computed for a chunk of rows and turned into their gradient in place: beyond the
+    normalised copies and the gradients that takes at most 128 MiB (on CUDA as much as `linear_cross_entropy`).
+    Half-precision inputs are normalised in float32, on the CPU also multiplied.
 
     Args:
         input: embeddings of shape `(N, D)`, of any length; float32, float64, bfloat16 or float16.
@@ -189,7 +189,7 @@ def arcface_loss(
             cosine, as in insightface. Default: `"exact"`.
         classes: int64 list of the classes that take part, each once and every target among them (Partial FC).
             Default: all.
-        ignore_index: rows with this class count nothing. Default: -100.
+        ignore_index: rows with this class are ignored. Default: -100.
         label_smoothing: in [0, 1]. Default: 0.
         sample_weight: a weight for each row. Default: 1.
 
@@ -197,7 +197,7 @@ def arcface_loss(
         A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: for arguments of a wrong kind, naming it; IndexError on the
+        TypeError, ValueError, RuntimeError, IndexError: for invalid arguments, naming the argument; IndexError on the
             CPU alone, NaN on CUDA, for a target out of bounds or not listed.
 
     Source: Deng et al., https://arxiv.org/abs/1801.07698; sub-centres: Sub-center ArcFace (ECCV 2020); sampled
@@ -224,7 +224,7 @@ def cosface_loss(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""CosFace: cross-entropy of scaled cosines, with a margin on the cosine to the target's centre.
+    r"""Compute the CosFace loss: cross-entropy of scaled cosines, with a margin on the cosine to the target's centre.
 
     As `arcface_loss`, with the target's logit :math:`s (\cos\theta_y - m)`.
 
@@ -236,7 +236,7 @@ def cosface_loss(
         m: margin of the cosine. Default: 0.35.
         reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
         classes: int64 list of the classes that take part, each once and every target among them. Default: all.
-        ignore_index: rows with this class count nothing. Default: -100.
+        ignore_index: rows with this class are ignored. Default: -100.
         label_smoothing: in [0, 1]. Default: 0.
         sample_weight: a weight for each row. Default: 1.
 
@@ -265,14 +265,14 @@ def harmonic_loss(
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Harmonic loss: probabilities fall with a power of the distance to the class centres.
+    r"""Compute the harmonic loss: probabilities fall with a power of the distance to the class centres.
 
     .. math:: -\log p_y, \quad p_j = \frac{d_j^{-n}}{\sum_k d_k^{-n}}, \quad
               d_j = \sqrt{\lVert x - w_j \rVert^2 + \varepsilon}
 
-    It does not change when `x` and `w` are scaled alike; the softmax of :math:`-d^2` that is sometimes written for it
-    does. Distances come from :math:`\lVert x \rVert^2 + \lVert w \rVert^2 - 2 x w` in float32 (float64), of one
-    chunk of rows at a time; a squared distance has the rounding of the squared lengths.
+    It is invariant to a common scale of `x` and `w`; the softmax of :math:`-d^2` that is sometimes used in its place is
+    not. Distances come from :math:`\lVert x \rVert^2 + \lVert w \rVert^2 - 2 x w` in float32 (float64), of one chunk of
+    rows at a time; a squared distance has the rounding of the squared lengths.
 
     Args:
         input: of shape `(N, D)`; float32, float64, bfloat16 or float16.
@@ -281,7 +281,7 @@ def harmonic_loss(
         n: exponent, > 0. Default: :math:`\sqrt D`.
         reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
         eps: :math:`\varepsilon`, > 0. Default: 1e-8.
-        ignore_index: rows with this class count nothing. Default: -100.
+        ignore_index: rows with this class are ignored. Default: -100.
         sample_weight: a weight for each row. Default: 1.
 
     Returns:
@@ -289,7 +289,7 @@ def harmonic_loss(
         else.
 
     Raises:
-        TypeError, ValueError, RuntimeError, IndexError: for arguments of a wrong kind, naming it.
+        TypeError, ValueError, RuntimeError, IndexError: for invalid arguments, naming the argument.
 
     Source: Baek et al., Harmonic Loss Trains Interpretable AI Models, https://arxiv.org/abs/2502.01628.
     """
@@ -300,8 +300,8 @@ def harmonic_loss(
     if dtype in HALF_TYPES:
         input, weight = input.float(), weight.float()
         sample_weight = None if sample_weight is None else sample_weight.float()
-    input = _counted(input, target, ignore_index)
-    # the squared distance as one product
+    input = _zero_ignored(input, target, ignore_index)
+    # the squared distance as one GEMM
     x = torch.cat([-2 * input, torch.ones_like(input[:, :1]), input.square().sum(1, keepdim=True)], 1)
     w = torch.cat([weight, weight.square().sum(1, keepdim=True), torch.ones_like(weight[:, :1])], 1)
     hparams = _harmonic.pack(

@@ -1,4 +1,4 @@
-"""Contrastive losses of two sets of features: of the similarities of all pairs, the matrix of which is never stored."""
+"""Contrastive losses of two sets of features; the similarity matrix is never stored."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def clip_loss(
     sample_weight: Tensor | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    r"""CLIP's loss: cross-entropy of the similarities of images and texts along rows and along columns.
+    r"""Compute the CLIP loss: cross-entropy of image-text similarities along rows and along columns.
 
     With :math:`s_{ij} = a \langle x_i, y_j \rangle + b` pair :math:`i` has
 
     .. math:: \tfrac12 \Big(\log \sum_j e^{s_{ij}} - s_{ii}\Big) + \tfrac12 \Big(\log \sum_j e^{s_{ji}} - s_{ii}\Big)
 
-    The matrix :math:`s` is made in tiles, once for the statistics of rows and columns and once for the gradients
-    of both sides: four products of matrices in all, and memory in proportion to the features. Maxima are exact,
-    and the sums leave the positive out, so that a small loss keeps its digits.
+    The matrix :math:`s` is computed in tiles, once for the statistics of rows and columns and once for the gradients of
+    both sides: four GEMMs, and memory in proportion to the features. Maxima are exact, and the sums leave the positive
+    out, so that a small loss keeps its relative precision.
 
     Args:
-        image_features: :math:`x`, shape `(B, D)`; float32, float64, bfloat16 or float16. As they are given:
-            normalise them before, or with `normalize`.
+        image_features: :math:`x`, shape `(B, D)`; float32, float64, bfloat16 or float16. Not normalised unless
+            `normalize` is set.
         text_features: :math:`y`, of the same shape and type; the text of image :math:`i` is row :math:`i`.
         logit_scale: :math:`a`, a number or a tensor of one; it gets a gradient if it requires one.
         logit_bias: :math:`b`; it changes nothing, and its gradient is 0. Default: none.
@@ -59,11 +59,11 @@ def clip_loss(
         normalize: divide each row by its length first. Default: False.
 
     Returns:
-        A scalar, or for `"none"` one number for each pair, of the features' type (float32 under autocast, where
-        the products are done in the autocast type).
+        A scalar, or for `"none"` one number for each pair, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: https://arxiv.org/abs/2103.00020; `ClipLoss` of open_clip.
     """
@@ -96,17 +96,16 @@ def siglip_loss(
     normalize: bool = False,
     label_offset: int | None = 0,
 ) -> Tensor:
-    r"""SigLIP's loss: binary classification of every image-text pair as matching or not.
+    r"""Compute the SigLIP loss: binary classification of every image-text pair as matching or not.
 
-    With :math:`s_{ij} = a \langle x_i, y_j \rangle + b`, and :math:`z_{ij} = 1` where the two belong together
-    and :math:`-1` elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`. The mean is over
-    images, not over pairs.
+    With :math:`s_{ij} = a \langle x_i, y_j \rangle + b`, and :math:`z_{ij} = 1` where the two match and :math:`-1`
+    elsewhere, image :math:`i` has :math:`-\sum_j \log \sigma(z_{ij} s_{ij})`. The mean is over images, not over pairs.
 
-    Value and gradients come from one walk over the matrix, which is never stored: three products of matrices.
+    Value and gradients come from one pass over the matrix, which is never stored: three GEMMs.
 
     Args:
-        image_features: :math:`x`, shape `(B, D)`; float32, float64, bfloat16 or float16. As they are given:
-            normalise them before, or with `normalize`.
+        image_features: :math:`x`, shape `(B, D)`; float32, float64, bfloat16 or float16. Not normalised unless
+            `normalize` is set.
         text_features: :math:`y`, `(N, D)`, of the same type.
         logit_scale: :math:`a`, a number or a tensor of one; it gets a gradient if it requires one.
         logit_bias: :math:`b`, the same. Default: 0.
@@ -117,11 +116,11 @@ def siglip_loss(
             processes; None: no text here belongs to any image. Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each image, of the features' type (float32 under autocast, where
-        the products are done in the autocast type).
+        A scalar, or for `"none"` one number for each image, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: https://arxiv.org/abs/2303.15343; `SigLipLoss` of open_clip.
     """
@@ -153,7 +152,7 @@ def info_nce(
     normalize: bool = True,
     label_offset: int = 0,
 ) -> Tensor:
-    r"""InfoNCE: contrasts each query with its positive key against all other keys.
+    r"""Compute the InfoNCE loss: contrasts each query with its positive key against all other keys.
 
     With :math:`s = \cos / \tau` query :math:`i` has
 
@@ -176,11 +175,11 @@ def info_nce(
             processes; without `negative_keys`. Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each query, of the features' type (float32 under autocast, where
-        the products are done in the autocast type).
+        A scalar, or for `"none"` one number for each query, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: https://arxiv.org/abs/1807.03748; `info_nce` of info-nce-pytorch.
     """
@@ -195,15 +194,17 @@ def info_nce_rows(
     query, positive_key, negative_keys, temperature, negative_mode, sample_weight, normalize, label_offset,
     softmax=contrastive_softmax, first_key=0,
 ):  # fmt: skip
-    """The queries' losses, their weights, and the type of the result; of the keys that `softmax` sees these begin
-    with number `first_key`."""
+    """Return the queries' losses, their weights, and the dtype of the result.
+
+    Among the keys that `softmax` sees, those given here begin at `first_key`.
+    """
     if negative_mode not in ("unpaired", "paired"):
         raise ValueError(f"negative_mode: expected 'unpaired' or 'paired', got {negative_mode!r}")
     paired = negative_keys is not None and negative_mode == "paired"
     given = {"query": query, "positive_key": positive_key}
     if not paired:
         given["negative_keys"] = negative_keys
-    (q, k, *rest), dtype = rows_of_features("query", **given)
+    (q, k, *negatives), dtype = rows_of_features("query", **given)
     weight = weight_of_rows(sample_weight, q)
     if negative_keys is None:
         target_col = target_columns(q.shape[0], k.shape[0], label_offset, q, "positive_key") + first_key
@@ -226,7 +227,7 @@ def info_nce_rows(
     if paired:
         row = _paired(q, negative_keys, scale, normalize) - positive
     else:
-        negative = rest[0].to(acc_dtype)
+        negative = negatives[0].to(acc_dtype)
         if normalize:
             negative = F.normalize(negative)
         row, *_ = softmax(
@@ -237,7 +238,7 @@ def info_nce_rows(
 
 
 def _paired(q: Tensor, negative: Tensor, scale: Tensor, normalize: bool) -> Tensor:
-    """log sum exp over each query's own negatives, which are read where they lie."""
+    """Return the logsumexp over each query's own negatives, which are not copied."""
     check_tensors(q, negative_keys=negative)
     check_floating("negative_keys", negative)
     if negative.dim() != 3 or negative.shape[::2] != q.shape:

@@ -1,4 +1,4 @@
-"""Losses over all alignments of a sequence with a shorter one: connectionist temporal classification."""
+"""Connectionist temporal classification: losses over all alignments of a sequence with a shorter one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["ctc_loss"]
 
 
 def _fake(input, targets, input_lengths, target_lengths, blank, from_logits, zero_infinity):
-    high = accumulation_dtype(input.dtype)
+    acc_dtype = accumulation_dtype(input.dtype)
     steps, batch, _ = input.shape
     return (
-        input.new_empty([batch], dtype=high),
-        input.new_empty([batch, steps, 2 * targets.shape[1] + 1], dtype=high),
-        input.new_empty([2 if from_logits else 1, steps, batch], dtype=high),
+        input.new_empty([batch], dtype=acc_dtype),
+        input.new_empty([batch, steps, 2 * targets.shape[1] + 1], dtype=acc_dtype),
+        input.new_empty([2 if from_logits else 1, steps, batch], dtype=acc_dtype),
     )
 
 
@@ -38,7 +38,7 @@ def _lengths(name: str, value: Tensor | Sequence[int], like: Tensor, batch: int)
     _check_integers(name, value)
     if value.numel() != batch or value.dim() > 1:
         raise RuntimeError(f"{name}: expected {batch} numbers, got shape {tuple(value.shape)}")
-    return value.reshape(batch).to(like.device)  # on the CPU they are welcome beside CUDA tensors
+    return value.reshape(batch).to(like.device)  # CPU lengths are allowed with CUDA inputs
 
 
 def _check_integers(name: str, t: Tensor) -> None:
@@ -47,7 +47,7 @@ def _check_integers(name: str, t: Tensor) -> None:
 
 
 def _padded(targets: Tensor, lengths: Tensor) -> Tensor:
-    """[N, L] of targets one behind the other."""
+    """Pad concatenated targets to [N, L]."""
     total = int(lengths.sum())
     if total > targets.numel() or (lengths.numel() and int(lengths.min()) < 0):
         raise RuntimeError(
@@ -72,23 +72,22 @@ def ctc_loss(
     *,
     from_logits: bool = False,
 ) -> Tensor:
-    r"""Connectionist temporal classification: the likelihood of a target over all its alignments with the input.
+    r"""Compute the CTC loss: negative log-likelihood of a target over all its alignments with the input.
 
     .. math:: L = -\log \sum_{\pi: B(\pi) = l} \prod_t p_t(\pi_t)
 
-    where :math:`B` removes from a path first repeated classes, then blanks. Computed in logarithms by recursion from
-    both ends. With `from_logits` the input's rows are normalised on the way: log-probabilities `[T, N, C]` are never
-    stored, nor is their gradient.
+    where :math:`B` removes from a path first repeated classes, then blanks. Computed in log space by recursion from
+    both ends. With `from_logits` the rows are normalised on the fly: log-probabilities `[T, N, C]` are never stored,
+    nor is their gradient.
 
-    The gradient is the derivative by `log_probs`, minus the posterior of each class. `torch.nn.functional.ctc_loss`
-    adds the probabilities, on the assumption that log_softmax comes before, whose backward is then the identity; there
-    both give the same.
+    The gradient is the derivative with respect to `log_probs`: minus the posterior of each class.
+    `torch.nn.functional.ctc_loss` adds the probabilities, assuming a preceding log_softmax, after which both agree.
 
     Args:
         log_probs: log-probabilities `(T, N, C)` or `(T, C)`, with `from_logits` logits; float32, float64, bfloat16 or
-            float16, of which the half types are computed in float32.
-        targets: integers `(N, S)` padded or `(sum of target_lengths)` one behind the other, without blanks; `(S)` for
-            one sequence.
+            float16. Half-precision dtypes are computed in float32.
+        targets: integers `(N, S)` padded or `(sum of target_lengths)` concatenated, without blanks; `(S)` for one
+            sequence.
         input_lengths, target_lengths: `(N)`, for one sequence `()` or `(1)`; tensors of integers or sequences of them.
         blank: class of the blank. Default: 0.
         reduction: `"none"`, `"mean"`: each loss divided by its target's length (or 1), then the mean over the batch;
@@ -101,9 +100,9 @@ def ctc_loss(
         A scalar, or for `"none"` a tensor of shape `(N)`, `()` for one sequence.
 
     Raises:
-        RuntimeError, ValueError, TypeError: for shapes, types and options other than these. Lengths and classes out of
-            range are found on the CPU; on CUDA, where that would wait for the device, they give NaN. Targets one behind
-            the other wait for their lengths where these are on a CUDA device.
+        RuntimeError, ValueError, TypeError: for unsupported shapes, types and options. Lengths and classes out of range
+            are found on the CPU; on CUDA, where checking would synchronise, they give NaN. Concatenated targets
+            synchronise if their lengths are on a CUDA device.
 
     Source: Graves et al., ICML 2006; `torch.nn.functional.ctc_loss`.
     """

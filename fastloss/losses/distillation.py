@@ -1,4 +1,4 @@
-"""Divergences for distillation: of the distributions that two tensors of logits stand for, both read once."""
+"""Divergences for distillation between the softmaxes of two tensors of logits, both read once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _row_weight(
     mask: Tensor | None,
     sample_weight: Tensor | None,
 ) -> Tensor | None:
-    """What each row counts; None: every row 1."""
+    """Return the weight of each row; None: 1 everywhere."""
     check_tensors(student, labels=labels, mask=mask, sample_weight=sample_weight)
     for name, t in (("labels", labels), ("mask", mask), ("sample_weight", sample_weight)):
         if t is not None and t.shape != student.shape[:-1]:
@@ -53,10 +53,10 @@ def _row_weight(
     counts = None if labels is None else labels != ignore_index
     if mask is not None:
         counts = mask != 0 if counts is None else counts & (mask != 0)
-    high = accumulation_dtype(student.dtype)
+    acc_dtype = accumulation_dtype(student.dtype)
     if sample_weight is None:
-        return None if counts is None else counts.to(high)
-    weight = sample_weight.to(high)
+        return None if counts is None else counts.to(acc_dtype)
+    weight = sample_weight.to(acc_dtype)
     return weight if counts is None else torch.where(counts, weight, 0.0)
 
 
@@ -72,20 +72,20 @@ def js_div_logits(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Generalised Jensen-Shannon divergence of a student's distribution from a teacher's, both given by logits.
+    r"""Compute the generalised Jensen-Shannon divergence between student and teacher, both given by logits.
 
     With :math:`p = \mathrm{softmax}(t / T)` of the teacher and :math:`q = \mathrm{softmax}(s / T)` of the student:
 
     .. math:: \beta\, \mathrm{KL}(p \,\|\, m) + (1 - \beta)\, \mathrm{KL}(q \,\|\, m), \qquad
               m = \beta p + (1 - \beta) q .
 
-    The ends are what TRL and GKD make of them, which are not the limits of this formula (these are 0):
-    :math:`\beta = 0` is the forward divergence :math:`\mathrm{KL}(p \| q) = \sum_j p_j \log (p_j / q_j)`, as in plain
-    distillation, and :math:`\beta = 1` the reverse one :math:`\mathrm{KL}(q \| p)`.
+    The end points are defined as in TRL and GKD, not as the limits of this formula (which are 0): :math:`\beta = 0` is
+    the forward divergence :math:`\mathrm{KL}(p \| q) = \sum_j p_j \log (p_j / q_j)`, as in plain distillation, and
+    :math:`\beta = 1` the reverse one :math:`\mathrm{KL}(q \| p)`.
 
     Both tensors are read once, the gradients of those that require one are written while the rows are in cache; no
-    distribution is stored. A class that has probability 0 in one of them (a logit of -inf) adds what the limit says,
-    and in both nothing.
+    distribution is stored. A class of probability 0 in one of them (a logit of -inf) contributes the limit of its term,
+    and one of probability 0 in both contributes nothing.
 
     Args:
         student_logits: :math:`s`, `[..., V]`; float32, float64, bfloat16 or float16.
@@ -101,10 +101,10 @@ def js_div_logits(
         sample_weight: `[...]`, a weight for each row. Default: 1.
 
     Returns:
-        A scalar, or for `"none"` a tensor of shape `[...]`; float32 for half types.
+        A scalar, or for `"none"` a tensor of shape `[...]`; float32 for half-precision dtypes.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        TypeError, ValueError, RuntimeError: for invalid arguments, naming the argument.
 
     Source: Agarwal et al., On-Policy Distillation (GKD), https://arxiv.org/abs/2306.13649; TRL's
     `GKDTrainer.generalized_jsd_loss`.
@@ -134,13 +134,13 @@ def kl_div_logits(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Forward Kullback-Leibler divergence of a student from a teacher, both given by logits: distillation.
+    r"""Compute the forward Kullback-Leibler divergence from teacher to student, both given by logits.
 
     .. math:: \mathrm{KL}(p \,\|\, q) = \sum_j p_j \log \frac{p_j}{q_j}, \qquad
               p = \mathrm{softmax}(t / T),\ q = \mathrm{softmax}(s / T)
 
-    of the teacher's logits :math:`t` and the student's :math:`s`; its gradient by the student's is
-    :math:`(q - p) / T`. This is `js_div_logits` with `beta=0`; with `beta=1` that is the reverse divergence.
+    of the teacher's logits :math:`t` and the student's :math:`s`; the gradient with respect to the latter is
+    :math:`(q - p) / T`. Equal to `js_div_logits` with `beta=0`; `beta=1` gives the reverse divergence.
 
     Args:
         student_logits: :math:`s`, `[..., V]`; float32, float64, bfloat16 or float16.
@@ -150,11 +150,11 @@ def kl_div_logits(
         labels, ignore_index, mask, sample_weight: which rows count, and how much, as for `js_div_logits`.
 
     Returns:
-        A scalar, or for `"none"` a tensor of shape `[...]`; float32 for half types. Infinite where the student gives
-        probability 0 to a class to which the teacher does not.
+        A scalar, or for `"none"` a tensor of shape `[...]`; float32 for half-precision dtypes. Infinite where the
+        student gives probability 0 to a class to which the teacher does not.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        TypeError, ValueError, RuntimeError: for invalid arguments, naming the argument.
 
     Source: Hinton et al., https://arxiv.org/abs/1503.02531; `torch.nn.functional.kl_div` of two log-softmaxes.
     """

@@ -1,4 +1,4 @@
-"""Losses of generative flow networks: what flows into a state is to flow out of it."""
+"""Losses of generative flow networks: the flow into a state equals the flow out of it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["detailed_balance_loss"]
 
 
 def _minus_log_p(logits: Tensor, chosen: Tensor) -> Tensor:
-    """Of the actions chosen; NaN of one that there is not, where the host cannot see it."""
+    """Return the negative log-probabilities of the chosen actions; on CUDA NaN for one out of range."""
     rows = math.prod(logits.shape[:-1])
     try:
         loss = cross_entropy(logits.reshape(rows, logits.shape[-1]), chosen.reshape(rows), reduction="none")
@@ -44,10 +44,10 @@ def detailed_balance_loss(
     chosen: Tensor | None = None,
     rewards: Tensor | None = None,
 ) -> Tensor:
-    r"""Detailed balance of a flow network with local exploration, as in GraphFlow.
+    r"""Compute the detailed balance loss of a flow network with local exploration, as in GraphFlow.
 
-    At a state with flow :math:`F`, actions i with logits :math:`r_i` lead to states with flows :math:`F'_i`; each has
-    one way to be reached.
+    At a state with flow :math:`F`, actions i with logits :math:`r_i` lead to states with flows :math:`F'_i`; each is
+    reached in one way only.
 
     .. math:: \sum_i \left[\log F - \log F'_i + r_i - \log \sum_j e^{r_j}\right]^2
 
@@ -63,7 +63,7 @@ def detailed_balance_loss(
         state_flow: :math:`\log F`, shape `(...)`; float32, float64, bfloat16 or float16.
         next_flows: :math:`\log F'`, `(..., K)`.
         logits: :math:`r`, `(..., K)`.
-        mask: flags of the actions that there are, `(..., K)`. Default: all.
+        mask: flags of the actions that exist, `(..., K)`. Default: all.
         reduction: `"none"`, `"mean"` over the states or `"sum"`. Default: `"mean"`.
         variant: `"all"` or `"chosen"`. Default: `"all"`.
         chosen: the action that was taken, int64 `(...)`; for `variant="chosen"` alone, which needs it.
@@ -73,7 +73,7 @@ def detailed_balance_loss(
         A scalar, or for `"none"` a tensor of shape `(...)`, 0 for states without actions.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: GraphFlow, https://github.com/Samyu0304/GraphFlow; detailed balance: Bengio et al.,
     https://arxiv.org/abs/2111.09266.
@@ -101,8 +101,8 @@ def detailed_balance_loss(
         raise RuntimeError(f"chosen: expected int64, got {chosen.dtype}")
 
     dtype = reduce(torch.promote_types, (t.dtype for t in flows.values()))
-    wide = accumulation_dtype(dtype)
-    flow, ahead, r = (t.to(wide) for t in flows.values())
+    acc_dtype = accumulation_dtype(dtype)
+    flow, ahead, r = (t.to(acc_dtype) for t in flows.values())
     there = None if mask is None else mask != 0
     if there is not None:
         some = there.any(-1, keepdim=True)

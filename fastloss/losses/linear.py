@@ -1,4 +1,4 @@
-"""Losses of hidden states: a linear layer and the loss of its logits in one, without the matrix of logits."""
+"""Losses of hidden states: a linear layer fused with the loss of its logits, which are never stored as a whole."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _linear_cross_entropy = LinearOp("linear_cross_entropy", _linear_cross_entropy_r
 
 
 def as_autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """In the type in which autocast multiplies, where it is on."""
+    """Cast floating-point tensors to the autocast dtype if autocast is enabled."""
     if not torch.is_autocast_enabled(device):
         return list(tensors)
-    low = torch.get_autocast_dtype(device)
+    autocast_dtype = torch.get_autocast_dtype(device)
     return [
-        t.to(low) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        t.to(autocast_dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     ]
 
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """The linear layer's arguments, as torch checks them."""
+    """Check the linear layer's arguments as torch does."""
     check_tensors(input, linear_weight=linear_weight, linear_bias=linear_bias)
     if not 1 <= input.dim() <= 2:
         raise RuntimeError(
@@ -70,15 +70,15 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
 
 
 def _chunk_rows(options: torch.nn.LinearCrossEntropyOptions | None, dtype: torch.dtype) -> int:
-    """What `options` ask of the chunks; 0: nothing."""
+    """Return the chunk size that `options` request; 0: none."""
     if options is None:
         return 0
     if not isinstance(options, torch.nn.LinearCrossEntropyOptions):
         raise TypeError(f"options: expected LinearCrossEntropyOptions or None, got {type(options).__name__}")
-    wide = accumulation_dtype(dtype)
-    if options.acc_dtype not in (None, dtype, wide):
+    acc_dtype = accumulation_dtype(dtype)
+    if options.acc_dtype not in (None, dtype, acc_dtype):
         raise ValueError(
-            f"options: expected acc_dtype {wide}, in which sums are done, got {options.acc_dtype}"
+            f"options: expected acc_dtype {acc_dtype}, in which sums are done, got {options.acc_dtype}"
         )
     return options.batch_chunk_size or 0
 
@@ -99,7 +99,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Cross-entropy of the logits `input @ linear_weight.T + linear_bias`, computed in chunks.
+    r"""Compute the cross-entropy of the logits `input @ linear_weight.T + linear_bias`, in chunks of rows.
 
     The loss is `cross_entropy`'s: with :math:`x = W h + b`, :math:`z = c \tanh(s x / c)` (without softcap
     :math:`z = s x`) and :math:`\mathrm{lse} = \log \sum_c e^{z_c}`, a row with class :math:`y` has
@@ -110,15 +110,14 @@ def linear_cross_entropy(
     and with probabilities :math:`q`, :math:`\sum_c w_c [(1 - \varepsilon) q_c + \varepsilon / C]
     (\mathrm{lse} - z_c) + \zeta\, \mathrm{lse}^2`.
 
-    Logits are made for a chunk of rows, turned into their gradient in place and multiplied on. Beyond the
-    gradients that takes at most 128 MiB on the CPU, whatever the sizes (while one row of logits is smaller than
-    that), and on CUDA as much as the weight has in float32, if that is more, up to 1 GiB; `options` can ask for
-    less. Gradients of half types are collected in float32 and so take 4 bytes an element until backward (that
-    of a large bfloat16 weight on CUDA only until forward ends, and not at all where one chunk does). For "mean"
-    and "sum" the gradients of `input`, `linear_weight` and `linear_bias` are made in forward, those that are
-    wanted, and nothing is computed for a frozen one. On the CPU rows that are ignored, or have a
-    `sample_weight` of 0, are left out of the products; on CUDA, where counting them would wait for the device,
-    they are multiplied.
+    Logits of a chunk of rows are computed, turned into their gradient in place and multiplied on. Beyond the gradients
+    that takes at most 128 MiB on the CPU (while one row of logits is smaller than that), and on CUDA as much as the
+    weight has in float32, if that is more, up to 1 GiB; `options` can lower it. Gradients of half-precision dtypes are
+    collected in float32 and so take 4 bytes an element until backward (that of a large bfloat16 weight on CUDA only
+    until forward ends, and not at all where one chunk does). For "mean" and "sum" the gradients of `input`,
+    `linear_weight` and `linear_bias` are computed in forward, those that are required. On the CPU rows that are
+    ignored, or have a `sample_weight` of 0, are left out of the GEMMs; on CUDA, where counting them would synchronise,
+    they are not.
 
     Args:
         input: hidden states `(in_features)` or `(N, in_features)`; float32, float64, bfloat16 or float16.
@@ -130,23 +129,23 @@ def linear_cross_entropy(
         weight: `(C)`, a weight :math:`w` for each class. Default: 1.
         reduction: `"none"`, `"sum"` or `"mean"`: the sum over rows divided by the sum of :math:`w_y` times
             `sample_weight` over the rows that are not ignored (with probabilities: of `sample_weight`).
-        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        ignore_index: rows with this class are ignored and have no gradient. Default: -100.
         label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
-        options: torch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` is the most rows in a chunk (fewer
-            where memory asks for it); its policies choose among ways of torch's that do not exist here: sums are
-            always in float32 (float64), and a graph may always be retained. Default: None.
+        options: torch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` is the most rows in a chunk (fewer if
+            memory requires it); its policies do not apply here: sums are always in float32 (float64), and a graph may
+            always be retained. Default: None.
         logit_scale: :math:`s`, multiplies the logits. Default: 1.
         softcap: :math:`c > 0`, bounds the logits (Gemma 2). Default: none.
-        z_loss: :math:`\zeta`, draws lse towards 0 (PaLM, ST-MoE). Default: 0.
+        z_loss: :math:`\zeta`, pulls lse towards 0 (PaLM, ST-MoE). Default: 0.
         sample_weight: a weight for each row, of the shape of the classes. Default: 1.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the shape of the classes, of the input's type. Under autocast the
-        products are done in the autocast type, as `linear`'s are, and the loss is float32.
+        A scalar, or for `"none"` a tensor of the shape of the classes, of the input's type. Under autocast the GEMMs
+        run in the autocast dtype, as those of `linear`, and the loss is float32.
 
     Raises:
-        ValueError, RuntimeError, IndexError: for the arguments for which torch raises them. On CUDA, where a
-            look at the targets would wait for the device, a class out of bounds gives NaN instead.
+        ValueError, RuntimeError, IndexError: where torch raises them. On CUDA, where checking would synchronise, a
+            class out of bounds gives NaN instead.
 
     Source: `torch.nn.functional.linear_cross_entropy`; Cut Your Losses https://arxiv.org/abs/2411.09009, Liger
     https://arxiv.org/abs/2410.10989, softcap https://arxiv.org/abs/2408.00118, z-loss

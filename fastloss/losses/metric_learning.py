@@ -1,4 +1,4 @@
-"""Losses of pairs and triplets of rows of features; the rows are read once, and what is left is one number a row."""
+"""Losses of pairs and triplets of feature rows, which are read once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _sums = Op(
 
 
 def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
-    """Checks that all are rows of one shape and type; gives them two dimensions, and the type of the result."""
+    """Check that all are rows of one shape and dtype; return matrices, the output dtype, and if they were vectors."""
     (first, x), *_ = tensors.items()
     check_tensor(first, x)
     for name, t in tensors.items():
@@ -52,8 +52,8 @@ def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
         check_same_shape(name, t, first, x)
         if t.dtype != x.dtype:
             raise RuntimeError(f"{name}: expected the dtype of {first}, {x.dtype}, got {t.dtype}")
-    wide = torch.is_autocast_enabled(x.device.type)
-    dtype = accumulation_dtype(x.dtype) if wide else x.dtype
+    out_fp32 = torch.is_autocast_enabled(x.device.type)
+    dtype = accumulation_dtype(x.dtype) if out_fp32 else x.dtype
     single = x.dim() == 1
     return [t.unsqueeze(0) if single else t for t in tensors.values()], dtype, single
 
@@ -68,7 +68,7 @@ def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, single: bool = Fal
 
 
 def _length(square: Tensor) -> Tensor:
-    """Return the square root, the derivative of which is 0 at 0."""
+    """Return the square root, with derivative 0 at 0."""
     nothing = square == 0
     return square.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
 
@@ -81,7 +81,7 @@ def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> s
 
 
 def pair_sums(a: Tensor, *others: Tensor, eps: float = 0.0) -> list[Tensor]:
-    """Of a and each of one or two others, in one read, [4, rows]: <a, b>, <a, a>, <b, b>, |a - b + eps|^2."""
+    """Return for each of one or two others b, in one read, [4, rows]: <a, b>, <a, a>, <b, b>, |a - b + eps|^2."""
     b, c = others if len(others) == 2 else (*others, None)
     return list(_sums((a, b, c), (eps,)).split(4))
 
@@ -101,7 +101,7 @@ def cosine_embedding_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Pulls together pairs with target 1, pushes apart pairs with target -1.
+    r"""Compute the cosine embedding loss: pulls pairs with target 1 together, pushes pairs with target -1 apart.
 
     A pair has :math:`1 - \cos(x_1, x_2)` if its target is :math:`y = 1`, and :math:`\max(0, \cos(x_1, x_2) - m)` if
     :math:`y = -1`.
@@ -109,16 +109,16 @@ def cosine_embedding_loss(
     Args:
         input1, input2: rows of one shape `(N, D)` or `(D)`; float32, float64, bfloat16 or float16.
         target: 1 or -1 for each row, `(N)` or `()`.
-        margin: :math:`m`, mostly in [0, 0.5]. Default: 0.
+        margin: :math:`m`, usually in [0, 0.5]. Default: 0.
         size_average, reduce: deprecated, as in torch.
         reduction: `"none"`, `"mean"` or `"sum"`.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the inputs' type (float32 for half types under
+        A scalar, or for `"none"` one number for each row, of the inputs' type (float32 for half-precision dtypes under
         autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.cosine_embedding_loss`.
     """
@@ -150,7 +150,7 @@ def triplet_margin_loss(
     *,
     squared: bool = False,
 ) -> Tensor:
-    r"""Triplet loss: anchor-positive distance below anchor-negative distance by a margin.
+    r"""Compute the triplet loss: anchor-positive distance below anchor-negative distance by a margin.
 
     .. math:: \max(0, d(a, p) - d(a, n) + m), \quad d(x, y) = \lVert x - y + \epsilon \rVert_p
 
@@ -165,11 +165,11 @@ def triplet_margin_loss(
         squared: distances are squared, as in FaceNet, there with margin 0.2 on rows of length 1. Default: False.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the inputs' type (float32 for half types under
+        A scalar, or for `"none"` one number for each row, of the inputs' type (float32 for half-precision dtypes under
         autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.triplet_margin_loss`; FaceNet https://arxiv.org/abs/1503.03832.
     """
@@ -186,20 +186,20 @@ def triplet_margin_loss(
     else:
 
         def distances(x: Tensor, *others: Tensor) -> list[Tensor]:
-            wide = accumulation_dtype(x.dtype)
-            found = (F.pairwise_distance(x.to(wide), y.to(wide), p, eps) for y in others)
+            acc_dtype = accumulation_dtype(x.dtype)
+            found = (F.pairwise_distance(x.to(acc_dtype), y.to(acc_dtype), p, eps) for y in others)
             return [d.square() if squared else d for d in found]
 
-    near, far = distances(a, b, c)
+    positive_distance, negative_distance = distances(a, b, c)
     if swap:
-        far = torch.minimum(far, *distances(b, c))
-    return reduced(torch.relu(near - far + margin), reduction, dtype, single)
+        negative_distance = torch.minimum(negative_distance, *distances(b, c))
+    return reduced(torch.relu(positive_distance - negative_distance + margin), reduction, dtype, single)
 
 
 def contrastive_loss(
     input1: Tensor, input2: Tensor, label: Tensor, margin: float = 1.0, *, reduction: str = "mean"
 ) -> Tensor:
-    r"""Hadsell's contrastive loss: pulls together similar pairs, pushes others apart up to a margin.
+    r"""Compute Hadsell's contrastive loss: pulls similar pairs together, pushes others apart up to a margin.
 
     With the distance :math:`D` of a pair and its label :math:`Y`, 0 for similar,
 
@@ -214,11 +214,11 @@ def contrastive_loss(
         reduction: `"none"`, `"mean"` or `"sum"`.
 
     Returns:
-        A scalar, or for `"none"` one number for each pair, of the inputs' type (float32 for half types under
+        A scalar, or for `"none"` one number for each pair, of the inputs' type (float32 for half-precision dtypes under
         autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: Hadsell, Chopra, LeCun 2006, https://doi.org/10.1109/CVPR.2006.100.
     """
@@ -247,10 +247,10 @@ def kelp_ranking_loss(
     variant: str = "ranking",
     reduction: str = "sum",
 ) -> Tensor:
-    r"""KELP's ranking of knowledge paths: contrasts each query with a useful path against another.
+    r"""Compute KELP's ranking loss of knowledge paths: contrasts each query with a useful path against another.
 
-    Query :math:`i` has :math:`\max(0, \cos(q_i, n_i) - \cos(q_i, p_i) + m)`. The variant `"mean_cosine"` is what the
-    released code computes instead, of the means over queries:
+    Query :math:`i` has :math:`\max(0, \cos(q_i, n_i) - \cos(q_i, p_i) + m)`. The variant `"mean_cosine"`, as in the
+    released code, takes means over queries:
     :math:`\max(0, 1 - \overline{\cos(q, p)}) + \max(0, 1 + \overline{\cos(q, n)})`.
 
     Args:
@@ -260,24 +260,25 @@ def kelp_ranking_loss(
         reduction: `"none"`, `"mean"` or `"sum"`, of the ranking alone. Default: `"sum"`.
 
     Returns:
-        A scalar, or for `"none"` one number for each query, of the inputs' type (float32 for half types under
-        autocast).
+        A scalar, or for `"none"` one number for each query, of the inputs' type (float32 for half-precision dtypes
+        under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: KELP, Liu et al. 2024, https://arxiv.org/abs/2406.13862.
     """
     check_reduction(reduction)
     if variant not in ("ranking", "mean_cosine"):
         raise ValueError(f"variant: expected 'ranking' or 'mean_cosine', got {variant!r}")
-    (q, near, far), dtype, single = rows_alike(query=query, positive=positive, negative=negative)
+    (q, p, n), dtype, single = rows_alike(query=query, positive=positive, negative=negative)
     if single:
         raise ValueError(f"query: expected shape (N, D), got {tuple(query.shape)}")
-    near, far = _cosines(q, near, far, eps=0.0, floor=1e-32)
+    positive_cos, negative_cos = _cosines(q, p, n, eps=0.0, floor=1e-32)
     if variant == "mean_cosine":
-        return (torch.relu(1 - near.mean()) + torch.relu(1 + far.mean())).to(dtype)
-    return reduced(torch.relu(far - near + check_number("margin", margin)), reduction, dtype)
+        return (torch.relu(1 - positive_cos.mean()) + torch.relu(1 + negative_cos.mean())).to(dtype)
+    gap = negative_cos - positive_cos
+    return reduced(torch.relu(gap + check_number("margin", margin)), reduction, dtype)
 
 
 _hardest = HardestOp("contrastive_hardest")
@@ -290,7 +291,7 @@ _triplets = Op(
 
 
 def _labelled_rows(embeddings: Tensor, labels: Tensor, distance: str) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Rows, of length 1 for cosines; their labels, and the type of the result."""
+    """Check and return the rows (of length 1 for cosines), their labels, and the dtype of the result."""
     if distance not in ("euclidean", "squared", "cosine"):
         raise ValueError(f"distance: expected 'euclidean', 'squared' or 'cosine', got {distance!r}")
     (x,), dtype, single = rows_alike(embeddings=embeddings)
@@ -317,12 +318,12 @@ def batch_hard_triplet_loss(
     distance: str = "euclidean",
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Triplet loss of each row with the farthest row of its class and the nearest of another.
+    r"""Compute the triplet loss of each row with the farthest row of its class and the nearest of another.
 
-    With these two distances :math:`d_p` and :math:`d_n` a row has :math:`\max(0, d_p - d_n + m)`, or without a
-    margin :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the matrix of similarities, which
-    is not stored; their distances are then computed from differences. A row without a positive or without a
-    negative has 0 and does not count in the mean.
+    With these two distances :math:`d_p` and :math:`d_n` a row has :math:`\max(0, d_p - d_n + m)`, or without a margin
+    :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the similarity matrix, which is not stored;
+    their distances are then computed from differences. A row without a positive or without a negative has 0 and does
+    not count in the mean.
 
     Args:
         embeddings: shape `(B, D)`; float32, float64, bfloat16 or float16.
@@ -332,11 +333,11 @@ def batch_hard_triplet_loss(
         reduction: `"none"`, `"mean"` or `"sum"`.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the embeddings' type (float32 for half types under
-        autocast).
+        A scalar, or for `"none"` one number for each row, of the embeddings' type (float32 for half-precision dtypes
+        under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/1703.07737; `BatchHardTripletLoss` of sentence-transformers.
     """
@@ -351,8 +352,8 @@ def batch_hard_triplet_loss(
         return square if distance == "squared" else _length(square)
 
     others = (x[i.clamp_min(0)] for i in (positive, negative))
-    near, far = (distance_from(sums[3]) for sums in pair_sums(x, *others))
-    gap = (near - far).masked_fill(~counts, -torch.inf)
+    positive_distance, negative_distance = (distance_from(sums[3]) for sums in pair_sums(x, *others))
+    gap = (positive_distance - negative_distance).masked_fill(~counts, -torch.inf)
     loss = F.softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
     if reduction == "none":
         return loss.to(dtype)
@@ -367,7 +368,7 @@ def batch_all_triplet_loss(
     distance: str = "euclidean",
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Triplet loss over all triplets of a batch, as a mean over those that are not satisfied.
+    r"""Compute the triplet loss over all triplets of a batch, as a mean over those that violate the margin.
 
     With the other rows :math:`P_i` of its class and the rows :math:`N_i` of other classes row :math:`i` has
 
@@ -387,17 +388,17 @@ def batch_all_triplet_loss(
         reduction: `"none"`, the sum over each row's triplets, `"mean"` or `"sum"`.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the embeddings' type (float32 for half types under
-        autocast).
+        A scalar, or for `"none"` one number for each row, of the embeddings' type (float32 for half-precision dtypes
+        under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/1703.07737; `BatchAllTripletLoss` of sentence-transformers.
     """
     check_reduction(reduction)
     x, labels, dtype = _labelled_rows(embeddings, labels, distance)
-    unit = 0.5 if distance == "cosine" else 1.0  # of rows of length 1: half the square of their distance
+    unit = 0.5 if distance == "cosine" else 1.0  # 1 - cos is half the squared distance of unit rows
     margin = check_number("margin", margin) / unit
     x = x.to(accumulation_dtype(x.dtype))
     loss, number = _triplets((x, labels), (margin, distance == "euclidean")).unbind(0)

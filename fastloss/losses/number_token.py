@@ -1,6 +1,9 @@
-"""Losses that know the values of number tokens. Those without a cross-entropy take the number tokens' logits, or where
-their share of the whole vocabulary counts ask `token_stats` for their log-probabilities, which costs one read of it;
-what follows is arithmetic on [rows, number tokens]."""
+"""Losses that know the values of number tokens.
+
+Those without a cross-entropy take the number tokens' logits, or, where their probability in the whole vocabulary
+counts, their log-probabilities from `token_stats`, at the cost of one read of the vocabulary. The rest is arithmetic on
+[rows, number tokens].
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ KINDS = ("wasserstein", "mse")
 
 
 def _of_operator(
-    input, target, ids, table, worst, position, number_weight, ignore_index, reduction, label_smoothing, z_loss,
+    input, target, ids, table, max_distance, position, number_weight, ignore_index, reduction, label_smoothing, z_loss,
     squared, reweigh,
 ):  # fmt: skip
     dim = 1 if input.dim() > 1 else 0
@@ -47,7 +50,7 @@ def _of_operator(
         loss = loss.square()
     if reweigh:
         mass = logp.exp().sum(-1)
-        loss = loss * mass + worst * (1 - mass)
+        loss = loss * mass + max_distance * (1 - mass)
     each = plain + torch.where(counts, number_weight * loss, 0.0)
     if reduction == "none":
         return each
@@ -70,7 +73,7 @@ def _check_classes(name: str, logits: Tensor, label_name: str, labels: Tensor, r
 
 
 def _check_tokens(logits: Tensor, token_ids: Tensor, token_values: Tensor) -> Tensor:
-    """The values in the type of the computation."""
+    """Check the number tokens; return their values in the dtype of the computation."""
     check_tensors(logits, token_ids=token_ids, token_values=token_values)
     if token_ids.dtype != torch.int64 or token_ids.dim() != 1 or token_ids.numel() == 0:
         raise RuntimeError(
@@ -84,70 +87,73 @@ def _check_tokens(logits: Tensor, token_ids: Tensor, token_values: Tensor) -> Te
     return token_values.to(torch.float32 if logits.dtype in HALF_TYPES else logits.dtype)
 
 
-def _reduced(loss: Tensor, counts: Tensor, mode: str, least: int) -> Tensor:
+def _reduced(loss: Tensor, counts: Tensor, mode: str, min_count: int) -> Tensor:
     if mode == "none":
         return loss
-    return loss.sum() if mode == "sum" else loss.sum() / counts.sum().clamp(min=least)
+    return loss.sum() if mode == "sum" else loss.sum() / counts.sum().clamp(min=min_count)
 
 
 def _typed(loss: Tensor, logits: Tensor) -> Tensor:
     return loss if autocast_to_fp32(logits) else loss.to(logits.dtype)
 
 
-def _numbers(labels: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Which labels are number tokens, and their values."""
+def _number_labels(labels: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which labels are number tokens, and their values."""
     match = labels.unsqueeze(-1) == ids
     return match.any(-1), torch.where(match, values, 0.0).sum(-1)
 
 
 def _distances(values: Tensor, y: Tensor, kind: str, squash_factor: float | None) -> tuple[Tensor, Tensor]:
-    """How far each value is from each of `y`, [..., D]; the largest loss."""
-    away = values - y.unsqueeze(-1)
+    """Return the distance of each value from each of `y`, [..., D], and the largest loss."""
+    difference = values - y.unsqueeze(-1)
     gaps = (values.unsqueeze(0) - values.unsqueeze(1)).abs()
-    most = gaps.amax()
+    max_gap = gaps.amax()
     if kind != "wasserstein":
-        return away, most.square()
+        return difference, max_gap.square()
     if squash_factor is None:
-        return away.abs(), most
-    least = torch.where(gaps == 0, torch.inf, gaps).amin()
-    several = most > least  # else all different values are equally far apart: 1
-    scale = torch.where(several, (squash_factor - 1) / torch.where(several, most - least, 1.0), 0.0)
-    gap = away.abs()
-    gap = torch.where(gap == 0, 0.0, 1 + torch.where(several, gap - least, 0.0) * scale)
-    return gap, torch.where(several, squash_factor, 1.0).to(gap.dtype)
+        return difference.abs(), max_gap
+    min_gap = torch.where(gaps == 0, torch.inf, gaps).amin()
+    several = max_gap > min_gap  # else all different values have the distance 1
+    scale = torch.where(several, (squash_factor - 1) / torch.where(several, max_gap - min_gap, 1.0), 0.0)
+    distance = difference.abs()
+    distance = torch.where(distance == 0, 0.0, 1 + torch.where(several, distance - min_gap, 0.0) * scale)
+    return distance, torch.where(several, squash_factor, 1.0).to(distance.dtype)
 
 
 def _number_rows(
     logp: Tensor, y: Tensor, values: Tensor, kind: str, reweigh: bool, squash_factor: float | None
 ) -> Tensor:
-    """From the log-probabilities of the number tokens, [..., D]."""
-    far, most = _distances(values, y, kind, squash_factor)
-    loss = (logp.softmax(-1) * far).sum(-1)
+    """Return the row losses from the log-probabilities of the number tokens, [..., D]."""
+    distance, max_distance = _distances(values, y, kind, squash_factor)
+    loss = (logp.softmax(-1) * distance).sum(-1)
     if kind == "mse":
         loss = loss.square()
     if reweigh:
         mass = logp.exp().sum(-1)
-        loss = loss * mass + 1.01 * most * (1 - mass)
+        loss = loss * mass + 1.01 * max_distance * (1 - mass)
     return loss
 
 
 def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool) -> Tensor:
-    """For labels that are distributions over the number tokens, [..., D]: the area between distribution functions."""
-    apart = logp.softmax(-1) - p
+    """Return the row losses for labels that are distributions over the number tokens, [..., D].
+
+    The Wasserstein distance is the area between the distribution functions.
+    """
+    difference = logp.softmax(-1) - p
     ascending, order = values.sort()
-    most = ascending[-1] - ascending[0]
+    max_distance = ascending[-1] - ascending[0]
     if kind == "wasserstein":
-        loss = (apart[..., order].cumsum(-1)[..., :-1].abs() * ascending.diff()).sum(-1)
+        loss = (difference[..., order].cumsum(-1)[..., :-1].abs() * ascending.diff()).sum(-1)
     else:
-        loss, most = (apart * values).sum(-1).square(), most.square()
+        loss, max_distance = (difference * values).sum(-1).square(), max_distance.square()
     if reweigh:
         mass = logp.exp().sum(-1)
-        loss = loss * mass + 1.01 * most * (1 - mass)
+        loss = loss * mass + 1.01 * max_distance * (1 - mass)
     return loss
 
 
 class _Pick(Function):
-    """Logits of classes, [..., D]. Backward reads for each class its place among them: no float atomics."""
+    """Selects the logits of classes, [..., D]. Backward gathers by `place`: no float atomics."""
 
     generate_vmap_rule = True
 
@@ -181,7 +187,7 @@ class _Spread(Function):
 
 
 def _places(ids: Tensor, classes: int) -> Tensor:
-    """For each class its place among the D ids, or D."""
+    """Return the position of each class among the D ids, or D."""
     ordered, order = ids.sort()
     every = torch.arange(classes, device=ids.device)
     at = torch.searchsorted(ordered, every).clamp(max=len(ids) - 1)
@@ -189,7 +195,10 @@ def _places(ids: Tensor, classes: int) -> Tensor:
 
 
 def _picked(logits: Tensor, ids: Tensor) -> Tensor:
-    """The logits of these classes, [..., D]; where it would cost a wait to look, NaN for a class that is none."""
+    """Return the logits of these classes, [..., D].
+
+    A class out of bounds raises on the CPU and gives NaN on CUDA, where to check would synchronise.
+    """
     if ids.is_cpu:
         try:
             return logits.index_select(-1, ids)
@@ -227,7 +236,7 @@ def number_token_loss(
     reweigh: bool = False,
     squash_factor: float | None = None,
 ) -> Tensor:
-    r"""Distance between predicted and true number, at positions whose label is a number token.
+    r"""Compute the distance between predicted and true numbers, at positions whose label is a number token.
 
     With :math:`q` the softmax over the number tokens alone, :math:`v` their values and :math:`v_y` the label's:
 
@@ -258,11 +267,11 @@ def number_token_loss(
             that are distributions. Default: none.
 
     Returns:
-        A scalar, or for `"none"` a tensor of shape `[...]`, of the logits' type (float32 for half types under
-        autocast).
+        A scalar, or for `"none"` a tensor of shape `[...]`, of the logits' type (float32 for half-precision dtypes
+        under autocast).
 
     Raises:
-        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        TypeError, ValueError, RuntimeError: for invalid arguments, naming the argument.
 
     Source: Zausinger et al., Regress, Don't Guess, https://arxiv.org/abs/2411.02083; `reweigh` and `squash_factor`
     of ntloss 0.3.2.
@@ -286,7 +295,7 @@ def number_token_loss(
             raise ValueError("squash_factor: expected labels that are classes")
         counts = (labels != 0).any(-1)
     else:
-        is_number, y = _numbers(labels, token_ids, values)
+        is_number, y = _number_labels(labels, token_ids, values)
         counts = is_number & (labels != ignore_index)
     if reweigh:
         logp = log_probs_of(logits, token_ids.expand(*shape, -1), counts, index_name="token_ids")
@@ -312,7 +321,7 @@ def cross_entropy_with_number_token_loss(
     reweigh: bool = False,
     squash_factor: float | None = None,
 ) -> Tensor:
-    r"""Cross-entropy + `ntl_weight` * `number_token_loss`, both from one read of the vocabulary.
+    r"""Compute cross-entropy + `ntl_weight` * `number_token_loss`, both from one read of the vocabulary.
 
     .. math:: -\log p_y + \lambda\, \mathrm{NTL}
 
@@ -325,15 +334,15 @@ def cross_entropy_with_number_token_loss(
         token_ids, token_values: `(D)`, the number tokens and their values.
         ntl_weight: :math:`\lambda`. Default: 0.3.
         kind, reweigh, squash_factor: as for `number_token_loss`.
-        ignore_index: rows with this label count nothing and have no gradient. Default: -100.
+        ignore_index: rows with this label are ignored and have no gradient. Default: -100.
         reduction: `"none"`, `"sum"` or `"mean"`. Default: `"mean"`.
 
     Returns:
-        A scalar, or for `"none"` a tensor of shape `[...]`, of the logits' type (float32 for half types under
-        autocast).
+        A scalar, or for `"none"` a tensor of shape `[...]`, of the logits' type (float32 for half-precision dtypes
+        under autocast).
 
     Raises:
-        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        TypeError, ValueError, RuntimeError: for invalid arguments, naming the argument.
 
     Source: Zausinger et al., https://arxiv.org/abs/2411.02083.
     """
@@ -342,25 +351,27 @@ def cross_entropy_with_number_token_loss(
     _check_options(kind, reduction, squash_factor)
     weight = check_number("ntl_weight", ntl_weight)
     ids, order = token_ids.sort()
-    far, most = _distances(values[order], values[order], kind, squash_factor)
+    distance, max_distance = _distances(values[order], values[order], kind, squash_factor)
     valid = labels != ignore_index
     match = labels.unsqueeze(-1) == ids
     is_number = match.any(-1) & valid
     position = match.to(torch.uint8).argmax(-1)
-    share = is_number.to(values.dtype) * weight
-    if reduction == "mean":  # of the numbers among all labels
-        share = share * (valid.sum().to(share.dtype) / is_number.sum().clamp(min=1))
-    # rows without a copy where they lie in a row
+    number_weight = is_number.to(values.dtype) * weight
+    if reduction == "mean":  # the mean over number tokens, of a sum divided by all labels
+        number_weight = number_weight * (valid.sum().to(number_weight.dtype) / is_number.sum().clamp(min=1))
+    # as a matrix where that needs no copy
     flat = logits.dim() < 3 or logits.is_contiguous()
     rows = (
         logits.flatten(0, -2) if flat and logits.dim() > 1 else logits.movedim(-1, min(1, logits.dim() - 1))
     )
     if flat:
-        labels, position, share = (t.flatten() if logits.dim() > 1 else t for t in (labels, position, share))
+        labels, position, number_weight = (
+            t.flatten() if logits.dim() > 1 else t for t in (labels, position, number_weight)
+        )
     hparams = _cross_entropy_numbers.pack(
         label_smoothing=0.0, z_loss=0.0, squared=float(kind == "mse"), reweigh=float(reweigh)
     )
-    tensors = rows, labels, ids, far, 1.01 * most, position, share
+    tensors = rows, labels, ids, distance, 1.01 * max_distance, position, number_weight
     loss = call_with_classes(
         "labels or token_ids",
         _cross_entropy_numbers,
@@ -380,7 +391,7 @@ def gaussian_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Cross-entropy with a target spread like a Gaussian over neighbouring classes, or over near number tokens.
+    r"""Compute cross-entropy with the target spread like a Gaussian over neighbouring classes or number tokens.
 
     .. math:: -\sum_c q_c \log p_c, \qquad q_c \propto e^{-(v_c - v_y)^2 / 2 \sigma^2}
 
@@ -393,15 +404,15 @@ def gaussian_cross_entropy(
         target: classes, int64, of the input's shape without `C`.
         sigma: the width, in classes or in units of the values; 0 gives cross-entropy. Default: 1.
         token_ids, token_values: `(D)`, the number tokens and their values. Default: the classes themselves.
-        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        ignore_index: rows with this class are ignored and have no gradient. Default: -100.
         reduction: `"none"`, `"sum"` or `"mean"`, over the rows that are not ignored. Default: `"mean"`.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the target's shape, of the input's type (float32 for half types under
-        autocast).
+        A scalar, or for `"none"` a tensor of the target's shape, of the input's type (float32 for half-precision dtypes
+        under autocast).
 
     Raises:
-        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        TypeError, ValueError, RuntimeError: for invalid arguments, naming the argument.
 
     Source: the label smoother of https://github.com/tum-ai/number-token-loss, without its epsilon in the norm.
     """
@@ -424,15 +435,15 @@ def gaussian_cross_entropy(
         offset = torch.arange(-reach, reach + 1, device=input.device)
         index = label + offset
         inside = (index >= 0) & (index < classes)
-        near = torch.where(inside, -0.5 * (offset.to(like) / width) ** 2, -torch.inf)
-        index, q = torch.where(inside, index, label), near.softmax(-1)
+        log_q = torch.where(inside, -0.5 * (offset.to(like) / width) ** 2, -torch.inf)
+        index, q = torch.where(inside, index, label), log_q.softmax(-1)
     else:
         values = _check_tokens(input, token_ids, token_values)
-        is_number, y = _numbers(label.squeeze(-1), token_ids, values)
+        is_number, y = _number_labels(label.squeeze(-1), token_ids, values)
         is_number = is_number.unsqueeze(-1)
-        near = (-0.5 * ((values - y.unsqueeze(-1)) / width) ** 2).softmax(-1)
+        gaussian = (-0.5 * ((values - y.unsqueeze(-1)) / width) ** 2).softmax(-1)
         index = torch.cat([label, token_ids.expand(*target.shape, -1)], -1)
-        q = torch.cat([(~is_number).to(like), torch.where(is_number, near, 0.0)], -1)
+        q = torch.cat([(~is_number).to(like), torch.where(is_number, gaussian, 0.0)], -1)
     logp = log_probs_of(logits, index, valid, index_name="target or token_ids")
     loss = -torch.where(q > 0, q * logp, 0.0).sum(-1)
     return _typed(_reduced(loss, valid, reduction, 0), input)

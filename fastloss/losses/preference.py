@@ -1,4 +1,4 @@
-"""Preference and reward heads: of log-probabilities of whole answers, or of rewards, each in one kernel."""
+"""Preference losses of log-probabilities of whole completions, each in one kernel."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     loss_type: str = "kto",
 ) -> Tensor:
-    r"""Kahneman-Tversky optimisation from unpaired completions labelled desirable or undesirable.
+    r"""Compute the KTO loss (Kahneman-Tversky) from unpaired completions labelled desirable or undesirable.
 
-    With the log-ratio :math:`x` of policy and reference and the reference point :math:`z`, the loss of an answer is
+    With the log-ratio :math:`x` of policy and reference and the reference point :math:`z`, the loss of a completion is
 
     .. math:: \lambda_D\, \sigma(-\beta (x - z)) \text{ if it is desirable, else }
               \lambda_U\, \sigma(\beta (x - z)) .
 
     Args:
-        policy_logps, reference_logps: log-probabilities of the answers, of one shape, mostly `(N)`; float32,
+        policy_logps, reference_logps: log-probabilities of the completions, of one shape, usually `(N)`; float32,
             float64, bfloat16 or float16.
-        labels: True (or positive) where the answer is desirable, of the same shape.
-        kl: :math:`z`, one number or one for each answer, without gradient: an estimate of the divergence of policy
-            from reference, in the paper `(policy - reference).mean().clamp(min=0)` of answers to other prompts,
-            averaged over all processes before the clamp. Default: 0.
+        labels: True (or positive) where the completion is desirable, of the same shape.
+        kl: :math:`z`, a scalar or one number for each completion, without gradient: an estimate of the divergence of
+            policy from reference, in the paper `(policy - reference).mean().clamp(min=0)` of completions to other
+            prompts, averaged over all processes before the clamp. Default: 0.
         beta: :math:`\beta > 0`. Default: 0.1.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
         desirable_weight, undesirable_weight: :math:`\lambda_D` and :math:`\lambda_U`. Default: 1.
@@ -64,7 +64,7 @@ def kto_loss(
         A scalar, or for `"none"` a tensor of the shape of the inputs.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/2402.01306, https://arxiv.org/abs/2408.06266; `KTOTrainer` of TRL.
     """
@@ -80,7 +80,7 @@ def kto_loss(
     check_real(labels=labels)
     check_same_shape("labels", labels, "policy_logps", lp)
     if kl is not None and loss_type == "apo_zero_unpaired":
-        raise ValueError("kl: apo_zero_unpaired has none")
+        raise ValueError("kl is not supported for loss_type='apo_zero_unpaired'")
     point = zeros_like(lp)
     if kl is not None:
         check_floating("kl", kl)
@@ -94,13 +94,15 @@ def kto_loss(
     )
 
 
-_FREE_TYPES = _reference_free.hparams.choices["type"]
+_REFERENCE_FREE_TYPES = _reference_free.hparams.choices["type"]
 
 
-def _free(chosen, rejected, nll, loss_type, beta, margin, smoothing, nll_weight, alpha, reduction) -> Tensor:
+def _reference_free_loss(
+    chosen, rejected, nll, loss_type, beta, margin, smoothing, nll_weight, alpha, reduction
+) -> Tensor:
     mode = check_reduction(reduction)
     if smoothing_in(smoothing) and loss_type != "sigmoid":
-        raise ValueError(f"label_smoothing: {loss_type} has none")
+        raise ValueError(f"label_smoothing is not supported for loss_type={loss_type!r}")
     c, r, n = same_shape(chosen_logps=chosen, rejected_logps=rejected, chosen_nll=nll)
     hparams = _reference_free.pack(
         type=loss_type, beta=positive_beta(beta), margin=check_number("gamma", margin),
@@ -119,14 +121,14 @@ def simpo_loss(
     loss_type: str = "sigmoid",
     reduction: str = "mean",
 ) -> Tensor:
-    r"""SimPO: preference optimisation with mean log-probabilities, a margin and no reference model.
+    r"""Compute the SimPO loss: preference optimisation with mean log-probabilities, a margin and no reference model.
 
     With :math:`u = \beta (c - r) - \gamma` the loss of a pair is :math:`-(1 - \varepsilon) \log \sigma(u)
     - \varepsilon \log \sigma(-u)`, or :math:`\max(0, 1 - u)` for `"hinge"`.
 
     Args:
-        chosen_logps, rejected_logps: :math:`c` and :math:`r`, mean log-probabilities of the tokens of an answer, of
-            one shape, mostly `(N)`; float32, float64, bfloat16 or float16.
+        chosen_logps, rejected_logps: :math:`c` and :math:`r`, mean log-probabilities of the tokens of a completion, of
+            one shape, usually `(N)`; float32, float64, bfloat16 or float16.
         beta: :math:`\beta > 0`. Default: 2.
         gamma: the margin :math:`\gamma`, in units of :math:`u`. Default: 0.5.
         label_smoothing: :math:`\varepsilon` in [0, 1], for `"sigmoid"`. Default: 0.
@@ -137,12 +139,12 @@ def simpo_loss(
         A scalar, or for `"none"` a tensor of the shape of the inputs.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/2405.14734; `CPOConfig(loss_type="simpo")` of TRL.
     """
     choice("loss_type", loss_type, ("sigmoid", "hinge"))
-    return _free(
+    return _reference_free_loss(
         chosen_logps, rejected_logps, None, loss_type, beta, gamma, label_smoothing, 0.0, 0.0, reduction
     )
 
@@ -157,16 +159,16 @@ def cpo_loss(
     loss_type: str = "sigmoid",
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Contrastive preference optimisation: DPO with a uniform reference, plus NLL of the chosen completion.
+    r"""Compute the CPO (contrastive preference) loss: DPO with a uniform reference, plus NLL of the chosen completion.
 
     The loss of a pair is :math:`-(1 - \varepsilon) \log \sigma(u) - \varepsilon \log \sigma(-u)
     + \alpha\, \mathrm{nll}` with :math:`u = \beta (c - r)`; for `"hinge"` :math:`\max(0, 1 - u)`, for `"ipo"`
     :math:`(c - r - 1 / (2 \beta))^2` in the place of the logarithms.
 
     Args:
-        chosen_logps, rejected_logps: :math:`c` and :math:`r`, log-probabilities of the answers (for `"ipo"` their
-            means), of one shape, mostly `(N)`; float32, float64, bfloat16 or float16.
-        chosen_nll: negative log-likelihood of the chosen answers, same shape. Default: none, no such term.
+        chosen_logps, rejected_logps: :math:`c` and :math:`r`, log-probabilities of the completions (for `"ipo"` their
+            means), of one shape, usually `(N)`; float32, float64, bfloat16 or float16.
+        chosen_nll: negative log-likelihood of the chosen completions, same shape. Default: none, no such term.
         beta: :math:`\beta > 0`. Default: 0.1.
         alpha: :math:`\alpha`, the weight of `chosen_nll`. Default: 1.
         label_smoothing: :math:`\varepsilon` in [0, 1], for `"sigmoid"`. Default: 0.
@@ -177,12 +179,12 @@ def cpo_loss(
         A scalar, or for `"none"` a tensor of the shape of the inputs.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/2401.08417; `CPOTrainer` of TRL.
     """
-    choice("loss_type", loss_type, _FREE_TYPES)
-    return _free(
+    choice("loss_type", loss_type, _REFERENCE_FREE_TYPES)
+    return _reference_free_loss(
         chosen_logps, rejected_logps, chosen_nll, loss_type, beta, 0.0, label_smoothing, alpha, 0.0, reduction
     )
 
@@ -196,15 +198,15 @@ def alpha_po_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""AlphaPO: SimPO with the reward :math:`(1 - p^{-\alpha}) / \alpha`, :math:`p` a completion's mean probability.
+    r"""Compute the AlphaPO loss: SimPO with the reward :math:`(1 - p^{-\alpha}) / \alpha` of the mean probability p.
 
     Computed as :math:`-\mathrm{expm1}(-\alpha \log p) / \alpha`, which is finite where :math:`p` itself underflows.
     With :math:`u = \beta (R_c - R_r) - \gamma` the loss of a pair is :math:`-(1 - \varepsilon) \log \sigma(u)
     - \varepsilon \log \sigma(-u)`.
 
     Args:
-        chosen_logps, rejected_logps: mean log-probabilities :math:`\log p` of the tokens of an answer, of one shape,
-            mostly `(N)`; float32, float64, bfloat16 or float16.
+        chosen_logps, rejected_logps: mean log-probabilities :math:`\log p` of the tokens of a completion, of one shape,
+            usually `(N)`; float32, float64, bfloat16 or float16.
         alpha: :math:`\alpha`; 0 is SimPO. Default: 0.25.
         beta: :math:`\beta > 0`. Default: 2.
         gamma: the margin :math:`\gamma`. Default: 0.5.
@@ -215,11 +217,11 @@ def alpha_po_loss(
         A scalar, or for `"none"` a tensor of the shape of the inputs.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/2501.03884; `CPOConfig(loss_type="alphapo")` of TRL.
     """
-    return _free(
+    return _reference_free_loss(
         chosen_logps, rejected_logps, None, "sigmoid", beta, gamma, label_smoothing, 0.0, alpha, reduction
     )
 
@@ -231,16 +233,15 @@ def orpo_loss(
     beta: float = 0.1,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Odds ratio preference optimisation.
+    r"""Compute the ORPO loss (odds ratio preference optimisation).
 
     The loss of a pair is :math:`\mathrm{nll} - \beta \log \sigma(\mathrm{odds}(c) - \mathrm{odds}(r))` with
-    :math:`\mathrm{odds}(x) = x - \log(1 - e^x)`. Value and gradient are finite up to the largest
-    log-probability below 0.
+    :math:`\mathrm{odds}(x) = x - \log(1 - e^x)`. Value and gradient are finite for every log-probability below 0.
 
     Args:
-        chosen_logps, rejected_logps: :math:`c, r < 0`, mean log-probabilities of the tokens of an answer, of one
-            shape, mostly `(N)`; float32, float64, bfloat16 or float16.
-        chosen_nll: negative log-likelihood of the chosen answers, same shape. Default: :math:`-c`.
+        chosen_logps, rejected_logps: :math:`c, r < 0`, mean log-probabilities of the tokens of a completion, of one
+            shape, usually `(N)`; float32, float64, bfloat16 or float16.
+        chosen_nll: negative log-likelihood of the chosen completions, same shape. Default: :math:`-c`.
         beta: :math:`\beta > 0`. Default: 0.1.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
 
@@ -248,7 +249,7 @@ def orpo_loss(
         A scalar, or for `"none"` a tensor of the shape of the inputs.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/2403.07691; `ORPOTrainer` of TRL.
     """

@@ -1,4 +1,4 @@
-"""Ranking of documents by queries, over the similarities of all pairs in a batch, which are not stored."""
+"""Ranking losses of queries and documents; the similarity matrix is never stored."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def multiple_negatives_ranking_loss(
     sample_weight: Tensor | None = None,
     label_offset: int = 0,
 ) -> Tensor:
-    r"""Ranks each query's document above all others of the batch, hard negatives among them.
+    r"""Compute the multiple negatives ranking loss: ranks each query's document above all others of the batch.
 
     With :math:`s = a \cos` query :math:`i` has :math:`\log \sum e^{s} - s(q_i, d_i)`, where the sum runs over
 
@@ -53,13 +53,13 @@ def multiple_negatives_ranking_loss(
     ================  ============================================================================================
 
     of the chosen directions together (`"joint"`), or over each of them, and the mean of these losses is taken
-    (`"per_direction"`). No matrix of similarities is stored.
+    (`"per_direction"`). The similarity matrix is not stored.
 
     Args:
         anchor: queries, shape `(B, D)`; float32, float64, bfloat16 or float16.
-        positive: documents `(N, D)` of the same type, those of the queries and maybe more.
-        negatives: hard negatives `(K, N, D)`, K for the query of each document, or `(N, D)`; for all queries they
-            are documents that are wrong. Default: none.
+        positive: documents `(N, D)` of the same type, those of the queries and possibly more.
+        negatives: hard negatives `(K, N, D)`, K for the query of each document, or `(N, D)`; they are wrong documents
+            for all queries. Default: none.
         scale: :math:`a`, a number or a tensor of one, which gets a gradient if it requires one. Default: 20.
         directions: which ones, `"query_to_doc"` first.
         partition_mode: `"joint"` or `"per_direction"`; the latter only with directions that have a positive.
@@ -72,11 +72,11 @@ def multiple_negatives_ranking_loss(
             from several processes. Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each query, of the features' type (float32 under autocast, where
-        the products are done in the autocast type).
+        A scalar, or for `"none"` one number for each query, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/1705.00652, GTE https://arxiv.org/abs/2308.03281;
     `MultipleNegativesRankingLoss` of sentence-transformers, without its hardness weights.
@@ -101,8 +101,10 @@ def ranking_rows(
     anchor, positive, negatives, scale, directions, partition_mode, ids, normalize, sample_weight, label_offset=0,
     softmax=contrastive_softmax, first_query=0, first_doc=0,
 ):  # fmt: skip
-    """The queries' losses, their weights, and the type of the result; of the queries and documents that `softmax`
-    sees these begin with the numbers `first_query` and `first_doc`."""
+    """Return the queries' losses, their weights, and the dtype of the result.
+
+    Among the queries and documents that `softmax` sees, those given here begin at `first_query` and `first_doc`.
+    """
     (q, d), dtype = rows_of_features("anchor", anchor=anchor, positive=positive)
     own_doc = target_columns(q.shape[0], d.shape[0], label_offset, q, "positive")
     directions = tuple(directions)
@@ -136,7 +138,7 @@ def ranking_rows(
         of_query = of_query.repeat(1 + hard.shape[0] // max(d.shape[0], 1))
         doc_ids = torch.cat([doc_ids, doc_ids.new_full((hard.shape[0],), torch.iinfo(torch.int64).min)])
     scale = number("scale", scale, q)
-    if set(directions) & set(DIRECTIONS[2:]):  # several gradients of it, to be added up unrounded
+    if set(directions) & set(DIRECTIONS[2:]):  # its gradients are added up unrounded
         scale = scale.reshape(()).to(accumulation_dtype(q.dtype))
     both = "doc_to_query" in directions
     row_ids, col_ids = (None, None) if ids is None else (query_ids, doc_ids)
@@ -152,11 +154,11 @@ def ranking_rows(
     if "query_to_query" in directions:
         terms.append(softmax(SoftmaxInputs(q, None, scale, first, row_ids=query_ids), attrs)[0])
     if "doc_to_doc" in directions:
-        if ids is not None:  # of one query or of one id, which are not both expressed by one number for a row
+        if ids is not None:  # a row id cannot express both its query and its id
             raise ValueError("ids: not with the direction doc_to_doc")
         own = SoftmaxInputs(d[own_doc], docs, scale, first, row_ids=of_query[own_doc], col_ids=of_query)
         terms.append(softmax(own, attrs)[0])
     others = torch.stack(terms).logsumexp(0) if len(terms) > 1 else row
-    # with both directions the positive stands in the sum twice
+    # with both directions the positive is in the sum twice
     loss = F.softplus(others - math.log(2)) + math.log(2) if both else F.softplus(others)
     return loss, weight, dtype

@@ -46,33 +46,33 @@ _vtrace = Op("vtrace", _vtrace_reference, _two_like_rewards, tensors=9, wrt=(), 
 
 
 def step_arguments(
-    numbers: dict[str, Tensor | None],
+    values: dict[str, Tensor | None],
     flags: dict[str, Tensor | None],
     bootstrap_value: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[list[Tensor | None], Tensor | None, list[Tensor | None], Tensor | None]:
-    """Checks them; the numbers in one dtype, the flags as bool."""
-    rewards = numbers["rewards"]
-    for name, x in numbers.items():
+    """Check the arguments; return values promoted to one dtype and flags as bool."""
+    rewards = values["rewards"]
+    for name, x in values.items():
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x is not None and not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating point type, got {x.dtype}")
     if rewards.dim() == 0:
         raise ValueError("rewards: expected at least one dimension, time being the last")
-    for name, x in {**numbers, **flags}.items():
+    for name, x in {**values, **flags}.items():
         if x is not None and x.shape != rewards.shape:
             raise ValueError(
                 f"{name}: expected the shape of rewards, {tuple(rewards.shape)}, got {tuple(x.shape)}"
             )
         if x is not None and x.device != rewards.device:
             raise ValueError(f"{name}: expected a tensor on {rewards.device}, got one on {x.device}")
-    if flags.get("truncated") is not None and numbers.get("next_values") is None:
+    if flags.get("truncated") is not None and values.get("next_values") is None:
         raise ValueError(
             "truncated: needs next_values: behind a truncated step, values[t + 1] belongs to another episode"
         )
-    if bootstrap_value is not None and numbers.get("next_values") is not None:
-        raise ValueError("bootstrap_value: not with next_values, whose last step tells it")
+    if bootstrap_value is not None and values.get("next_values") is not None:
+        raise ValueError("bootstrap_value: cannot be combined with next_values")
     rows = rewards.shape[:-1]
     if cu_seqlens is not None:
         if rewards.dim() != 1:
@@ -89,10 +89,10 @@ def step_arguments(
         raise ValueError(
             f"bootstrap_value: expected a number for each sequence, {tuple(rows)}, got {tuple(bootstrap_value.shape)}"
         )
-    present = [x for x in (*numbers.values(), bootstrap_value) if x is not None]
+    present = [x for x in (*values.values(), bootstrap_value) if x is not None]
     dtype = reduce(torch.promote_types, [x.dtype for x in present])
     return (
-        [None if x is None else x.to(dtype) for x in numbers.values()],
+        [None if x is None else x.to(dtype) for x in values.values()],
         None if bootstrap_value is None else bootstrap_value.to(dtype),
         [None if x is None else x.bool() for x in flags.values()],
         cu_seqlens,
@@ -119,13 +119,13 @@ def gae(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Generalised advantage estimation: advantages :math:`A` and returns :math:`A + V`, in one kernel.
+    r"""Compute generalised advantage estimation: advantages :math:`A` and returns :math:`A + V`, in one kernel.
 
     .. math:: \delta_t = r_t + \gamma (1 - \mathrm{terminated}_t) V_{t+1} - V_t, \qquad
               A_t = \delta_t + \gamma \lambda (1 - \mathrm{terminated}_t) (1 - \mathrm{truncated}_t) A_{t+1}
 
-    The results are linear in rewards and values and carry exact gradients where these require them; as targets of
-    a policy loss they are meant without: call under `torch.no_grad()` or give `values.detach()`.
+    The results are linear in rewards and values and carry exact gradients where these require them; targets of a policy
+    loss should have none: call under `torch.no_grad()` or give `values.detach()`.
 
     Args:
         rewards: :math:`r`, shape `(..., T)`, time being the last dimension; float32, float64, bfloat16, float16.
@@ -139,15 +139,15 @@ def gae(
         bootstrap_value: :math:`V(s_T)` behind the last step, shape `(...)`. Default: 0.
         mask: bool, same shape; where False there is no step: the steps around it are neighbours, the results 0.
             Default: everywhere True.
-        cu_seqlens: int32 or int64 `(S + 1)`, from 0 to N: sequences packed one behind the other in tensors `(N)`;
-            `bootstrap_value` then is `(S)`. Default: none.
+        cu_seqlens: int32 or int64 `(S + 1)`, from 0 to N: sequences packed into tensors `(N)`; `bootstrap_value` then
+            is `(S)`. Default: none.
 
     Returns:
         Advantages and returns, of the shape of rewards and the wider type of rewards and values.
 
     Raises:
-        ValueError, TypeError: for shapes, types and options other than these, naming the argument. Offsets are
-            checked on the CPU; on CUDA, where that would wait for the device, nothing outside is touched.
+        ValueError, TypeError: for unsupported shapes, types and options, naming the argument. Offsets are checked on
+            the CPU; on CUDA, where checking would synchronise, nothing out of bounds is read.
 
     Source: https://arxiv.org/abs/1506.02438; terminated and truncated as in gymnasium and TorchRL, masks as in verl.
     """
@@ -172,7 +172,7 @@ def td_lambda_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    r"""TD(:math:`\lambda`) returns, the targets of a value function.
+    r"""Compute TD(:math:`\lambda`) returns, the targets of a value function.
 
     .. math:: G_t = r_t + \gamma (1 - \mathrm{terminated}_t) \left[(1 - \lambda) V_{t+1} + \lambda G_{t+1}\right]
 
@@ -206,7 +206,7 @@ def discounted_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    r"""Discounted sums of future rewards (reward to go).
+    r"""Compute discounted sums of future rewards (reward to go).
 
     .. math:: G_t = r_t + \gamma (1 - \mathrm{terminated}_t)\, G_{t+1}
 
@@ -248,7 +248,7 @@ def vtrace(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""V-trace: value targets :math:`v` and policy gradient advantages of off-policy steps, without gradients.
+    r"""Compute V-trace: value targets :math:`v` and policy gradient advantages of off-policy steps, without gradients.
 
     With :math:`\rho_t = \min(\bar\rho, e^{\ell_t})`, :math:`c_t = \lambda \min(1, e^{\ell_t})` and continuation
     :math:`d_t = (1 - \mathrm{terminated}_t)(1 - \mathrm{truncated}_t)`,
@@ -301,13 +301,13 @@ def n_step_returns(
     next_values: Tensor | None = None,
     bootstrap_value: Tensor | None = None,
 ) -> Tensor:
-    r"""n-step returns: discounted rewards, then the bootstrapped value.
+    r"""Compute returns over n steps: discounted rewards, then the bootstrapped value.
 
     .. math:: G_t = \sum_{k=0}^{n-1} \gamma^k r_{t+k} + \gamma^n V_{t+n}
 
     ended early by a terminated step, behind which nothing follows, by a truncated step and by the last one, behind
-    which their own next value does. Windows are put together from halves, about :math:`\log_2 n` passes and no
-    difference of sums, so that nothing cancels.
+    which their own next value does. Windows are composed of halves in about :math:`\log_2 n` passes, without
+    differences of sums, so that nothing cancels.
 
     Args:
         rewards, values, terminated, truncated: as for `gae`, shape `(..., T)`.
@@ -345,32 +345,32 @@ def n_step_returns(
     if after is None:
         end = torch.zeros_like(v[..., :1]) if last is None else last.unsqueeze(-1)
         after = torch.cat([v[..., 1:], end], -1)
-    # step t takes what follows, x, to add + keep x
-    keep, add = torch.full_like(r, gamma), r
+    # step t maps the return x of its successor to add + decay * x
+    decay, add = torch.full_like(r, gamma), r
     if trunc is not None:
         add = torch.where(trunc, r + gamma * after, r)
-        keep = torch.where(trunc, 0.0, keep)
+        decay = torch.where(trunc, 0.0, decay)
     if term is not None:
-        add, keep = torch.where(term, r, add), torch.where(term, 0.0, keep)
+        add, decay = torch.where(term, r, add), torch.where(term, 0.0, decay)
 
     def later(x: Tensor, count: int, behind: float) -> Tensor:
-        """x one window on; behind the last step a window is empty."""
+        """Shift x by one window; the windows behind the last step are empty."""
         return torch.cat([x[..., count:], torch.full_like(x[..., :count], behind)], -1)
 
     n = min(n, steps)
-    window_keep = window_add = None
+    window_decay = window_add = None
     done, size = 0, 1
     while True:
         if n & size:
-            if window_keep is None:
-                window_keep, window_add = keep, add
+            if window_decay is None:
+                window_decay, window_add = decay, add
             else:
-                window_add = window_add + window_keep * later(add, done, 0.0)
-                window_keep = window_keep * later(keep, done, 1.0)
+                window_add = window_add + window_decay * later(add, done, 0.0)
+                window_decay = window_decay * later(decay, done, 1.0)
             done += size
         if done == n:
             break
-        add, keep = add + keep * later(add, size, 0.0), keep * later(keep, size, 1.0)
+        add, decay = add + decay * later(add, size, 0.0), decay * later(decay, size, 1.0)
         size *= 2
     reached = torch.cat([after[..., n - 1 :], after[..., -1:].expand(*after.shape[:-1], n - 1)], -1)
-    return (window_add + window_keep * reached).to(dtype)
+    return (window_add + window_decay * reached).to(dtype)

@@ -1,4 +1,4 @@
-"""Losses of rankings of several answers to one prompt."""
+"""Reward model losses on rankings of completions to one prompt."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def _of_kind(rewards, ranks, kind):
 
 
 def _fake(rewards, ranks, kind):
-    high = accumulation_dtype(rewards.dtype)
+    acc_dtype = accumulation_dtype(rewards.dtype)
     rows, n = rewards.shape
     return (
-        rewards.new_empty([rows], dtype=high),
-        rewards.new_empty([rows], dtype=high),
-        rewards.new_empty([rows, _state_width(kind, n)], dtype=high),
+        rewards.new_empty([rows], dtype=acc_dtype),
+        rewards.new_empty([rows], dtype=acc_dtype),
+        rewards.new_empty([rows, _state_width(kind, n)], dtype=acc_dtype),
     )
 
 
@@ -61,7 +61,7 @@ def k_way_ranking_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Reward model loss on a ranking of K completions: all pairs, or Plackett-Luce.
+    r"""Compute a reward model's loss on a ranking of K completions: all pairs, or Plackett-Luce.
 
     With rewards :math:`r` and ranks, of which the smaller is the better, a row's loss is
 
@@ -72,14 +72,14 @@ def k_way_ranking_loss(
                    likelihood of choosing the best, then the best of the rest, and so on
     =============  =================================================================================================
 
-    Ties are not compared. Nothing of K x K is stored.
+    Ties are not compared. No K x K matrix is stored.
 
     Args:
         rewards: shape `(..., K)`; float32, float64, bfloat16 or float16.
         ranks: same shape, any real type, without gradient; compared in float32 (float64 for float64 rewards), NaN: not
             ranked.
         kind: `"bradley_terry"` or `"plackett_luce"`. Default: `"bradley_terry"`.
-        mask: flags of the answers that count, same shape; others count nothing whatever they hold. Default: all.
+        mask: flags of the completions that count, same shape; others are ignored, even if NaN. Default: all.
         reduction: `"none"`, `"mean"` over the rows in which there is a pair to compare (0 if there is none) or
             `"sum"`. Default: `"mean"`.
 
@@ -87,9 +87,9 @@ def k_way_ranking_loss(
         A scalar, or for `"none"` a tensor of shape `(...)`, 0 for rows without pairs.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
-    Source: Ouyang et al., https://arxiv.org/abs/2203.02155 (K answers, one mean over their pairs); Plackett 1975.
+    Source: Ouyang et al., https://arxiv.org/abs/2203.02155 (K completions, one mean over their pairs); Plackett 1975.
     """
     mode = check_reduction(reduction)
     kind_number = _KINDS[choice("kind", kind, tuple(_KINDS))]
@@ -101,8 +101,8 @@ def k_way_ranking_loss(
     check_real(ranks=ranks, mask=mask)
     for name, t in (("ranks", ranks), ("mask", mask)):
         check_same_shape(name, t, "rewards", rewards)
-    high = accumulation_dtype(rewards.dtype)
-    places = ranks.detach().to(high)
+    acc_dtype = accumulation_dtype(rewards.dtype)
+    places = ranks.detach().to(acc_dtype)
     if mask is not None:
         places = torch.where(mask != 0, places, math.nan)
     rows, n = math.prod(rewards.shape[:-1]), rewards.shape[-1]
@@ -128,26 +128,26 @@ def bradley_terry_loss(
     center_coefficient: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Pairwise loss of a reward model (Bradley and Terry), with margin, weight, smoothing and centering.
+    r"""Compute the pairwise Bradley-Terry loss of a reward model, with margin, weight, smoothing and centering.
 
     With :math:`u = r_c - r_r - m` the loss of a pair is
 
     .. math:: w \left[-(1 - \varepsilon) \log \sigma(u) - \varepsilon \log \sigma(-u) + k\, (r_c + r_r)^2\right]
 
     Args:
-        chosen, rejected: rewards :math:`r_c` and :math:`r_r`, of one shape, mostly `(N)`; float32, float64, bfloat16
+        chosen, rejected: rewards :math:`r_c` and :math:`r_r`, of one shape, usually `(N)`; float32, float64, bfloat16
             or float16.
         margin: :math:`m`, same shape. Default: 0.
-        weight: :math:`w`, same shape; pairs of weight 0 count nothing whatever they hold. Default: 1.
+        weight: :math:`w`, same shape; pairs of weight 0 are ignored, even if NaN. Default: 1.
         label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
-        center_coefficient: :math:`k`, draws the rewards towards a mean of 0. Default: 0.
-        reduction: `"none"`, `"mean"` (over the pairs, whatever their weights) or `"sum"`. Default: `"mean"`.
+        center_coefficient: :math:`k`, pulls the rewards towards a mean of 0. Default: 0.
+        reduction: `"none"`, `"mean"` (over the pairs, regardless of their weights) or `"sum"`. Default: `"mean"`.
 
     Returns:
         A scalar, or for `"none"` a tensor of the shape of the inputs.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: Bradley and Terry 1952; margin, weight and smoothing https://arxiv.org/abs/2401.06080; `RewardTrainer` of
     TRL (`center_rewards_coefficient`).

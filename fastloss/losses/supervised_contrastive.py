@@ -29,7 +29,7 @@ _pairs = PairsOp("contrastive_pairs", reference.contrastive.pairs)
 def _among(
     x: Tensor, keys: Tensor | None, labels: Tensor, key_labels: Tensor | None, offset: int | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Labels of rows and of keys, the key that a row is itself, and how many others have its label."""
+    """Return labels of rows and of keys, the key that a row is itself, and how many others have its label."""
     labels = labels_of_rows(labels, x)
     if keys is None:
         if key_labels is not None:
@@ -47,7 +47,7 @@ def _among(
 
 
 def class_sizes(labels: Tensor, among: Tensor) -> Tensor:
-    """Of each label, how often it is there."""
+    """Return for each label how often it occurs in `among`."""
     order, labels = among.sort().values, labels.contiguous()
     return torch.searchsorted(order, labels, right=True) - torch.searchsorted(order, labels)
 
@@ -64,7 +64,7 @@ def sup_con_loss(
     key_labels: Tensor | None = None,
     label_offset: int | None = 0,
 ) -> Tensor:
-    r"""Supervised contrastive loss: contrasts each row with the rows of its class against all others.
+    r"""Compute the supervised contrastive loss: contrasts each row with the rows of its class against all others.
 
     With :math:`s = \cos / \tau` and the other rows :math:`P_i` of its class, row :math:`i` has
 
@@ -80,18 +80,18 @@ def sup_con_loss(
             their `sample_weight`.
         sample_weight: `(B)`, a weight for each row. Default: 1.
         normalize: divide each row by its length first; False: :math:`s = \langle x_i, x_a \rangle / \tau`.
-        keys: `(N, D)`, of the features' type: what rows are compared with in place of the batch, such as the rows
-            of several processes or of earlier batches. Default: `features`.
+        keys: `(N, D)`, of the features' type: the rows to compare with instead of the batch, such as the rows of
+            several processes or of earlier batches. Default: `features`.
         key_labels: `(N)` integers, with `keys`.
         label_offset: row :math:`i` is itself the key :math:`i +` offset; None: rows are not among the keys.
             Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the features' type (float32 under autocast, where
-        the products are done in the autocast type).
+        A scalar, or for `"none"` one number for each row, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: https://arxiv.org/abs/2004.11362; `SupConLoss` of pytorch-metric-learning.
     """
@@ -125,7 +125,7 @@ def pair_nt_xent_loss(
     key_labels: Tensor | None = None,
     label_offset: int | None = 0,
 ) -> Tensor:
-    r"""NT-Xent over all positive pairs of a labelled batch, as pytorch-metric-learning defines it.
+    r"""Compute NT-Xent over all positive pairs of a labelled batch, as pytorch-metric-learning defines it.
 
     With :math:`s = \cos / \tau`, the other rows :math:`P_i` of its class and the rows :math:`N_i` of other
     classes, row :math:`i` has
@@ -143,18 +143,18 @@ def pair_nt_xent_loss(
             pairs of `sample_weight`.
         sample_weight: `(B)`, a weight for the pairs of each row. Default: 1.
         normalize: divide each row by its length first; False: :math:`s_{ij} = \langle x_i, x_j \rangle / \tau`.
-        keys: `(N, D)`, of the embeddings' type: what rows are paired with in place of the batch, such as the rows
-            of several processes or of earlier batches. Default: `embeddings`.
+        keys: `(N, D)`, of the embeddings' type: the rows to pair with instead of the batch, such as the rows of several
+            processes or of earlier batches. Default: `embeddings`.
         key_labels: `(N)` integers, with `keys`.
         label_offset: row :math:`i` is itself the key :math:`i +` offset; None: rows are not among the keys.
             Default: 0.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the features' type (float32 under autocast, where
-        the products are done in the autocast type).
+        A scalar, or for `"none"` one number for each row, of the features' type (float32 under autocast, where the
+        GEMMs run in the autocast dtype).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: https://arxiv.org/abs/2002.05709 over the pairs of classes, as `NTXentLoss` of pytorch-metric-learning;
     without the constant that bounds its logarithm.
@@ -179,7 +179,7 @@ def nt_xent_loss(
     sample_weight: Tensor | None = None,
     normalize: bool = True,
 ) -> Tensor:
-    r"""SimCLR's NT-Xent: contrasts the two views of each sample against all other samples.
+    r"""Compute SimCLR's NT-Xent loss: contrasts the two views of each sample against all other samples.
 
     With the :math:`2 B` rows :math:`z = (z_1, z_2)`, :math:`s = \cos / \tau` and the other view :math:`p_i`,
     row :math:`i` has :math:`\log \sum_{a \ne i} e^{s_{ia}} - s_{i p_i}`.
@@ -193,10 +193,10 @@ def nt_xent_loss(
 
     Returns:
         A scalar, or for `"none"` the losses of the rows of `z1` and then of `z2`, `(2 B)`, of the features' type
-        (float32 under autocast, where the products are done in the autocast type).
+        (float32 under autocast, where the GEMMs run in the autocast dtype).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: https://arxiv.org/abs/2002.05709.
     """

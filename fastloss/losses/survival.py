@@ -1,4 +1,4 @@
-"""Losses of survival times, some of them censored: sorted once, then one scan along the cohort each way."""
+"""Losses of censored survival times: one sort, then one scan along the cohort in each direction."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _survival = Op("survival", _terms, _fake, tensors=6)
 
 
 def _cohort(name: str, score: Tensor, mode: str, **others: Tensor | None) -> Tensor:
-    """Checks shapes and types; the score with the shape of the durations."""
+    """Check shapes and dtypes; return the score in the shape of the durations."""
     check_reduction(mode)
     check_tensor(name, score)
     check_tensors(score, **others)
@@ -75,7 +75,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _numbered(*keys: Tensor) -> Tensor:
-    """Along the last dimension, the same number to neighbours with equal keys, the next to the next."""
+    """Return the index of the run of equal keys that each element belongs to, along the last dimension."""
     new = torch.zeros_like(keys[0], dtype=torch.bool)
     for key in keys:
         new[..., 1:] |= key[..., 1:] != key[..., :-1]
@@ -83,7 +83,7 @@ def _numbered(*keys: Tensor) -> Tensor:
 
 
 def _reduced(loss: Tensor, mode: str, count: Tensor | int, score: Tensor) -> Tensor:
-    """Of the terms, or of their sum."""
+    """Reduce the terms, or their sum, and return the dtype of the score."""
     if mode == "none":
         loss = loss.reshape(score.shape)
     elif mode == "mean":
@@ -100,13 +100,13 @@ def cox_ph_loss(
     strata: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Negative log of Cox's partial likelihood, for a proportional hazards model.
+    r"""Compute the negative log of Cox's partial likelihood, for a proportional hazards model.
 
     .. math:: L = -\frac{1}{E} \sum_{i: \delta_i = 1} \Big(h_i - \log \sum_{j: T_j \ge T_i} e^{h_j}\Big)
 
     with :math:`E` the number of events. Of :math:`d` events at the same time, Efron's approximation gives the l-th,
     :math:`l = 0, \ldots, d - 1` as they stand in the input, :math:`\log(R - \tfrac{l}{d} D)` in the place of
-    :math:`\log R`, with :math:`R` the sum over the risk set and :math:`D` that over the tied events. Exact for any
+    :math:`\log R`, with :math:`R` the sum over the risk set and :math:`D` that over the tied events. Accurate for any
     range of :math:`h`: sums are kept relative to a running maximum, in float64.
 
     Args:
@@ -123,7 +123,7 @@ def cox_ph_loss(
         A scalar, or for `"none"` a tensor of shape `(..., N)`.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: Cox, https://doi.org/10.1111/j.2517-6161.1972.tb00899.x; Breslow 1974; Efron 1977. Names as in pycox
     (`pycox.models.loss.cox_ph_loss`), which neglects ties.
@@ -153,14 +153,14 @@ def dart_loss(
     beta: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Rank regression of an accelerated failure time model, DART.
+    r"""Compute the DART loss: rank regression of an accelerated failure time model.
 
     With residuals :math:`e_i = \log T_i - \theta_i`,
 
     .. math:: L = \frac{1}{N^2} \sum_i \sum_j \delta_i \max(0, e_j - e_i) + \frac{\alpha}{N} \sum_i e_i^2
               + \frac{\beta}{N} \sum_i \theta_i^2
 
-    In :math:`O(N \log N)`, exactly: the residuals are sorted, and of the N x N differences nothing is stored.
+    In :math:`O(N \log N)`, exactly: the residuals are sorted; no N x N matrix is stored.
 
     Args:
         theta: :math:`\theta`, the predicted log of the time, shape `(..., N)`, or `(..., N, 1)` as a network's only
@@ -175,7 +175,7 @@ def dart_loss(
         A scalar, or for `"none"` a tensor of shape `(..., N)`.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: Lee et al., https://arxiv.org/abs/2307.08044, and its released code.
     """

@@ -29,11 +29,11 @@ __all__ = [
 
 
 STATISTICS = abi.fact("token_stats", "outputs")
-"""Entropy, lse, log_sum_p2, mean_logit; behind them stand the log-probabilities, then the flags."""
+"""The outputs of a row: entropy, lse, log_sum_p2, mean_logit, then K log-probabilities, then K flags."""
 
 
 class TokenStats(NamedTuple):
-    """What `token_stats` returns; each of the shape of the rows, `logp` and `is_top1` of the index's."""
+    """The result of `token_stats`: each of the shape of the rows, `logp` and `is_top1` of the index's shape."""
 
     logp: Tensor | None
     entropy: Tensor
@@ -43,31 +43,31 @@ class TokenStats(NamedTuple):
     is_top1: Tensor | None
 
 
-def _planes_of(s: Any, index: Tensor | None, everything: bool) -> Tensor:
-    """Return the outputs of the operators, [4 + 2 K, ...], from those of the reference."""
+def _as_outputs(s: Any, index: Tensor | None, everything: bool) -> Tensor:
+    """Stack the reference's statistics as the operators' outputs, [4 + 2 K, ...]."""
     nothing = torch.zeros_like(s.entropy)
-    planes = (
+    outputs = (
         [s.entropy, s.lse, s.log_sum_p2, s.mean_logit] if everything else [s.entropy, s.lse, nothing, nothing]
     )
     if index is not None:
-        planes += [*s.logp.unbind(-1), *s.is_top1.to(s.entropy.dtype).unbind(-1)]
-    return torch.stack(planes)
+        outputs += [*s.logp.unbind(-1), *s.is_top1.to(s.entropy.dtype).unbind(-1)]
+    return torch.stack(outputs)
 
 
 def _reference(logits, index, mask, scale, cap, everything):
     s = reference.token_stats(logits, index, 1 / scale, mask=mask, softcap=cap / scale if cap else None)
-    return _planes_of(s, index, everything)
+    return _as_outputs(s, index, everything)
 
 
 def _fake(logits, index, mask, scale, cap, everything):
-    high = accumulation_dtype(logits.dtype)
+    acc_dtype = accumulation_dtype(logits.dtype)
     rows = list(logits.shape[:-1])
     count = 1
     for size in rows:
         count = count * size
-    planes = STATISTICS + (2 * index.shape[-1] if index is not None else 0)
-    return logits.new_empty([planes, *rows], dtype=high), logits.new_empty(
-        [count, state_width("token_stats")], dtype=high
+    outputs = STATISTICS + (2 * index.shape[-1] if index is not None else 0)
+    return logits.new_empty([outputs, *rows], dtype=acc_dtype), logits.new_empty(
+        [count, state_width("token_stats")], dtype=acc_dtype
     )
 
 
@@ -93,7 +93,7 @@ def _check(logits: Tensor, index: Tensor | None, mask: Tensor | None, index_name
         raise RuntimeError(f"mask: expected shape {tuple(rows)}, got {tuple(mask.shape)}")
 
 
-def _run(
+def _call_stats(
     logits: Tensor,
     index: Tensor | None,
     mask: Tensor | None,
@@ -114,23 +114,23 @@ def _run(
 def log_probs_of(
     logits: Tensor, index: Tensor, mask: Tensor | None, temperature: float = 1.0, index_name: str = "index"
 ) -> Tensor:
-    """Log-probabilities of the classes `index` [..., K]; 0 in rows where `mask` is False."""
-    planes = _run(logits, index, mask, temperature, None, False, index_name)
-    return planes[STATISTICS : STATISTICS + index.shape[-1]].movedim(0, -1)
+    """Return the log-probabilities of the classes `index` [..., K]; 0 in rows where `mask` is False."""
+    outputs = _call_stats(logits, index, mask, temperature, None, False, index_name)
+    return outputs[STATISTICS : STATISTICS + index.shape[-1]].movedim(0, -1)
 
 
-def stats_of_planes(planes: Tensor, index: Tensor | None) -> TokenStats:
-    """Planes [4 + 2 K, ...] by name."""
-    logp = top = None
+def _named(outputs: Tensor, index: Tensor | None) -> TokenStats:
+    """Return the outputs [4 + 2 K, ...] by name."""
+    logp = is_top1 = None
     if index is not None:
-        several = planes[STATISTICS:].movedim(0, -1)
+        several = outputs[STATISTICS:].movedim(0, -1)
         count = several.shape[-1] // 2
-        logp, top = (
+        logp, is_top1 = (
             several[..., :count].reshape(index.shape),
             several[..., count:].detach().reshape(index.shape) > 0,
         )
-    entropy, lse, log_sum_p2, mean_logit = planes[:STATISTICS].unbind(0)
-    return TokenStats(logp, entropy, lse, log_sum_p2, mean_logit, top)
+    entropy, lse, log_sum_p2, mean_logit = outputs[:STATISTICS].unbind(0)
+    return TokenStats(logp, entropy, lse, log_sum_p2, mean_logit, is_top1)
 
 
 def label_log_probs(
@@ -140,9 +140,9 @@ def label_log_probs(
     temperature: float,
     labels_name: str,
 ) -> Tensor:
-    """Log-probability of one class of each row, `labels` [...]; 0 where it is `ignore_index`, a row that is not read.
+    """Return the log-probability of each row's label [...]; 0 where it is `ignore_index`, a row that is not read.
 
-    That is what cross-entropy is made of, with the label's class kept apart from the sum over the others.
+    It is the negative cross-entropy, which keeps the label's class apart from the sum over the others.
     """
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
     ignored = NO_INDEX if ignore_index is None else ignore_index
@@ -175,7 +175,7 @@ def token_stats(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> TokenStats:
-    r"""Statistics of every row of logits from one read, with one joint backward.
+    r"""Compute log-probabilities, entropy and other statistics of logits from one read, with a joint backward.
 
     With :math:`z = c \tanh(x / c) / T` (temperature `T`, softcap `c`; without softcap :math:`z = x / T`) and
     :math:`p = \mathrm{softmax}(z)`:
@@ -198,23 +198,23 @@ def token_stats(
 
     Returns:
         The named tuple `(logp, entropy, lse, log_sum_p2, mean_logit, is_top1)`, of shape `[...]` each, `logp` and
-        `is_top1` of the index's shape (None without an index), float32 for half types. `is_top1` says whether no
-        class is more probable.
+        `is_top1` of the index's shape (None without an index), float32 for half-precision dtypes. `is_top1` says
+        whether no class is more probable.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        TypeError, ValueError, RuntimeError: for invalid arguments, naming the argument.
         IndexError: on the CPU for a class out of bounds; on CUDA that has `logp` NaN.
 
     Source: the joint form of TRL's `selective_log_softmax` and `entropy_from_logits`; the sum of squared
     probabilities for WPO, https://arxiv.org/abs/2406.11827.
     """
     _check(logits, index, mask)
-    planes = _run(logits, index, mask, temperature, softcap, True)
-    return stats_of_planes(planes, index)
+    outputs = _call_stats(logits, index, mask, temperature, softcap, True)
+    return _named(outputs, index)
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
-    r"""Log-probabilities of chosen classes, :math:`z_k - \log \sum_j e^{z_j}` with :math:`z = x / T`.
+    r"""Compute log-probabilities of chosen classes, :math:`z_k - \log \sum_j e^{z_j}` with :math:`z = x / T`.
 
     One read of the logits; nothing of their shape is stored. Right for any margin: the log-probability of a class
     that has all but :math:`e^{-80}` of the probability keeps its relative precision.
@@ -225,7 +225,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
         temperature: `T` > 0. Default: 1.
 
     Returns:
-        A tensor of the shape of `index`, float32 for half types.
+        A tensor of the shape of `index`, float32 for half-precision dtypes.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for `token_stats`.
@@ -239,7 +239,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
-    r"""Entropy of the softmax of each row, :math:`-\sum_j p_j \log p_j` in nats, :math:`p = \mathrm{softmax}(x / T)`.
+    r"""Compute the entropy of each row, :math:`-\sum_j p_j \log p_j` in nats with :math:`p = \mathrm{softmax}(x / T)`.
 
     One read of the logits; a logit of -inf adds nothing.
 
@@ -249,7 +249,7 @@ def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0, mask: Tenso
         mask: `[...]`, rows where it is 0 (False) are not read: their entropy is 0 and they have no gradient.
 
     Returns:
-        A tensor of shape `[...]`, float32 for half types.
+        A tensor of shape `[...]`, float32 for half-precision dtypes.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for `token_stats`.
@@ -257,7 +257,7 @@ def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0, mask: Tenso
     Source: TRL's `entropy_from_logits`, https://github.com/huggingface/trl.
     """
     _check(logits, None, mask)
-    return _run(logits, None, mask, temperature, None, False)[0]
+    return _call_stats(logits, None, mask, temperature, None, False)[0]
 
 
 def sequence_log_probs(
@@ -268,7 +268,7 @@ def sequence_log_probs(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Log-probability of each sequence, :math:`\sum_t \log p_t(y_t)` over the labels that are not ignored.
+    r"""Compute each sequence's log-probability, :math:`\sum_t \log p_t(y_t)` over the labels that are not ignored.
 
     Logits and labels are aligned: `labels[:, t]` is what `logits[:, t]` predicts. The logits are read once forward
     and once backward; rows that are ignored are not read.
@@ -281,7 +281,8 @@ def sequence_log_probs(
         temperature: divides the logits. Default: 1.
 
     Returns:
-        A tensor of shape `[...]` (`[B]`), float32 for half types; 0 for a sequence whose labels are all ignored.
+        A tensor of shape `[...]` (`[B]`), float32 for half-precision dtypes; 0 for a sequence whose labels are all
+        ignored.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for `token_stats`, with `labels` for its `index`.
@@ -301,17 +302,17 @@ def _linear_reference(inputs: LinearStatsInputs, attrs: LinearStatsAttrs) -> Ten
         inputs.input, inputs.linear_weight, inputs.index, 1 / scale, linear_bias=inputs.linear_bias, mask=inputs.mask,
         softcap=cap / scale if cap else None,
     )  # fmt: skip
-    return _planes_of(s, inputs.index, everything)
+    return _as_outputs(s, inputs.index, everything)
 
 
 _linear_stats = LinearStatsOp("linear_token_stats", _linear_reference)
 
 
-def _linear_planes(
+def _call_linear_stats(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, index: Tensor | None, mask: Tensor | None,
     temperature: float, softcap: float | None, everything: bool, names: tuple[str, str] = ("input", "index"),
 ) -> Tensor:  # fmt: skip
-    """As `token_stats`'s, [planes, rows], for rows of hidden states [rows, in_features] and index [rows, K]."""
+    """Return the outputs [4 + 2 K, rows] for hidden states [rows, in_features] and index [rows, K]."""
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
     return call_with_classes(
@@ -325,7 +326,7 @@ def _linear_planes(
 def _check_hidden(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, name: str = "input"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The arguments in the type in which they are multiplied, hidden states as rows."""
+    """Check and return the arguments, cast for autocast, with hidden states as rows."""
     check_tensor(name, input)
     if input.dim() == 0:
         raise RuntimeError(f"{name}: expected [..., in_features], got a tensor without dimensions")
@@ -354,13 +355,12 @@ def linear_token_stats(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> TokenStats:
-    r"""Log-probabilities, entropy and other statistics of the logits `input @ linear_weight.T + linear_bias`.
+    r"""Compute the statistics of `token_stats` for the logits `input @ linear_weight.T + linear_bias`, in chunks.
 
-    What `token_stats` gives for these logits (its formulas), which never exist all at once: they are made for a
-    chunk of rows, read once, and made again in backward. Nothing but six numbers of a row is kept between. Beyond
-    the gradients that takes at most 128 MiB (while one row of logits is smaller than that; on CUDA as much as the
-    weight has twice in float32, if that is more, up to 1 GiB). For DPO, KTO, GRPO and whatever needs
-    log-probabilities of a large vocabulary.
+    The formulas are those of `token_stats`. Logits are computed for a chunk of rows, read once, and computed again in
+    backward; only six numbers per row are kept in between. Beyond the gradients that takes at most 128 MiB (while one
+    row of logits is smaller than that; on CUDA as much as the weight has twice in float32, if that is more, up to 1
+    GiB). For DPO, KTO, GRPO and other losses of log-probabilities over a large vocabulary.
 
     Args:
         input: hidden states `[..., in_features]`; float32, float64, bfloat16 or float16.
@@ -377,7 +377,7 @@ def linear_token_stats(
         types.
 
     Raises:
-        TypeError, ValueError, RuntimeError: for arguments of a wrong kind, naming it.
+        TypeError, ValueError, RuntimeError: for invalid arguments, naming the argument.
         IndexError: on the CPU for a class out of bounds; on CUDA that has `logp` NaN.
 
     Source: the statistics of `token_stats` in chunks of rows, as in Liger, https://arxiv.org/abs/2410.10989.
@@ -400,15 +400,15 @@ def linear_token_stats(
         if mask.shape != shape:
             raise RuntimeError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
         mask = (mask.detach() != 0).reshape(-1)
-    planes = _linear_planes(rows, linear_weight, linear_bias, several, mask, temperature, softcap, True)
-    return stats_of_planes(planes.reshape(planes.shape[0], *shape), index)
+    outputs = _call_linear_stats(rows, linear_weight, linear_bias, several, mask, temperature, softcap, True)
+    return _named(outputs.reshape(outputs.shape[0], *shape), index)
 
 
 def linear_sequence_log_probs(
     hidden: dict[str, Tensor], labels: dict[str, Tensor], linear_weight: Tensor, linear_bias: Tensor | None,
     ignore_index: int, temperature: float, softcap: float | None,
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Of each batch of sequences: the sum of its labels' log-probabilities, and how many labels count."""
+    """Return for each batch of sequences the sums of its labels' log-probabilities and the numbers of labels."""
     rows, index = [], []
     for (name, h), (of, y) in zip(hidden.items(), labels.items(), strict=True):
         check_tensor(name, h)
@@ -433,12 +433,12 @@ def linear_sequence_log_probs(
     )
     every = torch.cat(index)
     valid = every != ignore_index
-    planes = _linear_planes(
+    outputs = _call_linear_stats(
         together, linear_weight, linear_bias, torch.where(valid, every, 0).unsqueeze(1), valid, temperature,
         softcap, False, (names[0], next(iter(labels))),
     )  # fmt: skip
     sizes = [y.numel() for y in index]
     return [
         (p.view(y.shape).sum(1), v.view(y.shape).sum(1))
-        for p, v, y in zip(planes[STATISTICS].split(sizes), valid.split(sizes), labels.values(), strict=True)
+        for p, v, y in zip(outputs[STATISTICS].split(sizes), valid.split(sizes), labels.values(), strict=True)
     ]

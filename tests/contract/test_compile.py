@@ -62,7 +62,7 @@ def test_compiles_as_one_graph(loss, case, real_device):
 @every_loss
 @pytest.mark.slow
 def test_compiles_with_inductor_inside_a_model(loss, real_device):
-    """What surrounds the loss is fused by the compiler; the loss is one operator of the graph."""
+    """The compiler fuses the code around the loss; the loss is one operator of the graph."""
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, real_device)
     names = differentiable(loss, kwargs)
 

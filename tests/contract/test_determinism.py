@@ -1,4 +1,4 @@
-"""The same call gives the same bits: at any time, with any number of threads, beside any other rows."""
+"""The same call gives the same bits: at any time, with any number of threads, next to any other rows."""
 
 from __future__ import annotations
 

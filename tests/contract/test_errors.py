@@ -1,4 +1,4 @@
-"""Bad arguments raise what PyTorch raises for them, and say which argument is meant.
+"""Bad arguments raise the error that PyTorch raises for them, and name the argument.
 
 Each valid call is spoiled in one place and given to both. Where PyTorch raises, fastloss raises the same
 type; where PyTorch accepts the call after all, fastloss gives the same value or says what is wrong.
@@ -94,7 +94,7 @@ def on(device, kwargs):
 
 
 def torch_outcome(loss, kwargs):
-    """What PyTorch does with those of the arguments that it knows; the flag says whether it knows all.
+    """Call PyTorch with those of the arguments that it knows; the flag says whether it knows all.
 
     Asked on the CPU: on a GPU a class that does not exist ends the process.
     """

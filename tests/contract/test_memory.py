@@ -103,7 +103,7 @@ def test_empty_cache(loss):
 @one_of_each_driver
 @pytest.mark.slow
 def test_limit(loss):
-    """What is cached stays within the limit whatever sizes come, and 0 caches nothing."""
+    """The cache stays within the limit for any sequence of sizes, and a limit of 0 caches nothing."""
     for limit in (0, 8 * MiB, 20 * MiB):
         memory.set_limit(limit)
         for megabytes in (2, 9, 3, 5, 12, 4, 25, 2):

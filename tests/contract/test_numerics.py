@@ -95,7 +95,7 @@ def test_any_layout(loss, case, layout, dtype, device):
 @some_dtypes
 @some_cases
 def test_upstream_gradient_in_any_layout(loss, case, dtype, device):
-    """What comes from above may be expanded (`sum().backward()`), zero, negative or strided."""
+    """The upstream gradient may be expanded (`sum().backward()`), zero, negative or strided."""
     more = {"reduction": "none"} if has_reductions(loss) else {}
     kwargs = make(loss, case, dtype, device, **more)
     value = fused(loss, kwargs, []).value

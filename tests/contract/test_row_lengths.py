@@ -1,4 +1,4 @@
-"""Rows of every length for which a device has a way of its own, more of them than there are blocks at a time.
+"""Rows of every length for which a device has its own code path, more of them than concurrent blocks.
 
 On CUDA short rows lie in registers, longer ones in shared memory while the next one is on its way, and of the
 longest a part is read twice; which thread adds what must depend on none of that but the length.

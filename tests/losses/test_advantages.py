@@ -51,7 +51,7 @@ def test_group_advantages(kind):
 
 
 def test_groups_of_any_numbers():
-    """Which integers they are changes no bit, nor do other groups or threads."""
+    """The values of the group ids, other groups and threads do not change a bit."""
     draw = InputSampler(torch.float32)
     rewards, ids = draw.normal(1000), draw.index(40, 1000)
     names = torch.randperm(40, generator=torch.Generator().manual_seed(3)) * 10**15 - 10**16

@@ -1,4 +1,4 @@
-"""Reductions of losses of samples beside their definitions, and at the edges of these."""
+"""Reductions of losses of samples against their definitions, and at the edges of these."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def value_and_gradient(function, *inputs):
 
 
 def worst_mean(losses, q):
-    """Of Python numbers: the mean of the worst, the last of them in part."""
-    left = worst = (1 - q) * len(losses)
+    """Return the mean of the largest losses, the last of them in part, from Python numbers."""
+    left = tail = (1 - q) * len(losses)
     total = 0.0
     for x in sorted(losses, reverse=True):
         take = min(1.0, left)
         total, left = total + take * x, left - take
-    return total / worst
+    return total / tail
 
 
 # ---- cvar
@@ -59,12 +59,12 @@ def test_cvar_is_the_mean_of_the_worst(q, dtype, device):
 def test_cvar_is_the_least_over_theta(device):
     x = InputSampler(torch.float64, device).normal(101)
     for q in (0.3, 0.85, 0.96):
-        least = min(FL.cvar_loss(x, q, theta).item() for theta in x.tolist())
-        assert FL.cvar_loss(x, q).item() == pytest.approx(least, rel=1e-12)
+        minimum = min(FL.cvar_loss(x, q, theta).item() for theta in x.tolist())
+        assert FL.cvar_loss(x, q).item() == pytest.approx(minimum, rel=1e-12)
 
 
 def test_cvar_shares_ties(device):
-    """What is at the edge weighs the same wherever it stands."""
+    """Losses at the edge of the tail have the same weight in any order."""
     x = torch.tensor([2.0, 1.0, 2.0, 5.0, 0.0, 2.0, -1.0, -0.0], device=device)
     value, dx = value_and_gradient(
         lambda y: FL.cvar_loss(y, 0.75), x
@@ -134,7 +134,7 @@ def test_chi2_from_the_mean_to_the_largest(device):
 
 
 def test_chi2_keeps_a_small_spread(device):
-    """The deviation of losses that are close together, beside one that is far below."""
+    """The deviation of losses that are close together, next to one that is far below."""
     x = (5 + 1e-3 * InputSampler(torch.float64, device).normal(2000)).float()
     x[7] = 0.0
     wide = x.double()

@@ -111,7 +111,7 @@ def test_chunks_change_no_row(loss, monkeypatch):
 
 
 def test_a_chunk_has_room_for_what_stands_beside_it(monkeypatch):
-    """What a shape allocates beyond its products is counted."""
+    """Elements that a transform allocates beyond its products count."""
     seen = []
     monkeypatch.setattr(chunked_linear, "rows_of_a_chunk", lambda width, *_: seen.append(width) or 4)
     x, w, y = problem()

@@ -1,4 +1,4 @@
-"""Softmax focal loss beside its definition in high precision, and where the usual form breaks."""
+"""Softmax focal loss against its definition in high precision, and where the usual form breaks."""
 
 from __future__ import annotations
 

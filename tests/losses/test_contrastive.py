@@ -1,4 +1,4 @@
-"""What the contrastive losses promise beside the general contract."""
+"""Promises of the contrastive losses beyond the general contract."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_threads_and_tiles(loss, threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_rows_that_share_only_keys(dtype):
-    """On the CPU a row's bits do not depend on the rows beside it."""
+    """On the CPU a row's bits do not depend on its neighbours."""
     q, k = features(50, dtype=dtype), features(400, seed=1, dtype=dtype)
     labels, key_labels = torch.arange(50) % 5, torch.arange(400) % 8
     calls = (
@@ -318,7 +318,7 @@ def test_weights_that_lie_apart(function, device):
 @every
 @some_dtypes
 def test_several_blocks(loss, dtype, device, monkeypatch):
-    """What rows and columns add up over blocks of a matrix, the last of which are smaller."""
+    """Rows and columns are summed over blocks of a matrix, the last of which are smaller."""
     shape = (131, *loss.shapes[-1][1:])
     for case in loss.cases:
         whole = assert_right(loss, make(loss, case, dtype, device, shape))

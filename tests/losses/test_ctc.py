@@ -1,4 +1,4 @@
-"""What is particular to CTC: torch's own answers, all alignments by hand, what has none, lengths and blanks."""
+"""CTC: torch's own results, all alignments by hand, inputs without alignment, lengths and blanks."""
 
 from __future__ import annotations
 

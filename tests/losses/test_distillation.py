@@ -1,4 +1,4 @@
-"""Divergences of logits: their conventions, their ends, and what has probability 0."""
+"""Divergences of logits: their conventions, their end points, and classes of probability 0."""
 
 from __future__ import annotations
 

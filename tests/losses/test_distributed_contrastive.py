@@ -325,7 +325,7 @@ def check_profile(rank, size):
 
 
 def check_group(rank, size):
-    """Of ranks whose numbers in the group are others; a third takes no part."""
+    """Ranks with other numbers in their group; a third process takes no part."""
     pair = dist.new_group([1, 2])
     if rank == 0:
         with pytest.raises(RuntimeError, match="not one of its ranks"):

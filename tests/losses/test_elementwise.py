@@ -43,7 +43,7 @@ def test_sigmoid_focal_loss_is_torchvisions(alpha, gamma, device):
 
 
 def test_sigmoid_focal_loss_of_classes(device):
-    """Classes are their one-hot encoding; background is no column, ignored rows count nothing, even NaN ones."""
+    """Classes are their one-hot encoding; background is no column, ignored rows have no effect, even if NaN."""
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     classes = torch.tensor([0, 2, 3, 1, -100, 3])
     x[4] = torch.nan
@@ -76,7 +76,7 @@ def test_gradient_of_forward_and_of_backward_have_the_same_bits(dtype, device):
             assert same_bits(sigmoid_focal_loss(x, y, gamma=gamma, reduction="mean"), value)
 
 
-# ---- beside torch's functions ---------------------------------------------------------------------------
+# ---- against torch's functions --------------------------------------------------------------------------
 
 TORCHS = {
     "mse_loss": {},
@@ -93,7 +93,7 @@ TORCHS = {
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("name", TORCHS)
 def test_as_torch(name, reduction, device):
-    """Values and both gradients, at and beside the places where the formulas change."""
+    """Values and both gradients, at and next to the places where the formulas change."""
     g = torch.Generator().manual_seed(0)
     x = torch.rand(40, 30, generator=g, dtype=torch.float64)
     y = torch.rand(40, 30, generator=g, dtype=torch.float64)

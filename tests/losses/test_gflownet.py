@@ -1,4 +1,4 @@
-"""What is particular to the balance of flows: its formulas, its gradient, states without actions."""
+"""Detailed balance: its formulas, its gradient, states without actions."""
 
 from __future__ import annotations
 

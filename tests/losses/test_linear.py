@@ -217,15 +217,15 @@ def test_gradients_of_one_are_left_alone(device):
 def test_chunks_on_cuda():
     """As large as the weight in float32, from 116 MiB to 1 GiB, and then at most 4096 rows."""
 
-    def rows(classes, features, dtype=torch.bfloat16, asked=0):
-        return chunked_linear.rows_of_a_chunk(classes, features, dtype, False, asked)
+    def rows(classes, features, dtype=torch.bfloat16, limit=0):
+        return chunked_linear.rows_of_a_chunk(classes, features, dtype, False, limit)
 
     assert rows(128256, 4096) == 4096
     assert rows(262144, 4096) == 2048
     assert rows(128256, 4096, torch.float32) == 2048
     assert rows(32000, 256) == (116 << 20) // (32000 * 2 + 64) // 128 * 128
     assert rows(1000, 64) == (116 << 20) // 2064 // 128 * 128
-    assert rows(128256, 4096, asked=384) == 384
+    assert rows(128256, 4096, limit=384) == 384
 
 
 @beside_torchs

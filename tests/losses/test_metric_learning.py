@@ -1,4 +1,4 @@
-"""What the losses of pairs and triplets promise beside the general contract."""
+"""Promises of the losses of pairs and triplets beyond the general contract."""
 
 from __future__ import annotations
 

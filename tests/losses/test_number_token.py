@@ -1,4 +1,4 @@
-"""Number token losses beside loops over their definitions, and their conventions."""
+"""Number token losses against loops over their definitions, and their conventions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def draw(*shape, device="cpu"):
 
 def squashed(gap, factor):
     gaps = (VALUES[:, None] - VALUES).abs()
-    least, most = gaps[gaps > 0].min(), gaps.max()
-    return 0.0 if gap == 0 else 1 + (gap - least) * (factor - 1) / (most - least)
+    low, high = gaps[gaps > 0].min(), gaps.max()
+    return 0.0 if gap == 0 else 1 + (gap - low) * (factor - 1) / (high - low)
 
 
 def one(logits, label, kind, reweigh, factor):
@@ -39,11 +39,11 @@ def one(logits, label, kind, reweigh, factor):
     q = logits[IDS].softmax(0)
     if kind == "wasserstein":
         gaps = [(v - y).abs() if factor is None else squashed((v - y).abs(), factor) for v in VALUES]
-        loss, most = sum(p * g for p, g in zip(q, gaps, strict=True)), factor or 4.0
+        loss, max_distance = sum(p * g for p, g in zip(q, gaps, strict=True)), factor or 4.0
     else:
-        loss, most = ((q * VALUES).sum() - y) ** 2, 16.0
+        loss, max_distance = ((q * VALUES).sum() - y) ** 2, 16.0
     mass = logits.softmax(0)[IDS].sum()
-    return loss * mass + 1.01 * most * (1 - mass) if reweigh else loss
+    return loss * mass + 1.01 * max_distance * (1 - mass) if reweigh else loss
 
 
 @pytest.mark.parametrize("shape", [(8,), (3, 5)])

@@ -1,4 +1,4 @@
-"""The recipes beside loops over their definitions."""
+"""The recipes against loops over their definitions."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_cringe_draws_among_the_top_k_without_the_negative():
     losses = recipes.cringe_loss(logits, labels, top_k=2, reduction="none", generator=generator)
     against = F.softplus(torch.tensor([4.0 - 5.0, 4.0 - 3.0]))
     assert torch.isin(losses, against).all()
-    share = (losses == against[0]).double().mean()
-    assert abs(share - torch.tensor([5.0, 3.0]).softmax(0)[0]) < 0.02
+    fraction = (losses == against[0]).double().mean()
+    assert abs(fraction - torch.tensor([5.0, 3.0]).softmax(0)[0]) < 0.02
 
 
 def test_cringe_detaches_the_positive():

@@ -1,4 +1,4 @@
-"""Advantages and returns beside a plain loop over steps, for every way of ending and packing episodes."""
+"""Advantages and returns against a plain loop over steps, for every way of ending and packing episodes."""
 
 from __future__ import annotations
 
@@ -203,7 +203,10 @@ def test_layouts_empty_sizes_and_mixed_types(device):
         ({"terminated": torch.zeros(7, dtype=torch.bool)}, "terminated"),
         ({"truncated": torch.zeros(3, 7, dtype=torch.bool)}, "needs next_values"),
         ({"bootstrap_value": torch.zeros(4)}, "bootstrap_value"),
-        ({"bootstrap_value": torch.zeros(3), "next_values": torch.zeros(3, 7)}, "not with next_values"),
+        (
+            {"bootstrap_value": torch.zeros(3), "next_values": torch.zeros(3, 7)},
+            "cannot be combined with next_values",
+        ),
         ({"cu_seqlens": torch.tensor([0, 7])}, "one dimension"),
         ({"gamma": 1.5}, "gamma"),
         ({"lam": -0.1}, "lam"),

@@ -1,4 +1,4 @@
-"""Losses of rankings beside their definitions, pair by pair and choice by choice."""
+"""Losses of rankings against their definitions, pair by pair and choice by choice."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_extreme_margins(kind, dtype, device):
 
 @every_kind
 def test_nothing_to_compare(kind, device):
-    """Ties alone, nothing left by the mask, one answer, no answer: 0 and differentiable."""
+    """Ties alone, nothing left by the mask, one completion, no completion: 0 and differentiable."""
     for shape in ((3, 4), (3, 1), (3, 0), (0, 4)):
         rewards = torch.full(shape, math.nan, device=device, requires_grad=True)
         ranks = torch.ones(shape, dtype=torch.int64, device=device)

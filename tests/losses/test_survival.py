@@ -1,4 +1,4 @@
-"""What is particular to survival losses: ties, censoring, hazards of any range, cohorts longer than a tile."""
+"""Survival losses: ties, censoring, hazards of any range, cohorts longer than a tile."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def by_hand(h, durations, events, ties):
             x for x, d, e in zip(h.tolist(), durations.tolist(), events.tolist(), strict=True) if d == t and e
         ]
         for place, x in enumerate(tied):
-            share = place / len(tied) if ties == "efron" else 0.0
-            total -= x - math.log(sum(risk) - share * sum(map(math.exp, tied)))
+            fraction = place / len(tied) if ties == "efron" else 0.0
+            total -= x - math.log(sum(risk) - fraction * sum(map(math.exp, tied)))
     return total / max(int(events.sum()), 1)
 
 
@@ -81,7 +81,7 @@ def test_longer_than_a_tile(times, device):
 @every_ties
 @pytest.mark.parametrize("falls", [False, True])
 def test_hazards_of_any_range(ties, falls, device):
-    """Of the largest and the smallest hazard nothing overflows, and none gets lost among the others."""
+    """The largest hazard does not overflow, the smallest is not lost among the others."""
     h = torch.linspace(-1e4, 1e4, 500, device=device, requires_grad=True)
     durations = torch.arange(500.0, device=device) // 2
     durations = -durations if falls else durations

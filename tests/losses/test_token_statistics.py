@@ -1,4 +1,4 @@
-"""token_stats and what stands on it: definitions, joint derivatives, edges, strides."""
+"""token_stats and the functions that use it: definitions, joint derivatives, edges, strides."""
 
 from __future__ import annotations
 

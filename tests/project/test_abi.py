@@ -1,4 +1,4 @@
-"""What Python and the compiled library agree on: registrations, names, the refusal of what is unknown."""
+"""The interface of Python and the compiled library: registrations, names, errors for unknown ones."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_cpu_capability(name):
 def test_hyperparameters_go_by_name():
     op = abi.hparams("reference_free")
     given = dict(beta=2.0, margin=0.5, label_smoothing=0.1, nll_weight=0.0, alpha=0.25)
-    numbers = op.pack(type="hinge", **given)
-    assert len(numbers) == len(op.names) and op.unpack(numbers) == {"type": "hinge", **given}
+    hparams = op.pack(type="hinge", **given)
+    assert len(hparams) == len(op.names) and op.unpack(hparams) == {"type": "hinge", **given}
     for wrong in ({k: v for k, v in given.items() if k != "beta"}, {**given, "betta": 1.0}):
         with pytest.raises(TypeError, match=r"reference_free\.hparams"):
             op.pack(type="hinge", **wrong)
@@ -75,20 +75,20 @@ def test_formula_that_takes_other_names_is_refused():
 
 def test_operators_refuse_what_is_unknown():
     x = torch.zeros(4)
-    rest = (-100, 0, False, 0)
+    options = (-100, 0, False, 0)
     hparams = abi.hparams("dpo_loss").pack(
         type="ipo", beta=0.1, label_smoothing=0.0, divergence="js", alpha=0.5, tau=0.05, top=1.0
     )
     call = OPERATORS.dpo_loss_fwd
-    call(x, x, x, x, None, None, 0, hparams, *rest, False)
+    call(x, x, x, x, None, None, 0, hparams, *options, False)
     for place, value in ((0, 12.0), (0, -1.0), (0, 0.5), (3, 4.0), (3, float("nan"))):
         unknown = [value if i == place else h for i, h in enumerate(hparams)]
         with pytest.raises(RuntimeError, match="hparams: expected the place of one of"):
-            call(x, x, x, x, None, None, 0, unknown, *rest, False)
+            call(x, x, x, x, None, None, 0, unknown, *options, False)
     with pytest.raises(RuntimeError, match="hparams: expected 7 numbers, got 6"):
-        call(x, x, x, x, None, None, 0, hparams[:-1], *rest, False)
+        call(x, x, x, x, None, None, 0, hparams[:-1], *options, False)
     with pytest.raises(RuntimeError, match="reduction: expected the place of one of none, mean, sum, got 3"):
-        call(x, x, x, x, None, None, 3, hparams, *rest, False)
+        call(x, x, x, x, None, None, 3, hparams, *options, False)
     with pytest.raises(RuntimeError, match="kind: expected the place of one of"):
         OPERATORS.aggregate_fwd(x, None, None, 7, 0.5, 0.0, float("nan"))
     with pytest.raises(RuntimeError, match="kind: expected the place of one of"):

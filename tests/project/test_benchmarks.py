@@ -1,4 +1,4 @@
-"""What lies in `benchmarks` names what there is, and works without anything being installed for it."""
+"""The files of `benchmarks` name existing losses, and work without further packages."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_stages_of_a_gpu_run_fit_its_time(where):
 
 
 def test_a_stage_of_a_gpu_run_ends_at_its_limit(tmp_path):
-    """What it has found until then is on the disk; the next command is not begun."""
+    """Results up to then are on the disk; the next command is not started."""
     file = runpy.run_path(str(BENCHMARKS / "gpu.py"))
     command = "import time; print('{\"found\": 1}', flush=True); print('words', flush=True); time.sleep(60)"
     sleeper = file["Command"]((sys.executable, "-c", command), {}, "own.txt")

@@ -1,4 +1,4 @@
-"""`check` finds what is wrong, `bench` times nothing wrong, and both say so by their exit code."""
+"""`check` finds wrong results, `bench` does not time them, and both report them by their exit code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = [path.parent for path in sorted(ROOT.glob("benchmarks/results/*/*/resu
 LOSS = losses()[0]
 CASE = next(iter(LOSS.cases))
 SHAPE = next(s for s in LOSS.shapes if len(s) == 2 and min(s) > 1)
-SPEC = bench_worker.Spec(
+SPEC = bench_worker.BenchSpec(
     loss=LOSS.name,
     case=CASE,
     shape=SHAPE,
@@ -112,7 +112,7 @@ def test_check_goes_on_after_a_loss_that_raises(monkeypatch, capsys):
     assert capsys.readouterr().out.count("planted") == len(LOSS.cases) * len(accuracy.DTYPES)
 
 
-def test_bench_refuses_what_is_wrong(monkeypatch):
+def test_bench_skips_a_wrong_candidate(monkeypatch):
     planted = replace(LOSS, function=MISTAKES["gradient"])
     monkeypatch.setattr(
         bench_worker, "candidates", lambda *_: {"eager": LOSS.reference, "fastloss": planted.function}
@@ -120,22 +120,25 @@ def test_bench_refuses_what_is_wrong(monkeypatch):
     measured = bench_worker.measure(planted, SPEC, 1, lambda **_: None)
     assert set(measured["regimes"]) == set(bench_worker.REGIMES)
     assert all(set(m["times"]) == {"eager", "copy"} for m in measured["regimes"].values())
-    assert "wrong" in measured["refused"]["fastloss"]
+    assert "wrong" in measured["skipped"]["fastloss"]
     assert set(measured["peaks"]) == {"eager"}
 
 
 @pytest.mark.parametrize(
-    ("patience", "seconds", "reason"), [(1.0, 1.5, "a step takes"), (0.5, 600.0, "given up after 6 s")]
+    ("max_step_seconds", "seconds", "reason"),
+    [(1.0, 1.5, "a step takes"), (0.5, 600.0, "given up after 6 s")],
 )
-def test_bench_does_not_wait_for_the_slow(monkeypatch, patience, seconds, reason):
+def test_bench_does_not_wait_for_the_slow(monkeypatch, max_step_seconds, seconds, reason):
     def slow(*args, **kwargs):
         time.sleep(seconds)
         return LOSS.reference(*args, **kwargs)
 
     monkeypatch.setattr(bench_worker, "candidates", lambda *_: {"eager": LOSS.reference, "slow": slow})
-    measured = bench_worker.measure(LOSS, replace(SPEC, patience=patience), 1, lambda **_: None)
-    assert reason in measured["refused"].pop("slow")
-    assert not measured["refused"]
+    measured = bench_worker.measure(
+        LOSS, replace(SPEC, max_step_seconds=max_step_seconds), 1, lambda **_: None
+    )
+    assert reason in measured["skipped"].pop("slow")
+    assert not measured["skipped"]
 
 
 def test_a_measuring_process_that_dies_is_named():
@@ -154,15 +157,15 @@ def test_bench_sees_one_wrong_element_of_the_full_shape():
 
 
 def test_bench_knows_a_gradient_that_jumps(monkeypatch):
-    """In bfloat16 eager PPO clips other ratios than float32 would, which is no mistake of who computes in float32."""
+    """In bfloat16 eager PPO clips other ratios than float32 would, which is no mistake of a float32 computation."""
     (clipped,) = losses("policy_loss")
     functions = {"eager": clipped.reference, "fastloss": clipped.function}
     monkeypatch.setattr(bench_worker, "candidates", lambda *_: functions)
     spec = replace(SPEC, loss=clipped.name, case="ppo", shape=(64, 4096), dtype="bfloat16")
-    contest = bench_worker.Contest(clipped, spec)
-    found = {name: contest.step(name).results() for name in functions}
+    comparison = bench_worker.Comparison(clipped, spec)
+    found = {name: comparison.step(name).results() for name in functions}
     assert bench_worker.disagreement(found["fastloss"], found["eager"], torch.bfloat16)
-    assert contest.refusals(lambda **_: None) == {}
+    assert comparison.skipped(lambda **_: None) == {}
 
 
 def test_ratios_are_taken_within_rounds():

@@ -1,4 +1,4 @@
-"""`fastloss.profile` sees every call, what it says is so, and a program runs as it does without it."""
+"""`fastloss.profile` records every call correctly, and does not change a program's results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may include and import whom, and how long a file may be. As a script: the import graph in figures."""
+"""Rules of includes and imports, and of the length of files. As a script: the import graph in figures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INCLUDE = re.compile(r'#include [<"]([^>"]+)[>"]')
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """The files of a package by the name that they are imported under."""
+    """Return the files of a package by module name."""
     found = {}
     for path in package.rglob("*.py"):
         parts = path.relative_to(package.parent).with_suffix("").parts
@@ -47,9 +47,9 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
-    """For every module of the package those that it imports anywhere in its text, types alone excepted.
+    """Return for every module of the package the modules that it imports, except for type checking.
 
-    A package's `__init__` counts only where something is imported from it that is no module.
+    A package's `__init__` counts only if something other than a module is imported from it.
     """
     names = modules(package)
     graph: dict[str, set[str]] = {name: set() for name in names}
@@ -77,7 +77,7 @@ def import_graph(package: Path) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[set[str]]:
-    """Sets of modules that import each other, directly or through others."""
+    """Return the sets of modules that import each other, directly or indirectly."""
 
     def reach(start: str) -> set[str]:
         seen: set[str] = set()
@@ -99,7 +99,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 def longest_chain(graph: dict[str, set[str]]) -> int:
-    """Modules on the longest path of imports; a circle counts as one."""
+    """Return the number of modules on the longest path of imports; a circle counts as one."""
     group = {name: frozenset(circle) for circle in circles(graph) for name in circle}
     known: dict[str, int] = {}
 
