@@ -10,6 +10,7 @@ from support import (
     assert_same_bits,
     differentiable,
     every_loss,
+    fullest_case,
     fused,
     is_float,
     make,
@@ -17,6 +18,7 @@ from support import (
     requiring,
     small_shape,
     some_cases,
+    some_cases_in_one_dtype,
     some_dtypes,
     tensors,
 )
@@ -74,7 +76,7 @@ def test_compiles_with_inductor_inside_a_model(loss, real_device):
         torch.testing.assert_close(got, wanted)
 
 
-@some_cases
+@fullest_case
 def test_one_graph_serves_every_size(loss, case, real_device):
     counter = CompileCounterWithBackend("aot_eager")
     function, frames = None, []
@@ -102,8 +104,7 @@ class RecordOps(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
-@some_dtypes
-@some_cases
+@some_cases_in_one_dtype
 def test_opcheck(loss, case, dtype, real_device):
     """Schema, fake kernel and dispatch of each operator that a call and its backward run."""
     kwargs = make(loss, case, dtype, real_device)

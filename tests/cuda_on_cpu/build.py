@@ -37,9 +37,9 @@ WARNINGS = "-Wall -Wno-unknown-pragmas -Wno-attributes -Wno-psabi"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 # mode: flags of the shim and the kernels, flags of the kernels alone, flags of the linker
 FLAGS = {
-    "plain": ("-O2", "", ""),
+    "plain": ("-O1", "", ""),
     "asan": (f"-O1 -fno-omit-frame-pointer {SANITIZE}", "", SANITIZE),
-    "race": ("-O2 -DSIMT_RACE", "-fsanitize=thread", ""),  # simt_race.cpp is the runtime: not linked with it
+    "race": ("-O1 -DSIMT_RACE", "-fsanitize=thread", ""),  # simt_race.cpp is the runtime: not linked with it
 }
 
 

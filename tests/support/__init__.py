@@ -102,6 +102,22 @@ some_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), 
 every_case = _cases(lambda loss: True)
 # the plainest and the fullest case: for what the machinery around a loss promises, not its formula
 some_cases = _cases(lambda loss: True, few=True)
+# the fullest case
+fullest_case = pytest.mark.parametrize(
+    ("loss", "case"),
+    [pytest.param(loss, list(loss.cases)[-1], id=f"{loss.name}-{list(loss.cases)[-1]}") for loss in losses()],
+)
+# the plainest case in bfloat16 and the fullest in float32; both, where there is only one: for what takes long
+some_cases_in_one_dtype = pytest.mark.parametrize(
+    ("loss", "case", "dtype"),
+    [
+        pytest.param(loss, case, dtype, id=f"{loss.name}-{case}-{dtype_id(dtype)}")
+        for loss in losses()
+        for case, dtype in zip(
+            (next(iter(loss.cases)), list(loss.cases)[-1]), (torch.bfloat16, torch.float32), strict=True
+        )
+    ],
+)
 every_in_place_case = _cases(lambda loss: has_argument(loss, "inplace_backward"))
 
 
