@@ -14,16 +14,14 @@ from fastloss._ops.checks import check_number, check_real, check_same_shape, che
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss._ops.elementwise import ElementOp, zeros_like
 from fastloss._ops.policy import (
-    AGGREGATION,
-    FORMULA,
     KL_TYPES,
+    POLICY_TYPES,
     RATIO_CAP,
+    PolicyType,
     covariant_tokens,
-    geometric_advantages,
     policy_metrics,
     sequence_mean,
     token_weights,
-    vespo_advantages,
 )
 
 __all__ = ["policy_loss", "value_loss"]
@@ -54,17 +52,12 @@ def _check_mask(mask: Tensor | None, name: str, like: Tensor) -> None:
     check_same_shape("mask", mask, name, like)
 
 
-_OF_ANSWERS = ("gspo", "luspo", "vespo", "geo_mean", "clip_cov", "kl_cov")
-"""Types in which a token's loss depends on other tokens."""
-_NO_EXPONENT = ("gpg", "reinforce", "dro", "geo_mean")
-
-
-def _check_bounds(loss_type, dual_clip, delta, log_ratio_clamp) -> None:
-    if dual_clip is not None and (loss_type in FORMULA or loss_type == "kl_cov"):
+def _check_bounds(loss_type: str, kind: PolicyType, dual_clip, delta, log_ratio_clamp) -> None:
+    if dual_clip is not None and (kind.formula != "clip" or loss_type == "kl_cov"):
         raise ValueError(f"dual_clip: {loss_type} has none")
-    if delta is not None and loss_type in FORMULA and not loss_type.startswith("dppo"):
+    if delta is not None and kind.formula != "clip" and not loss_type.startswith("dppo"):
         raise ValueError(f"delta: {loss_type} has none")
-    if log_ratio_clamp is not None and loss_type in _NO_EXPONENT:
+    if log_ratio_clamp is not None and not kind.exponent:
         raise ValueError(f"log_ratio_clamp: {loss_type} has no such exponent")
 
 
@@ -234,15 +227,16 @@ def policy_loss(
     Source: https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2402.03300 and, as each type is named there,
     `GRPOConfig.loss_type` of TRL and `core_algos.py` of verl.
     """
-    choice("loss_type", loss_type, tuple(AGGREGATION))
-    mode = AGGREGATION[loss_type] if loss_agg_mode is None else loss_agg_mode
+    kind = POLICY_TYPES[choice("loss_type", loss_type, tuple(POLICY_TYPES))]
+    mode = kind.aggregation if loss_agg_mode is None else loss_agg_mode
     choice("loss_agg_mode", mode, AGGREGATIONS)
     choice("kl_type", kl_type, tuple(KL_TYPES))
-    _check_bounds(loss_type, dual_clip, delta, log_ratio_clamp)
+    _check_bounds(loss_type, kind, dual_clip, delta, log_ratio_clamp)
     if horizon is not None and mode != "seq-mean-token-sum-norm":
         raise ValueError(f"horizon: {mode} has none")
-    both = isinstance(advantages, Tensor) and isinstance(logps, Tensor)
-    per_answer = both and logps.dim() > 0 and advantages.shape == logps.shape[:-1]
+    for name, t in (("logps", logps), ("old_logps", old_logps), ("advantages", advantages)):
+        check_tensor(name, t)
+    per_answer = logps.dim() > 0 and advantages.shape == logps.shape[:-1]
     given = advantages.unsqueeze(-1).expand(logps.shape) if per_answer else advantages
     x, old, a, ref, h = same_shape(
         logps=logps, old_logps=old_logps, advantages=given, ref_logps=ref_logps, entropies=entropies
@@ -255,16 +249,16 @@ def policy_loss(
     low, high = check_number("clip_low", clip_low, 0.0), check_number("clip_high", clip_high, 0.0)
     drawn, whole = old, a
     chosen = None
-    if loss_type in _OF_ANSWERS:
+    clamp = _positive("log_ratio_clamp", log_ratio_clamp)
+    if kind.of_completion:
         x, old, a, ref, h = (None if t is None else _wide(t) for t in (x, old, a, ref, h))
         drawn, whole = old, a
         with torch.no_grad():
             if loss_type in ("gspo", "luspo"):
                 old = x - sequence_mean(x - old, mask)
-            elif loss_type == "vespo":
-                a = vespo_advantages(x, old, a, mask, _positive("log_ratio_clamp", log_ratio_clamp))
-            elif loss_type == "geo_mean":
-                a = geometric_advantages(x, old, a[..., :1] if per_answer else a, mask, low, high)
+            elif kind.advantages is not None:
+                a = a[..., :1] if per_answer else a
+                a = kind.advantages(x, old, a, mask, low=low, high=high, clamp=clamp).expand(x.shape)
             else:
                 ratio = check_number("cov_ratio", cov_ratio, 0.0, 1.0)
                 chosen = covariant_tokens(loss_type, x, old, a, mask, low, high, ratio, cov_bounds, generator)
@@ -279,9 +273,9 @@ def policy_loss(
         low, high = 1.0, math.inf
     two_sided = RATIO_CAP if delta is None and loss_type.startswith("dppo") else _positive("delta", delta)
     hparams = _policy.pack(
-        type=FORMULA.get(loss_type, "clip"), low=low, high=high, dual=_positive("dual_clip", dual_clip),
+        type=kind.formula, low=low, high=high, dual=_positive("dual_clip", dual_clip),
         two_sided=two_sided, kl_coef=check_number("kl_coef", kl_coef),
-        kl_type="none" if ref is None else KL_TYPES[kl_type], top=_positive("log_ratio_clamp", log_ratio_clamp),
+        kl_type="none" if ref is None else KL_TYPES[kl_type], top=clamp,
         entropy_coef=0.0 if h is None else check_number("entropy_coef", entropy_coef),
     )  # fmt: skip
     inputs = (x, old, a, zeros_like(x) if ref is None else ref, zeros_like(x) if h is None else h)

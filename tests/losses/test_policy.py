@@ -293,6 +293,14 @@ def test_refuses(more, match):
         FL.policy_loss(*[torch.zeros(2, 3)] * 3, **more)
 
 
+@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("name", ["old_logps", "advantages"])
+def test_names_what_is_not_given(name, kind):
+    given = {n: torch.zeros(2, 3) for n in ("logps", "old_logps", "advantages")}
+    with pytest.raises(TypeError, match=name):
+        FL.policy_loss(**given | {name: None}, loss_type=kind)
+
+
 def test_value_clipping(device):
     lp, old, a, _, mask = tokens(device=device)
     clipped = a + (lp - a).clamp(-0.5, 0.5)
