@@ -59,6 +59,16 @@ def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, *, cl
     return advantages * torch.exp(rate + k * log_w - rate * log_w.exp())
 
 
+def topr_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, *, clamp: float, **_) -> Tensor:
+    """Return A, for A < 0 times a completion's probability ratio where that is below 1."""
+    change = (logps - old).clamp(-clamp, clamp)
+    if mask is not None:
+        m = torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
+        change = torch.where(m != 0, m * change, 0.0)
+    w = change.sum(-1, keepdim=True).clamp(max=0.0).exp()
+    return torch.where(advantages < 0, w * advantages, advantages)
+
+
 def geometric_advantages(
     logps: Tensor, old: Tensor, advantages: Tensor, mask, *, low: float, high: float, **_
 ) -> Tensor:
@@ -98,6 +108,7 @@ POLICY_TYPES = {
     "cispo": PolicyType(formula="cispo"),
     "sapo": PolicyType("seq-mean-token-mean", "sapo"),
     "vespo": PolicyType("token-mean", "gradient", vespo_advantages, of_completion=True),
+    "topr": PolicyType("seq-mean-token-sum", "gradient", topr_advantages, of_completion=True),
     "gpg": PolicyType(formula="gradient", exponent=False),
     "dro": PolicyType(formula="dro", exponent=False),
     "luspo": PolicyType("seq-mean-token-sum", of_completion=True),

@@ -157,6 +157,8 @@ def policy_loss(
     sapo      :math:`-A \frac{4}{\tau} \sigma(\tau (\rho - 1))` with a temperature for :math:`A > 0` and one for others
     vespo     :math:`-A\, l\, \phi(w)`, :math:`\log \phi = \lambda + k \log w - \lambda w`, of the probability ratio
               :math:`w` of the answer, without gradient; :math:`(k, \lambda)` is (2, 3) for :math:`A \ge 0`, else (3, 2)
+    topr      :math:`-A\, l`, for :math:`A < 0` times the probability ratio of the answer or 1, whichever is less,
+              without gradient
     gpg       :math:`-A\, l`; also named reinforce, which differs in aggregation
     dppo_tv   :math:`-A\, l \min(\rho, \delta)`, the ratio without gradient and :math:`\delta` 20 by default; 0 where
               :math:`e^l - e^{\mathrm{old}}` is past :math:`\epsilon_h` for :math:`A > 0`, else past
@@ -174,7 +176,7 @@ def policy_loss(
     To these come `kl_coef` times an estimate of the divergence from a reference model, :math:`y = \mathrm{ref} - l`:
     k1 :math:`-y`, k2 :math:`y^2 / 2`, k3 :math:`e^y - y - 1`, abs :math:`|y|`, and k1+, k3+ with the value of these
     and the gradient of k2; minus `entropy_coef` times the entropies. Where :math:`\rho = 1` the gradient is
-    :math:`-A` for ppo, gspo, geo_mean, cispo, sapo, gpg and dppo alike.
+    :math:`-A` for ppo, gspo, geo_mean, cispo, sapo, topr, gpg and dppo alike.
 
     Aggregation, with mask :math:`m` and answers along the last dimension:
 
@@ -182,7 +184,7 @@ def policy_loss(
     token-mean                :math:`\sum m \ell / \sum m` (all others)
     token-sum                 :math:`\sum m \ell`
     seq-mean-token-mean       the mean over answers of their tokens' mean (grpo, gspo, sapo, geo_mean)
-    seq-mean-token-sum        the mean over answers of their tokens' sum (luspo, reinforce)
+    seq-mean-token-sum        the mean over answers of their tokens' sum (luspo, topr, reinforce)
     seq-mean-token-sum-norm   :math:`\sum m \ell` / (number of answers x `horizon`) (dr_grpo)
     none                      :math:`m \ell`
     ========================  ======================================================================================
@@ -225,7 +227,7 @@ def policy_loss(
         ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
 
     Source: https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2402.03300 and, as each type is named there,
-    `GRPOConfig.loss_type` of TRL and `core_algos.py` of verl.
+    `GRPOConfig.loss_type` of TRL and `core_algos.py` of verl; topr https://arxiv.org/abs/2503.14286.
     """
     kind = POLICY_TYPES[choice("loss_type", loss_type, tuple(POLICY_TYPES))]
     mode = kind.aggregation if loss_agg_mode is None else loss_agg_mode
