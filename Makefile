@@ -73,10 +73,11 @@ lint: $(VENV)/.built $(VENV)/.extra-dev ## check formatting and types: ruff, myp
 	$(BIN)/mypy
 	$(CPP_FILES) | xargs -0 $(BIN)/clang-format --dry-run -Werror
 
-format: $(VENV)/.built $(VENV)/.extra-dev ## fix formatting: ruff and clang-format
+format: $(VENV)/.built $(VENV)/.extra-dev ## fix formatting: ruff, clang-format, the README's table of losses
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(CPP_FILES) | xargs -0 $(BIN)/clang-format -i
+	$(BIN)/python -m fastloss losses --write README.md
 
 clean: ## remove everything generated, except .venv
 	rm -rf build dist demo-out bench-out gpu-out gpu-pack *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache $(VENV)/.built

@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="show build and hardware info")
     info.add_argument("--json", action="store_true", help="print JSON")
 
-    commands.add_parser("losses", help="print the table of losses as Markdown")
+    losses = commands.add_parser("losses", help="print the table of losses as Markdown")
+    losses.add_argument("--write", type=Path, metavar="FILE", help="replace the table in a Markdown file")
 
     check = commands.add_parser("check", help="compare every loss with its float64 reference")
     check.add_argument("--loss", action="append", metavar="NAME", help="only this loss; may be repeated")

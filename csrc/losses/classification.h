@@ -170,12 +170,58 @@ struct Focal : RowLossDefaults {
   FL_FN R grad_at_target(R, R, R, const GradCoef& c) const { return -c.p * c.one_minus_p; }
 };
 
+// w_y (nll + epsilon (1 - p)) with p = softmax(z)_y. Its derivative is A p_j for the other classes and
+// -A (1 - p) for the target, A = w_y (1 + epsilon p). Where epsilon is negative the terms of either cancel: at
+// -1 nothing is left of A but 1 - p, and of the loss the sum of (1 - p)^k / k from the second power on.
+template <class R, int>
+struct Poly1CrossEntropy : RowLossDefaults {
+  static constexpr int kSaved = 2;
+  static constexpr bool kProportional = true;
+  FL_HPARAMS(epsilon);
+  R epsilon, one_more;  // one_more = 1 + epsilon
+
+  static int variant(const RowArgs&) { return 0; }
+  FL_FN Poly1CrossEntropy(const double* hparams, int64_t)
+      : epsilon(R(hparams[H::epsilon])), one_more(R(1 + hparams[H::epsilon])) {}
+
+  template <class>
+  using Sums = NoSums;
+  // nll - q of q = 1 - p: -log(1 - q) without the first term of its series.
+  static FL_FN R without_first_term(R nll, R q) {
+    constexpr int kTerms = sizeof(R) == 4 ? 12 : 27;
+    if (q > R(0.25)) return nll - q;
+    R sum = 0;
+    for (int k = kTerms; k >= 2; --k) sum = sum * q + R(1) / R(k);
+    return sum * q * q;
+  }
+  FL_FN R project(RowState<R>& row, const NoSums&, R others, R e, const Target<R>& t) const {
+    const TargetProb<R> target = target_prob(others, e, t.d, row.log_sum);
+    const R p = e / (others + e), q = target.one_minus_p;
+    row.saved[0] = t.weight * (p < q ? 1 + epsilon * p : one_more - epsilon * q);
+    row.saved[1] = q;
+    if (epsilon >= 0) return t.weight * (target.nll + epsilon * q);
+    return t.weight * (without_first_term(target.nll, q) + one_more * q);
+  }
+  struct GradCoef {
+    R p, one_minus_p;
+  };
+  FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>&, R g) const {
+    return {g * row.saved[0], row.saved[1]};
+  }
+  template <class F>
+  FL_FN F grad(F p, F, F, F, const GradCoef& c) const {
+    return p * c.p;
+  }
+  FL_FN R grad_at_target(R, R, R, const GradCoef& c) const { return -c.p * c.one_minus_p; }
+};
+
 }  // namespace fastloss::inline FL_ISA
 
 // The token losses: name of the operator and struct. A new loss is a struct, a line here, a Python function.
 #define FASTLOSS_TOKEN_LOSSES(X) \
   X(cross_entropy, CrossEntropy) \
-  X(softmax_focal_loss, Focal)
+  X(softmax_focal_loss, Focal)   \
+  X(poly1_cross_entropy, Poly1CrossEntropy)
 // What else the row driver runs, with operators of its own.
 #define FASTLOSS_ROW_KERNELS(X) \
   FASTLOSS_TOKEN_LOSSES(X) X(token_stats, TokenStats) X(cross_entropy_numbers, CrossEntropyNumbers)

@@ -149,6 +149,28 @@ struct Huber : Regression {
   }
 };
 
+// log cosh e = |e| - log 2 + log(1 + u^2), u = e^-|e|; near 0, where the first two terms cancel,
+// log(1 + (1 - u)^2 / (2 u)). Its derivative tanh e = (1 - u) (1 + u) / (1 + u^2), from u - 1 to full precision.
+template <class R, int>
+struct LogCosh : Regression {
+  static constexpr bool kLogSum = true;
+  static constexpr int kSteps = 1;
+  FL_FN explicit LogCosh(const double*) {}
+  template <int, class F>
+  FL_FN F step(const F* v, const F*) const {
+    return expm1(-abs(v[0] - v[1]));
+  }
+  template <class F>
+  FL_FN F operator()(const F* v, const F* t, F* d, F& more) const {
+    const F e = v[0] - v[1], size = abs(e), down = t[0], u = 1 + down, square = u * u;
+    d[0] = copysign(-down * (2 + down) / (1 + square), e);
+    d[1] = -d[0];
+    const auto near = size < 1;
+    more = select(near, down * down / (u + u), square);
+    return select(near, F{}, size - R(0.6931471805599453));
+  }
+};
+
 // ---- two classes
 
 // -y log p - (1 - y) log(1 - p) of a probability p; logarithms are not below -100.
@@ -239,6 +261,7 @@ struct KLDivergence : Regression {
   X(l1_loss, AbsoluteError)                                                          \
   X(smooth_l1_loss, SmoothAbsoluteError)                                             \
   X(huber_loss, Huber)                                                               \
+  X(log_cosh_loss, LogCosh)                                                          \
   X(binary_cross_entropy, BinaryCrossEntropy)                                        \
   X(binary_cross_entropy_with_logits, BinaryCrossEntropyWithLogits)                  \
   X(weighted_binary_cross_entropy_with_logits, WeightedBinaryCrossEntropyWithLogits) \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+from pathlib import Path
 
 from fastloss._registry import Loss, entries
 
@@ -23,12 +24,27 @@ def row(loss: Loss) -> str:
     return f"| `{loss.name}` | {loss.family} | {replaces} | {summary} |"
 
 
+HEAD = "| function | family | replaces | description |"
+
+
 def table() -> str:
     """Return the table: one line for each loss and each estimator, by family."""
-    head = ["| function | family | replaces | description |", "|---|---|---|---|"]
-    return "\n".join(head + [row(loss) for loss in entries()])
+    return "\n".join([HEAD, "|---|---|---|---|", *(row(loss) for loss in entries())])
+
+
+def write(path: Path) -> None:
+    """Replace the table in a file, from its first line to its last, by this one."""
+    text = path.read_text()
+    changed, found = re.subn(rf"^{re.escape(HEAD)}\n(?:\|.*\n)*", lambda _: table() + "\n", text, flags=re.M)
+    if found != 1:
+        raise ValueError(f"{path}: expected one table of losses, found {found}")
+    if changed != text:
+        path.write_text(changed)
 
 
 def main(args: argparse.Namespace) -> int:
-    print(table())
+    if args.write:
+        write(args.write)
+    else:
+        print(table())
     return 0

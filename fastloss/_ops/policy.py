@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastloss._ops.dtypes import accumulation_dtype
 
-AGGREGATION = {
-    "ppo": "token-mean", "grpo": "seq-mean-token-mean", "bnpo": "token-mean", "dapo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm", "gspo": "seq-mean-token-mean", "cispo": "token-mean",
-    "sapo": "seq-mean-token-mean", "vespo": "token-mean", "gpg": "token-mean", "dro": "token-mean",
-    "luspo": "seq-mean-token-sum", "geo_mean": "seq-mean-token-mean", "dppo_tv": "token-mean",
-    "dppo_kl": "token-mean", "clip_cov": "token-mean", "kl_cov": "token-mean", "reinforce": "seq-mean-token-sum",
-}  # fmt: skip
-"""The aggregation of each loss type where it is published."""
-FORMULA = {
-    "cispo": "cispo", "sapo": "sapo", "vespo": "gradient", "gpg": "gradient", "reinforce": "gradient", "dro": "dro",
-    "geo_mean": "geometric", "dppo_tv": "bounded_change", "dppo_kl": "bounded_kl",
-}  # fmt: skip
-"""The formula of a token; where none is named, `"clip"`."""
 KL_TYPES = {
     "none": "none", "k1": "k1", "k2": "k2", "k3": "k3", "abs": "absolute", "k1+": "k1_straight", "k3+": "k3_straight",
 }  # fmt: skip
@@ -61,7 +50,7 @@ def sequence_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(m != 0, m * x, 0.0).sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1.0)
 
 
-def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp: float) -> Tensor:
+def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, *, clamp: float, **_) -> Tensor:
     """Return A phi(w) of a completion's probability ratio w, log phi = l + k log w - l w."""
     m = torch.ones_like(logps) if mask is None else torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
     log_w = torch.where(m != 0, m * (logps - old).clamp(-clamp, clamp), 0.0).sum(-1, keepdim=True)
@@ -70,7 +59,19 @@ def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp
     return advantages * torch.exp(rate + k * log_w - rate * log_w.exp())
 
 
-def geometric_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, low: float, high: float):
+def topr_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, *, clamp: float, **_) -> Tensor:
+    """Return A, for A < 0 times a completion's probability ratio where that is below 1."""
+    change = (logps - old).clamp(-clamp, clamp)
+    if mask is not None:
+        m = torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
+        change = torch.where(m != 0, m * change, 0.0)
+    w = change.sum(-1, keepdim=True).clamp(max=0.0).exp()
+    return torch.where(advantages < 0, w * advantages, advantages)
+
+
+def geometric_advantages(
+    logps: Tensor, old: Tensor, advantages: Tensor, mask, *, low: float, high: float, **_
+) -> Tensor:
     """Return A times the geometric mean of a completion's ratios, each bounded on the side that A points to.
 
     The advantages are those of completions [..., 1], or of tokens, of which the mean is taken.
@@ -78,7 +79,49 @@ def geometric_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, l
     a = advantages if advantages.shape[-1] == 1 else sequence_mean(advantages, mask)
     change = logps - old
     change = torch.where(a > 0, change.clamp(max=high), change.clamp(min=-low))
-    return (a * sequence_mean(change, mask).exp()).expand(logps.shape)
+    return a * sequence_mean(change, mask).exp()
+
+
+@dataclass(frozen=True)
+class PolicyType:
+    """What sets a `loss_type` apart."""
+
+    aggregation: str = "token-mean"
+    """Where it is published."""
+    formula: str = "clip"
+    """That of a token in the kernel."""
+    advantages: Callable[..., Tensor] | None = None
+    """What takes the place of the advantages, [..., T] or [..., 1] for completions; without gradient."""
+    of_completion: bool = False
+    """A token's loss depends on other tokens."""
+    exponent: bool = True
+    """It takes e^(l - old), which `log_ratio_clamp` bounds."""
+
+
+POLICY_TYPES = {
+    "ppo": PolicyType(),
+    "grpo": PolicyType("seq-mean-token-mean"),
+    "bnpo": PolicyType(),
+    "dapo": PolicyType(),
+    "dr_grpo": PolicyType("seq-mean-token-sum-norm"),
+    "gspo": PolicyType("seq-mean-token-mean", of_completion=True),
+    "cispo": PolicyType(formula="cispo"),
+    "sapo": PolicyType("seq-mean-token-mean", "sapo"),
+    "vespo": PolicyType("token-mean", "gradient", vespo_advantages, of_completion=True),
+    "topr": PolicyType("seq-mean-token-sum", "gradient", topr_advantages, of_completion=True),
+    "gpg": PolicyType(formula="gradient", exponent=False),
+    "dro": PolicyType(formula="dro", exponent=False),
+    "luspo": PolicyType("seq-mean-token-sum", of_completion=True),
+    "geo_mean": PolicyType(
+        "seq-mean-token-mean", "geometric", geometric_advantages, of_completion=True, exponent=False
+    ),
+    "dppo_tv": PolicyType(formula="bounded_change"),
+    "dppo_kl": PolicyType(formula="bounded_kl"),
+    "clip_cov": PolicyType(of_completion=True),
+    "kl_cov": PolicyType(of_completion=True),
+    "reinforce": PolicyType("seq-mean-token-sum", "gradient", exponent=False),
+}
+"""Each is a case of the registry."""
 
 
 def covariant_tokens(loss_type, logps, old, advantages, mask, low, high, ratio, bounds, generator) -> Tensor:

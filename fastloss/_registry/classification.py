@@ -1,4 +1,4 @@
-"""Cross-entropy and focal loss of rows of logits."""
+"""Cross-entropy, focal loss and Poly-1 of rows of logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._registry.inputs import classes_of, some_ignored
 from fastloss._registry.spec import Loss, register
-from fastloss.losses.classification import cross_entropy, softmax_focal_loss
+from fastloss.losses.classification import cross_entropy, poly1_cross_entropy, softmax_focal_loss
 
 register(
     Loss(
@@ -103,6 +103,49 @@ register(
                 "target": some_ignored,
             },
             "background": {"alpha": 0.25, "background_class": 0, "reduction": "none"},
+        },
+        shapes=((7, 1), (3, 33), (3, 1030), (2, 17, 3, 5)),
+        bench_shape=(65536, 1000),
+        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
+    )
+)
+
+
+def _eager_poly1(input, target, weight=None, ignore_index=-100, reduction="mean", epsilon=1.0):
+    """What people write today."""
+    options = {"ignore_index": ignore_index, "reduction": "none"}
+    loss = F.cross_entropy(input, target, weight, **options)
+    p = torch.exp(-F.cross_entropy(input, target, **options))
+    valid = target != ignore_index
+    of_row = 1 if weight is None else weight[torch.where(valid, target, 0)]
+    loss = loss + torch.where(valid, of_row * epsilon * (1 - p), 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (of_row * valid).sum()
+
+
+register(
+    Loss(
+        name="poly1_cross_entropy",
+        family="classification",
+        function=poly1_cross_entropy,
+        reference=reference.poly1_cross_entropy,
+        eager=_eager_poly1,
+        inputs=lambda draw, shape: {
+            "input": draw.normal(*shape, scale=3.0),
+            "target": classes_of(draw, shape),
+        },
+        wrt=("input",),
+        forward_arguments=("input", "target"),
+        cases={
+            "plain": {},
+            "ignored": {"epsilon": 2.0, "reduction": "sum", "target": some_ignored},
+            "weight": {
+                "epsilon": 0.5,
+                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+                "target": some_ignored,
+            },
+            "epsilon=-1": {"epsilon": -1.0, "reduction": "none"},
         },
         shapes=((7, 1), (3, 33), (3, 1030), (2, 17, 3, 5)),
         bench_shape=(65536, 1000),

@@ -16,6 +16,7 @@ from fastloss.losses.elementwise import (
     huber_loss,
     kl_div,
     l1_loss,
+    log_cosh_loss,
     mse_loss,
     rmse_loss,
     sigmoid_focal_loss,
@@ -39,17 +40,17 @@ def _positive(draw, shape):
     return draw.uniform(*shape, low=0.5, high=2.0)
 
 
-def _register(function, inputs, cases, forward=("input", "target")):
+def _register(function, inputs, cases, forward=("input", "target"), eager=None):
     name = function.__name__
-    eager = getattr(F, name, None)
+    in_torch = getattr(F, name, None)
     register(
         Loss(
             name=name,
             family="elementwise",
             function=function,
             reference=getattr(reference, name),
-            eager=eager,
-            replaces=f"torch.nn.functional.{name}" if eager else "",
+            eager=in_torch or eager,
+            replaces=f"torch.nn.functional.{name}" if in_torch else "",
             inputs=inputs,
             wrt=("input", "target"),
             trained=("input",),
@@ -62,6 +63,17 @@ def _register(function, inputs, cases, forward=("input", "target")):
     )
 
 
+def _eager_log_cosh(input, target, reduction="mean", weight=None):
+    """What people write today, after Keras."""
+    e = input - target
+    loss = e + F.softplus(-2 * e) - math.log(2)
+    if weight is not None:
+        loss = weight * loss
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.mean() if weight is None else loss.sum() / weight.sum()
+
+
 _weighted = {"plain": {}, "weight": {"weight": _positive}}
 _with_weight = ("input", "target", "weight")
 _register(mse_loss, _normal, _weighted, _with_weight)
@@ -69,6 +81,13 @@ _register(rmse_loss, _normal, {"plain": {}, "eps": {"eps": 0.3, "weight": _posit
 _register(l1_loss, _normal, _weighted, _with_weight)
 _register(smooth_l1_loss, _normal, {"plain": {}, "beta": {"beta": 0.3, "reduction": "sum"}})
 _register(huber_loss, _normal, {"plain": {}, "delta": {"delta": 0.7, "weight": _positive}}, _with_weight)
+_register(
+    log_cosh_loss,
+    _normal,
+    _weighted | {"none": {"reduction": "none"}, "sum": {"reduction": "sum", "weight": _positive}},
+    _with_weight,
+    _eager_log_cosh,
+)
 _register(
     binary_cross_entropy_with_logits,
     _binary_inputs,

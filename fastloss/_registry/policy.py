@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.policy import AGGREGATION, KL_TYPES
+from fastloss._ops.policy import KL_TYPES, POLICY_TYPES
 from fastloss._registry.inputs import LOGPS_SHAPES
 from fastloss._registry.spec import InputSampler, Loss, register
 from fastloss.losses.policy import AGGREGATIONS, policy_loss, value_loss
@@ -27,7 +27,7 @@ def _ref_logps(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
 
 
 _TYPES = {
-    **{name: {"loss_type": name, "mask": _flags} for name in AGGREGATION if name not in ("ppo", "grpo")},
+    **{name: {"loss_type": name, "mask": _flags} for name in POLICY_TYPES if name not in ("ppo", "grpo")},
     "sapo": {"loss_type": "sapo", "sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.5},
     "dro": {"loss_type": "dro", "dro_beta": 0.5, "mask": _flags},
     "dppo_tv": {"loss_type": "dppo_tv", "clip_low": 0.05, "clip_high": 0.08, "delta": 1.2},

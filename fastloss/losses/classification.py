@@ -20,7 +20,7 @@ from fastloss._ops.checks import (
 from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.rowwise import RowOp
 
-__all__ = ["cross_entropy", "softmax_focal_loss"]
+__all__ = ["cross_entropy", "poly1_cross_entropy", "softmax_focal_loss"]
 
 
 cross_entropy_rows = RowOp("cross_entropy", reference.cross_entropy)
@@ -202,3 +202,59 @@ def softmax_focal_loss(
     target = target.long() if target.dtype == torch.uint8 else target
     target = target.reshape(()) if input.dim() == 1 else target
     return call_rows(_focal, (input, target, weight, None), options, inplace_backward)
+
+
+def _poly1_reference(input, target, weight, ignore_index, reduction, epsilon, **_):
+    return reference.poly1_cross_entropy(input, target, weight, ignore_index, reduction, epsilon)
+
+
+_poly1 = RowOp("poly1_cross_entropy", _poly1_reference)
+
+
+def poly1_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    epsilon: float = 1.0,
+    *,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""Poly-1 cross-entropy (PolyLoss): cross-entropy with another weight of the first power of :math:`1 - p_y`.
+
+    .. math:: w_y \left[-\log p_y + \epsilon (1 - p_y)\right], \qquad p = \mathrm{softmax}(x)
+
+    in one read of the logits; its gradient is :math:`w_y (1 + \epsilon p_y)(p_j - [j = y])`. Both keep their relative
+    precision for certain classes, for :math:`\epsilon = -1` too, where the terms nearly cancel.
+
+    Args:
+        input: logits `(C)`, `(N, C)` or `(N, C, d1, ...)`; float32, float64, bfloat16 or float16, any strides.
+        target: classes, int64 (or uint8), of the input's shape without `C`.
+        weight: `(C)`, a weight :math:`w` for each class, of both terms. Default: 1.
+        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        reduction: `"none"`, `"sum"` or `"mean"`: the sum over rows divided by the sum of :math:`w_y` over the rows
+            that are not ignored.
+        epsilon: :math:`\epsilon`, a finite number; 0 gives cross-entropy, and below -1 the loss falls where a class
+            becomes less probable. Default: 1.
+        inplace_backward: write the gradient into the memory of `input` during backward: no extra memory, the
+            logits are lost, a second backward raises. Default: False.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for half
+        types under autocast).
+
+    Raises:
+        ValueError, RuntimeError, IndexError: as for `cross_entropy`. On CUDA a class out of bounds gives NaN.
+
+    Source: Leng et al., https://arxiv.org/abs/2204.12511.
+    """
+    mode = check_reduction(reduction)
+    check_rows(input, target, weight, ignore_index)
+    if target.is_floating_point():
+        raise RuntimeError("target: expected classes of type int64 or uint8, got probabilities")
+    hparams = _poly1.pack(epsilon=check_number("epsilon", epsilon))
+    options = (ignore_index, mode, 1.0, 0.0, hparams, autocast_to_fp32(input))
+    target = target.long() if target.dtype == torch.uint8 else target
+    target = target.reshape(()) if input.dim() == 1 else target
+    return call_rows(_poly1, (input, target, weight, None), options, inplace_backward)

@@ -29,6 +29,7 @@ __all__ = [
     "huber_loss",
     "kl_div",
     "l1_loss",
+    "log_cosh_loss",
     "mse_loss",
     "rmse_loss",
     "sigmoid_focal_loss",
@@ -41,6 +42,7 @@ _mse_loss = ElementOp("mse_loss", _formulas.squared_error)
 _l1_loss = ElementOp("l1_loss", _formulas.absolute_error)
 _smooth_l1_loss = ElementOp("smooth_l1_loss", _formulas.smooth_absolute_error)
 _huber_loss = ElementOp("huber_loss", _formulas.huber)
+_log_cosh_loss = ElementOp("log_cosh_loss", _formulas.log_cosh)
 _hinge_loss = ElementOp("hinge_loss", _formulas.hinge)
 _kl_div = ElementOp("kl_div", _formulas.kl_divergence)
 _binary_cross_entropy = ElementOp("binary_cross_entropy", _formulas.binary)
@@ -253,6 +255,34 @@ def huber_loss(
     hparams = _huber_loss.pack(delta=check_number("delta", delta))
     loss = _together(_huber_loss, input, target, reduction, hparams, weight)
     return loss if autocast_to_fp32(input) else loss.to(promoted(input, weight=weight))
+
+
+def log_cosh_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", *, weight: Tensor | None = None
+) -> Tensor:
+    r"""Log-cosh loss :math:`\log \cosh(x - y)`: a squared error while it is small, an absolute error where it is large.
+
+    Value and gradient, :math:`\tanh(x - y)`, keep their relative precision for errors of every size: neither does
+    :math:`\cosh` overflow, nor do terms cancel near 0. A sum without weights takes one logarithm of a product in the
+    place of many.
+
+    Args:
+        input: predictions :math:`x` of any shape and floating point type, any strides.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
+        weight: a factor for each element, of the shape of `input`. Default: 1.
+
+    Returns:
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
+        under autocast).
+
+    Raises:
+        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+
+    Source: Saleh and Saleh, https://arxiv.org/abs/2208.04564; `LogCosh` of Keras.
+    """
+    _check_weight(weight, input, target)
+    return _together(_log_cosh_loss, input, target, reduction, None, weight, True)
 
 
 def binary_cross_entropy(

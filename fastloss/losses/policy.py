@@ -14,16 +14,14 @@ from fastloss._ops.checks import check_number, check_real, check_same_shape, che
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss._ops.elementwise import ElementOp, zeros_like
 from fastloss._ops.policy import (
-    AGGREGATION,
-    FORMULA,
     KL_TYPES,
+    POLICY_TYPES,
     RATIO_CAP,
+    PolicyType,
     covariant_tokens,
-    geometric_advantages,
     policy_metrics,
     sequence_mean,
     token_weights,
-    vespo_advantages,
 )
 
 __all__ = ["policy_loss", "value_loss"]
@@ -54,17 +52,12 @@ def _check_mask(mask: Tensor | None, name: str, like: Tensor) -> None:
     check_same_shape("mask", mask, name, like)
 
 
-_OF_ANSWERS = ("gspo", "luspo", "vespo", "geo_mean", "clip_cov", "kl_cov")
-"""Types in which a token's loss depends on other tokens."""
-_NO_EXPONENT = ("gpg", "reinforce", "dro", "geo_mean")
-
-
-def _check_bounds(loss_type, dual_clip, delta, log_ratio_clamp) -> None:
-    if dual_clip is not None and (loss_type in FORMULA or loss_type == "kl_cov"):
+def _check_bounds(loss_type: str, kind: PolicyType, dual_clip, delta, log_ratio_clamp) -> None:
+    if dual_clip is not None and (kind.formula != "clip" or loss_type == "kl_cov"):
         raise ValueError(f"dual_clip: {loss_type} has none")
-    if delta is not None and loss_type in FORMULA and not loss_type.startswith("dppo"):
+    if delta is not None and kind.formula != "clip" and not loss_type.startswith("dppo"):
         raise ValueError(f"delta: {loss_type} has none")
-    if log_ratio_clamp is not None and loss_type in _NO_EXPONENT:
+    if log_ratio_clamp is not None and not kind.exponent:
         raise ValueError(f"log_ratio_clamp: {loss_type} has no such exponent")
 
 
@@ -164,6 +157,8 @@ def policy_loss(
     sapo      :math:`-A \frac{4}{\tau} \sigma(\tau (\rho - 1))` with a temperature for :math:`A > 0` and one for others
     vespo     :math:`-A\, l\, \phi(w)`, :math:`\log \phi = \lambda + k \log w - \lambda w`, of the probability ratio
               :math:`w` of the answer, without gradient; :math:`(k, \lambda)` is (2, 3) for :math:`A \ge 0`, else (3, 2)
+    topr      :math:`-A\, l`, for :math:`A < 0` times the probability ratio of the answer or 1, whichever is less,
+              without gradient
     gpg       :math:`-A\, l`; also named reinforce, which differs in aggregation
     dppo_tv   :math:`-A\, l \min(\rho, \delta)`, the ratio without gradient and :math:`\delta` 20 by default; 0 where
               :math:`e^l - e^{\mathrm{old}}` is past :math:`\epsilon_h` for :math:`A > 0`, else past
@@ -181,7 +176,7 @@ def policy_loss(
     To these come `kl_coef` times an estimate of the divergence from a reference model, :math:`y = \mathrm{ref} - l`:
     k1 :math:`-y`, k2 :math:`y^2 / 2`, k3 :math:`e^y - y - 1`, abs :math:`|y|`, and k1+, k3+ with the value of these
     and the gradient of k2; minus `entropy_coef` times the entropies. Where :math:`\rho = 1` the gradient is
-    :math:`-A` for ppo, gspo, geo_mean, cispo, sapo, gpg and dppo alike.
+    :math:`-A` for ppo, gspo, geo_mean, cispo, sapo, topr, gpg and dppo alike.
 
     Aggregation, with mask :math:`m` and answers along the last dimension:
 
@@ -189,7 +184,7 @@ def policy_loss(
     token-mean                :math:`\sum m \ell / \sum m` (all others)
     token-sum                 :math:`\sum m \ell`
     seq-mean-token-mean       the mean over answers of their tokens' mean (grpo, gspo, sapo, geo_mean)
-    seq-mean-token-sum        the mean over answers of their tokens' sum (luspo, reinforce)
+    seq-mean-token-sum        the mean over answers of their tokens' sum (luspo, topr, reinforce)
     seq-mean-token-sum-norm   :math:`\sum m \ell` / (number of answers x `horizon`) (dr_grpo)
     none                      :math:`m \ell`
     ========================  ======================================================================================
@@ -232,17 +227,18 @@ def policy_loss(
         ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
 
     Source: https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2402.03300 and, as each type is named there,
-    `GRPOConfig.loss_type` of TRL and `core_algos.py` of verl.
+    `GRPOConfig.loss_type` of TRL and `core_algos.py` of verl; topr https://arxiv.org/abs/2503.14286.
     """
-    choice("loss_type", loss_type, tuple(AGGREGATION))
-    mode = AGGREGATION[loss_type] if loss_agg_mode is None else loss_agg_mode
+    kind = POLICY_TYPES[choice("loss_type", loss_type, tuple(POLICY_TYPES))]
+    mode = kind.aggregation if loss_agg_mode is None else loss_agg_mode
     choice("loss_agg_mode", mode, AGGREGATIONS)
     choice("kl_type", kl_type, tuple(KL_TYPES))
-    _check_bounds(loss_type, dual_clip, delta, log_ratio_clamp)
+    _check_bounds(loss_type, kind, dual_clip, delta, log_ratio_clamp)
     if horizon is not None and mode != "seq-mean-token-sum-norm":
         raise ValueError(f"horizon: {mode} has none")
-    both = isinstance(advantages, Tensor) and isinstance(logps, Tensor)
-    per_answer = both and logps.dim() > 0 and advantages.shape == logps.shape[:-1]
+    for name, t in (("logps", logps), ("old_logps", old_logps), ("advantages", advantages)):
+        check_tensor(name, t)
+    per_answer = logps.dim() > 0 and advantages.shape == logps.shape[:-1]
     given = advantages.unsqueeze(-1).expand(logps.shape) if per_answer else advantages
     x, old, a, ref, h = same_shape(
         logps=logps, old_logps=old_logps, advantages=given, ref_logps=ref_logps, entropies=entropies
@@ -255,16 +251,16 @@ def policy_loss(
     low, high = check_number("clip_low", clip_low, 0.0), check_number("clip_high", clip_high, 0.0)
     drawn, whole = old, a
     chosen = None
-    if loss_type in _OF_ANSWERS:
+    clamp = _positive("log_ratio_clamp", log_ratio_clamp)
+    if kind.of_completion:
         x, old, a, ref, h = (None if t is None else _wide(t) for t in (x, old, a, ref, h))
         drawn, whole = old, a
         with torch.no_grad():
             if loss_type in ("gspo", "luspo"):
                 old = x - sequence_mean(x - old, mask)
-            elif loss_type == "vespo":
-                a = vespo_advantages(x, old, a, mask, _positive("log_ratio_clamp", log_ratio_clamp))
-            elif loss_type == "geo_mean":
-                a = geometric_advantages(x, old, a[..., :1] if per_answer else a, mask, low, high)
+            elif kind.advantages is not None:
+                a = a[..., :1] if per_answer else a
+                a = kind.advantages(x, old, a, mask, low=low, high=high, clamp=clamp).expand(x.shape)
             else:
                 ratio = check_number("cov_ratio", cov_ratio, 0.0, 1.0)
                 chosen = covariant_tokens(loss_type, x, old, a, mask, low, high, ratio, cov_bounds, generator)
@@ -279,9 +275,9 @@ def policy_loss(
         low, high = 1.0, math.inf
     two_sided = RATIO_CAP if delta is None and loss_type.startswith("dppo") else _positive("delta", delta)
     hparams = _policy.pack(
-        type=FORMULA.get(loss_type, "clip"), low=low, high=high, dual=_positive("dual_clip", dual_clip),
+        type=kind.formula, low=low, high=high, dual=_positive("dual_clip", dual_clip),
         two_sided=two_sided, kl_coef=check_number("kl_coef", kl_coef),
-        kl_type="none" if ref is None else KL_TYPES[kl_type], top=_positive("log_ratio_clamp", log_ratio_clamp),
+        kl_type="none" if ref is None else KL_TYPES[kl_type], top=clamp,
         entropy_coef=0.0 if h is None else check_number("entropy_coef", entropy_coef),
     )  # fmt: skip
     inputs = (x, old, a, zeros_like(x) if ref is None else ref, zeros_like(x) if h is None else h)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-__all__ = ["cross_entropy", "softmax_focal_loss"]
+__all__ = ["cross_entropy", "poly1_cross_entropy", "softmax_focal_loss"]
 
 
 def logits_of(input: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
@@ -110,3 +110,27 @@ def softmax_focal_loss(
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
+
+
+def poly1_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    epsilon: float = 1.0,
+    *,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """As `fastloss.functional.poly1_cross_entropy`; `inplace_backward` changes nothing here."""
+    dim = 0 if input.dim() == 1 else 1
+    target = target.reshape(()) if dim == 0 else target
+    valid = target != ignore_index
+    y = torch.where(valid, target, 0)
+    w = input.new_ones(input.shape[dim]) if weight is None else weight.to(input.dtype)
+    row = torch.where(valid, w[y], 0.0)
+    nll = nll_of(input, F.one_hot(y, input.shape[dim]).bool().movedim(-1, dim), dim)
+    loss = torch.where(valid, w[y] * (nll - epsilon * torch.expm1(-nll)), 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / row.sum()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ __all__ = [
     "huber_loss",
     "kl_div",
     "l1_loss",
+    "log_cosh_loss",
     "mse_loss",
     "rmse_loss",
     "sigmoid_focal_loss",
@@ -41,6 +44,15 @@ def huber(x: Tensor, y: Tensor, delta: float) -> Tensor:
     e = x - y
     size = e.abs()
     return torch.where(size <= delta, 0.5 * e.square(), delta * (size - 0.5 * delta))
+
+
+def log_cosh(x: Tensor, y: Tensor) -> Tensor:
+    """log(1 + (cosh e - 1)) near 0, |e| + log((1 + exp(-2 |e|)) / 2) elsewhere; neither sees what the other is for."""
+    e = x - y
+    near = e.abs() < 2
+    below = 2 * torch.sinh(torch.where(near, e, 0.0) / 2).square()
+    size = torch.where(near, 2.0, e.abs())
+    return torch.where(near, torch.log1p(below), size + torch.log1p(torch.exp(-2 * size)) - math.log(2.0))
 
 
 def hinge(s: Tensor, y: Tensor) -> Tensor:
@@ -144,6 +156,14 @@ def huber_loss(
     """As `fastloss.functional.huber_loss`."""
     _floats(input=input, target=target, weight=weight)
     return _reduced(huber(input, target, delta), reduction, weight)
+
+
+def log_cosh_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", *, weight: Tensor | None = None
+) -> Tensor:
+    """As `fastloss.functional.log_cosh_loss`."""
+    _floats(input=input, target=target, weight=weight)
+    return _reduced(log_cosh(input, target), reduction, weight, True)
 
 
 def binary_cross_entropy(

@@ -107,11 +107,12 @@ AGGREGATION = {
     "sapo": "seq-mean-token-mean", "vespo": "token-mean", "gpg": "token-mean", "dro": "token-mean",
     "luspo": "seq-mean-token-sum", "geo_mean": "seq-mean-token-mean", "dppo_tv": "token-mean",
     "dppo_kl": "token-mean", "clip_cov": "token-mean", "kl_cov": "token-mean", "reinforce": "seq-mean-token-sum",
+    "topr": "seq-mean-token-sum",
 }  # fmt: skip
 """How each type is aggregated where it is published."""
 FORMULA = {
     "cispo": "cispo", "sapo": "sapo", "vespo": "gradient", "gpg": "gradient", "reinforce": "gradient", "dro": "dro",
-    "geo_mean": "geometric", "dppo_tv": "bounded_change", "dppo_kl": "bounded_kl",
+    "topr": "gradient", "geo_mean": "geometric", "dppo_tv": "bounded_change", "dppo_kl": "bounded_kl",
 }  # fmt: skip
 """The formula of a token; where none is named, `"clip"`."""
 RATIO_CAP = 20.0
@@ -135,6 +136,13 @@ def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp
     log_w = change.sum(-1, keepdim=True).to(logps.dtype)
     w = log_w.exp()
     return advantages * torch.where(advantages >= 0, 2 * log_w + 3 * (1 - w), 3 * log_w + 2 * (1 - w)).exp()
+
+
+def topr_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp: float) -> Tensor:
+    """A min(1, w) of a completion's probability ratio w where A < 0; what is rewarded is not tapered."""
+    counted = torch.ones_like(logps) if mask is None else torch.as_tensor(mask).to(logps.dtype)
+    log_w = torch.where(counted != 0, counted * (logps - old).clamp(-clamp, clamp), 0.0).sum(-1, keepdim=True)
+    return advantages * torch.where((advantages >= 0) | (log_w >= 0), 0.0, log_w).exp()
 
 
 def geometric_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, low: float, high: float):
@@ -214,6 +222,8 @@ def policy_loss(
             a = vespo_advantages(
                 logps, old, a, mask, math.inf if log_ratio_clamp is None else log_ratio_clamp
             )
+        elif loss_type == "topr":
+            a = topr_advantages(logps, old, a, mask, math.inf if log_ratio_clamp is None else log_ratio_clamp)
         elif loss_type == "geo_mean":
             a = geometric_advantages(logps, old, a, mask, low, high)
         elif loss_type in ("clip_cov", "kl_cov"):

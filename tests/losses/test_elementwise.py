@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import every_dtype, same_bits
 
 import fastloss.functional
-from fastloss.functional import sigmoid_focal_loss
+from fastloss.functional import log_cosh_loss, sigmoid_focal_loss
 
 EXTREMES = [1e4, -1e4, 88.0, -88.0, 0.0, 20.0, -20.0, 1e-3]
 
@@ -162,3 +164,114 @@ def test_rmse_at_and_near_a_perfect_fit(dtype, device):
     assert torch.autograd.grad(loss, x)[0].tolist() == [-0.25] * 4
     with pytest.raises(ValueError, match="eps"):
         fastloss.functional.rmse_loss(x, x, -1.0)
+
+
+# ---- log-cosh -------------------------------------------------------------------------------------------
+
+
+def log_cosh(e):
+    """In float64, by series where nothing else is exact: errors below 1e-2 and above 30."""
+    e = e.abs()
+    series = e**2 / 2 - e**4 / 12 + e**6 / 45 - 17 * e**8 / 2520
+    middle = torch.log(torch.cosh(e.clamp(1e-2, 30.0)))
+    return torch.where(e < 1e-2, series, torch.where(e > 30, e - math.log(2), middle))
+
+
+SIZES = [
+    0.0,
+    1e-18,
+    1e-12,
+    1e-6,
+    1e-3,
+    9e-3,
+    0.1,
+    0.5,
+    0.7,
+    0.999,
+    1.0,
+    1.001,
+    2.0,
+    5.0,
+    15.0,
+    29.0,
+    90.0,
+    1e4,
+    6e4,
+]
+
+
+@every_dtype
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_log_cosh_keeps_its_relative_precision(reduction, dtype, device):
+    """Of errors of every size, either sign and both inputs; a sum of one element is a logarithm of its own."""
+    eps = torch.finfo(dtype).eps
+    rtol = max(4 * eps, 1e-11) if dtype in (torch.float32, torch.float64) else eps
+    atol = torch.finfo(dtype).tiny * (1 if dtype == torch.float64 else 8)
+    sizes = torch.tensor(SIZES, dtype=torch.float64)
+    for e in torch.cat([sizes, -sizes]).to(dtype):
+        e = e.to(device).reshape(1)
+        x, y = e.clone().requires_grad_(), torch.zeros_like(e, requires_grad=True)
+        loss = log_cosh_loss(x, y, reduction)
+        dx, dy = torch.autograd.grad(loss.sum(), (x, y))
+        exact = e.double().cpu()
+        wanted = log_cosh(exact)
+        torch.testing.assert_close(
+            loss.double().cpu().reshape(1), wanted.to(dtype).double(), rtol=rtol, atol=atol
+        )
+        torch.testing.assert_close(dx.double().cpu(), exact.tanh().to(dtype).double(), rtol=rtol, atol=atol)
+        assert torch.equal(dy, -dx)
+
+
+def test_log_cosh_sums_of_small_errors(device):
+    """What is summed as the logarithm of a product does not lose the terms that 1 + u would."""
+    x = torch.full((5000,), 1e-5, device=device)
+    loss = log_cosh_loss(x, torch.zeros_like(x), "sum")
+    torch.testing.assert_close(loss.double().cpu(), 5000 * log_cosh(x[0].double().cpu()), rtol=1e-6, atol=0.0)
+    x = torch.full((5000,), 300.0, device=device)
+    loss = log_cosh_loss(x, torch.zeros_like(x))
+    torch.testing.assert_close(loss.item(), 300 - math.log(2), rtol=1e-6, atol=0.0)
+
+
+@every_dtype
+def test_log_cosh_of_infinities_and_nan(dtype, device):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.inf, 0.0], dtype=dtype, device=device)
+    y = torch.tensor([0.0, 0.0, 0.0, torch.inf, torch.inf], dtype=dtype, device=device)
+    x.requires_grad_()
+    loss = log_cosh_loss(x, y, "none")
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    nan = torch.nan
+    for got, wanted in (
+        (loss, [torch.inf, torch.inf, nan, nan, torch.inf]),
+        (grad, [1.0, -1.0, nan, nan, -1.0]),
+    ):
+        wanted = torch.tensor(wanted, dtype=dtype, device=device)
+        torch.testing.assert_close(got.detach(), wanted, rtol=0.0, atol=0.0, equal_nan=True)
+    finite = torch.zeros_like(x, requires_grad=True)
+    weight = torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0], dtype=dtype, device=device)
+    assert log_cosh_loss(finite, torch.where(weight == 0, x, 0.0).detach(), weight=weight) == 0
+
+
+def test_log_cosh_second_derivative(device):
+    """1 - tanh^2, also where it underflows and at 0."""
+    e = torch.tensor(
+        [0.0, 1e-9, 0.5, -0.5, 1.5, 2.0, -3.0, 20.0, 400.0, -1e5], dtype=torch.float64, device=device
+    )
+    x = e.clone().requires_grad_()
+    (first,) = torch.autograd.grad(log_cosh_loss(x, torch.zeros_like(e), "sum"), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    u = torch.exp(-e.abs())
+    torch.testing.assert_close(second, (2 * u / (1 + u * u)) ** 2, rtol=1e-12, atol=1e-300)
+
+
+def test_log_cosh_weight_and_broadcasting(device):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 13, generator=g).to(device), torch.randn(13, generator=g).to(device)
+    weight = torch.rand(7, 13, generator=g).to(device)
+    weight[2] = 0
+    rows = log_cosh_loss(x, y, "none")
+    torch.testing.assert_close(rows, torch.log(torch.cosh(x - y)))
+    torch.testing.assert_close(log_cosh_loss(x, y, weight=weight), (weight * rows).sum() / weight.sum())
+    with pytest.raises(ValueError, match="weight"):
+        log_cosh_loss(x, y, weight=weight[0])
+    with pytest.raises(NotImplementedError, match="target"):
+        log_cosh_loss(x, y.long())

@@ -43,6 +43,11 @@ def vespo(lp, old, a, mask):
     return -(rate + k * log_w - rate * log_w.exp()).exp().detach() * a * lp
 
 
+def topr(lp, old, a, mask):
+    w = ((lp - old) * mask).sum(-1, keepdim=True).exp().clamp(max=1)
+    return -torch.where(a >= 0, 1.0, w).detach() * a * lp
+
+
 def geo_mean(lp, old, a, mask):
     a = mean(a, mask)
     change = lp - old
@@ -72,6 +77,7 @@ FORMULAS = {
     "cispo": lambda lp, old, a, m: -clip((lp - old).exp()).detach() * a * lp,
     "sapo": sapo,
     "vespo": vespo,
+    "topr": topr,
     "gpg": lambda lp, old, a, m: -lp * a,
     "reinforce": lambda lp, old, a, m: -lp * a,
     "dro": lambda lp, old, a, m: -(lp * a - 0.5 * 0.7 * (lp - old) ** 2),
@@ -141,6 +147,31 @@ def test_tokens_that_were_certain(kind, device):
     for sign in (1.0, -1.0):
         loss = FL.policy_loss(lp, old, torch.full_like(old, sign), None, kind, ref_logps=old, kl_coef=0.1)
         assert loss.isfinite() and grad(loss, lp)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+def test_topr_tapers_what_is_not_rewarded(dtype, device):
+    """Ratios of answers by hand, to e^-1000 and e^1000: the gradient of a token is -A times the weight."""
+    change = torch.tensor([0.0, 0.5, -0.5, -20.0, 20.0, -250.0, 250.0, 1.0], dtype=dtype, device=device)
+    old = torch.full((8, 4), -300.0, dtype=dtype, device=device)
+    lp = (old + change[:, None]).requires_grad_()
+    change = (lp - old).detach()[:, 0]  # as far as half types tell
+    mask = torch.ones(8, 4, dtype=torch.bool, device=device)
+    mask[-1, 1:] = False
+    a = torch.tensor([1.0, -2.0], dtype=dtype, device=device)
+    for sign in a:
+        given = sign.expand(8)
+        loss = FL.policy_loss(lp, old, given, mask, "topr", "token-sum")
+        w = torch.exp((4 * change.double()).clamp(max=0)) if sign < 0 else torch.ones(8, device=device)
+        wanted = -sign.double() * w[:, None] * mask
+        close = {"rtol": 2 * max(torch.finfo(dtype).eps, 1e-7), "atol": torch.finfo(dtype).tiny}
+        torch.testing.assert_close(grad(loss, lp)[0].double(), wanted.double(), **close)
+    default = FL.policy_loss(lp.double(), old.double(), a[:1].double().expand(8), mask, "topr")
+    torch.testing.assert_close(default, -(lp.double() * mask).sum() / 8)
+    bounded = FL.policy_loss(
+        lp, old, -torch.ones_like(change), mask, "topr", "token-sum", log_ratio_clamp=0.25
+    )
+    torch.testing.assert_close(grad(bounded, lp)[0][3], torch.full_like(old[0], math.exp(-1.0)))
 
 
 def test_covariance_types(device):
@@ -291,6 +322,14 @@ def test_one_advantage_for_an_answer_entropies_and_metrics(device):
 def test_refuses(more, match):
     with pytest.raises((ValueError, RuntimeError), match=match):
         FL.policy_loss(*[torch.zeros(2, 3)] * 3, **more)
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("name", ["old_logps", "advantages"])
+def test_names_what_is_not_given(name, kind):
+    given = {n: torch.zeros(2, 3) for n in ("logps", "old_logps", "advantages")}
+    with pytest.raises(TypeError, match=name):
+        FL.policy_loss(**given | {name: None}, loss_type=kind)
 
 
 def test_value_clipping(device):

@@ -28,11 +28,11 @@ LONGER = {
     "csrc/losses/aggregation.h": "five aggregations that share their search and their statistics",
     "fastloss/_ops/autograd.py": "the only autograd, read from top to bottom",
     "fastloss/_ops/similarity.py": "one operator: inputs, passes over blocks, its two differentiable functions",
-    "fastloss/losses/dpo.py": "three losses, most of it docstrings",
-    "fastloss/losses/elementwise.py": "ten losses, most of it docstrings",
-    "fastloss/losses/metric_learning.py": "six losses, most of it docstrings",
-    "fastloss/losses/number_token.py": "three losses, most of it docstrings",
-    "fastloss/losses/token_statistics.py": "five functions, most of it docstrings",
+    "fastloss/losses/dpo.py": "losses, most of it docstrings",
+    "fastloss/losses/elementwise.py": "losses, most of it docstrings",
+    "fastloss/losses/metric_learning.py": "losses, most of it docstrings",
+    "fastloss/losses/number_token.py": "losses, most of it docstrings",
+    "fastloss/losses/token_statistics.py": "functions, most of it docstrings",
 }
 INCLUDE = re.compile(r'#include [<"]([^>"]+)[>"]')
 

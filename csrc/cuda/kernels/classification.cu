@@ -1,5 +1,8 @@
-// Launcher of cross-entropy, and the small kernels around a reduction over rows.
+// Launchers of the row losses, and the small kernels around a reduction over rows.
 #include "classification.cuh"
+
+#include "../launch.cuh"
+#include "../reduce.cuh"
 
 namespace fastloss::cuda {
 namespace {
@@ -106,8 +109,11 @@ void row_reduce(const RowArgs& a, void* out, void* stream) {
   if (a.dtype == DType::f64) return sum_rows<LossOfRow<double>>(a, out, s);
   sum_rows<LossOfRow<float>>(a, out, s);
 }
-void cross_entropy(const RowArgs& a, void* stream) {
-  run_rows<CrossEntropy>(a, static_cast<cudaStream_t>(stream));
-}
+#define FASTLOSS_LAUNCH(name, Loss)                                                                  \
+  void name(const RowArgs& a, void* stream) {                                                        \
+    with_device_type(a.dtype,                                                                        \
+                     [&]<class T> { RowLaunchers<T>::name(a, static_cast<cudaStream_t>(stream)); }); \
+  }
+FASTLOSS_ROW_KERNELS(FASTLOSS_LAUNCH)
 
 }  // namespace fastloss::cuda

@@ -1,0 +1,3 @@
+#include "classification_launch.cuh"
+
+template struct fastloss::cuda::RowLaunchers<float>;
