@@ -83,7 +83,7 @@ class Features:
 class Block(NamedTuple):
     """Some columns of the matrix."""
 
-    index: int  # its place in the order of columns
+    index: int  # type: ignore[assignment]  # its place in the order of columns; hides tuple.index
     columns: slice  # of all
     y: Features | None  # [columns, features]; None: the rows themselves
 
