@@ -44,12 +44,16 @@ def token_stats(
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     z = z / temperature
-    keep = None if mask is None else mask != 0
-    if keep is not None:
-        z = torch.where(keep.unsqueeze(-1), z, 0.0)
+    counts = None if mask is None else mask != 0
+    if counts is not None:
+        z = torch.where(counts.unsqueeze(-1), z, 0.0)
 
     def kept(v: Tensor) -> Tensor:
-        return v if keep is None else torch.where(keep.view(keep.shape + (1,) * (v.dim() - keep.dim())), v, 0)
+        return (
+            v
+            if counts is None
+            else torch.where(counts.view(counts.shape + (1,) * (v.dim() - counts.dim())), v, 0)
+        )
 
     logp = z.log_softmax(-1)
     p = logp.exp()
