@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -69,7 +69,7 @@ profiler: Any = None
 functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
-def _apply(function: type[Function], *args: Any) -> Any:
+def _apply(function: Any, *args: Any) -> Any:
     if functorch_active():
         return function.apply(*args)
     return function.direct(*args)
@@ -349,11 +349,11 @@ class PythonOp(Op):
     The reference takes `(inputs, attrs)`.
     """
 
-    Inputs: ClassVar[type]
-    Attrs: ClassVar[type | None] = None
-    Outputs: ClassVar[type]
-    State: ClassVar[type | None] = None
-    Gradients: ClassVar[type | None] = None
+    Inputs: ClassVar[type[Any]]
+    Attrs: ClassVar[type[Any] | None] = None
+    Outputs: ClassVar[type[Any]]
+    State: ClassVar[type[Any] | None] = None
+    Gradients: ClassVar[type[Any] | None] = None
     masked: ClassVar[bool] = False
 
     def __init__(self, name: str, reference: Callable[..., Any] | None, *, wrt: Sequence[int] = ()):
@@ -410,18 +410,17 @@ class PythonOp(Op):
 
         return torch.no_grad()(run)
 
-    def shapes(self, inputs: Any, attrs: Any, *mask: int) -> Sequence[Tensor]:
-        """Return the results of `forward` as empty tensors."""
+    # An operator names the arguments of these methods itself, `mask` among them if it is masked.
+    def shapes(self, *args: Any, **kwargs: Any) -> Iterable[Tensor]:
+        """Return for `inputs, attrs[, mask]` the results of `forward` as empty tensors."""
         raise NotImplementedError
 
-    def forward(self, operators: Any, inputs: Any, attrs: Any, *mask: int) -> Any:
-        """Return the fields of `Outputs` and `State`."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return for `operators, inputs, attrs[, mask]` the fields of `Outputs` and `State`."""
         raise NotImplementedError
 
-    def backward(
-        self, operators: Any, grads: Any, inputs: Any, state: Any, attrs: Any, *mask: int
-    ) -> Sequence[Tensor]:
-        """Return the fields of `Gradients`; one that is not needed is empty."""
+    def backward(self, *args: Any, **kwargs: Any) -> Sequence[Tensor]:
+        """Return for `operators, grads, inputs, state, attrs[, mask]` the `Gradients`; unneeded ones are empty."""
         raise NotImplementedError
 
     def operators(self) -> SimpleNamespace:
@@ -516,7 +515,7 @@ def _eager_function(op: Differentiable) -> type[Function]:
             values = (values,) if isinstance(values, Tensor) else tuple(values)
             return tuple(v for v, g in zip(values, grads, strict=True) if g is not None)
 
-        values, pull = torch.func.vjp(outputs, *(t for t, f in zip(tensors, needed, strict=True) if f))
+        values, pull = torch.func.vjp(outputs, *(t for t, f in zip(tensors, needed, strict=True) if f))[:2]
         it = iter(
             pull(
                 tuple(g.to(v.dtype) for v, g in zip(values, [g for g in grads if g is not None], strict=True))
@@ -556,7 +555,7 @@ def _eager_function(op: Differentiable) -> type[Function]:
                 found = by_reference(full[op.outputs :], ctx.options, differentiated, full[: op.outputs])
                 return tuple(found[i] for i, u in zip(op.wrt, upstream, strict=True) if u is not None)
 
-            _, pull = torch.func.vjp(first, *(t for t, f in zip(free, needed, strict=True) if f))
+            _, pull = torch.func.vjp(first, *(t for t, f in zip(free, needed, strict=True) if f))[:2]
             it = iter(pull(tuple(u for u in upstream if u is not None)))
             return (*(next(it) if f else None for f in needed), *([None] * ctx.others))
 
@@ -605,7 +604,8 @@ def _eager_function(op: Differentiable) -> type[Function]:
             with ctx.plan.record.backward(ctx, grads):
                 return ctx.plan.record.note(gradients(ctx, grads))
 
-    for function in (Forward, Gradient):
+    functions: tuple[Any, ...] = (Forward, Gradient)
+    for function in functions:
         # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not
         function.direct = super(Function, function).apply
     Forward.__name__ = Forward.__qualname__ = f"{op.name}_function"

@@ -60,7 +60,7 @@ class BlasProducts:
         self.weight, self.bias = weight, bias
         self.logits_type = self.row_type = weight.dtype
         acc_dtype = accumulation_dtype(weight.dtype)
-        self.out_dtype = {} if acc_dtype == weight.dtype else {"out_dtype": acc_dtype}
+        self.out_dtype: dict[str, Any] = {} if acc_dtype == weight.dtype else {"out_dtype": acc_dtype}
 
     def logits(self, out: Tensor, x: Tensor) -> None:
         if self.bias is None:
@@ -211,6 +211,7 @@ def forward(
     workspace = result(step, classes) if one_type else input.new_empty(step, classes)
     for begin in range(0, total, step):
         size = min(step, total - begin)
+        pick: slice | Tensor
         if counted is None:
             pick = slice(begin, begin + size)
             part_loss = loss[pick]

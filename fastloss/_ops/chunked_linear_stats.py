@@ -24,7 +24,7 @@ class LinearStatsInputs(NamedTuple):
     input: Tensor  # [rows, features]
     linear_weight: Tensor  # [classes, features]
     linear_bias: Tensor | None  # [classes]
-    index: Tensor | None  # [rows, K] int64
+    index: Tensor | None  # type: ignore[assignment]  # [rows, K] int64; hides tuple.index
     mask: Tensor | None  # [rows] bool
 
 

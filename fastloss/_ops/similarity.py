@@ -83,7 +83,7 @@ class Features:
 class Block(NamedTuple):
     """Some columns of the matrix."""
 
-    index: int  # its position in the order of columns
+    index: int  # type: ignore[assignment]  # its position in the order of columns; hides tuple.index
     columns: slice  # among the columns of all blocks
     y: Features | None  # [columns, features]; None: the rows themselves
 

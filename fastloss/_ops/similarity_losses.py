@@ -221,7 +221,7 @@ class HardestOp(SimilarityOp):
     def shapes(self, inputs, _):
         yield inputs.x.new_empty([2, inputs.x.shape[0]], dtype=torch.int64)
 
-    def __call__(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def indices(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.operators().fwd(x, ids)  # nothing to differentiate
 
     def forward(self, operators, inputs, _):

@@ -10,17 +10,18 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._registry.inputs import LOGPS_BENCH, LOGPS_SHAPES, of_logps, traffic_of
 from fastloss._registry.spec import InputSampler, Loss, register
-from fastloss.losses.dpo import dpo_loss, dpo_loss_from_logits, linear_dpo_loss
+from fastloss.losses.dpo import LOSS_TYPES, OF_LENGTHS, dpo_loss, dpo_loss_from_logits, linear_dpo_loss
 
 _INPUTS = (
     "policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps",
 )  # fmt: skip
 
 
-_TYPES = (
-    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
-    "aot", "aot_unpaired",
-)  # fmt: skip
+_TYPES = {
+    name: {"loss_type": name, **({"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {})}
+    for name in LOSS_TYPES
+    if name != "sigmoid"
+}
 
 
 def _length(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
@@ -30,12 +31,12 @@ def _length(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
 def _labels(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
     labels = draw.index(shape[-1], *shape[:-1])
     ignored = draw.index(3, *shape[:-1]) == 0
-    ignored[0], ignored[-1, -1] = False, True  # answers of different length
+    ignored[0], ignored[-1, -1] = False, True  # completions of different length
     return torch.where(ignored, -100, labels)
 
 
-def _answers(draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Reference log-probabilities about as large as those of random logits."""
+def _completions(draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return logits, and reference log-probabilities about as large as those of random logits."""
     sequences, steps, _ = shape = (max(shape[0] // 2 * 2, 2), *shape[1:])
     return {
         "policy_logits": draw.normal(*shape),
@@ -46,7 +47,7 @@ def _answers(draw: InputSampler, shape: tuple[int, ...]) -> dict[str, Tensor]:
 
 
 def _eager_from_logits(policy_logits, labels, reference_chosen_logps, reference_rejected_logps, beta=0.1):
-    """As people write it today."""
+    """Compute it as people write it today."""
     valid = labels != -100
     logits = policy_logits if policy_logits.dtype == torch.float64 else policy_logits.float()
     logps = logits.log_softmax(-1).gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
@@ -68,17 +69,10 @@ register(
         forward_arguments=(*_INPUTS, "chosen_lengths", "rejected_lengths", "weight"),
         cases={
             "sigmoid": {},
-            "ipo": {"loss_type": "ipo", "chosen_lengths": _length, "rejected_lengths": _length},
+            **_TYPES,
             **{
-                name: {
-                    "loss_type": name,
-                    **({"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}),
-                }
-                for name in _TYPES[1:]
-            },
-            **{
-                name: {"loss_type": name, "chosen_lengths": _length, "rejected_lengths": _length}
-                for name in ("sigmoid_norm", "sft")
+                name: _TYPES[name] | {"chosen_lengths": _length, "rejected_lengths": _length}
+                for name in OF_LENGTHS
             },
             **{name: {"f_divergence": name, "beta": 0.4} for name in ("forward_kl", "js", "alpha")},
             "mixed": {
@@ -100,14 +94,23 @@ register(
         function=dpo_loss_from_logits,
         reference=reference.dpo_loss_from_logits,
         eager=_eager_from_logits,
-        inputs=_answers,
+        inputs=_completions,
         wrt=("policy_logits",),
         forward_arguments=(
             "policy_logits", "labels", "reference_chosen_logps", "reference_rejected_logps",
         ),
         cases={
             "sigmoid": {},
-            "norm": {"loss_type": "sigmoid_norm", "ld_alpha": 0.5, "reduction": "none"},
+            **_TYPES,
+            "weighted": {"use_weighting": True},
+            "everything": {
+                "loss_type": ("sigmoid", "bco_pair", "sft"),
+                "loss_weights": (0.8, 0.2, 1.0),
+                "label_smoothing": 0.1,
+                "temperature": 0.7,
+                "ld_alpha": 0.5,
+                "reduction": "none",
+            },
         },
         shapes=((4, 3, 33), (2, 5, 1030)),
         bench_shape=(8, 512, 32000),
@@ -149,7 +152,8 @@ register(
             "reference_chosen_logps", "reference_rejected_logps", "linear_bias",
         ),
         cases={
-            "plain": {},
+            "sigmoid": {},
+            **_TYPES,
             "ipo+bias": {
                 "loss_type": "ipo",
                 "linear_bias": lambda d, s: d.normal(s[3]),

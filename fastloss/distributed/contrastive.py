@@ -81,9 +81,10 @@ def info_nce(
         positive_key=positive_key, negative_keys=negative_keys, temperature=temperature, sample_weight=sample_weight,
         normalize=bool(normalize), negative_mode=negative_mode,
     )  # fmt: skip
+    q, k, negatives = call.features(query, positive_key, negative_keys)
     loss, weight, dtype = info_nce_rows(
-        *call.features(query, positive_key, negative_keys), call.number(number), negative_mode, sample_weight,
-        normalize, label_offset, lambda *args: call.softmax(*args, call.columns), call.columns.begin,
+        q, k, negatives, call.number(number), negative_mode, sample_weight, normalize, label_offset,
+        lambda inputs, attrs: call.softmax(inputs, attrs, call.columns), call.columns.begin,
     )  # fmt: skip
     return call.reduced(loss, weight, dtype, call.rows)
 
@@ -280,8 +281,9 @@ def multiple_negatives_ranking_loss(
     def softmax(inputs: SoftmaxInputs, attrs: SoftmaxAttrs):
         return call.softmax(inputs, attrs, call.rows if inputs.y is None else docs)
 
+    a, p, n = call.features(anchor, positive, negatives)
     loss, weight, dtype = ranking_rows(
-        *call.features(anchor, positive, negatives), call.number(number), directions, partition_mode, ids, normalize,
-        sample_weight, 0, softmax, call.rows.begin, docs.begin,
+        a, p, n, call.number(number), directions, partition_mode, ids, normalize, sample_weight, 0, softmax,
+        call.rows.begin, docs.begin,
     )  # fmt: skip
     return call.reduced(loss, weight, dtype, call.rows)

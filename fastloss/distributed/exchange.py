@@ -6,7 +6,7 @@ of `fastloss._ops.similarity`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,13 @@ class Exchange:
         return merged(*self._ranks.parts(of_cols).unbind(2))
 
     def of_all(self, *arrays: Tensor) -> Sequence[Tensor]:
-        return self._ranks.gathered(torch.stack(arrays, 1)).t().contiguous()
+        return self._ranks.gathered(torch.stack(arrays, 1)).t().contiguous().unbind()
+
+    def blocks(self) -> Iterator[Block]:
+        raise NotImplementedError
+
+    def add(self, dy: Tensor) -> None:
+        raise NotImplementedError
 
     def gradient(self, dtype: torch.dtype | None = None) -> Tensor:
         dy = self._all_ranks_gradient()
@@ -76,7 +82,8 @@ class Ring(Exchange):
 
     def __init__(self, x: Tensor, y: Tensor | None, gathered: Tensor, ranks: Ranks, normalize: bool):
         super().__init__(x, y, gathered, ranks, normalize)
-        self.count, self._coming = ranks.size, None
+        self.count = ranks.size
+        self._coming: Callable[[], Tensor] | None = None
 
     @staticmethod
     def gather(own: Tensor, ranks: Ranks) -> Tensor:

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives, from log-probabilities of answers and from logits."""
+"""Direct preference optimisation and its relatives, from log-probabilities of completions and from logits."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ _dpo = ElementOp("dpo_loss", reference.dpo.dpo_element)
 
 _SORTED = ("aot", "aot_unpaired")
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", *_SORTED)
-_OF_LENGTHS = ("ipo", "sigmoid_norm", "sft")
-_NAMES = (*_dpo.hparams.choices["type"], "sigmoid_norm", *_SORTED)
+OF_LENGTHS = ("ipo", "sigmoid_norm", "sft")
+"""The types of `dpo_loss` that take lengths."""
+LOSS_TYPES = (*_dpo.hparams.choices["type"], "sigmoid_norm", *_SORTED)
 
 
 def _types(loss_type, loss_weights) -> list[tuple[str, float]]:
-    """The types and their weights."""
+    """Return the types and their weights."""
     if isinstance(loss_type, str):
         if loss_weights is not None:
             raise ValueError("loss_weights: only where loss_type is a sequence")
-        return [(choice("loss_type", loss_type, _NAMES), 1.0)]
-    kinds = [choice("loss_type", kind, _NAMES) for kind in loss_type]
+        return [(choice("loss_type", loss_type, LOSS_TYPES), 1.0)]
+    kinds = [choice("loss_type", kind, LOSS_TYPES) for kind in loss_type]
     weights = [1.0] * len(kinds) if loss_weights is None else list(loss_weights)
     if not kinds or len(weights) != len(kinds):
         raise ValueError(
@@ -55,7 +56,7 @@ def _types(loss_type, loss_weights) -> list[tuple[str, float]]:
 def _check_types(kinds: list[str], smoothing: float, divergence: str, lengths: bool, weight: bool) -> None:
     if smoothing and not any(k in _SMOOTHED for k in kinds):
         raise ValueError(f"label_smoothing: {', '.join(kinds)} has none")
-    if lengths and not any(k in _OF_LENGTHS for k in kinds):
+    if lengths and not any(k in OF_LENGTHS for k in kinds):
         raise ValueError(f"chosen_lengths: {', '.join(kinds)} takes no lengths")
     for kind in kinds:
         if kind == "exo_pair" and not 0 < smoothing < 1:
@@ -63,8 +64,8 @@ def _check_types(kinds: list[str], smoothing: float, divergence: str, lengths: b
         if kind == "robust" and smoothing >= 0.5:
             raise ValueError(f"label_smoothing: robust needs a number below 1/2, got {smoothing}")
         if kind == "sigmoid_norm" and not lengths:
-            raise ValueError("chosen_lengths: sigmoid_norm needs the lengths of the answers")
-        if divergence != "reverse_kl" and (kind in ("sft", *_SORTED) or (lengths and kind in _OF_LENGTHS)):
+            raise ValueError("chosen_lengths: sigmoid_norm needs the lengths of the completions")
+        if divergence != "reverse_kl" and (kind in ("sft", *_SORTED) or (lengths and kind in OF_LENGTHS)):
             raise ValueError(f"f_divergence: not with lengths nor with {kind}")
         if weight and kind in _SORTED:
             raise ValueError(f"weight: not with {kind}, which takes pairs apart")
@@ -111,13 +112,13 @@ def dpo_loss(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     r"""Direct preference optimisation and variants, from log-probabilities of whole completions.
 
-    With the log-ratios :math:`c` and :math:`r` of the chosen and the rejected answer (policy minus reference),
+    With the log-ratios :math:`c` and :math:`r` of the chosen and the rejected completion (policy minus reference),
     :math:`u = \beta (c - r)`, :math:`\ell = -\log \sigma` and label smoothing :math:`\varepsilon`, the loss of a
     pair is
 
     ================  ==============================================================================================
     sigmoid           :math:`(1 - \varepsilon)\, \ell(u) + \varepsilon\, \ell(-u)` (DPO; with smoothing cDPO)
-    sigmoid_norm      the same with :math:`c` and :math:`r` divided by the answers' lengths
+    sigmoid_norm      the same with :math:`c` and :math:`r` divided by the completions' lengths
     hinge             :math:`\max(0, 1 - u)` (SLiC)
     ipo               :math:`(c - r - 1 / (2 \beta))^2`, of means if lengths are given
     exo_pair          :math:`\sigma(u) [\log \sigma(u) - \log(1 - \varepsilon)]
@@ -129,7 +130,7 @@ def dpo_loss(
     apo_zero          :math:`\sigma(-\beta c) + \sigma(\beta r)`
     apo_down          :math:`\sigma(\beta c) + \sigma(-u)`
     discopop          :math:`\ell(u)\, \sigma(-u / \tau) + e^{-u} \sigma(u / \tau)`
-    sft               minus the policy's log-probability of the chosen answer, its mean if lengths are given
+    sft               minus the policy's log-probability of the chosen completion, its mean if lengths are given
     aot               sigmoid of sorted :math:`\log` ratios chosen / rejected of the policy and of the reference
     aot_unpaired      sigmoid of sorted :math:`c` and sorted :math:`r`
     ================  ==============================================================================================
@@ -141,7 +142,7 @@ def dpo_loss(
     Several types at once are added up with their weights (mixed preference optimisation), one kernel each.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: log-probabilities of the answers, summed over their tokens, of
+        policy_chosen_logps, policy_rejected_logps: log-probabilities of the completions, summed over their tokens, of
             one shape, mostly `(N)`; float32, float64, bfloat16 or float16.
         reference_chosen_logps, reference_rejected_logps: those of the reference model, of the same shape.
         beta: :math:`\beta > 0`. Default: 0.1.
@@ -163,7 +164,7 @@ def dpo_loss(
 
     Returns:
         The loss, a scalar or for `"none"` of the shape of the inputs; with `return_rewards` a tuple of it and the
-        rewards of the chosen and of the rejected answers.
+        rewards of the chosen and of the rejected completions.
 
     Raises:
         ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
@@ -201,13 +202,13 @@ def dpo_loss(
         )
         of_means = torch.promote_types(pc.dtype, pr.dtype)
         means = [x.to(of_means) for x in (pc, pr, rc, rr)]
-        if any(k in _OF_LENGTHS for k in kinds):
+        if any(k in OF_LENGTHS for k in kinds):
             for n in (chosen_lengths, chosen_lengths if rejected_lengths is None else rejected_lengths):
                 dtype = torch.promote_types(dtype, n.dtype)
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
     loss = None
-    for kind, share in types:
-        inputs = means if kind in _OF_LENGTHS else sums
+    for kind, loss_weight in types:
+        inputs = means if kind in OF_LENGTHS else sums
         inputs = _sorted_pairs(kind, *inputs) if kind in _SORTED else inputs
         formula = "sigmoid" if kind in ("sigmoid_norm", *_SORTED) else kind
         hparams = _dpo.pack(
@@ -215,7 +216,7 @@ def dpo_loss(
             alpha=check_number("f_alpha", f_alpha), tau=float(discopop_tau), top=top,
         )  # fmt: skip
         one = call_elementwise(_dpo, inputs, hparams, mode, w)
-        one = one if share == 1 else share * one
+        one = one if loss_weight == 1 else loss_weight * one
         loss = one if loss is None else loss + one
     if dtype in HALF_TYPES and not autocast_to_fp32(policy_chosen_logps):
         loss = loss.to(dtype)
@@ -246,31 +247,31 @@ def dpo_loss_from_logits(
     r"""`dpo_loss` from the logits of both completions: read once forward and once backward, gradient written once.
 
     The batch is concatenated chosen first, as TRL does: sequence `i` of the first half is the chosen, sequence `i`
-    of the second half the rejected answer of pair `i`. The log-probability of an answer is
+    of the second half the rejected completion of pair `i`. The log-probability of a completion is
     :math:`\sum_t \log p_t(y_t)` over its labels that are not ignored; labels are aligned with the logits,
     `labels[:, t]` is what `policy_logits[:, t]` predicts. ipo, sigmoid_norm and sft divide policy and reference by the
     numbers of these tokens. Nothing of the logits' size is stored but their gradient.
 
     Args:
-        policy_logits: shape `(2B, T, V)`, chosen answers first; float32, float64, bfloat16 or float16.
+        policy_logits: shape `(2B, T, V)`, chosen completions first; float32, float64, bfloat16 or float16.
         labels: int64 `(2B, T)`.
-        reference_chosen_logps, reference_rejected_logps: log-probabilities of the answers by the reference model,
+        reference_chosen_logps, reference_rejected_logps: log-probabilities of the completions by the reference model,
             summed over the same tokens, shape `(B)`, as `sequence_log_probs` gives them.
         beta, label_smoothing, loss_type, loss_weights: as for `dpo_loss`.
         ignore_index: the label of tokens that do not count. Default: -100.
         reduction: `"none"`, `"mean"` or `"sum"` over pairs. Default: `"mean"`.
         f_divergence, f_alpha, exponent_clamp, discopop_tau: as for `dpo_loss`.
         temperature: divides the logits. Default: 1.
-        ld_alpha: in [0, 1], LD-DPO: of the longer answer, the policy's tokens behind as many as the shorter one has
+        ld_alpha: in [0, 1], LD-DPO: of the longer completion, the policy's tokens behind as many as the shorter one has
             count so much. Default: none, 1.
         use_weighting: WPO: each pair is weighted by the policy's own probability of it,
             :math:`\min(1, e^{a_c + a_r})` with :math:`a` the mean of :math:`\log p_t(y_t) - \log \sum_j p_{tj}^2`
-            over the tokens of an answer; without gradient. Default: False.
+            over the tokens of a completion; without gradient. Default: False.
         return_rewards: also give :math:`\beta` times the log-ratios, detached. Default: False.
 
     Returns:
         The loss, float32 for half types, a scalar or for `"none"` of shape `(B)`; with `return_rewards` a tuple of it
-        and the rewards of the chosen and of the rejected answers.
+        and the rewards of the chosen and of the rejected completions.
 
     Raises:
         ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
@@ -299,11 +300,11 @@ def dpo_loss_from_logits(
     lengths = count.clamp(min=1)
     weight = None
     if peak is not None:
-        surprise = torch.where(valid, token_logps.detach() - peak, 0.0).sum(-1) / lengths
-        of_chosen, of_rejected = _halves(surprise)
+        adjusted = torch.where(valid, token_logps.detach() - peak, 0.0).sum(-1) / lengths
+        of_chosen, of_rejected = _halves(adjusted)
         weight = (of_chosen + of_rejected).exp().clamp(max=1.0)
     chosen_lengths, rejected_lengths = (
-        _halves(lengths) if any(k in _OF_LENGTHS for k in kinds) else (None, None)
+        _halves(lengths) if any(k in OF_LENGTHS for k in kinds) else (None, None)
     )
     return dpo_loss(
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
@@ -335,7 +336,7 @@ def _check_logits(policy_logits: Tensor, labels: Tensor) -> None:
         raise NotImplementedError(f"policy_logits: expected a floating point type, got {policy_logits.dtype}")
     if policy_logits.dim() != 3 or policy_logits.shape[0] % 2:
         raise RuntimeError(
-            f"policy_logits: expected (2B, T, V), chosen answers first, got {tuple(policy_logits.shape)}"
+            f"policy_logits: expected (2B, T, V), chosen completions first, got {tuple(policy_logits.shape)}"
         )
     if labels.shape != policy_logits.shape[:-1]:
         raise RuntimeError(
@@ -369,13 +370,13 @@ def linear_dpo_loss(
 ) -> Tensor:
     r"""Direct preference optimisation from hidden states, the logits computed in chunks.
 
-    `dpo_loss` of the log-probabilities of whole answers, :math:`\sum_t \log \mathrm{softmax}(W h_t + b)_{y_t}` over
+    `dpo_loss` of the log-probabilities of whole completions, :math:`\sum_t \log \mathrm{softmax}(W h_t + b)_{y_t}` over
     the labels that are not ignored. Logits are made for a chunk of tokens, forward and again backward, chosen and
-    rejected answers in one pass; beyond the gradients that takes what `linear_token_stats` takes. Labels are
+    rejected completions in one pass; beyond the gradients that takes what `linear_token_stats` takes. Labels are
     aligned: `chosen_labels[:, t]` is what `chosen_input[:, t]` predicts.
 
     Args:
-        chosen_input: hidden states of the chosen answers, of shape `[B, T, in_features]`.
+        chosen_input: hidden states of the chosen completions, of shape `[B, T, in_features]`.
         rejected_input: those of the rejected ones, `[B, T', in_features]`, of the same type.
         linear_weight: `(C, in_features)`, of the input's type.
         chosen_labels: int64, `[B, T]`.
@@ -384,8 +385,8 @@ def linear_dpo_loss(
             or with a gradient of its own.
         reference_rejected_logps: `[B]`.
         beta: strength of the reference. Default: 0.1.
-        label_smoothing: share of the labels taken as swapped. Default: 0.
-        loss_type: one of `dpo_loss`'s. "ipo" and "sigmoid_norm" take means over an answer's tokens. Default:
+        label_smoothing: fraction of the labels taken as swapped. Default: 0.
+        loss_type: one of `dpo_loss`'s. "ipo" and "sigmoid_norm" take means over a completion's tokens. Default:
             `"sigmoid"`.
         reduction: `"none"`, `"mean"` or `"sum"`.
         linear_bias: `(C)`. Default: none.

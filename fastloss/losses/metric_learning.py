@@ -343,7 +343,7 @@ def batch_hard_triplet_loss(
     """
     check_reduction(reduction)
     x, labels, dtype = _labelled_rows(embeddings, labels, distance)
-    positive, negative = _hardest(x.detach(), labels).unbind(0)
+    positive, negative = _hardest.indices(x.detach(), labels).unbind(0)
     counts = (positive >= 0) & (negative >= 0)
 
     def distance_from(square: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Rewards and returns of groups of answers, of n steps, of exploration."""
+"""Rewards and returns of groups of completions, of n steps, of exploration."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fastloss.reference.options import select
 
 __all__ = ["group_advantages", "ride_reward"]
 
@@ -11,22 +13,26 @@ __all__ = ["group_advantages", "ride_reward"]
 def group_advantages(
     rewards: Tensor, group_ids: Tensor, kind: str = "grpo", *, epsilon: float = 1e-4
 ) -> Tensor:
-    """As `fastloss.functional.group_advantages`."""
+    """Compute `fastloss.functional.group_advantages`."""
     same = (group_ids.unsqueeze(1) == group_ids.unsqueeze(0)).to(rewards.dtype)
     count = same.sum(1)
     mean = (same * rewards).sum(1) / count
-    if kind == "dr_grpo":
-        return rewards - mean
-    if kind == "rloo":
+
+    def grpo() -> Tensor:
+        variance = (same * (rewards - mean.unsqueeze(1)).square()).sum(1) / (count - 1).clamp(min=1)
+        deviation = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
+        return torch.where(count > 1, (rewards - mean) / (deviation + epsilon), 0.0)
+
+    def rloo() -> Tensor:
         return torch.where(count > 1, (rewards - mean) * count / (count - 1).clamp(min=1), 0.0)
-    variance = (same * (rewards - mean.unsqueeze(1)).square()).sum(1) / (count - 1).clamp(min=1)
-    deviation = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
-    return torch.where(count > 1, (rewards - mean) / (deviation + epsilon), 0.0)
+
+    return select("kind", kind, {"grpo": grpo, "dr_grpo": lambda: rewards - mean, "rloo": rloo})()
 
 
 def ride_reward(
     embeddings: Tensor, next_embeddings: Tensor, counts: Tensor, kind: str = "next_sqrt"
 ) -> Tensor:
-    """As `fastloss.functional.ride_reward`."""
-    moved = (next_embeddings - embeddings).square().sum(-1).sqrt().detach()
-    return moved / (counts.to(moved.dtype).sqrt() if kind == "next_sqrt" else counts.to(moved.dtype))
+    """Compute `fastloss.functional.ride_reward`."""
+    distance = (next_embeddings - embeddings).square().sum(-1).sqrt().detach()
+    visits = counts.to(distance.dtype)
+    return distance / select("kind", kind, {"next_sqrt": visits.sqrt(), "count": visits})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss.reference.elementwise import safe_sqrt
+from fastloss.reference.options import accumulation_dtype, select
 
 __all__ = ["chi2_dro_loss", "cvar_loss", "flooding_loss", "soft_ad_loss", "tilted_loss"]
 
@@ -17,22 +18,22 @@ def _mean(x: Tensor, w: Tensor | None) -> Tensor:
 
 
 def _tail(x: Tensor, w: Tensor | None, q: float) -> Tensor:
-    """The mean of the worst losses, of a weight of (1 - q) in all; those at its edge share what is left."""
+    """Return the mean of the largest losses, of a weight of (1 - q) in all; ties at its edge share what is left."""
     w = torch.ones_like(x) if w is None else w
     down, order = x.detach().sort(descending=True)
-    share = w.detach().gather(0, order).double().cumsum(0)
-    at = (share < (1 - q) * w.detach().double().sum()).sum().clamp(max=len(x) - 1)
+    cumulated = w.detach().gather(0, order).double().cumsum(0)
+    at = (cumulated < (1 - q) * w.detach().double().sum()).sum().clamp(max=len(x) - 1)
     edge = torch.where(x.detach().isnan().any(), math.nan, down.gather(0, at.reshape(1)))
     tied, above = w * (x == edge), w * (x > edge)
-    worst = (1 - q) * w.double().sum()  # of which the edge takes what is left: a small difference
-    left = (worst - above.double().sum()).to(x.dtype)
+    tail_weight = (1 - q) * w.double().sum()  # of which the edge takes what is left: a small difference
+    left = (tail_weight - above.double().sum()).to(x.dtype)
     at_edge = edge + (tied * torch.where((tied > 0) | edge.isnan(), x - edge, 0.0)).sum() / tied.sum()
     total = torch.where(above > 0, above * x, 0.0).sum() + left * at_edge
-    return (total / worst.to(x.dtype)).reshape(())
+    return (total / tail_weight.to(x.dtype)).reshape(())
 
 
 def _ball(x: Tensor, w: Tensor | None, rho: float) -> Tensor:
-    """m + sqrt(((1 + 2 rho) p - 1) v), of the mean, variance and share of the losses above the best theta."""
+    """Return m + sqrt(((1 + 2 rho) p - 1) v): mean, variance and fraction of the losses above the best theta."""
     w = torch.ones_like(x) if w is None else w
     down, order = x.detach().double().sort(descending=True)
     part, below = w.detach().gather(0, order).double(), down - down[0]
@@ -42,10 +43,10 @@ def _ball(x: Tensor, w: Tensor | None, rho: float) -> Tensor:
     squares, excess = second - 2 * below * first + below * below * count, first - below * count
     falls = (excess > 0) & (count[-1] * squares <= (1 + 2 * rho) * excess * excess)
     inside = w * torch.where(falls, x.detach().gather(0, order), -math.inf).amax().lt(x)
-    share = inside.sum() / w.sum()
+    fraction = inside.sum() / w.sum()
     mean = (inside * x).sum() / inside.sum()
     variance = (inside * (x - mean).square()).sum() / inside.sum()
-    return mean + safe_sqrt(variance * (2 * rho * share + (share - 1)).clamp(min=0))
+    return mean + safe_sqrt(variance * (2 * rho * fraction + (fraction - 1)).clamp(min=0))
 
 
 def _tilted(x: Tensor, w: Tensor | None, t: float) -> Tensor:
@@ -54,14 +55,14 @@ def _tilted(x: Tensor, w: Tensor | None, t: float) -> Tensor:
     inside = x if w is None else x.masked_fill(w == 0, -math.copysign(math.inf, t))
     top = (t * inside.detach()).amax()
     tx = t * x - top
-    # all near each other: exact however small t is
-    near = torch.where(inside.isinf(), 0.0, tx).abs().amax() < 1
-    small = torch.log1p(_mean(torch.expm1(torch.where(near, tx, 0.0)), w))
+    # all close to each other: exact however small t is
+    is_small = torch.where(inside.isinf(), 0.0, tx).abs().amax() < 1
+    small = torch.log1p(_mean(torch.expm1(torch.where(is_small, tx, 0.0)), w))
     if w is None:
         large = (t * x).logsumexp(0) - math.log(len(x))
     else:
         large = (t * inside + torch.where(w == 0, 1.0, w).log()).logsumexp(0) - w.sum().log()
-    return torch.where(near, (top + small) / t, large / t)
+    return torch.where(is_small, (top + small) / t, large / t)
 
 
 def aggregated(
@@ -73,25 +74,28 @@ def aggregated(
     eta: float,
     flood: float,
 ) -> Tensor:
-    """Of losses [n]; `number` is q, rho, sigma or t."""
-    x = losses.to(torch.float64 if losses.dtype == torch.float64 else torch.float32)
+    """Aggregate losses [n]; `number` is q, rho, sigma or t."""
+    x = losses.to(accumulation_dtype(losses.dtype))
     if weight is not None:
         x = torch.where(weight != 0, x, 0.0)
-    if kind == "mean" or (len(x) == 0 and theta is None):
-        value = _mean(x, weight)
-    elif kind == "cvar":
-        value = _tail(x, weight, number)
-    elif kind == "cvar_at":
-        value = theta + _mean(torch.relu(x - theta), weight) / (1 - number)
-    elif kind == "chi2":
-        value = _ball(x, weight, number)
-    elif kind == "chi2_at":
-        value = theta + math.sqrt(1 + 2 * number) * safe_sqrt(_mean(torch.relu(x - theta).square(), weight))
-    elif kind == "soft_ad":
+
+    def chi2_at() -> Tensor:
+        return theta + math.sqrt(1 + 2 * number) * safe_sqrt(_mean(torch.relu(x - theta).square(), weight))
+
+    def soft_ad() -> Tensor:
         u = (x - theta) / number
-        value = eta * theta + number**2 * _mean(u * (u / (1 + (1 + u * u).sqrt())), weight)
-    else:
-        value = _tilted(x, weight, number)
+        return eta * theta + number**2 * _mean(u * (u / (1 + (1 + u * u).sqrt())), weight)
+
+    formula = select("kind", kind, {
+        "mean": lambda: _mean(x, weight),
+        "cvar": lambda: _tail(x, weight, number),
+        "cvar_at": lambda: theta + _mean(torch.relu(x - theta), weight) / (1 - number),
+        "chi2": lambda: _ball(x, weight, number),
+        "chi2_at": chi2_at,
+        "soft_ad": soft_ad,
+        "tilted": lambda: _tilted(x, weight, number),
+    })  # fmt: skip
+    value = _mean(x, weight) if len(x) == 0 and theta is None else formula()
     return value if math.isnan(flood) else (value - flood).abs() + flood
 
 
@@ -107,12 +111,15 @@ def _whole(
 ) -> Tensor:
     if not losses.is_floating_point():
         raise NotImplementedError(f"losses: expected a floating point type, got {losses.dtype}")
-    high = torch.float64 if losses.dtype == torch.float64 else torch.float32
+    acc_dtype = accumulation_dtype(losses.dtype)
     if theta is not None:
-        theta = theta.to(high) if isinstance(theta, Tensor) else losses.new_full((), theta, dtype=high)
-    weight = None if sample_weight is None else sample_weight.to(high)
+        theta = (
+            theta.to(acc_dtype) if isinstance(theta, Tensor) else losses.new_full((), theta, dtype=acc_dtype)
+        )
+    weight = None if sample_weight is None else sample_weight.to(acc_dtype)
     if mask is not None:
-        weight = torch.where(mask != 0, losses.new_ones((), dtype=high) if weight is None else weight, 0.0)
+        weight = losses.new_ones((), dtype=acc_dtype) if weight is None else weight
+        weight = torch.where(mask != 0, weight, 0.0)
     for name, t in (("sample_weight", sample_weight), ("mask", mask)):
         if t is not None and t.shape != losses.shape:
             raise RuntimeError(f"{name}: expected the shape of losses")
@@ -131,7 +138,7 @@ def cvar_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.cvar_loss`."""
+    """Compute `fastloss.functional.cvar_loss`."""
     kind = "cvar" if theta is None else "cvar_at"
     return _whole(losses, kind, theta, sample_weight, mask, number=q, flood=flood)
 
@@ -145,7 +152,7 @@ def chi2_dro_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.chi2_dro_loss`."""
+    """Compute `fastloss.functional.chi2_dro_loss`."""
     kind = "chi2" if theta is None else "chi2_at"
     return _whole(losses, kind, theta, sample_weight, mask, number=rho, flood=flood)
 
@@ -157,7 +164,7 @@ def flooding_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.flooding_loss`."""
+    """Compute `fastloss.functional.flooding_loss`."""
     return _whole(losses, "mean", None, sample_weight, mask, flood=level)
 
 
@@ -170,7 +177,7 @@ def soft_ad_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.soft_ad_loss`."""
+    """Compute `fastloss.functional.soft_ad_loss`."""
     return _whole(losses, "soft_ad", theta, sample_weight, mask, number=sigma, eta=eta)
 
 
@@ -181,5 +188,5 @@ def tilted_loss(
     sample_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.tilted_loss`."""
+    """Compute `fastloss.functional.tilted_loss`."""
     return _whole(losses, "tilted", None, sample_weight, mask, number=t)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.reference.classification import cross_entropy
+from fastloss.reference.options import one_of
 
 __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
 
@@ -16,7 +17,7 @@ __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
 def with_margin(
     cosines: Tensor, target: Tensor, m: float, additive: bool, easy_margin: bool, straight: bool
 ) -> Tensor:
-    """Cosines [N, C], the target's with its margin."""
+    """Return the cosines [N, C], the target's with its margin."""
     inside = (target >= 0) & (target < cosines.shape[1])
     at = torch.where(inside, target, 0).unsqueeze(1)
     c = cosines.gather(1, at)
@@ -47,14 +48,14 @@ def margin_logits(
     straight: bool,
     centres: int,
 ) -> Tensor:
-    """Of products [N, C * centres] of rows and centres, the cosines [N, C], the target's with its margin."""
+    """Return cosines [N, C], the target's with its margin, from products [N, C * centres] of rows and centres."""
     return with_margin(nearest(products, centres), target, m, additive, easy_margin, straight)
 
 
 def chosen(
     weight: Tensor, target: Tensor, classes: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """Weight and target where only the classes listed take part."""
+    """Return weight and target where only the classes listed take part."""
     if classes is None:
         return weight, target
     place = torch.full((weight.shape[0],), -1, device=target.device).scatter(
@@ -93,10 +94,11 @@ def arcface_loss(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.arcface_loss`."""
+    """Compute `fastloss.functional.arcface_loss`."""
+    straight = one_of("margin_grad", margin_grad, ("exact", "straight_through")) == "straight_through"
     return _margin_loss(
-        input, weight, target, s, m, reduction, False, easy_margin, margin_grad == "straight_through", classes,
-        ignore_index, label_smoothing, sample_weight,
+        input, weight, target, s, m, reduction, False, easy_margin, straight, classes, ignore_index,
+        label_smoothing, sample_weight,
     )  # fmt: skip
 
 
@@ -113,7 +115,7 @@ def cosface_loss(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.cosface_loss`."""
+    """Compute `fastloss.functional.cosface_loss`."""
     return _margin_loss(
         input, weight, target, s, m, reduction, True, False, False, classes, ignore_index, label_smoothing,
         sample_weight,
@@ -131,7 +133,7 @@ def harmonic_loss(
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.harmonic_loss`, of the distances themselves."""
+    """Compute `fastloss.functional.harmonic_loss`, of the distances themselves."""
     dtype = input.dtype
     if dtype in (torch.bfloat16, torch.float16):
         input, weight = input.float(), weight.float()

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
+from fastloss.reference.options import reduced
+
 __all__ = ["cross_entropy", "poly1_cross_entropy", "softmax_focal_loss"]
 
 
@@ -16,7 +18,7 @@ def logits_of(input: Tensor, logit_scale: float, softcap: float | None) -> Tenso
 
 
 def nll_of(z: Tensor, one_hot: Tensor, dim: int) -> Tensor:
-    """-log softmax(z) of the class marked in `one_hot`: -logsigmoid(its logit - lse of the others).
+    """Return -log softmax(z) of the class of `one_hot`: -logsigmoid(its logit - lse of the others).
 
     Keeps its relative precision however far the class wins, where lse - logit would cancel.
     """
@@ -42,7 +44,7 @@ def cross_entropy(
     sample_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """As `fastloss.functional.cross_entropy`; `inplace_backward` changes nothing here."""
+    """Compute `fastloss.functional.cross_entropy`; `inplace_backward` has no effect here."""
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     dim = 0 if input.dim() == 1 else 1
@@ -59,8 +61,8 @@ def cross_entropy(
     per_class = w.view([-1 if d == dim else 1 for d in range(z.dim())])
 
     if target.is_floating_point():
-        share = (1 - label_smoothing) * target + label_smoothing / classes
-        loss = (per_class * share * (lse.unsqueeze(dim) - z)).sum(dim)
+        smoothed = (1 - label_smoothing) * target + label_smoothing / classes
+        loss = (per_class * smoothed * (lse.unsqueeze(dim) - z)).sum(dim)
         row = torch.ones_like(lse)
         loss = loss + z_loss * square
     else:
@@ -74,9 +76,7 @@ def cross_entropy(
         loss = torch.where(valid, loss, 0.0)
     if sample_weight is not None:
         loss, row = loss * sample_weight.to(z.dtype), row * sample_weight.to(z.dtype)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / row.sum()
+    return reduced(loss, reduction, row.sum())
 
 
 def softmax_focal_loss(
@@ -90,14 +90,14 @@ def softmax_focal_loss(
     background_class: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """As `fastloss.functional.softmax_focal_loss`; `inplace_backward` changes nothing here."""
+    """Compute `fastloss.functional.softmax_focal_loss`; `inplace_backward` has no effect here."""
     dim = 0 if input.dim() == 1 else 1
     valid = target != ignore_index
     y = torch.where(valid, target, 0)
     nll = nll_of(input, F.one_hot(y, input.shape[dim]).bool().movedim(-1, dim), dim)
-    rest = -torch.expm1(-nll)  # 1 - p
-    certain = rest == 0  # where a power below one has no derivative, and the loss is 0
-    loss = torch.where(certain, nll * (gamma == 0), torch.where(certain, 1.0, rest) ** gamma * nll)
+    one_minus_p = -torch.expm1(-nll)
+    certain = one_minus_p == 0  # where a power below one has no derivative, and the loss is 0
+    loss = torch.where(certain, nll * (gamma == 0), torch.where(certain, 1.0, one_minus_p) ** gamma * nll)
     if isinstance(alpha, Tensor):
         loss = alpha.to(loss.dtype)[y] * loss
     elif alpha is not None:
@@ -107,9 +107,7 @@ def softmax_focal_loss(
             else alpha * loss
         )
     loss = torch.where(valid, loss, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum()
+    return reduced(loss, reduction, valid.sum())
 
 
 def poly1_cross_entropy(
@@ -122,7 +120,7 @@ def poly1_cross_entropy(
     *,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """As `fastloss.functional.poly1_cross_entropy`; `inplace_backward` changes nothing here."""
+    """Compute `fastloss.functional.poly1_cross_entropy`; `inplace_backward` has no effect here."""
     dim = 0 if input.dim() == 1 else 1
     target = target.reshape(()) if dim == 0 else target
     valid = target != ignore_index
@@ -131,6 +129,4 @@ def poly1_cross_entropy(
     row = torch.where(valid, w[y], 0.0)
     nll = nll_of(input, F.one_hot(y, input.shape[dim]).bool().movedim(-1, dim), dim)
     loss = torch.where(valid, w[y] * (nll - epsilon * torch.expm1(-nll)), 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / row.sum()
+    return reduced(loss, reduction, row.sum())

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.options import accumulation_dtype
+from fastloss.reference.options import accumulation_dtype, select
+from fastloss.reference.options import reduced as reduced_losses
 
 __all__ = ["clip_loss", "info_nce", "siglip_loss"]
 
@@ -17,9 +18,9 @@ __all__ = ["clip_loss", "info_nce", "siglip_loss"]
 def similarities(
     x: Tensor, y: Tensor | None, scale: Tensor, normalize: bool, temperature: bool = False
 ) -> Tensor:
-    """In the accumulation type; with `temperature` the scale is one."""
-    high = accumulation_dtype(x.dtype)
-    x, y, scale = x.to(high), x.to(high) if y is None else y.to(high), scale.reshape(()).to(high)
+    """Return all similarities in the accumulation type; with `temperature` the scale is one."""
+    acc_dtype = accumulation_dtype(x.dtype)
+    x, y, scale = (t.to(acc_dtype) for t in (x, x if y is None else y, scale.reshape(())))
     if normalize:
         x, y = F.normalize(x), F.normalize(y)
     s = x @ y.t()
@@ -29,18 +30,18 @@ def similarities(
 def entries(
     s: Tensor, target_col: Tensor | None, row_ids: Tensor | None, col_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Which entries are in the target column, and which others have equal ids."""
-    marked = torch.zeros_like(s, dtype=torch.bool)
+    """Return which entries are in the target column, and which others have equal ids."""
+    in_target = torch.zeros_like(s, dtype=torch.bool)
     if target_col is not None:
-        marked = target_col.unsqueeze(1) == torch.arange(s.shape[1], device=s.device)
-    equal = torch.zeros_like(marked)
+        in_target = target_col.unsqueeze(1) == torch.arange(s.shape[1], device=s.device)
+    equal = torch.zeros_like(in_target)
     if row_ids is not None:
-        equal = (row_ids.unsqueeze(1) == (row_ids if col_ids is None else col_ids)) & ~marked
-    return marked, equal
+        equal = (row_ids.unsqueeze(1) == (row_ids if col_ids is None else col_ids)) & ~in_target
+    return in_target, equal
 
 
 def log_sum_exp(s: Tensor, counted: Tensor, dim: int) -> Tensor:
-    """-inf where nothing counts, and no gradient there."""
+    """Return the logarithms of sums of what counts: -inf where nothing does, and no gradient there."""
     there = counted.any(dim, keepdim=True)
     s = s.masked_fill(~counted & there, -torch.inf).masked_fill(~there, 0.0)
     lse = s.logsumexp(dim) if s.shape[dim] else s.sum(dim)
@@ -48,16 +49,16 @@ def log_sum_exp(s: Tensor, counted: Tensor, dim: int) -> Tensor:
 
 
 def softmax_rows(inputs, attrs):
-    """The function of `SoftmaxOp`, of its inputs and attributes."""
+    """Compute what `SoftmaxOp` does, of its inputs and attributes."""
     s = similarities(inputs.x, inputs.y, inputs.scale, attrs.normalize, attrs.temperature)
-    marked, equal = entries(s, inputs.target_col, inputs.row_ids, inputs.col_ids)
-    positive, left_out = (equal, marked) if attrs.labels_are_positives else (marked, equal)
+    in_target, equal = entries(s, inputs.target_col, inputs.row_ids, inputs.col_ids)
+    positive, left_out = (equal, in_target) if attrs.labels_are_positives else (in_target, equal)
     counted = ~left_out & (~positive | attrs.positives_in_denominator)
     t = s.masked_fill(~positive, 0.0).sum(1)
     row = col = s.new_zeros(0)
     if attrs.rows:
-        share = inputs.inv_num_positives
-        row = log_sum_exp(s, counted, 1) - (t if share is None else t * share)
+        inv_num_positives = inputs.inv_num_positives
+        row = log_sum_exp(s, counted, 1) - (t if inv_num_positives is None else t * inv_num_positives)
         row = row if inputs.base is None else row - inputs.base
     if attrs.columns:
         col = log_sum_exp(s, counted, 0)[inputs.target_col] - t
@@ -65,33 +66,29 @@ def softmax_rows(inputs, attrs):
 
 
 def pairs(inputs, attrs):
-    """The function of `PairsOp`, of its inputs and attributes."""
+    """Compute what `PairsOp` does, of its inputs and attributes."""
     s = similarities(inputs.x, inputs.y, inputs.scale, attrs.normalize, attrs.temperature)
-    marked, equal = entries(s, inputs.target_col, inputs.row_ids, inputs.col_ids)
-    lse = log_sum_exp(s, ~marked & ~equal, 1).unsqueeze(1)
+    in_target, equal = entries(s, inputs.target_col, inputs.row_ids, inputs.col_ids)
+    lse = log_sum_exp(s, ~in_target & ~equal, 1).unsqueeze(1)
     return torch.logaddexp(lse - s, s.new_zeros(())).masked_fill(~equal, 0.0).sum(1)
 
 
 def sigmoid_rows(inputs, attrs):
-    """The function of `SigmoidOp`, of its inputs and attributes."""
+    """Compute what `SigmoidOp` does, of its inputs and attributes."""
     s = similarities(inputs.x, inputs.y, inputs.scale, attrs.normalize)
     s = s if inputs.bias is None else s + inputs.bias.reshape(()).to(s.dtype)
-    marked, _ = entries(s, inputs.target_col, None, None)
-    loss = -F.logsigmoid(torch.where(marked, s, -s)).sum(1)
+    in_target, _ = entries(s, inputs.target_col, None, None)
+    loss = -F.logsigmoid(torch.where(in_target, s, -s)).sum(1)
     loss = reduced(loss, inputs.weight, ("none", "mean", "sum")[attrs.reduction])
     return loss if attrs.out_fp32 else loss.to(inputs.x.dtype)
 
 
 def reduced(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """A mean is divided by the sum of the weights."""
-    if weight is not None:
-        loss = loss * weight.to(loss.dtype)
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    if reduction == "sum":
-        return total
-    return total / (loss.shape[0] if weight is None else weight.to(loss.dtype).sum())
+    """Return weighted losses, their mean or their sum; a mean is divided by the sum of the weights."""
+    if weight is None:
+        return reduced_losses(loss, reduction, loss.shape[0])
+    weight = weight.to(loss.dtype)
+    return reduced_losses(loss * weight, reduction, weight.sum())
 
 
 # ---- the losses
@@ -107,7 +104,7 @@ def clip_loss(
     sample_weight: Tensor | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    """As `fastloss.functional.clip_loss`."""
+    """Compute `fastloss.functional.clip_loss`."""
     if normalize:
         image_features, text_features = F.normalize(image_features), F.normalize(text_features)
     logits = logit_scale * image_features @ text_features.t()
@@ -130,7 +127,7 @@ def siglip_loss(
     normalize: bool = False,
     label_offset: int | None = 0,
 ) -> Tensor:
-    """As `fastloss.functional.siglip_loss`."""
+    """Compute `fastloss.functional.siglip_loss`."""
     if normalize:
         image_features, text_features = F.normalize(image_features), F.normalize(text_features)
     logits = logit_scale * image_features @ text_features.t()
@@ -154,7 +151,11 @@ def info_nce(
     normalize: bool = True,
     label_offset: int = 0,
 ) -> Tensor:
-    """As `fastloss.functional.info_nce`."""
+    """Compute `fastloss.functional.info_nce`."""
+    negatives = select("negative_mode", negative_mode, {
+        "unpaired": lambda q, keys: q @ keys.t(),
+        "paired": lambda q, keys: (keys @ q.unsqueeze(-1)).squeeze(-1),
+    })  # fmt: skip
     if normalize:
         query, positive_key = F.normalize(query), F.normalize(positive_key)
         negative_keys = None if negative_keys is None else F.normalize(negative_keys, dim=-1)
@@ -162,10 +163,7 @@ def info_nce(
         logits = query @ positive_key.t()
         target = torch.arange(logits.shape[0], device=logits.device) + label_offset
     else:
-        if negative_mode == "unpaired":
-            negative = query @ negative_keys.t()
-        else:
-            negative = (negative_keys @ query.unsqueeze(-1)).squeeze(-1)
+        negative = negatives(query, negative_keys)
         logits = torch.cat([(query * positive_key).sum(1, keepdim=True), negative], 1)
         target = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
     return reduced(F.cross_entropy(logits / temperature, target, reduction="none"), sample_weight, reduction)

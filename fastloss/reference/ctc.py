@@ -8,20 +8,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastloss.reference.options import accumulation_dtype
+from fastloss.reference.options import accumulation_dtype, select
 
 __all__ = ["ctc_loss"]
 
 
 def _log_sum(*terms: Tensor) -> Tensor:
-    """Of -inf alone -inf, with a gradient of 0."""
+    """Return the logarithm of a sum; of -inf alone it is -inf, with a gradient of 0."""
     stacked = torch.stack(terms)
     nothing = (stacked == -math.inf).all(0)
     return torch.where(nothing, -math.inf, torch.where(nothing, 0.0, stacked).logsumexp(0))
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """[N, S], position s holding what was at s - by, the first ones -inf."""
+    """Return [N, S], position s holding what was at s - by, the first ones -inf."""
     return torch.cat([torch.full_like(x[:, :by], -math.inf), x[:, : x.shape[1] - by]], 1)
 
 
@@ -34,7 +34,7 @@ def ctc_rows(
     from_logits: bool = False,
     zero_infinity: bool = False,
 ) -> Tensor:
-    """Of [T, N, C] and padded targets [N, L] the loss of each sequence."""
+    """Return the loss of each sequence, of [T, N, C] and padded targets [N, L]."""
     y = log_probs.to(accumulation_dtype(log_probs.dtype))
     if from_logits:
         y = y.log_softmax(-1)
@@ -76,7 +76,7 @@ def ctc_loss(
     *,
     from_logits: bool = False,
 ) -> Tensor:
-    """As `fastloss.functional.ctc_loss`."""
+    """Compute `fastloss.functional.ctc_loss`."""
     if log_probs.dim() not in (2, 3):
         raise RuntimeError(f"log_probs: expected (T, N, C) or (T, C), got {tuple(log_probs.shape)}")
     lengths = [torch.as_tensor(x, device=log_probs.device) for x in (input_lengths, target_lengths)]
@@ -104,12 +104,9 @@ def ctc_loss(
     if bool(((labels < 0) | (labels > targets.shape[1])).any()):
         raise RuntimeError(f"target_lengths: expected numbers in [0, {targets.shape[1]}]")
     loss = ctc_rows(log_probs, targets, inputs, labels, blank, from_logits, zero_infinity)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if reduction == "mean":
-        loss = (loss / labels.clamp(min=1)).mean()
-    elif reduction == "sum":
-        loss = loss.sum()
-    elif single:
-        loss = loss.squeeze(0)
-    return loss.to(log_probs.dtype)
+    reduce = select("reduction", reduction, {
+        "none": lambda: loss.squeeze(0) if single else loss,
+        "mean": lambda: (loss / labels.clamp(min=1)).mean(),
+        "sum": lambda: loss.sum(),
+    })  # fmt: skip
+    return reduce().to(log_probs.dtype)

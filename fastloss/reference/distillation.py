@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss.reference.options import accumulation_dtype
+from fastloss.reference.options import accumulation_dtype, select
 
 __all__ = ["js_div_logits", "kl_div_logits"]
 
 
 def _weighed(p: Tensor, u: Tensor) -> Tensor:
-    """sum p u of rows; a class of probability 0 adds nothing."""
+    """Return sum p u of rows; a class of probability 0 adds nothing."""
     return torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, u)).sum(-1)
 
 
 def divergence_rows(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
-    """The divergence of every row."""
+    """Return the divergence of every row."""
     s, t = (
         (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x) / temperature
         for x in (student, teacher)
@@ -52,7 +52,7 @@ def js_div_logits(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.js_div_logits`."""
+    """Compute `fastloss.functional.js_div_logits`."""
     dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
     rows = student.shape[:-1]
@@ -61,19 +61,22 @@ def js_div_logits(
         counts = counts & (labels != ignore_index)
     if mask is not None:
         counts = counts & (mask != 0)
-    high = accumulation_dtype(dtype)
-    weight = counts.to(high) if sample_weight is None else torch.where(counts, sample_weight.to(high), 0.0)
+    acc_dtype = accumulation_dtype(dtype)
+    weight = counts.to(acc_dtype)
+    if sample_weight is not None:
+        weight = torch.where(counts, sample_weight.to(acc_dtype), 0.0)
     read = (weight != 0).unsqueeze(-1)
     each = divergence_rows(
         torch.where(read, student, 0.0), torch.where(read, teacher, 0.0), beta, temperature
     )
     each = weight * each
-    if reduction == "none":
-        return each
-    if reduction == "sum":
-        return each.sum()
-    mean = each.sum() / weight.sum()
-    return mean / student.shape[-1] if reduction == "mean" else mean
+    reduce = select("reduction", reduction, {
+        "none": lambda: each,
+        "sum": lambda: each.sum(),
+        "batchmean": lambda: each.sum() / weight.sum(),
+        "mean": lambda: each.sum() / weight.sum() / student.shape[-1],
+    })  # fmt: skip
+    return reduce()
 
 
 def kl_div_logits(
@@ -87,7 +90,7 @@ def kl_div_logits(
     mask: Tensor | None = None,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.kl_div_logits`."""
+    """Compute `fastloss.functional.kl_div_logits`."""
     return js_div_logits(
         student_logits,
         teacher_logits,

@@ -10,15 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastloss.reference.options import reduced, select
 from fastloss.reference.token_statistics import linear_token_stats
 
 __all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
 
-
-def reduced(loss: Tensor, reduction: str) -> Tensor:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+FORMULA = {
+    "sigmoid": "sigmoid", "sigmoid_norm": "sigmoid", "aot": "sigmoid", "aot_unpaired": "sigmoid", "hinge": "hinge",
+    "ipo": "ipo", "exo_pair": "exo_pair", "nca_pair": "nca_pair", "robust": "robust", "bco_pair": "bco_pair",
+    "sppo_hard": "sppo_hard", "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sft": "sft",
+}  # fmt: skip
+"""The types, and the formula of a pair of each."""
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -26,52 +28,54 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def divergence_map(x: Tensor, divergence: str, alpha: float, top: float) -> Tensor:
-    """What takes the place of a log-ratio x."""
-    if divergence == "reverse_kl":
-        return x
-    if divergence == "js":
-        return math.log(2) - softplus(-x)
-    rate = {"forward_kl": -1.0, "alpha": alpha - 1}[divergence]
-    return torch.expm1((rate * x).clamp(max=top)) / rate
+    """Return what takes the place of a log-ratio x."""
+
+    def power(rate: float) -> Tensor:
+        return torch.expm1((rate * x).clamp(max=top)) / rate
+
+    formula = select("f_divergence", divergence, {
+        "reverse_kl": lambda: x,
+        "js": lambda: math.log(2) - softplus(-x),
+        "forward_kl": lambda: power(-1.0),
+        "alpha": lambda: power(alpha - 1),
+    })  # fmt: skip
+    return formula()
 
 
 def dpo_element(pc, pr, rc, rr, type, beta, label_smoothing, divergence, alpha, tau, top) -> Tensor:
     smoothing = label_smoothing
-    if type == "sft":
-        return -pc
     c, r = (divergence_map(x, divergence, alpha, top) for x in (pc - rc, pr - rr))
     u = beta * (c - r)
     win, lose = softplus(-u), softplus(u)  # -log sigmoid(u), -log sigmoid(-u)
-    if type == "sigmoid":
-        return (1 - smoothing) * win + smoothing * lose
-    if type == "hinge":
-        return torch.relu(1 - u)
-    if type == "ipo":
-        return (c - r - 1 / (2 * beta)).square()
-    if type == "exo_pair":
-        keep, flip = math.log1p(-smoothing), math.log(smoothing)
-        return torch.sigmoid(u) * (-win - keep) + torch.sigmoid(-u) * (-lose - flip)
-    if type == "nca_pair":
-        return softplus(-beta * c) + 0.5 * softplus(beta * c) + 0.5 * softplus(beta * r)
-    if type == "robust":
-        return ((1 - smoothing) * win - smoothing * lose) / (1 - 2 * smoothing)
-    if type == "bco_pair":
-        return softplus(-beta * c) + softplus(beta * r)
-    if type == "sppo_hard":
-        return (c - 0.5 / beta).square() + (r + 0.5 / beta).square()
-    if type == "apo_zero":
-        return torch.sigmoid(-beta * c) + torch.sigmoid(beta * r)
-    if type == "apo_down":
-        return torch.sigmoid(beta * c) + torch.sigmoid(-u)
-    if type != "discopop":
-        raise ValueError(f"loss_type: unknown: {type!r}")
-    # e^-u sigmoid(u / tau), of which for u < 0 neither factor may stand alone
-    above, below = u.clamp(min=0), u.clamp(max=0)
-    tail = torch.where(
-        u >= 0, torch.exp(-above) * torch.sigmoid(above / tau),
-        torch.exp(below * (1 / tau - 1)) * torch.sigmoid(-below / tau),
-    )  # fmt: skip
-    return win * torch.sigmoid(-u / tau) + tail
+
+    def exo_pair() -> Tensor:
+        kept, flipped = math.log1p(-smoothing), math.log(smoothing)
+        return torch.sigmoid(u) * (-win - kept) + torch.sigmoid(-u) * (-lose - flipped)
+
+    def discopop() -> Tensor:
+        # e^-u sigmoid(u / tau), of which for u < 0 neither factor may stand alone
+        above, below = u.clamp(min=0), u.clamp(max=0)
+        tail = torch.where(
+            u >= 0, torch.exp(-above) * torch.sigmoid(above / tau),
+            torch.exp(below * (1 / tau - 1)) * torch.sigmoid(-below / tau),
+        )  # fmt: skip
+        return win * torch.sigmoid(-u / tau) + tail
+
+    formula = select("loss_type", type, {
+        "sigmoid": lambda: (1 - smoothing) * win + smoothing * lose,
+        "hinge": lambda: torch.relu(1 - u),
+        "ipo": lambda: (c - r - 1 / (2 * beta)).square(),
+        "exo_pair": exo_pair,
+        "nca_pair": lambda: softplus(-beta * c) + 0.5 * softplus(beta * c) + 0.5 * softplus(beta * r),
+        "robust": lambda: ((1 - smoothing) * win - smoothing * lose) / (1 - 2 * smoothing),
+        "bco_pair": lambda: softplus(-beta * c) + softplus(beta * r),
+        "sppo_hard": lambda: (c - 0.5 / beta).square() + (r + 0.5 / beta).square(),
+        "apo_zero": lambda: torch.sigmoid(-beta * c) + torch.sigmoid(beta * r),
+        "apo_down": lambda: torch.sigmoid(beta * c) + torch.sigmoid(-u),
+        "discopop": discopop,
+        "sft": lambda: -pc,
+    })  # fmt: skip
+    return formula()
 
 
 def dpo_loss(
@@ -94,15 +98,16 @@ def dpo_loss(
     weight: Tensor | None = None,
     return_rewards: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """As `fastloss.functional.dpo_loss`."""
+    """Compute `fastloss.functional.dpo_loss`."""
     pc, pr = policy_chosen_logps, policy_rejected_logps
     rc, rr = reference_chosen_logps, reference_rejected_logps
     rewards = (beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()
     kinds = [loss_type] if isinstance(loss_type, str) else list(loss_type)
-    shares = [1.0] * len(kinds) if loss_weights is None else loss_weights
+    loss_weights = [1.0] * len(kinds) if loss_weights is None else loss_weights
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
     loss: Any = 0.0
-    for kind, share in zip(kinds, shares, strict=True):
+    for kind, loss_weight in zip(kinds, loss_weights, strict=True):
+        formula = select("loss_type", kind, FORMULA)
         inputs: tuple[Any, Any, Any, Any] = pc, pr, rc, rr
         if kind in ("ipo", "sigmoid_norm", "sft"):
             n: Any = 1.0 if chosen_lengths is None else chosen_lengths
@@ -112,8 +117,7 @@ def dpo_loss(
             inputs = (pc - pr).sort(0)[0], 0.0, (rc - rr).sort(0)[0], 0.0
         elif kind == "aot_unpaired":
             inputs = (pc - rc).sort(0)[0], (pr - rr).sort(0)[0], 0.0, 0.0
-        formula = "sigmoid" if kind in ("aot", "aot_unpaired", "sigmoid_norm") else kind
-        loss = loss + share * dpo_element(
+        loss = loss + loss_weight * dpo_element(
             *inputs, formula, beta, label_smoothing, divergence, f_alpha, discopop_tau,
             math.inf if exponent_clamp is None else exponent_clamp,
         )  # fmt: skip
@@ -124,13 +128,13 @@ def dpo_loss(
 
 
 def halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the chosen and those of the rejected answers."""
+    """Return those of the chosen and those of the rejected completions."""
     chosen, rejected = x.chunk(2)
     return chosen, rejected
 
 
 def shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
-    """Of tokens [2B, T], chosen answers first: 1 up to the shorter answer's number of tokens, then `ld_alpha`."""
+    """Return for tokens [2B, T], chosen first, 1 up to the shorter completion's number of tokens, then `ld_alpha`."""
     length = valid.sum(-1)
     shorter = torch.stack(halves(length)).min(0).values
     ahead = valid.cumsum(-1) - valid.long()  # tokens that stand before
@@ -158,7 +162,7 @@ def dpo_loss_from_logits(
     use_weighting: bool = False,
     return_rewards: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """As `fastloss.functional.dpo_loss_from_logits`."""
+    """Compute `fastloss.functional.dpo_loss_from_logits`."""
     valid = labels != ignore_index
     logits = policy_logits if policy_logits.dtype == torch.float64 else policy_logits.float()
     every = (logits / temperature).log_softmax(-1)
@@ -168,8 +172,8 @@ def dpo_loss_from_logits(
     length = valid.sum(-1).clamp(min=1)
     weight = None
     if use_weighting:
-        own = torch.where(valid, tokens - (2 * every).logsumexp(-1), 0.0).sum(-1) / length
-        first, second = halves(own.detach())
+        adjusted = torch.where(valid, tokens - (2 * every).logsumexp(-1), 0.0).sum(-1) / length
+        first, second = halves(adjusted.detach())
         weight = (first + second).exp().clamp(max=1.0)
     (chosen, rejected), (n, m) = halves(counted.sum(-1)), halves(length)
     return dpo_loss(
@@ -198,7 +202,7 @@ def linear_dpo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.linear_dpo_loss`."""
+    """Compute `fastloss.functional.linear_dpo_loss`."""
 
     def of_sequences(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         valid = labels != ignore_index

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
+from fastloss.reference.options import one_of, reduced, select
+
 __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -60,7 +62,7 @@ def hinge(s: Tensor, y: Tensor) -> Tensor:
 
 
 def binary(p: Tensor, y: Tensor) -> Tensor:
-    """Logarithms are not below -100, as in torch."""
+    """Return the cross-entropy; logarithms are not below -100, as in torch."""
     of_one, of_zero = p.log().clamp_min(-100), torch.log1p(-p).clamp_min(-100)
     return (y - 1) * of_zero - y * of_one
 
@@ -92,9 +94,7 @@ def _mode(size_average: bool | None, reduce: bool | None, reduction: str) -> str
 def _reduced(loss: Tensor, reduction: str, weight: Tensor | None = None, by_weight: bool = False) -> Tensor:
     if weight is not None:
         loss = torch.where(weight != 0, weight * loss, 0.0)
-    if reduction == "mean" and by_weight and weight is not None:
-        return loss.sum() / weight.sum()
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    return reduced(loss, reduction, weight.sum() if by_weight and weight is not None else None)
 
 
 def mse_loss(
@@ -105,18 +105,18 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.mse_loss`."""
+    """Compute `fastloss.functional.mse_loss`."""
     _floats(input=input, target=target, weight=weight)
     return _reduced(squared_error(input, target), _mode(size_average, reduce, reduction), weight, True)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """Its derivative at 0 is taken to be 0."""
+    """Return the root; its derivative at 0 is taken to be 0."""
     return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt())
 
 
 def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
-    """As `fastloss.functional.rmse_loss`."""
+    """Compute `fastloss.functional.rmse_loss`."""
     return safe_sqrt(mse_loss(input, target, weight=weight) + eps)
 
 
@@ -128,7 +128,7 @@ def l1_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.l1_loss`."""
+    """Compute `fastloss.functional.l1_loss`."""
     _floats(input=input, target=target, weight=weight)
     return _reduced(absolute_error(input, target), _mode(size_average, reduce, reduction), weight, True)
 
@@ -141,7 +141,7 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    """As `fastloss.functional.smooth_l1_loss`."""
+    """Compute `fastloss.functional.smooth_l1_loss`."""
     _floats(input=input, target=target)
     return _reduced(smooth_absolute_error(input, target, beta), _mode(size_average, reduce, reduction))
 
@@ -153,7 +153,7 @@ def huber_loss(
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.huber_loss`."""
+    """Compute `fastloss.functional.huber_loss`."""
     _floats(input=input, target=target, weight=weight)
     return _reduced(huber(input, target, delta), reduction, weight)
 
@@ -174,7 +174,7 @@ def binary_cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.binary_cross_entropy`."""
+    """Compute `fastloss.functional.binary_cross_entropy`."""
     _floats(input=input, target=target, weight=weight)
     return _reduced(binary(input, target), _mode(size_average, reduce, reduction), weight)
 
@@ -188,7 +188,7 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.binary_cross_entropy_with_logits`."""
+    """Compute `fastloss.functional.binary_cross_entropy_with_logits`."""
     _floats(input=input, target=target, weight=weight, pos_weight=pos_weight)
     if pos_weight is None:
         loss = binary_with_logits(input, target)
@@ -198,7 +198,7 @@ def binary_cross_entropy_with_logits(
 
 
 def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    """As `fastloss.functional.hinge_loss`."""
+    """Compute `fastloss.functional.hinge_loss`."""
     _floats(input=input, target=target)
     return _reduced(hinge(input, target), reduction)
 
@@ -211,17 +211,17 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Tensor:
-    """As `fastloss.functional.kl_div`."""
+    """Compute `fastloss.functional.kl_div`."""
     _floats(input=input, target=target)
     reduction = _mode(size_average, reduce, reduction)
     loss = kl_divergence(input, target, float(log_target))
-    if reduction == "batchmean":
+    if one_of("reduction", reduction, ("none", "mean", "sum", "batchmean")) == "batchmean":
         return loss.sum() / input.shape[0] if input.dim() else loss.sum()
     return _reduced(loss, reduction)
 
 
 def sigmoid_focal_element(x: Tensor, y: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Of logit x and target y in [0, 1]; every factor keeps its relative precision for large |x|."""
+    """Return the loss of logit x and target y in [0, 1]; every factor keeps its relative precision for large |x|."""
     p, q = torch.sigmoid(x), torch.sigmoid(-x)
     cross_entropy = -(y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
     miss = p * (1 - y) + q * y  # 1 - p_t
@@ -243,7 +243,7 @@ def sigmoid_focal_loss(
     ignore_index: int = -100,
     background_index: int | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.sigmoid_focal_loss`."""
+    """Compute `fastloss.functional.sigmoid_focal_loss`."""
     if not torch.is_floating_point(inputs):
         raise NotImplementedError(f"inputs: expected a floating point type, got {inputs.dtype}")
     dtype = torch.result_type(inputs, targets)
@@ -263,9 +263,7 @@ def sigmoid_focal_loss(
         loss = torch.where(weight != 0, weight * loss, 0.0)
     if counted is not None:
         loss = torch.where(counted, loss, 0.0)
-    if reduction == "mean" and num_positives is None and rows is None:
-        return loss.mean()
-    loss = loss if reduction == "none" else loss.sum()
-    if num_positives is not None:
-        return loss / (num_positives.to(loss.dtype) if isinstance(num_positives, Tensor) else num_positives)
-    return loss / rows if reduction == "mean" else loss
+    if num_positives is None:
+        return reduced(loss, reduction, rows)
+    total = select("reduction", reduction, {"none": loss, "mean": loss.sum(), "sum": loss.sum()})
+    return total / (num_positives.to(loss.dtype) if isinstance(num_positives, Tensor) else num_positives)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss.reference.options import accumulation_dtype
+from fastloss.reference.options import accumulation_dtype, reduced, select
 
 __all__ = ["detailed_balance_loss"]
 
@@ -21,32 +21,29 @@ def detailed_balance_loss(
     chosen: Tensor | None = None,
     rewards: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.detailed_balance_loss`."""
+    """Compute `fastloss.functional.detailed_balance_loss`."""
     dtype = torch.promote_types(torch.promote_types(state_flow.dtype, next_flows.dtype), logits.dtype)
-    wide = accumulation_dtype(dtype)
-    flow, ahead, x = (t.to(wide) for t in (state_flow, next_flows, logits))
+    acc_dtype = accumulation_dtype(dtype)
+    flow, ahead, x = (t.to(acc_dtype) for t in (state_flow, next_flows, logits))
     if state_flow.shape != logits.shape[:-1] or next_flows.shape != logits.shape:
         raise RuntimeError("next_flows, state_flow: expected the shape of logits, without its last dimension")
     there = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    shares = torch.where(there, (x - x.detach().amax(-1, keepdim=True)).exp(), 0.0)
-    total = shares.sum(-1, keepdim=True)
+    weights = torch.where(there, (x - x.detach().amax(-1, keepdim=True)).exp(), 0.0)
+    total = weights.sum(-1, keepdim=True)
     log_p = x - x.detach().amax(-1, keepdim=True) - torch.where(total > 0, total, 1.0).log()
-    if variant == "all":
-        u = torch.where(there, flow.unsqueeze(-1) + log_p - ahead, 0.0)
-        loss = u.square().sum(-1)
-    elif variant == "chosen":
+
+    def of_all() -> Tensor:
+        return torch.where(there, flow.unsqueeze(-1) + log_p - ahead, 0.0).square().sum(-1)
+
+    def of_chosen() -> Tensor:
         place = chosen.unsqueeze(-1)
         if bool(((place < 0) | (place >= x.shape[-1])).any()):
             raise RuntimeError("chosen: expected places of actions")
-        log_p, ahead, kept = (t.gather(-1, place).squeeze(-1) for t in (log_p, ahead, there))
-        loss = (flow - log_p - ahead).square()
+        lp, next_flow, kept = (t.gather(-1, place).squeeze(-1) for t in (log_p, ahead, there))
+        loss = (flow - lp - next_flow).square()
         if rewards is not None:
-            loss = loss + (rewards > 1) * (flow - 1).square() + (rewards < 1) * (ahead - 1).square()
-        loss = torch.where(kept, loss, 0.0)
-    else:
-        raise ValueError(f"variant: expected 'all' or 'chosen', got {variant!r}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if reduction != "none":
-        loss = loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
-    return loss.to(dtype)
+            loss = loss + (rewards > 1) * (flow - 1).square() + (rewards < 1) * (next_flow - 1).square()
+        return torch.where(kept, loss, 0.0)
+
+    loss = select("variant", variant, {"all": of_all, "chosen": of_chosen})()
+    return reduced(loss, reduction, max(loss.numel(), 1)).to(dtype)

@@ -11,7 +11,7 @@ __all__ = ["linear_cross_entropy"]
 
 
 def logits_from(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-    """(C) or (N, C), and (N, C, d1, ...) for a weight (C, d1, ..., in_features)."""
+    """Return (C) or (N, C), and (N, C, d1, ...) for a weight (C, d1, ..., in_features)."""
     logits = input @ linear_weight.reshape(-1, linear_weight.shape[-1]).t()
     logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
     return logits if linear_bias is None else logits + linear_bias
@@ -33,7 +33,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.linear_cross_entropy`; `options`, which tell how to compute, change nothing here."""
+    """Compute `fastloss.functional.linear_cross_entropy`; `options`, which tell how to compute, change nothing here."""
     return cross_entropy(
         logits_from(input, linear_weight, linear_bias), target, weight, reduction=reduction,
         ignore_index=-100 if ignore_index is None else ignore_index, label_smoothing=label_smoothing,

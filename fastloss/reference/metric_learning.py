@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import _reduction
+
+from fastloss.reference.options import accumulation_dtype, one_of, reduced, select
 
 __all__ = [
     "batch_all_triplet_loss",
@@ -17,17 +20,17 @@ __all__ = [
 
 
 def pair_sums(a: Tensor, b: Tensor, c: Tensor | None, eps: float) -> Tensor:
-    high = torch.float64 if a.dtype == torch.float64 else torch.float32
-    a = a.to(high)
+    acc_dtype = accumulation_dtype(a.dtype)
+    a = a.to(acc_dtype)
     sums = []
     for x in (b,) if c is None else (b, c):
-        x = x.to(high)
+        x = x.to(acc_dtype)
         sums += [(a * x).sum(1), a.square().sum(1), x.square().sum(1), (a - x + eps).square().sum(1)]
     return torch.stack(sums)
 
 
 def triplets(x: Tensor, ids: Tensor, margin: float, root: bool) -> Tensor:
-    """Of each anchor the sum over its triplets, and how many of them count."""
+    """Return for each anchor the sum over its triplets, and how many of them count."""
     square = (x.unsqueeze(1) - x.unsqueeze(0)).square().sum(-1)
     d = length(square) if root else square
     same = ids.unsqueeze(1) == ids
@@ -38,13 +41,16 @@ def triplets(x: Tensor, ids: Tensor, margin: float, root: bool) -> Tensor:
 
 
 def length(square: Tensor) -> Tensor:
-    """Square root, the derivative of which is 0 at 0."""
+    """Return the square root, the derivative of which is 0 at 0."""
     nothing = square == 0
     return square.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
 
 
-def reduced(loss: Tensor, reduction: str) -> Tensor:
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+def mode(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """Return the reduction, also where it is given in torch's old way."""
+    if size_average is not None or reduce is not None:
+        return _reduction.legacy_get_string(size_average, reduce)
+    return one_of("reduction", reduction, ("none", "mean", "sum"))
 
 
 def cosine_embedding_loss(
@@ -56,8 +62,9 @@ def cosine_embedding_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.cosine_embedding_loss`."""
-    return F.cosine_embedding_loss(input1, input2, target, margin, size_average, reduce, reduction)
+    """Compute `fastloss.functional.cosine_embedding_loss`."""
+    reduction = mode(size_average, reduce, reduction)
+    return F.cosine_embedding_loss(input1, input2, target, margin, reduction=reduction)
 
 
 def triplet_margin_loss(
@@ -74,21 +81,20 @@ def triplet_margin_loss(
     *,
     squared: bool = False,
 ) -> Tensor:
-    """As `fastloss.functional.triplet_margin_loss`."""
+    """Compute `fastloss.functional.triplet_margin_loss`."""
+    reduction = mode(size_average, reduce, reduction)
     if not squared:
-        return F.triplet_margin_loss(
-            anchor, positive, negative, margin, p, eps, swap, size_average, reduce, reduction
-        )
-    near, far = (F.pairwise_distance(anchor, x, p, eps).square() for x in (positive, negative))
+        return F.triplet_margin_loss(anchor, positive, negative, margin, p, eps, swap, reduction=reduction)
+    to_positive, to_negative = (F.pairwise_distance(anchor, x, p, eps).square() for x in (positive, negative))
     if swap:
-        far = torch.minimum(far, F.pairwise_distance(positive, negative, p, eps).square())
-    return reduced(torch.relu(near - far + margin), reduction)
+        to_negative = torch.minimum(to_negative, F.pairwise_distance(positive, negative, p, eps).square())
+    return reduced(torch.relu(to_positive - to_negative + margin), reduction)
 
 
 def contrastive_loss(
     input1: Tensor, input2: Tensor, label: Tensor, margin: float = 1.0, *, reduction: str = "mean"
 ) -> Tensor:
-    """As `fastloss.functional.contrastive_loss`."""
+    """Compute `fastloss.functional.contrastive_loss`."""
     square = (input1 - input2).square().sum(1)
     apart = torch.relu(margin - length(square)).square()
     y = label.to(square.dtype)
@@ -104,11 +110,14 @@ def kelp_ranking_loss(
     variant: str = "ranking",
     reduction: str = "sum",
 ) -> Tensor:
-    """As `fastloss.functional.kelp_ranking_loss`."""
-    near, far = F.cosine_similarity(query, positive), F.cosine_similarity(query, negative)
-    if variant == "mean_cosine":
-        return torch.relu(1 - near.mean()) + torch.relu(1 + far.mean())
-    return reduced(torch.relu(far - near + margin), reduction)
+    """Compute `fastloss.functional.kelp_ranking_loss`."""
+    one_of("reduction", reduction, ("none", "mean", "sum"))  # which the means of cosines do not use
+    of_positive, of_negative = F.cosine_similarity(query, positive), F.cosine_similarity(query, negative)
+    formula = select("variant", variant, {
+        "ranking": lambda: reduced(torch.relu(of_negative - of_positive + margin), reduction),
+        "mean_cosine": lambda: torch.relu(1 - of_positive.mean()) + torch.relu(1 + of_negative.mean()),
+    })  # fmt: skip
+    return formula()
 
 
 def batch_hard_triplet_loss(
@@ -119,23 +128,21 @@ def batch_hard_triplet_loss(
     distance: str = "euclidean",
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.batch_hard_triplet_loss`."""
+    """Compute `fastloss.functional.batch_hard_triplet_loss`."""
     x = F.normalize(embeddings) if distance == "cosine" else embeddings
     square = (x.unsqueeze(1) - x.unsqueeze(0)).square().sum(-1)
-    d = {"euclidean": length(square), "squared": square, "cosine": square / 2}[distance]
+    d = select("distance", distance, {"euclidean": length(square), "squared": square, "cosine": square / 2})
     same = labels.unsqueeze(0) == labels.unsqueeze(1)
     positive = same & ~torch.eye(labels.shape[0], dtype=torch.bool, device=labels.device)
     counts = positive.any(1) & (~same).any(1)
     if labels.shape[0] == 0:
-        near = far = d.sum(1)
+        to_positive = to_negative = d.sum(1)
     else:
-        near = d.masked_fill(~positive, -torch.inf).amax(1)
-        far = d.masked_fill(same, torch.inf).amin(1)
-    gap = (near - far).masked_fill(~counts, -torch.inf)
+        to_positive = d.masked_fill(~positive, -torch.inf).amax(1)
+        to_negative = d.masked_fill(same, torch.inf).amin(1)
+    gap = (to_positive - to_negative).masked_fill(~counts, -torch.inf)
     loss = F.softplus(gap) if margin is None else torch.relu(gap + margin)
-    if reduction == "none":
-        return loss
-    return loss.sum() / (counts.sum().clamp_min(1) if reduction == "mean" else 1)
+    return reduced(loss, reduction, counts.sum().clamp_min(1))
 
 
 def batch_all_triplet_loss(
@@ -146,10 +153,9 @@ def batch_all_triplet_loss(
     distance: str = "euclidean",
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.batch_all_triplet_loss`."""
+    """Compute `fastloss.functional.batch_all_triplet_loss`."""
+    one_of("distance", distance, ("euclidean", "squared", "cosine"))
     x = F.normalize(embeddings) if distance == "cosine" else embeddings
     unit = 0.5 if distance == "cosine" else 1.0
     loss, number = triplets(x, labels, margin / unit, distance == "euclidean").unbind(0)
-    if reduction == "none":
-        return unit * loss
-    return unit * loss.sum() / (number.sum() + 1e-16 if reduction == "mean" else 1)
+    return reduced(unit * loss, reduction, number.sum() + 1e-16)

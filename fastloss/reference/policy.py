@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastloss.reference.options import accumulation_dtype, one_of
+from fastloss.reference.options import accumulation_dtype, one_of, select, unknown
 
 __all__ = ["policy_loss", "value_loss"]
 
@@ -18,16 +18,17 @@ KL_TYPES = {
 
 
 def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
-    """The value of one and the derivative of the other."""
+    """Return the value of one with the derivative of the other."""
     return gradient + (value - gradient).detach()
 
 
 def within_bounds(type: str, lp, old, a, low, high) -> Tensor:
-    """Whether the probability of a token has not moved too far the way that its advantage points to."""
+    """Return whether a token's probability has not moved too far the way that its advantage points to."""
     lp, old = lp.detach(), old.detach()
     if type == "bounded_change":
         change = lp.exp() - old.exp()
         return torch.where(a > 0, change <= high, change >= -low)
+    one_of("type", type, ("bounded_change", "bounded_kl"))
     other, was = -torch.expm1(lp), -torch.expm1(old)
     of_others = torch.where(was > 0, was * (was.log() - other.log()), 0.0)
     kl = old.exp() * (old - lp) + of_others
@@ -64,12 +65,12 @@ def policy_element(
         kept = within_bounds(type, lp, old, a, low, high)
         loss = torch.where(kept, -a * rho.clamp(max=two_sided).detach() * lp, 0.0)
     else:
-        raise ValueError(f"type: unknown: {type!r}")
+        raise unknown("type", type, FORMULA.values())
     if kl_type != "none":
         y = ref - lp
         k2 = 0.5 * y.square()
         estimates = {"k1": lambda: -y, "k2": lambda: k2, "k3": lambda: torch.expm1(y) - y, "absolute": y.abs}
-        value = estimates[kl_type.removesuffix("_straight")]()
+        value = select("kl_type", kl_type.removesuffix("_straight"), estimates)()
         loss = loss + kl_coef * (straight_through(value, k2) if kl_type.endswith("_straight") else value)
     return loss - entropy_coef * h if entropy_coef else loss
 
@@ -77,10 +78,10 @@ def policy_element(
 def aggregate(
     loss: Tensor, mask, loss_agg_mode: str, horizon: float | None = None, normalizer=None
 ) -> Tensor:
-    """Losses of tokens [..., T] to one number; tokens of weight 0 are ignored, even if NaN."""
-    high = accumulation_dtype(loss.dtype)
+    """Reduce losses of tokens [..., T] to one number; tokens of weight 0 are ignored, even if NaN."""
+    acc_dtype = accumulation_dtype(loss.dtype)
     m = torch.ones(loss.shape, device=loss.device) if mask is None else torch.as_tensor(mask)
-    m = m.to(high).expand(loss.shape)
+    m = m.to(acc_dtype).expand(loss.shape)
     loss = torch.where(m != 0, m.to(loss.dtype) * loss, 0.0)
     if loss_agg_mode == "none":
         return loss
@@ -113,23 +114,24 @@ AGGREGATION = {
 FORMULA = {
     "cispo": "cispo", "sapo": "sapo", "vespo": "gradient", "gpg": "gradient", "reinforce": "gradient", "dro": "dro",
     "topr": "gradient", "geo_mean": "geometric", "dppo_tv": "bounded_change", "dppo_kl": "bounded_kl",
+    **dict.fromkeys(("ppo", "grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "clip_cov", "kl_cov"), "clip"),
 }  # fmt: skip
-"""The formula of a token; where none is named, `"clip"`."""
+"""The formula of a token."""
 RATIO_CAP = 20.0
 """Of dppo_tv and dppo_kl where `delta` is not given."""
 
 
 def sequence_mean(x: Tensor, mask) -> Tensor:
-    """[..., 1]: the mean over a completion's tokens, by their weights; 0 where it has none."""
+    """Return [..., 1]: the mean over a completion's tokens, by their weights; 0 where it has none."""
     if mask is None:
         return x.mean(-1, keepdim=True)
     m = torch.as_tensor(mask).to(x.dtype).expand(x.shape)
-    share = m / m.sum(-1, keepdim=True).clamp(min=1.0)
-    return torch.where(m != 0, share * x, 0.0).sum(-1, keepdim=True)
+    fraction = m / m.sum(-1, keepdim=True).clamp(min=1.0)
+    return torch.where(m != 0, fraction * x, 0.0).sum(-1, keepdim=True)
 
 
 def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp: float) -> Tensor:
-    """A phi(w) of a completion's probability ratio w, phi = w^k e^(l (1 - w)); (k, l) is (2, 3) for A >= 0."""
+    """Return A phi(w) of a completion's ratio w, phi = w^k e^(l (1 - w)); (k, l) is (2, 3) for A >= 0."""
     change = (logps - old).clamp(-clamp, clamp)
     if mask is not None:
         change = torch.where(mask != 0, mask * change, 0.0)
@@ -146,7 +148,7 @@ def topr_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp:
 
 
 def geometric_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, low: float, high: float):
-    """A times the geometric mean of a completion's ratios, each bounded on the side that A points to.
+    """Return A times the geometric mean of a completion's ratios, each bounded on the side that A points to.
 
     The advantages are those of completions [..., 1], or of tokens, of which the mean is taken.
     """
@@ -157,7 +159,7 @@ def geometric_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, l
 
 
 def covariant_tokens(loss_type, logps, old, advantages, mask, low, high, ratio, bounds, generator) -> Tensor:
-    """Flags of the tokens that clip_cov leaves out or kl_cov pulls back: so many of the first by a key."""
+    """Return flags of the tokens that clip_cov leaves out or kl_cov pulls back: so many of the first by a key."""
     counted = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask != 0
     total = counted.sum()
 
@@ -166,14 +168,14 @@ def covariant_tokens(loss_type, logps, old, advantages, mask, low, high, ratio, 
         return x - x.sum() / total.clamp(min=1)
 
     key = centred(advantages) * centred(logps)
-    if loss_type == "clip_cov":
+    if one_of("loss_type", loss_type, ("clip_cov", "kl_cov")) == "clip_cov":
         rho = torch.where(counted, logps - old, 0.0).exp()
         clipped = ((advantages > 0) & (rho > 1 + high)) | ((advantages < 0) & (rho < 1 - low))
         counted = counted & ~clipped & (bounds[0] < key) & (key < bounds[1])
         key = torch.rand(key.shape, generator=generator, dtype=key.dtype, device=key.device)
     place = torch.where(counted, key, -math.inf).flatten().argsort(descending=True).argsort().view(key.shape)
-    high_count = total.to(accumulation_dtype(key.dtype))
-    return counted & (place < (ratio * high_count).floor().clamp(min=1))
+    most = (ratio * total.to(accumulation_dtype(key.dtype))).floor().clamp(min=1)
+    return counted & (place < most)
 
 
 def policy_loss(
@@ -205,7 +207,7 @@ def policy_loss(
     generator: torch.Generator | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """As `fastloss.functional.policy_loss`."""
+    """Compute `fastloss.functional.policy_loss`."""
     one_of("kl_type", kl_type, KL_TYPES)
     published = AGGREGATION[one_of("loss_type", loss_type, AGGREGATION)]
     mode = published if loss_agg_mode is None else loss_agg_mode
@@ -241,7 +243,7 @@ def policy_loss(
     if delta is None:
         delta = RATIO_CAP if loss_type.startswith("dppo") else math.inf
     loss = policy_element(
-        logps, old, a, ref, entropies, FORMULA.get(loss_type, "clip"), low, high,
+        logps, old, a, ref, entropies, select("loss_type", loss_type, FORMULA), low, high,
         math.inf if dual_clip is None else dual_clip, delta, kl_coef,
         "none" if ref is None else KL_TYPES[kl_type], math.inf if log_ratio_clamp is None else log_ratio_clamp,
         0.0 if entropies is None else entropy_coef,
@@ -253,7 +255,7 @@ def policy_loss(
 
 
 def policy_metrics(logps, old_logps, advantages, mask, clip_low, clip_high) -> dict[str, Tensor]:
-    """Means over tokens of numbers to watch."""
+    """Return means over tokens of numbers to watch."""
     x = (logps - old_logps).detach()
     above, below = x.exp() > 1 + clip_high, x.exp() < 1 - clip_low
     each = {
@@ -281,7 +283,7 @@ def value_loss(
     normalizer: float | Tensor | None = None,
     horizon: float | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.value_loss`."""
+    """Compute `fastloss.functional.value_loss`."""
     returns = torch.as_tensor(returns).detach()
     if old_values is None or clip_range is None:
         loss = 0.5 * (values - returns).square()

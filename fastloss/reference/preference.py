@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss.reference.dpo import reduced, softplus
+from fastloss.reference.dpo import softplus
+from fastloss.reference.options import one_of, reduced, select
 
 __all__ = ["alpha_po_loss", "cpo_loss", "kto_loss", "orpo_loss", "simpo_loss"]
 
@@ -30,7 +31,8 @@ def kto_loss(
     undesirable_weight: float = 1.0,
     loss_type: str = "kto",
 ) -> Tensor:
-    """As `fastloss.functional.kto_loss`."""
+    """Compute `fastloss.functional.kto_loss`."""
+    one_of("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
     point = 0.0 if kl is None or loss_type == "apo_zero_unpaired" else torch.as_tensor(kl).detach()
     loss = kto_element(
         policy_logps, reference_logps, labels, point, beta, desirable_weight, undesirable_weight
@@ -42,14 +44,12 @@ def reference_free_element(c, r, nll, type, beta, margin, label_smoothing, nll_w
     if alpha:
         c, r = -torch.expm1(-alpha * c) / alpha, -torch.expm1(-alpha * r) / alpha
     u = beta * (c - r) - margin
-    if type == "ipo":
-        loss = (c - r - 1 / (2 * beta)).square()
-    elif type == "hinge":
-        loss = torch.relu(1 - u)
-    elif type == "sigmoid":
-        loss = (1 - label_smoothing) * softplus(-u) + label_smoothing * softplus(u)
-    else:
-        raise ValueError(f"loss_type: unknown: {type!r}")
+    formula = select("loss_type", type, {
+        "sigmoid": lambda: (1 - label_smoothing) * softplus(-u) + label_smoothing * softplus(u),
+        "hinge": lambda: torch.relu(1 - u),
+        "ipo": lambda: (c - r - 1 / (2 * beta)).square(),
+    })  # fmt: skip
+    loss = formula()
     return loss + nll_weight * nll if nll_weight else loss
 
 
@@ -62,7 +62,8 @@ def simpo_loss(
     loss_type: str = "sigmoid",
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.simpo_loss`."""
+    """Compute `fastloss.functional.simpo_loss`."""
+    one_of("loss_type", loss_type, ("sigmoid", "hinge"))
     loss = reference_free_element(
         chosen_logps, rejected_logps, None, loss_type, beta, gamma, label_smoothing, 0.0, 0.0
     )
@@ -79,7 +80,7 @@ def cpo_loss(
     loss_type: str = "sigmoid",
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.cpo_loss`."""
+    """Compute `fastloss.functional.cpo_loss`."""
     weight = 0.0 if chosen_nll is None else alpha
     loss = reference_free_element(
         chosen_logps, rejected_logps, chosen_nll, loss_type, beta, 0.0, label_smoothing, weight, 0.0
@@ -96,7 +97,7 @@ def alpha_po_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.alpha_po_loss`."""
+    """Compute `fastloss.functional.alpha_po_loss`."""
     loss = reference_free_element(
         chosen_logps, rejected_logps, None, "sigmoid", beta, gamma, label_smoothing, 0.0, alpha
     )
@@ -115,7 +116,7 @@ def orpo_loss(
     beta: float = 0.1,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.orpo_loss`."""
+    """Compute `fastloss.functional.orpo_loss`."""
     return reduced(
         orpo_element(chosen_logps, rejected_logps, chosen_nll, beta, chosen_nll is None), reduction
     )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.reference.contrastive import reduced
+from fastloss.reference.options import select
 
 __all__ = ["multiple_negatives_ranking_loss"]
 
@@ -25,32 +26,32 @@ def multiple_negatives_ranking_loss(
     sample_weight: Tensor | None = None,
     label_offset: int = 0,
 ) -> Tensor:
-    """As `fastloss.functional.multiple_negatives_ranking_loss`."""
+    """Compute `fastloss.functional.multiple_negatives_ranking_loss`."""
     queries, docs = anchor, positive
     if negatives is not None:
         docs = torch.cat([positive, negatives.reshape(-1, negatives.shape[-1])])
     if normalize:
         queries, docs = F.normalize(queries), F.normalize(docs)
     rows, known = queries.shape[0], positive.shape[0]
-    own = slice(label_offset, label_offset + rows)
+    local = slice(label_offset, label_offset + rows)
     pairs = torch.arange(known, device=anchor.device)
     ids = pairs if ids is None else ids
     itself = torch.eye(known, dtype=torch.bool, device=anchor.device)
     equal = ids.unsqueeze(1) == ids
     hard = torch.zeros(rows, docs.shape[0] - known, dtype=torch.bool, device=anchor.device)
-    of_one_query = pairs.repeat(docs.shape[0] // max(known, 1)) == pairs[own].unsqueeze(1)
+    of_one_query = pairs.repeat(docs.shape[0] // max(known, 1)) == pairs[local].unsqueeze(1)
     matrices = {
-        "query_to_doc": (queries @ docs.t(), torch.cat([(equal & ~itself)[own], hard], 1)),
-        "doc_to_query": (docs[own] @ queries.t(), (equal & ~itself)[own, own]),
-        "query_to_query": (queries @ queries.t(), equal[own, own]),
-        "doc_to_doc": (docs[own] @ docs.t(), of_one_query | torch.cat([equal[own], hard], 1)),
+        "query_to_doc": (queries @ docs.t(), torch.cat([(equal & ~itself)[local], hard], 1)),
+        "doc_to_query": (docs[local] @ queries.t(), (equal & ~itself)[local, local]),
+        "query_to_query": (queries @ queries.t(), equal[local, local]),
+        "doc_to_doc": (docs[local] @ docs.t(), of_one_query | torch.cat([equal[local], hard], 1)),
     }
-    logits = [
-        (scale * s).masked_fill(left_out, -torch.inf) for s, left_out in (matrices[d] for d in directions)
-    ]
+    chosen = [select("directions", direction, matrices) for direction in directions]
+    logits = [(scale * s).masked_fill(left_out, -torch.inf) for s, left_out in chosen]
     first = logits[0].diagonal(label_offset)
-    if partition_mode == "joint":
-        lse = torch.cat(logits, 1).logsumexp(1)
-    else:
-        lse = sum(s.logsumexp(1) for s in logits) / len(logits)  # type: ignore[assignment]
+    partition = select("partition_mode", partition_mode, {
+        "joint": lambda: torch.cat(logits, 1).logsumexp(1),
+        "per_direction": lambda: torch.stack([s.logsumexp(1) for s in logits]).mean(0),
+    })  # fmt: skip
+    lse = partition()
     return reduced(lse - first, sample_weight, reduction)

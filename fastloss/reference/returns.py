@@ -34,7 +34,7 @@ def _over_sequences(function, rewards, cu_seqlens, bootstrap_value, *others):
 
 def _backwards(rewards, bootstrap_value, values, next_values, log_rhos, terminated, truncated, mask,
                *, gamma, lam, rho_max, pg_max):  # fmt: skip
-    """(v - V, V, policy gradient advantage) of every step; with log_rhos None the first is GAE."""
+    """Return (v - V, V, policy gradient advantage) of every step; with log_rhos None the first is GAE."""
     terminated, truncated = _flags(terminated, rewards, False), _flags(truncated, rewards, False)
     mask = _flags(mask, rewards, True)
     values = torch.zeros_like(rewards) if values is None else values
@@ -76,7 +76,7 @@ def gae(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `fastloss.functional.gae`."""
+    """Compute `fastloss.functional.gae`."""
     advantage, value, _ = _over_sequences(
         lambda r, b, *x: _backwards(r, b, x[0], x[1], None, *x[2:], gamma=gamma, lam=lam, rho_max=0.0, pg_max=0.0),
         rewards, cu_seqlens, bootstrap_value, values, next_values, terminated, truncated, mask,
@@ -97,7 +97,7 @@ def td_lambda_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.td_lambda_returns`."""
+    """Compute `fastloss.functional.td_lambda_returns`."""
     return gae(
         rewards, values, terminated, truncated, gamma=gamma, lam=lam, next_values=next_values,
         bootstrap_value=bootstrap_value, mask=mask, cu_seqlens=cu_seqlens,
@@ -113,7 +113,7 @@ def discounted_returns(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.discounted_returns`."""
+    """Compute `fastloss.functional.discounted_returns`."""
     return td_lambda_returns(
         rewards, torch.zeros_like(rewards), terminated, gamma=gamma, lam=1.0,
         bootstrap_value=bootstrap_value, mask=mask, cu_seqlens=cu_seqlens,
@@ -136,15 +136,15 @@ def vtrace(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `fastloss.functional.vtrace`."""
+    """Compute `fastloss.functional.vtrace`."""
     with torch.no_grad():
-        rest, value, advantage = _over_sequences(
+        correction, value, advantage = _over_sequences(
             lambda r, b, *x: _backwards(
                 r, b, *x, gamma=gamma, lam=lam, rho_max=clip_rho_threshold, pg_max=clip_pg_rho_threshold
             ),
             rewards, cu_seqlens, bootstrap_value, values, next_values, log_rhos, terminated, truncated, mask,
         )  # fmt: skip
-        return value + rest, advantage
+        return value + correction, advantage
 
 
 def n_step_returns(
@@ -158,7 +158,7 @@ def n_step_returns(
     next_values: Tensor | None = None,
     bootstrap_value: Tensor | None = None,
 ) -> Tensor:
-    """As `fastloss.functional.n_step_returns`, step by step."""
+    """Compute `fastloss.functional.n_step_returns`, step by step."""
     steps = rewards.shape[-1]
     none = torch.zeros_like(rewards, dtype=torch.bool)
     terminated = none if terminated is None else terminated.bool()

@@ -8,27 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.reference.dpo import reduced, softplus
-from fastloss.reference.options import accumulation_dtype
+from fastloss.reference.dpo import softplus
+from fastloss.reference.options import accumulation_dtype, reduced, select
 
 __all__ = ["bradley_terry_loss", "k_way_ranking_loss"]
 
 
 def rows_of_ranking(rewards: Tensor, ranks: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Loss and number of pairs of each row [..., K]; ranks of NaN are not compared."""
-    high = accumulation_dtype(rewards.dtype)
-    r = torch.where(ranks.isnan(), 0.0, rewards.to(high))
+    """Return loss and number of pairs of each row [..., K]; ranks of NaN are not compared."""
+    acc_dtype = accumulation_dtype(rewards.dtype)
+    r = torch.where(ranks.isnan(), 0.0, rewards.to(acc_dtype))
     behind = ranks.unsqueeze(-2) > ranks.unsqueeze(-1)  # [..., i, j]
     pairs = behind.sum((-2, -1))
     delta = r.unsqueeze(-2) - r.unsqueeze(-1)  # r_j - r_i
-    if kind == "bradley_terry":
-        nll = torch.where(behind, softplus(delta), 0.0)
-        return nll.sum((-2, -1)) / pairs.clamp(min=1), pairs.to(high)
-    if kind != "plackett_luce":
-        raise ValueError(f"kind: unknown: {kind!r}")
-    others = torch.where(behind, delta, -math.inf)
-    itself = torch.zeros_like(r).unsqueeze(-1)
-    return torch.cat([itself, others], -1).logsumexp(-1).sum(-1), pairs.to(high)
+
+    def bradley_terry() -> Tensor:
+        return torch.where(behind, softplus(delta), 0.0).sum((-2, -1)) / pairs.clamp(min=1)
+
+    def plackett_luce() -> Tensor:
+        others = torch.where(behind, delta, -math.inf)
+        itself = torch.zeros_like(r).unsqueeze(-1)
+        return torch.cat([itself, others], -1).logsumexp(-1).sum(-1)
+
+    formula = select("kind", kind, {"bradley_terry": bradley_terry, "plackett_luce": plackett_luce})
+    return formula(), pairs.to(acc_dtype)
 
 
 def k_way_ranking_loss(
@@ -38,16 +41,12 @@ def k_way_ranking_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.k_way_ranking_loss`."""
+    """Compute `fastloss.functional.k_way_ranking_loss`."""
     places = ranks.detach().to(accumulation_dtype(rewards.dtype))
     if mask is not None:
         places = torch.where(mask != 0, places, math.nan)
     loss, pairs = rows_of_ranking(rewards, places, kind)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if reduction != "none":
-        loss = loss.sum() / ((pairs > 0).sum().clamp(min=1) if reduction == "mean" else 1)
-    return loss.to(rewards.dtype)
+    return reduced(loss, reduction, (pairs > 0).sum().clamp(min=1)).to(rewards.dtype)
 
 
 def bradley_terry_element(chosen, rejected, margin, label_smoothing, center_coefficient) -> Tensor:
@@ -65,7 +64,7 @@ def bradley_terry_loss(
     center_coefficient: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.bradley_terry_loss`."""
+    """Compute `fastloss.functional.bradley_terry_loss`."""
     shift: Any = 0.0 if margin is None else margin
     loss = bradley_terry_element(chosen, rejected, shift, label_smoothing, center_coefficient)
     if weight is not None:

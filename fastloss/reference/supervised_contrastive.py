@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.reference.contrastive import log_sum_exp, reduced
+from fastloss.reference.options import reduced as reduced_losses
 
 __all__ = ["nt_xent_loss", "pair_nt_xent_loss", "sup_con_loss"]
 
@@ -20,7 +21,7 @@ def _of_pairs(
     key_labels: Tensor | None,
     offset: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, and which of them are of positive pairs and of negative ones."""
+    """Return logits, and which of them are of positive pairs and of negative ones."""
     if keys is None:
         keys, key_labels = x, labels
     if normalize:
@@ -44,12 +45,12 @@ def sup_con_loss(
     key_labels: Tensor | None = None,
     label_offset: int | None = 0,
 ) -> Tensor:
-    """As `fastloss.functional.sup_con_loss`."""
+    """Compute `fastloss.functional.sup_con_loss`."""
     s, positive, negative = _of_pairs(
         features, labels, temperature, normalize, keys, key_labels, label_offset
     )
-    share = positive.to(s.dtype) / positive.sum(1, keepdim=True).clamp_min(1)
-    loss = log_sum_exp(s, positive | negative, 1) - (share * s.masked_fill(~positive, 0.0)).sum(1)
+    fraction = positive.to(s.dtype) / positive.sum(1, keepdim=True).clamp_min(1)
+    loss = log_sum_exp(s, positive | negative, 1) - (fraction * s.masked_fill(~positive, 0.0)).sum(1)
     counts = positive.any(1)
     return mean_over(loss.masked_fill(~counts, 0.0), counts, sample_weight, reduction)
 
@@ -66,7 +67,7 @@ def pair_nt_xent_loss(
     key_labels: Tensor | None = None,
     label_offset: int | None = 0,
 ) -> Tensor:
-    """As `fastloss.functional.pair_nt_xent_loss`."""
+    """Compute `fastloss.functional.pair_nt_xent_loss`."""
     s, positive, negative = _of_pairs(
         embeddings, labels, temperature, normalize, keys, key_labels, label_offset
     )
@@ -76,14 +77,12 @@ def pair_nt_xent_loss(
 
 
 def mean_over(loss: Tensor, counts: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """A mean is divided by the sum of what counts, times the weights; 0 if nothing does."""
+    """Return losses, their mean or sum; a mean is divided by the sum of weights of what counts, 0 if nothing does."""
     if weight is not None:
         loss = loss * weight.to(loss.dtype)
         counts = counts * weight.to(loss.dtype)
-    if reduction == "none":
-        return loss
     total = counts.sum()
-    return loss.sum() / (torch.where(total == 0, 1, total).to(loss.dtype) if reduction == "mean" else 1)
+    return reduced_losses(loss, reduction, torch.where(total == 0, 1, total).to(loss.dtype))
 
 
 def nt_xent_loss(
@@ -95,7 +94,7 @@ def nt_xent_loss(
     sample_weight: Tensor | None = None,
     normalize: bool = True,
 ) -> Tensor:
-    """As `fastloss.functional.nt_xent_loss`."""
+    """Compute `fastloss.functional.nt_xent_loss`."""
     x = torch.cat([z1, z2])
     x = F.normalize(x) if normalize else x
     s = x @ x.t() / temperature

@@ -7,19 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from fastloss.reference.options import accumulation_dtype
+from fastloss.reference.options import accumulation_dtype, one_of, reduced
 
 __all__ = ["cox_ph_loss", "dart_loss"]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(accumulation_dtype(x.dtype))
-
-
 def cox_terms(log_h: Tensor, durations: Tensor, events: Tensor, strata: Tensor | None, efron: bool) -> Tensor:
-    """[..., N]: log(sum of e^h at risk) - h of each event, 0 of the others. Of tied events, by efron, the l-th of d
-    sees each of them with weight 1 - l/d."""
-    h = _wide(log_h)
+    """Return [..., N]: log(sum of e^h at risk) - h of each event, 0 of the others.
+
+    Of tied events, by efron, the l-th of d sees each of them with weight 1 - l/d.
+    """
+    h = log_h.to(accumulation_dtype(log_h.dtype))
     ones = durations.unsqueeze(-2).new_ones(())
     other, mine = durations.unsqueeze(-2), durations.unsqueeze(-1)  # [..., i, j]: j, i
     together = ones.bool() if strata is None else strata.unsqueeze(-2) == strata.unsqueeze(-1)
@@ -43,23 +41,22 @@ def cox_ph_loss(
     strata: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.cox_ph_loss`."""
+    """Compute `fastloss.functional.cox_ph_loss`."""
     if log_h.shape == (*durations.shape, 1):
         log_h = log_h.squeeze(-1)
     for name, t in (("durations", durations), ("events", events), ("strata", strata)):
         if t is not None and t.shape != log_h.shape:
             raise RuntimeError(f"{name}: expected shape {tuple(log_h.shape)}, got {tuple(t.shape)}")
-    if ties not in ("breslow", "efron"):
-        raise ValueError(f"ties: expected 'breslow' or 'efron', got {ties!r}")
+    efron = one_of("ties", ties, ("breslow", "efron")) == "efron"
     happened = events.detach() != 0
-    loss = cox_terms(log_h, durations.detach(), happened, strata, ties == "efron")
-    return _reduced(loss, reduction, happened.sum().clamp(min=1)).to(log_h.dtype)
+    loss = cox_terms(log_h, durations.detach(), happened, strata, efron)
+    return reduced(loss, reduction, happened.sum().clamp(min=1)).to(log_h.dtype)
 
 
 def dart_terms(
     theta: Tensor, log_durations: Tensor, events: Tensor, alpha: float = 0.0, beta: float = 0.0
 ) -> Tensor:
-    """[..., N]: event / N sum over j of max(0, e_j - e_i), plus alpha e^2 + beta theta^2."""
+    """Return [..., N]: event / N sum over j of max(0, e_j - e_i), plus alpha e^2 + beta theta^2."""
     theta = theta.double()
     e = log_durations - theta
     gaps = (e.unsqueeze(-2) - e.unsqueeze(-1)).relu()
@@ -78,19 +75,11 @@ def dart_loss(
     beta: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """As `fastloss.functional.dart_loss`."""
+    """Compute `fastloss.functional.dart_loss`."""
     if theta.shape == (*durations.shape, 1):
         theta = theta.squeeze(-1)
     for name, t in (("durations", durations), ("events", events)):
         if t.shape != theta.shape:
             raise RuntimeError(f"{name}: expected shape {tuple(theta.shape)}, got {tuple(t.shape)}")
     loss = dart_terms(theta, durations.detach().double().log(), events.detach() != 0, alpha, beta)
-    return _reduced(loss, reduction, max(loss.numel(), 1)).to(theta.dtype)
-
-
-def _reduced(loss: Tensor, reduction: str, count: Tensor | int) -> Tensor:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    if reduction == "none":
-        return loss
-    return loss.sum() / count if reduction == "mean" else loss.sum()
+    return reduced(loss, reduction, max(loss.numel(), 1)).to(theta.dtype)

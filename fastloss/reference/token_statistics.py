@@ -21,7 +21,7 @@ __all__ = [
 
 
 class TokenStats(NamedTuple):
-    """What `token_stats` returns; each of the shape of the rows, `logp` and `is_top1` of the index's."""
+    """Hold what `token_stats` returns: of the shape of the rows, `logp` and `is_top1` of the index's."""
 
     logp: Tensor | None
     entropy: Tensor
@@ -39,17 +39,21 @@ def token_stats(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> TokenStats:
-    """As `fastloss.functional.token_stats`."""
+    """Compute `fastloss.functional.token_stats`."""
     z = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     z = z / temperature
-    keep = None if mask is None else mask != 0
-    if keep is not None:
-        z = torch.where(keep.unsqueeze(-1), z, 0.0)
+    counts = None if mask is None else mask != 0
+    if counts is not None:
+        z = torch.where(counts.unsqueeze(-1), z, 0.0)
 
     def kept(v: Tensor) -> Tensor:
-        return v if keep is None else torch.where(keep.view(keep.shape + (1,) * (v.dim() - keep.dim())), v, 0)
+        return (
+            v
+            if counts is None
+            else torch.where(counts.view(counts.shape + (1,) * (v.dim() - counts.dim())), v, 0)
+        )
 
     logp = z.log_softmax(-1)
     p = logp.exp()
@@ -74,12 +78,12 @@ def token_stats(
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
-    """As `fastloss.functional.selective_log_softmax`."""
+    """Compute `fastloss.functional.selective_log_softmax`."""
     return token_stats(logits, index, temperature).logp
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
-    """As `fastloss.functional.entropy_from_logits`."""
+    """Compute `fastloss.functional.entropy_from_logits`."""
     return token_stats(logits, None, temperature, mask=mask).entropy
 
 
@@ -91,7 +95,7 @@ def sequence_log_probs(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """As `fastloss.functional.sequence_log_probs`."""
+    """Compute `fastloss.functional.sequence_log_probs`."""
     valid = labels != ignore_index
     logp = token_stats(logits, torch.where(valid, labels, 0), temperature, mask=valid).logp
     return logp.sum(-1) / valid.sum(-1).clamp(min=1) if average else logp.sum(-1)
@@ -107,6 +111,6 @@ def linear_token_stats(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> TokenStats:
-    """As `fastloss.functional.linear_token_stats`."""
+    """Compute `fastloss.functional.linear_token_stats`."""
     logits = logits_from(input, linear_weight, linear_bias)
     return token_stats(logits, index, temperature, mask=mask, softcap=softcap)

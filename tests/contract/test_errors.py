@@ -7,19 +7,21 @@ type; where PyTorch accepts the call after all, fastloss gives the same value or
 from __future__ import annotations
 
 import inspect
+import math
 import re
 
 import pytest
 import torch
 from support import (
     every_loss,
-    has_reductions,
     is_float,
     make,
     requiring,
     some_cases,
     tensors,
 )
+
+from fastloss._registry import InputSampler, entries
 
 
 def one_row_less(x):
@@ -189,14 +191,38 @@ def test_missing_and_unknown_arguments(loss, device):
             loss.function(**{k: v for k, v in kwargs.items() if k != name})
 
 
-@every_loss
-def test_unknown_reduction(loss, device):
-    if not has_reductions(loss):
-        return
-    kwargs = make(loss, next(iter(loss.cases)), torch.float32, device)
-    for reduction in ("average", "", "Mean"):
-        with pytest.raises(ValueError, match="reduction"):
-            loss.function(**kwargs | {"reduction": reduction})
+def string_options(loss) -> list[str]:
+    """Return the arguments that take one of several names, or a sequence of them."""
+    return [
+        name
+        for name, parameter in inspect.signature(loss.function).parameters.items()
+        if re.search(r"\bstr\b", str(parameter.annotation))
+    ]
+
+
+def names_of(loss, option) -> set[str]:
+    """Return those of an option's values that its default and the cases hold."""
+    values = [case.get(option) for case in loss.cases.values()]
+    values.append(inspect.signature(loss.function).parameters[option].default)
+    listed = [[value] if isinstance(value, str) else value or () for value in values]
+    return {name for several in listed for name in several}
+
+
+@pytest.mark.parametrize("of", ["function", "reference"])
+@pytest.mark.parametrize(
+    ("loss", "option"),
+    [pytest.param(e, name, id=f"{e.name}-{name}") for e in entries() for name in string_options(e)],
+)
+def test_unknown_option(loss, option, of):
+    """No formula stands for what is not listed; the error names the argument, the reference's also the choices."""
+    shape = min((s for s in loss.shapes if min(s) > 1), key=math.prod)
+    kwargs = loss.call(next(iter(loss.cases)), InputSampler(), shape)
+    several = isinstance(inspect.signature(loss.function).parameters[option].default, tuple)
+    for value in ("no_such", "", *(name.title() for name in names_of(loss, option))):
+        with pytest.raises(ValueError, match=rf"\b{option}\b") as raised:
+            getattr(loss, of)(**kwargs | {option: (value,) if several else value})
+        missing = {name for name in names_of(loss, option) if name not in str(raised.value)}
+        assert of == "function" or not missing, f"not listed: {missing}: {raised.value}"
 
 
 @some_cases
