@@ -67,7 +67,7 @@ register(
 
 
 def _eager_focal(input, target, gamma=2.0, alpha=None, ignore_index=-100, reduction="mean"):
-    """What people write today."""
+    """Compute it as people write it today."""
     nll = F.cross_entropy(input, target, ignore_index=ignore_index, reduction="none")
     loss = (1 - torch.exp(-nll)) ** gamma * nll
     if isinstance(alpha, Tensor):
@@ -112,7 +112,7 @@ register(
 
 
 def _eager_poly1(input, target, weight=None, ignore_index=-100, reduction="mean", epsilon=1.0):
-    """What people write today."""
+    """Compute it as people write it today."""
     options = {"ignore_index": ignore_index, "reduction": "none"}
     loss = F.cross_entropy(input, target, weight, **options)
     p = torch.exp(-F.cross_entropy(input, target, **options))

@@ -64,7 +64,7 @@ def _register(function, inputs, cases, forward=("input", "target"), eager=None):
 
 
 def _eager_log_cosh(input, target, reduction="mean", weight=None):
-    """What people write today, after Keras."""
+    """Compute it as Keras does."""
     e = input - target
     loss = e + F.softplus(-2 * e) - math.log(2)
     if weight is not None:

@@ -48,7 +48,7 @@ def cross_entropy(
     sample_weight: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Cross-entropy between logits and classes or class probabilities, in one read of the logits.
+    r"""Compute the cross-entropy between logits and classes or class probabilities, in one read of the logits.
 
     With :math:`z = c \tanh(s x / c)` (scale `s`, softcap `c`; without softcap :math:`z = s x`) and
     :math:`\mathrm{lse} = \log \sum_c e^{z_c}`, the loss of a row with class :math:`y` is
@@ -69,7 +69,7 @@ def cross_entropy(
         target: classes, int64 (or uint8), of the input's shape without `C`; or probabilities of its full shape.
         weight: `(C)`, a weight :math:`w` for each class. Default: 1.
         size_average, reduce: deprecated, as in torch.
-        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        ignore_index: rows with this class are ignored and have no gradient. Default: -100.
         reduction: `"none"`, `"sum"` or `"mean"`: the sum over rows divided by the sum of :math:`w_y` times
             `sample_weight` over the rows that are not ignored (with probabilities: of `sample_weight`).
         label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
@@ -81,8 +81,8 @@ def cross_entropy(
             logits are lost, a second backward raises. Default: False.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for half
-        types under autocast).
+        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for
+        half-precision dtypes under autocast).
 
     Raises:
         ValueError, RuntimeError, IndexError: for the arguments for which torch raises them. On CUDA, where a
@@ -152,7 +152,7 @@ def softmax_focal_loss(
     background_class: int | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Softmax focal loss: cross-entropy that down-weights samples whose target is already probable.
+    r"""Compute the softmax focal loss: cross-entropy that down-weights samples whose target is already probable.
 
     .. math:: -\alpha_y (1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(x)
 
@@ -165,15 +165,15 @@ def softmax_focal_loss(
         target: classes, int64 (or uint8), of the input's shape without `C`.
         gamma: :math:`\gamma \ge 0`; 0 gives cross-entropy. Default: 2.
         alpha: :math:`\alpha`: a number for all classes, or `(C)`, one for each. Default: 1.
-        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        ignore_index: rows with this class are ignored and have no gradient. Default: -100.
         reduction: `"none"`, `"sum"` or `"mean"`: over the rows that are not ignored, whatever their `alpha`.
         background_class: with a number `alpha`, this class weighs 1 - `alpha` (0 in kornia). Default: none.
         inplace_backward: write the gradient into the memory of `input` during backward: no extra memory, the
             logits are lost, a second backward raises. Default: False.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for half
-        types under autocast).
+        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for
+        half-precision dtypes under autocast).
 
     Raises:
         ValueError, RuntimeError, IndexError: as for `cross_entropy`. On CUDA a class out of bounds gives NaN.
@@ -221,7 +221,7 @@ def poly1_cross_entropy(
     *,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Poly-1 cross-entropy (PolyLoss): cross-entropy with another weight of the first power of :math:`1 - p_y`.
+    r"""Compute the poly-1 cross-entropy (PolyLoss): cross-entropy + :math:`\epsilon (1 - p_y)`.
 
     .. math:: w_y \left[-\log p_y + \epsilon (1 - p_y)\right], \qquad p = \mathrm{softmax}(x)
 
@@ -232,7 +232,7 @@ def poly1_cross_entropy(
         input: logits `(C)`, `(N, C)` or `(N, C, d1, ...)`; float32, float64, bfloat16 or float16, any strides.
         target: classes, int64 (or uint8), of the input's shape without `C`.
         weight: `(C)`, a weight :math:`w` for each class, of both terms. Default: 1.
-        ignore_index: rows with this class count nothing and have no gradient. Default: -100.
+        ignore_index: rows with this class are ignored and have no gradient. Default: -100.
         reduction: `"none"`, `"sum"` or `"mean"`: the sum over rows divided by the sum of :math:`w_y` over the rows
             that are not ignored.
         epsilon: :math:`\epsilon`, a finite number; 0 gives cross-entropy, and below -1 the loss falls where a class
@@ -241,8 +241,8 @@ def poly1_cross_entropy(
             logits are lost, a second backward raises. Default: False.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for half
-        types under autocast).
+        A scalar, or for `"none"` a tensor of the input's shape without `C`, of the input's type (float32 for
+        half-precision dtypes under autocast).
 
     Raises:
         ValueError, RuntimeError, IndexError: as for `cross_entropy`. On CUDA a class out of bounds gives NaN.

@@ -55,7 +55,7 @@ def _types(loss_type, loss_weights) -> list[tuple[str, float]]:
 
 def _check_types(kinds: list[str], smoothing: float, divergence: str, lengths: bool, weight: bool) -> None:
     if smoothing and not any(k in _SMOOTHED for k in kinds):
-        raise ValueError(f"label_smoothing: {', '.join(kinds)} has none")
+        raise ValueError(f"label_smoothing is not supported for loss_type={', '.join(map(repr, kinds))}")
     if lengths and not any(k in OF_LENGTHS for k in kinds):
         raise ValueError(f"chosen_lengths: {', '.join(kinds)} takes no lengths")
     for kind in kinds:
@@ -110,7 +110,7 @@ def dpo_loss(
     weight: Tensor | None = None,
     return_rewards: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    r"""Direct preference optimisation and variants, from log-probabilities of whole completions.
+    r"""Compute the DPO loss or a variant (Direct Preference Optimization) from log-probabilities of whole completions.
 
     With the log-ratios :math:`c` and :math:`r` of the chosen and the rejected completion (policy minus reference),
     :math:`u = \beta (c - r)`, :math:`\ell = -\log \sigma` and label smoothing :math:`\varepsilon`, the loss of a
@@ -158,7 +158,7 @@ def dpo_loss(
             sigmoid_norm (required), ipo and sft. Default: none.
         loss_weights: of each type of a sequence. Default: 1 each.
         weight: of each pair, of their shape, without gradient, for example of weighted preference optimisation; pairs
-            of weight 0 count nothing whatever they hold; not with the sorted types. The mean is over the pairs,
+            of weight 0 are ignored, even if NaN; not with the sorted types. The mean is over the pairs,
             whatever their weights. Default: 1.
         return_rewards: also give :math:`\beta` times the log-ratios, detached. Default: False.
 
@@ -167,7 +167,7 @@ def dpo_loss(
         rewards of the chosen and of the rejected completions.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/2305.18290; types as `DPOConfig.loss_type` of TRL, where each one's paper stands;
     `weight` https://arxiv.org/abs/2406.11827, several types https://arxiv.org/abs/2411.10442.
@@ -244,7 +244,7 @@ def dpo_loss_from_logits(
     use_weighting: bool = False,
     return_rewards: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    r"""`dpo_loss` from the logits of both completions: read once forward and once backward, gradient written once.
+    r"""Compute `dpo_loss` from the logits of both completions, which are read once in each pass.
 
     The batch is concatenated chosen first, as TRL does: sequence `i` of the first half is the chosen, sequence `i`
     of the second half the rejected completion of pair `i`. The log-probability of a completion is
@@ -270,11 +270,11 @@ def dpo_loss_from_logits(
         return_rewards: also give :math:`\beta` times the log-ratios, detached. Default: False.
 
     Returns:
-        The loss, float32 for half types, a scalar or for `"none"` of shape `(B)`; with `return_rewards` a tuple of it
-        and the rewards of the chosen and of the rejected completions.
+        The loss, float32 for half-precision dtypes, a scalar or for `"none"` of shape `(B)`; with `return_rewards` a
+        tuple of it and the rewards of the chosen and of the rejected completions.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
         IndexError: on the CPU for a label out of bounds.
 
     Source: https://arxiv.org/abs/2305.18290, `DPOTrainer` of TRL; `ld_alpha` https://arxiv.org/abs/2409.06411,
@@ -368,7 +368,7 @@ def linear_dpo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    r"""Direct preference optimisation from hidden states, the logits computed in chunks.
+    r"""Compute the DPO loss from hidden states, with the logits in chunks.
 
     `dpo_loss` of the log-probabilities of whole completions, :math:`\sum_t \log \mathrm{softmax}(W h_t + b)_{y_t}` over
     the labels that are not ignored. Logits are made for a chunk of tokens, forward and again backward, chosen and
@@ -395,7 +395,7 @@ def linear_dpo_loss(
         softcap: bounds the logits (Gemma 2). Default: none.
 
     Returns:
-        A scalar, or for `"none"` a tensor `[B]`; float32 for half types.
+        A scalar, or for `"none"` a tensor `[B]`; float32 for half-precision dtypes.
 
     Raises:
         TypeError, ValueError, RuntimeError, IndexError: for arguments of a wrong kind, naming it.

@@ -69,7 +69,7 @@ def _together(
     pos_weight: Tensor | None = None,
     wide: bool = False,
 ) -> Tensor:
-    """Checks, broadcasts and calls; with `by_weight` a mean divides by the sum of the weights."""
+    """Check, broadcast and call; with `by_weight` a mean divides by the sum of the weights."""
     mode = check_reduction(reduction)
     check_tensors(input, target=target, weight=weight, pos_weight=pos_weight)
     for name, t in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos_weight)):
@@ -113,7 +113,7 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Squared error :math:`\ell = (x - y)^2`; value and gradients in one read.
+    r"""Compute the squared error :math:`\ell = (x - y)^2`; value and gradients in one read.
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
@@ -123,11 +123,11 @@ def mse_loss(
         weight: a factor for each element, of the shape of `input`. Default: 1.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
-        under autocast).
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half-precision
+        dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
 
     Source: `torch.nn.functional.mse_loss`.
     """
@@ -136,7 +136,7 @@ def mse_loss(
 
 
 def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
-    r"""Root of the mean squared error, with a gradient of 0 at a perfect fit.
+    r"""Compute the root of the mean squared error, with a gradient of 0 at a perfect fit.
 
     .. math:: \sqrt{\frac1n \sum_i (x_i - y_i)^2 + \epsilon}
 
@@ -147,10 +147,10 @@ def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | 
         weight: a factor for each element, of the shape of `input`; the mean divides by their sum. Default: 1.
 
     Returns:
-        A scalar of the promoted type (float32 for half types under autocast).
+        A scalar of the promoted type (float32 for half-precision dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
 
     Source: the root of `torch.nn.functional.mse_loss`, which has no finite gradient at 0.
     """
@@ -170,7 +170,7 @@ def l1_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Absolute error :math:`\ell = |x - y|`; the derivative at :math:`x = y` is 0.
+    r"""Compute the absolute error :math:`\ell = |x - y|`; the derivative at :math:`x = y` is 0.
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
@@ -180,11 +180,11 @@ def l1_loss(
         weight: a factor for each element, of the shape of `input`. Default: 1.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
-        under autocast).
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half-precision
+        dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
 
     Source: `torch.nn.functional.l1_loss`.
     """
@@ -200,7 +200,7 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    r"""With :math:`e = x - y`: :math:`e^2 / (2 \beta)` where :math:`|e| < \beta`, else :math:`|e| - \beta / 2`.
+    r"""Compute the smooth L1 loss of :math:`e = x - y`: :math:`e^2 / (2 \beta)` if :math:`|e| < \beta`, else :math:`|e| - \beta / 2`.
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
@@ -210,8 +210,8 @@ def smooth_l1_loss(
         beta: :math:`\beta \ge 0`; 0 is the absolute error. Default: 1.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
-        under autocast).
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half-precision
+        dtypes under autocast).
 
     Raises:
         ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit. Integers are not accepted.
@@ -231,7 +231,7 @@ def huber_loss(
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""With :math:`e = x - y`: :math:`e^2 / 2` where :math:`|e| \le \delta`, else :math:`\delta (|e| - \delta / 2)`.
+    r"""Compute the Huber loss of :math:`e = x - y`: :math:`e^2/2` if :math:`|e| \le \delta`, else :math:`\delta (|e| - \delta/2)`.
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
@@ -242,7 +242,7 @@ def huber_loss(
 
     Returns:
         A scalar, or for `"none"` a tensor of the broadcast shape, of the type of `input`, wider if `weight` is
-        (float32 for half types under autocast).
+        (float32 for half-precision dtypes under autocast).
 
     Raises:
         ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit. Integers are not accepted.
@@ -260,7 +260,7 @@ def huber_loss(
 def log_cosh_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", *, weight: Tensor | None = None
 ) -> Tensor:
-    r"""Log-cosh loss :math:`\log \cosh(x - y)`: a squared error while it is small, an absolute error where it is large.
+    r"""Compute the log-cosh loss :math:`\log \cosh(x - y)`: quadratic for small errors, linear for large ones.
 
     Value and gradient, :math:`\tanh(x - y)`, keep their relative precision for errors of every size: neither does
     :math:`\cosh` overflow, nor do terms cancel near 0. A sum without weights takes one logarithm of a product in the
@@ -273,11 +273,11 @@ def log_cosh_loss(
         weight: a factor for each element, of the shape of `input`. Default: 1.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
-        under autocast).
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half-precision
+        dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types that do not fit. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
 
     Source: Saleh and Saleh, https://arxiv.org/abs/2208.04564; `LogCosh` of Keras.
     """
@@ -293,7 +293,7 @@ def binary_cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Binary cross-entropy of probabilities: :math:`-w\,[y \log p + (1 - y) \log(1 - p)]`, logarithms >= -100.
+    r"""Compute binary cross-entropy of probabilities, :math:`-w\,[y \log p + (1 - y) \log(1 - p)]`, logarithms >= -100.
 
     From logits, `binary_cross_entropy_with_logits` is the accurate one.
 
@@ -306,11 +306,11 @@ def binary_cross_entropy(
         reduction: `"none"`, `"mean"` (over all elements) or `"sum"`. Default: `"mean"`.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the shape of `input`; of its type (float32 for half types under
+        A scalar, or for `"none"` a tensor of the shape of `input`; of its type (float32 for half-precision dtypes under
         autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types that do not fit.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.binary_cross_entropy`.
     """
@@ -335,7 +335,7 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Binary cross-entropy of logits: :math:`-w\,[\omega y \log \sigma(x) + (1 - y) \log(1 - \sigma(x))]`.
+    r"""Compute the binary cross-entropy of logits: :math:`-w\,[\omega y \log \sigma(x) + (1 - y) \log(1 - \sigma(x))]`.
 
     Every element keeps its relative precision for large :math:`|x|`. A sum without weights takes one logarithm
     of a product in the place of many.
@@ -349,11 +349,11 @@ def binary_cross_entropy_with_logits(
         pos_weight: :math:`\omega`, of a shape that broadcasts to that of `input`. Default: 1.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the shape of `input`; of the type of `target` (float32 for half types
-        under autocast).
+        A scalar, or for `"none"` a tensor of the shape of `input`; of the type of `target` (float32 for
+        half-precision dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types that do not fit.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.binary_cross_entropy_with_logits`.
     """
@@ -369,7 +369,7 @@ def binary_cross_entropy_with_logits(
 
 
 def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
-    r"""Hinge loss :math:`\ell = \max(0, 1 - y s)` of a score :math:`s` and a label :math:`y` of -1 or 1.
+    r"""Compute the hinge loss :math:`\ell = \max(0, 1 - y s)` of a score :math:`s` and a label :math:`y` of -1 or 1.
 
     Not `torch.nn.functional.hinge_embedding_loss`, which is of a distance.
 
@@ -379,11 +379,11 @@ def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
-        under autocast).
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half-precision
+        dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types that do not fit.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: Cortes and Vapnik, Support-vector networks, 1995, https://doi.org/10.1007/BF00994018.
     """
@@ -398,7 +398,7 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence of log-probabilities from a target: :math:`q (\log q - x)`, 0 - q x at q = 0.
+    r"""Compute the KL divergence of log-probabilities from a target: :math:`q (\log q - x)`, 0 - q x at q = 0.
 
     Args:
         input: log-probabilities :math:`x` of any shape and floating point type, any strides.
@@ -410,11 +410,11 @@ def kl_div(
         log_target: whether `target` holds logarithms. Default: False.
 
     Returns:
-        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half types
-        under autocast).
+        A scalar, or for `"none"` a tensor of the broadcast shape, of the promoted type (float32 for half-precision
+        dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes and types that do not fit.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.kl_div`.
     """
@@ -442,7 +442,7 @@ def sigmoid_focal_loss(
     ignore_index: int = -100,
     background_index: int | None = None,
 ) -> Tensor:
-    r"""Focal loss of independent binary classifications, from logits: RetinaNet's.
+    r"""Compute the focal loss of independent binary classifications from logits, as RetinaNet does.
 
     With :math:`p = \sigma(x)` and :math:`p_t = p y + (1 - p)(1 - y)`, the loss of an element is
 
@@ -465,15 +465,15 @@ def sigmoid_focal_loss(
             they hold. Default: 1.
         num_positives: a number, or a tensor without dimensions, that divides the loss; for the mean, in the place
             of the number above. Default: none.
-        ignore_index: rows of this class count nothing. Default: -100.
+        ignore_index: rows of this class are ignored. Default: -100.
         background_index: rows of this class are negative in every column. Default: C.
 
     Returns:
-        A tensor of the shape of `inputs` for `"none"`, else a scalar; of the type of `inputs` (float32 for half
-        types under autocast).
+        A tensor of the shape of `inputs` for `"none"`, else a scalar; of the type of `inputs` (float32 for
+        half-precision dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError, IndexError: for shapes, types and numbers other than these. On CUDA,
+        ValueError, RuntimeError, TypeError, IndexError: for unsupported shapes, types and values. On CUDA,
             where a look at the classes would wait for the device, a class out of bounds gives NaN instead.
 
     Source: https://arxiv.org/abs/1708.02002; `torchvision.ops.sigmoid_focal_loss`, classes as in

@@ -54,9 +54,9 @@ def _check_mask(mask: Tensor | None, name: str, like: Tensor) -> None:
 
 def _check_bounds(loss_type: str, kind: PolicyType, dual_clip, delta, log_ratio_clamp) -> None:
     if dual_clip is not None and (kind.formula != "clip" or loss_type == "kl_cov"):
-        raise ValueError(f"dual_clip: {loss_type} has none")
+        raise ValueError(f"dual_clip is not supported for loss_type={loss_type!r}")
     if delta is not None and kind.formula != "clip" and not loss_type.startswith("dppo"):
-        raise ValueError(f"delta: {loss_type} has none")
+        raise ValueError(f"delta is not supported for loss_type={loss_type!r}")
     if log_ratio_clamp is not None and not kind.exponent:
         raise ValueError(f"log_ratio_clamp: {loss_type} has no such exponent")
 
@@ -71,7 +71,7 @@ def _positive(name: str, value: float | None) -> float:
 
 
 def _shares(mask: Tensor | None, x: Tensor, mode: str, horizon: float | None) -> tuple[Tensor | None, Any]:
-    """Weights of tokens (None: 1) and what the sum of their losses is divided by, a number or a tensor of one."""
+    """Return tokens' weights (None: 1) and the divisor of the sum of their losses, a number or a tensor of one."""
     if mask is not None and mask.dtype == torch.bool and mode in ("none", "token-sum", "token-mean"):
         return mask, mask.count_nonzero().clamp(min=1) if mode == "token-mean" else 1
     if mask is not None:
@@ -142,7 +142,7 @@ def policy_loss(
     generator: torch.Generator | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    r"""Policy gradient losses of tokens: PPO, GRPO and their relatives, with a divergence term.
+    r"""Compute a policy gradient loss of tokens: PPO, GRPO and their relatives, with a KL term.
 
     With the log-probability :math:`l` of a token, :math:`\rho = e^{l - \mathrm{old}}` and advantage :math:`A`,
 
@@ -196,7 +196,7 @@ def policy_loss(
         logps: :math:`l`, shape `(..., T)`; float32, float64, bfloat16 or float16.
         old_logps: of the policy that drew the tokens, same shape; without gradient.
         advantages: :math:`A`, same shape, or `(...)`, one for an answer; without gradient.
-        mask: flags or weights of tokens, same shape; tokens of weight 0 count nothing whatever they hold.
+        mask: flags or weights of tokens, same shape; tokens of weight 0 are ignored, even if NaN.
             Default: all.
         loss_type: a name of the first table. Default: `"ppo"`.
         loss_agg_mode: a name of the second. Default: that of the type.
@@ -224,7 +224,7 @@ def policy_loss(
         A scalar (for `"none"` of the shape of `logps`); with `return_metrics` a tuple of it and a dictionary.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2402.03300 and, as each type is named there,
     `GRPOConfig.loss_type` of TRL and `core_algos.py` of verl; topr https://arxiv.org/abs/2503.14286.
@@ -235,7 +235,7 @@ def policy_loss(
     choice("kl_type", kl_type, tuple(KL_TYPES))
     _check_bounds(loss_type, kind, dual_clip, delta, log_ratio_clamp)
     if horizon is not None and mode != "seq-mean-token-sum-norm":
-        raise ValueError(f"horizon: {mode} has none")
+        raise ValueError(f"horizon is not supported for loss_agg_mode={mode!r}")
     for name, t in (("logps", logps), ("old_logps", old_logps), ("advantages", advantages)):
         check_tensor(name, t)
     per_answer = logps.dim() > 0 and advantages.shape == logps.shape[:-1]
@@ -309,7 +309,7 @@ def value_loss(
     normalizer: float | Tensor | None = None,
     horizon: float | None = None,
 ) -> Tensor:
-    r"""PPO's value-function loss, clipped around the values at the time of the rollout.
+    r"""Compute PPO's value-function loss, clipped around the values of the rollout.
 
     .. math:: \tfrac{1}{2} \max\left((V - R)^2,
               (\mathrm{clip}(V, V_{old} - \epsilon, V_{old} + \epsilon) - R)^2\right)
@@ -327,13 +327,13 @@ def value_loss(
         A scalar, or for `"none"` a tensor of the shape of `values`.
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and options other than these.
+        ValueError, RuntimeError, TypeError: for unsupported shapes, types and options.
 
     Source: https://arxiv.org/abs/1707.06347 and its released code; `compute_value_loss` of verl.
     """
     choice("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
     if horizon is not None and loss_agg_mode != "seq-mean-token-sum-norm":
-        raise ValueError(f"horizon: {loss_agg_mode} has none")
+        raise ValueError(f"horizon is not supported for loss_agg_mode={loss_agg_mode!r}")
     v, r, old = same_shape(values=values, returns=returns, old_values=old_values)
     if v.dim() == 0:
         raise ValueError("values: expected at least one dimension, tokens being the last")

@@ -161,7 +161,7 @@ def huber_loss(
 def log_cosh_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", *, weight: Tensor | None = None
 ) -> Tensor:
-    """As `fastloss.functional.log_cosh_loss`."""
+    """Compute `fastloss.functional.log_cosh_loss`."""
     _floats(input=input, target=target, weight=weight)
     return _reduced(log_cosh(input, target), reduction, weight, True)
 

@@ -141,7 +141,7 @@ def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp
 
 
 def topr_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, clamp: float) -> Tensor:
-    """A min(1, w) of a completion's probability ratio w where A < 0; what is rewarded is not tapered."""
+    """Return A min(1, w) of a completion's probability ratio w where A < 0; what is rewarded is not tapered."""
     counted = torch.ones_like(logps) if mask is None else torch.as_tensor(mask).to(logps.dtype)
     log_w = torch.where(counted != 0, counted * (logps - old).clamp(-clamp, clamp), 0.0).sum(-1, keepdim=True)
     return advantages * torch.where((advantages >= 0) | (log_w >= 0), 0.0, log_w).exp()
