@@ -1,5 +1,5 @@
-// Launchers of the other row losses. They have a file of their own, since nvcc takes minutes for either: two
-// files are compiled at the same time.
+// Launchers of the other row losses. Two files, since nvcc takes minutes for each: they are compiled in
+// parallel.
 #include "classification.cuh"
 
 namespace fastloss::cuda {
