@@ -17,14 +17,14 @@ constexpr int kAmx = std::size(kCapabilities) - 1;
 // The best of kCapabilities that may be used.
 int allowed() {
   const char* const variable = std::getenv("FASTLOSS_CPU_CAPABILITY");
-  const std::string asked = variable ? variable : "";
-  if (asked.empty()) return kAmx;
+  const std::string requested = variable ? variable : "";
+  if (requested.empty()) return kAmx;
   std::string all;
   for (int i = 0; i <= kAmx; ++i) {
-    if (asked == kCapabilities[i]) return i;
+    if (requested == kCapabilities[i]) return i;
     all += (i ? ", " : "") + std::string(kCapabilities[i]);
   }
-  throw std::runtime_error("FASTLOSS_CPU_CAPABILITY: expected one of " + all + ", got '" + asked + "'");
+  throw std::runtime_error("FASTLOSS_CPU_CAPABILITY: expected one of " + all + ", got '" + requested + "'");
 }
 
 int available() {

@@ -6,11 +6,11 @@
 
 namespace fastloss::cpu {
 
-// What FASTLOSS_CPU_CAPABILITY may say, each better than those before it.
+// The values of FASTLOSS_CPU_CAPABILITY, each better than those before it.
 inline constexpr const char* kCapabilities[] = {"sse2", "avx2", "avx512", "amx"};
 
-// Chosen once: the best that this machine has, or less if FASTLOSS_CPU_CAPABILITY asks for it; raises where
-// that says anything else. amx: whether matrix products may use the tile registers, beside avx512.
+// Chosen once: the best that this machine has, or less if FASTLOSS_CPU_CAPABILITY limits it. Throws if that
+// has any other value. amx: whether matrix products may use the tile registers, in addition to avx512.
 enum class Isa : int { sse2, avx2, avx512 };
 Isa isa();
 bool amx();
@@ -18,8 +18,8 @@ bool amx();
 FASTLOSS_EXPORT const char* capability();
 FASTLOSS_EXPORT const char* linear_capability();  // of matrix products: also "amx"
 
-// A kernel, or a table of kernels, that is compiled once for each instruction set. `best` is not to be called
-// in what is compiled so: the linker keeps one copy of it for all.
+// A kernel, or a table of kernels, that is compiled once for each instruction set. Files compiled per
+// instruction set must not call `best`: the linker would keep one of its copies for all.
 template <class T>
 struct PerIsa {
   const T *sse2 = nullptr, *avx2 = nullptr, *avx512 = nullptr;
@@ -32,8 +32,8 @@ struct PerIsa {
   }
 };
 
-// In a header, the PerIsa `name`; in the file that is compiled for each set, what it holds for the one that
-// FL_ISA names: FASTLOSS_OF_ISA(T, name) = ...
+// FASTLOSS_PER_ISA(T, name), in a header: declares the PerIsa `name`. FASTLOSS_OF_ISA(T, name) = ..., in the
+// file that is compiled per instruction set: its entry for FL_ISA.
 #if defined(FL_SIMT)  // the operators of this build know only the CUDA kernels
 #define FASTLOSS_PER_ISA(T, name) inline constexpr PerIsa<T> name{};
 #else

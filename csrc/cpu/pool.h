@@ -1,5 +1,6 @@
-// Large output buffers that keep their pages. A fresh page costs a fault and a clearing, together more than
-// the kernels that fill it; a buffer given back here goes to the next call that wants about its size.
+// A pool of large output buffers whose pages are mapped already. A fresh page costs a page fault and
+// clearing, together more than the kernel that fills it; a released buffer serves the next request of about
+// its size.
 #pragma once
 #include <cstddef>
 #include <cstdint>

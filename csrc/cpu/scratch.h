@@ -1,4 +1,4 @@
-// Working memory that a thread keeps from call to call, so that no kernel pays for fresh pages.
+// Scratch memory of a thread, reused from call to call, so that no kernel pays for fresh pages.
 #pragma once
 #include <cstddef>
 

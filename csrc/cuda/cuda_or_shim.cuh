@@ -1,5 +1,5 @@
-// The only place that knows which compiler is looking: nvcc, or a C++ compiler for which tests/cuda_on_cpu
-// plays the GPU (FL_SIMT). Kernels declare shared memory and are launched through what stands here.
+// The only place that depends on the compiler: nvcc, or a C++ compiler with the shim of tests/cuda_on_cpu
+// (FL_SIMT). Kernels declare shared memory and are launched through these functions.
 //
 //   FL_SHARED(float, sums, 32);              a static block array; may stand in any device function
 //   FL_DYN_SHARED(float, tile);              the launch's dynamic shared memory, 16-byte aligned
@@ -44,11 +44,11 @@ inline int multiprocessors() { return 2; }
 
 namespace fastloss::cuda {
 
-constexpr size_t kDefaultDynamicShared = 48 * 1024;  // more than this has to be asked for
+constexpr size_t kDefaultDynamicShared = 48 * 1024;  // more than this needs cudaFuncSetAttribute
 
 [[noreturn]] inline void throw_launch_error(cudaError_t error, const char* step, const void* kernel,
                                             dim3 grid, dim3 block, size_t smem) {
-  (void)cudaGetLastError();  // reported here, not to the next caller who asks
+  (void)cudaGetLastError();  // clears it: reported here, not by the next call of cudaGetLastError
   std::string name = "a kernel";
 #if CUDART_VERSION >= 12030
   const char* mangled = nullptr;
@@ -87,7 +87,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
   if (error != cudaSuccess) throw_launch_error(error, "launch", entry, grid, block, smem);
 }
 
-// An attribute of the device, or `otherwise` where it cannot be asked: the launch to follow says why.
+// An attribute of the device, or `otherwise` if the query fails: the launch that follows reports why.
 inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
   int device = 0, value = 0;
   if (cudaGetDevice(&device) == cudaSuccess &&

@@ -1,4 +1,4 @@
-// What every kernel's host side does: a launch of a grid in one dimension, and the choice of the type.
+// Host code of every kernel: the launch of a one-dimensional grid, and the dispatch by dtype.
 #pragma once
 #include "../math/dtype.h"
 #include "attributes.h"
@@ -6,7 +6,7 @@
 
 namespace fastloss::cuda {
 
-// No blocks: nothing to do. The kernel is listed among the registered ones.
+// Nothing is launched for 0 blocks. Registers the kernel, see attributes.h.
 template <auto kKernel, class... A>
 void launch_1d(int64_t blocks, int threads, size_t shared, cudaStream_t stream, const A&... arguments) {
   (void)Registered<kKernel>::done;

@@ -19,9 +19,9 @@
 
 namespace fastloss::cuda {
 
-// norm[0] = sum over rows of row weight x class weight of the target, rows to be ignored left out.
+// norm[0] = sum over rows, except ignored ones, of row weight times class weight of the target.
 void row_norm(const RowArgs& args, void* norm, void* stream);
-// out[0] = sum of loss over rows [/ norm], in the type of the accumulation and a fixed order.
+// out[0] = sum of loss over rows [/ norm], in the accumulation type and a fixed order.
 void row_reduce(const RowArgs& args, void* out, void* stream);
 
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const RowArgs& args, void* stream);
@@ -38,26 +38,26 @@ void ranking(const RankingArgs& args, void* stream);
 void survival(const SurvivalArgs& args, void* stream);
 void alignment(const AlignmentArgs& args, void* stream);
 
-// How many parts of n samples are summed on their own.
+// The number of partial sums of n samples: AggregateArgs::partials.
 int64_t aggregate_partials(int64_t n);
 void aggregate(const AggregateArgs& args, void* stream);
 void aggregate_gradient(const AggregateArgs& args, void* stream);
 
-// How many sums of blocks a call of n elements of this type leaves in ElementArgs::partial.
+// The number of partial sums that a call with n elements of this type leaves in ElementArgs::partial.
 int64_t element_partials(DType dtype, int64_t n);
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const ElementArgs& args, void* stream);
 FASTLOSS_ELEMENT_LOSSES(FASTLOSS_LAUNCHER)
 #undef FASTLOSS_LAUNCHER
 
-// p *= factor; where the factor is 1 nothing is read.
+// p *= factor; if the factor is 1, p is not read.
 void scale(const ScaleArgs& args, void* stream);
 
 void feature_pairs(const FeatureArgs& args, void* stream);
-// How many numbers of the type of sums a pass over this block needs for sums of its parts.
+// The size of TileChunk::part for this pass and block, in numbers of the accumulation type.
 int64_t tile_partials(const TileChunk& args);
-// One pass over a block of similarities; blocks come in the order of their rows, those of columns inside.
+// One pass over a block of similarities. Blocks are passed row by row, in the order of their columns.
 void tile_chunk(const TileChunk& args, void* stream);
-// The anchors of one chunk; backwards chunks are added to dx.
+// The anchors of one chunk; a backward pass adds to dx.
 void triplets(const TripletArgs& args, void* stream);
 
 }  // namespace fastloss::cuda

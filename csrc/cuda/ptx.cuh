@@ -1,5 +1,4 @@
-// Inline PTX, and beside each instruction what it does in C++ for tests/cuda_on_cpu. Included where the
-// compiler builds for a GPU or plays one.
+// Inline PTX, and for each instruction its equivalent in C++ for tests/cuda_on_cpu. For device code only.
 #pragma once
 #include <cstring>
 
@@ -7,7 +6,7 @@
 
 namespace fastloss::cuda {
 
-// 2^x to 2 ulp, flushing what is below 2^-126: without ftz three more instructions would save it.
+// 2^x to 2 ulp. Results below 2^-126 are flushed to 0: without ftz it takes three more instructions.
 __device__ __forceinline__ float exp2_approx(float x) {
 #if defined(FL_SIMT)
   return __exp2f(x);
@@ -29,8 +28,8 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 #endif
 }
 
-// Lets the compiler take what follows for other numbers than those before, so that it computes again from
-// these 16 bytes what it would else keep in four times as many registers.
+// Hides from the compiler that these are the same values as before, so that it converts the 16 bytes again
+// instead of keeping the converted values in up to four times as many registers.
 template <class V>
 __device__ __forceinline__ void forget([[maybe_unused]] V& v) {
 #if !defined(FL_SIMT)

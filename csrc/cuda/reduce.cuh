@@ -1,9 +1,9 @@
-// Reductions over the lanes of a warp and the threads of a block, each in an order of its own that depends on
-// nothing but their number, and with the result for all of them unless it is said otherwise.
+// Reductions over the lanes of a warp and the threads of a block. Their order depends on the number of
+// threads alone; all threads get the result unless stated otherwise.
 //
-// A function that shares memory may stand once in a kernel, or with a barrier between: what is shared may
-// still be read by some threads when others have returned. Every thread of the block calls it, and sees what
-// the others wrote before.
+// Hazard: between two calls of a function that uses shared memory there has to be a barrier, since some
+// threads may still read it when others have returned. Every thread of the block has to call it; it contains
+// a barrier, after which earlier writes of the other threads are visible.
 #pragma once
 #include <cstring>
 
@@ -20,14 +20,14 @@ __device__ __forceinline__ unsigned team_mask() {
   return ((1u << kTeam % 32) - 1) << (threadIdx.x % 32 & ~(kTeam - 1u));
 }
 
-// What is joined: a thread's own number, then another's.
+// Operators on (this thread's value, another's).
 struct Sum {
   template <class R>
   __device__ __forceinline__ R operator()(R mine, R other) const {
     return mine + other;
   }
 };
-struct Max {  // an own NaN stays, another's is dropped
+struct Max {  // keeps a NaN of this thread, drops one of another
   template <class R>
   __device__ __forceinline__ R operator()(R mine, R other) const {
     return max(other, mine);
@@ -41,7 +41,7 @@ struct Merge {  // of structs
   }
 };
 
-// x of the lane whose number differs by the bits of `offset`: a number, or a struct of 4-byte words.
+// x of lane `lane ^ offset`: a number, or a struct of 4-byte words.
 template <class X>
 __device__ __forceinline__ X from_lane(unsigned mask, const X& x, int offset) {
   if constexpr (std::is_arithmetic_v<X>) {
@@ -58,14 +58,15 @@ __device__ __forceinline__ X from_lane(unsigned mask, const X& x, int offset) {
   }
 }
 
-// kLanes neighbouring lanes, a power of two, which `mask` names and perhaps others like them.
+// Over groups of kLanes neighbouring lanes, a power of two. `mask`: the lanes that take part, one or more
+// groups.
 template <int kLanes = 32, class X, class Join>
 __device__ __forceinline__ X warp_reduce(X x, Join join, unsigned mask = kFullMask) {
 #pragma unroll
   for (int offset = kLanes / 2; offset; offset /= 2) x = join(x, from_lane(mask, x, offset));
   return x;
 }
-// The same of several numbers, in their place: their shuffles are on their way together.
+// The same for several numbers, in place; their shuffles overlap.
 template <int kLanes = 32, class X, int N, class Join>
 __device__ __forceinline__ void warp_reduce_all(X (&x)[N], Join join, unsigned mask = kFullMask) {
 #pragma unroll
@@ -78,7 +79,7 @@ __device__ __forceinline__ R warp_sum(R x) {
   return warp_reduce(x, Sum{});
 }
 
-// The warps' parts joined one after the other.
+// Over a block: warps reduce, then their results are joined in order.
 template <int kThreads, class X, class Join>
 __device__ __forceinline__ X block_reduce(X x, Join join) {
   x = warp_reduce(x, join);
@@ -91,7 +92,7 @@ __device__ __forceinline__ X block_reduce(X x, Join join) {
   }
   return x;
 }
-// The same of numbers, from 0 on.
+// The same as a sum of numbers.
 template <int kThreads, class R>
 __device__ __forceinline__ R block_sum(R x) {
   FL_SHARED(R, part, kThreads / 32);
@@ -102,7 +103,7 @@ __device__ __forceinline__ R block_sum(R x) {
   for (int w = 0; w < kThreads / 32; ++w) x += part[w];
   return x;
 }
-// The threads' structs joined in a tree in shared memory; thread 0 gets the whole.
+// Joins the threads' structs in a tree in shared memory; thread 0 gets the result.
 template <int kThreads, class S>
 __device__ __forceinline__ S block_merge_tree(const S& mine) {
   FL_SHARED(S, part, kThreads);

@@ -48,14 +48,14 @@ __device__ __forceinline__ void store16(T* p, const Vec<T>& x) {
   std::memcpy(&raw, &x, 16);
   *reinterpret_cast<uint4*>(p) = raw;
 }
-// The same, for lines that nobody is going to read soon.
+// The same, for lines that are not read again soon: evicted from L2 first.
 template <class T>
 __device__ __forceinline__ void store16_first_out(T* p, const Vec<T>& x) {
   uint4 raw;
   std::memcpy(&raw, &x, 16);
   __stcs(reinterpret_cast<uint4*>(p), raw);
 }
-// All numbers of v, one instruction each: the halves of a word are taken apart by shift and mask.
+// All elements of v in the accumulation type, one instruction each: bf16 by shift and mask.
 template <class T>
 __device__ __forceinline__ void widen_all(const Vec<T>& v, acc_t<T>* out) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -71,14 +71,14 @@ __device__ __forceinline__ void widen_all(const Vec<T>& v, acc_t<T>* out) {
     for (int k = 0; k < Vec<T>::kSize; ++k) out[k] = widen(v.v[k]);
   }
 }
-// 16 bytes that begin `off` bytes past an aligned line, out of this line and the next: both may be read. The
-// lanes of a warp share the lines.
+// 16 bytes that start `off` bytes after a 16-byte boundary, assembled from two aligned loads: both have to be
+// readable. Neighbouring lanes load the same lines.
 template <class T>
 __device__ __forceinline__ Vec<T> load16_shifted(const T* p, unsigned off) {
   const uint4* low = reinterpret_cast<const uint4*>(p - off / sizeof(T));
   const uint4 a = low[0], b = low[1];
   const unsigned w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-  unsigned by2[6], by1[5], out[4];  // registers are indexed by constants alone
+  unsigned by2[6], by1[5], out[4];  // registers can be indexed by constants only
 #pragma unroll
   for (int i = 0; i < 6; ++i) by2[i] = off & 8 ? w[i + 2] : w[i];
 #pragma unroll
@@ -92,7 +92,7 @@ __device__ __forceinline__ Vec<T> load16_shifted(const T* p, unsigned off) {
   std::memcpy(&r, out, 16);
   return r;
 }
-// The other way round, two halves at a time.
+// The inverse, two half-precision elements at a time.
 template <class T>
 __device__ __forceinline__ Vec<T> narrow_all(const acc_t<T>* x) {
   Vec<T> v;
@@ -114,7 +114,7 @@ __device__ __forceinline__ Vec<T> narrow_all(const acc_t<T>* x) {
   }
   return v;
 }
-// 16 bytes from any element boundary, of a row that spans [begin, end): single elements at its ends.
+// 16 bytes from any element boundary of a row that spans [begin, end); element by element at its ends.
 template <class T>
 __device__ __forceinline__ Vec<T> load16_any(const T* p, const T* begin, const T* end) {
   const unsigned off = static_cast<unsigned>(reinterpret_cast<uintptr_t>(p) % 16);

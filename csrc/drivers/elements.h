@@ -1,14 +1,16 @@
-// What an elementwise kernel is told, on CPU and CUDA alike, and what its loss says. Plain data: no torch.
+// The arguments of an elementwise kernel, on CPU and CUDA alike, and the protocol of its loss. Plain data: no
+// torch.
 //
 // A loss is a struct over the accumulation type R (float, double) and a variant:
-//   kInputs, kWrt     how many numbers an element has, and a bit for each that can be differentiated
+//   kInputs, kWrt     the number of inputs, and a bit for each that is differentiable
 //   kVariants, variant(hparams)    instantiations, and which one a call takes
 //   kLogSum           the loss is v + log(1 + u), u in [0, 1]: a sum then takes one logarithm of a product
 //   kSteps, F step<i>(const F* v, const F* t)
-//                     what is computed first, if anything: t[i] from v and the steps before. A CPU takes a
-//                     step for many elements before the next: it looks ahead over less than a long chain
+//                     intermediate values: t[i] from v and the steps before. The CPU driver takes one step
+//                     for many elements before the next: the steps of one element are a dependency chain
+//                     that out-of-order execution cannot hide
 //   F operator()(const F* v, [const F* t,] F* d [, F& u])    the loss of v; d[i] is its derivative by v[i]
-// F is R, or a vector of R. What a call does not want of d costs nothing. The weight, the upstream gradient,
+// F is R, or a vector of R. A d that a call does not use costs nothing. The weight, the upstream gradient,
 // the reduction and what it is divided by are the driver's.
 #pragma once
 #include <cstdint>
@@ -23,11 +25,11 @@ namespace fastloss {
 inline constexpr int kMaxInputs = 8;
 
 enum class Source : int {
-  element,      // of the call's dtype
-  wide,         // of its accumulation type
-  flag,         // bool: 0 or 1
-  one_hot,      // from classes [n / inner], int64: 1 where i % inner is the element's class, else 0
-  not_ignored,  // from the same classes: 0 where they are ignore_index, else 1
+  element,       // of the call's dtype
+  accumulation,  // of its accumulation type
+  flag,          // bool: 0 or 1
+  one_hot,       // from classes [n / inner], int64: 1 where i % inner is the element's class, else 0
+  not_ignored,   // from the same classes: 0 where they are ignore_index, else 1
 };
 
 // Element i of an input is p[i / inner % period]: broadcast without being stored so.
@@ -45,10 +47,10 @@ struct ElementArgs {
   ElementInput weight;                     // an element of weight 0 counts nothing, whatever its inputs are
   ElementInput upstream;                   // gradient of the result; absent: 1
   int64_t ignore_index, background_index;  // classes that match no column
-  const void* norm;         // one number of the accumulation type that a reduced loss is divided by, or null
-  double divisor, scale;    // another, and 1 / divisor
+  const void* norm;         // a reduced loss is divided by it: one number of the accumulation type, or null
+  double divisor, scale;    // and by this one; 1 / divisor
   void* out;                // [n] losses, or null where they are reduced
-  bool out_wide;            // out or result are of the accumulation type
+  bool out_acc;             // out or result are of the accumulation type
   double* partial;          // [element_blocks(n)] sums of blocks, or null
   void* result;             // CUDA: their sum, divided
   void* dx[kMaxInputs];     // [n] gradients; null where not wanted
@@ -65,7 +67,7 @@ struct ScaleArgs {
   const void* factor;
 };
 
-// A block is what is summed in one go; sums of blocks are added in an order of their own.
+// Sums: each block of elements is summed on its own, then the blocks' sums are added in order.
 inline constexpr int64_t kElementBlock = 1024;
 inline int64_t element_blocks(int64_t n) { return (n + kElementBlock - 1) / kElementBlock; }
 

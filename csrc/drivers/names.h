@@ -10,8 +10,8 @@ namespace fastloss {
   enum class Name : int { __VA_ARGS__ }; \
   constexpr const char* names_of(Name) { return #__VA_ARGS__; }
 
-// FL_HPARAMS(a, b, ...) in the struct of a loss: it is made from `const double* hparams`, in which a stands at
-// hparams[H::a].
+// FL_HPARAMS(a, b, ...) in the struct of a loss: it is made from `const double* hparams`, in which a stands
+// at hparams[H::a].
 #define FL_HPARAMS(...)                              \
   struct H {                                         \
     enum : int { __VA_ARGS__ __VA_OPT__(, ) count }; \

@@ -1,13 +1,12 @@
-// What a driver that walks rows of logits (cpu/kernels/rows.h, cuda/kernels/rows.cuh) and a loss
-// (losses/classification.h) say to each other.
+// The protocol between the row drivers (cpu/kernels/rows.h, cuda/kernels/rows.cuh) and a loss
+// (losses/classification.h).
 //
-// A driver reads a row once and keeps, relative to a running maximum m, the sum of exp(z - m) over all
-// classes but the target: what is left when the target wins by a wide margin is then still exact.
-// A loss says the rest:
-//   Sums             what else to add up over the row, from e = exp(z - m) (0 at the target), d = z - m, the
-//                    class weight w and the soft target q; `move` follows m to a new maximum: d += shift,
-//                    e *= factor
-//   project          all that -> the row's loss and the kSaved numbers that its gradient needs
+// A driver reads a row once and accumulates, relative to a running maximum m, the sum of exp(z - m) over all
+// classes but the target: so 1 - p stays exact when the target's p is close to 1. A loss defines
+//   Sums             what else to accumulate over the row, from e = exp(z - m) (0 at the target), d = z - m,
+//                    the class weight w and the soft target q; `move` follows m to a new maximum:
+//                    d += shift, e *= factor
+//   project          from all these the row's loss and the kSaved numbers that its gradient needs
 //   grad_coef        what `grad` needs of one row, times the row's upstream gradient g
 //   grad             g * d loss / d z_j for every class, from p = softmax(z)_j
 //   grad_at_target   the same for the target's class, where p - 1 would cancel
@@ -33,24 +32,25 @@ FL_FN double alone(double a, double b) {
 }
 #endif
 
-// What a loss does not say otherwise.
+// Defaults of a loss.
 struct RowLossDefaults {
-  static constexpr int kVariants = 1;             // instantiations, of which `variant` chooses
-  static constexpr int kPlanes = 0;               // > 0: several results for a row, see Planes
+  static constexpr int kVariants = 1;             // instantiations, chosen at run time by `variant`
+  static constexpr int kOutputs = 0;              // > 0: several outputs for each row, see Outputs
   static constexpr int kSaved = 0;                // numbers of a row that its gradient needs
-  static constexpr bool kSoftcap = false;         // logits may be capped
+  static constexpr bool kSoftcap = false;         // supports cap * tanh(z / cap)
   static constexpr bool kSideStreams = false;     // `w` and `q` are read for every class
   static constexpr bool kGradUsesLogit = false;   // `grad` uses z - m
   static constexpr bool kProportional = false;    // `grad` is p * coef.p
-  static constexpr bool kNumbers = false;         // losses/number_token.h adds a term to some rows
+  static constexpr bool kNumberTokens = false;    // losses/number_token.h adds a term to some rows
   static constexpr bool kNormCountsRows = false;  // "mean" counts rows, whatever their class weights
 };
 
-// A row's numbers where each kind of number has an array of its own: result i stands i * stride further on. A
-// loss with planes has `write` for its results in place of a value from `project`, and a `grad_coef` that
-// takes their upstream gradients; the log-probabilities of the classes asked for are the driver's.
+// The outputs of one row, stored as a structure of arrays [num_outputs, rows]: output i is first[i *
+// stride]. A loss with kOutputs has `write` for its outputs instead of a value from `project`, and its
+// `grad_coef` takes their upstream gradients. The log-probabilities of the classes in RowArgs::index follow
+// these outputs; the driver computes them, and their gradient with the loss's `grad_at_index`.
 template <class R>
-struct Planes {
+struct Outputs {
   R* first;
   int64_t stride;
   FL_FN R& operator[](int64_t i) const { return first[i * stride]; }
@@ -60,11 +60,11 @@ template <class R>
 struct RowState {
   R m;         // maximum of z
   R log_sum;   // log sum exp(z - m); kept apart from m: their sum in one float loses small losses
-  R saved[4];  // the loss's own
+  R saved[4];  // written by the loss's `project`, the first kSaved
 };
 
-// A row's state in memory is m, log_sum, k (the row's weight by the norm) and what the loss saves: as many
-// numbers for all variants of a loss, so that its shape depends on nothing but the loss.
+// A row's state in memory is m, log_sum, k (the row's weight over the norm) and what the loss saves. All
+// variants of a loss have the same state_width, so that the shape depends on the loss alone.
 inline constexpr int kStateHead = 3;
 template <template <class, int> class Loss, int kVariant = 0>
 constexpr int saved_numbers() {

@@ -1,4 +1,4 @@
-// What a row kernel is told, on CPU and CUDA alike. Plain data: no torch, no templates.
+// The arguments of a row kernel, on CPU and CUDA alike. Plain data: no torch, no templates.
 #pragma once
 #include <cstdint>
 
@@ -22,11 +22,12 @@ struct RowLayout {
 
 enum class RowPass : int {
   forward,           // statistics and loss
-  forward_gradient,  // the same, and the gradient for an upstream gradient of 1, while the row is at hand
+  forward_gradient,  // the same, fused with the gradient for an upstream gradient of 1: the row is read once
   backward           // the gradient from the saved statistics
 };
 
-// On a GPU one block adds up at most kRowsOfBlock rows; of more, several leave at most kRowPartials sums.
+// Sums over rows on a GPU: one block adds up to kRowsOfBlock rows. More rows are added by several blocks,
+// which leave at most kRowPartials partial sums.
 inline constexpr int64_t kRowsOfBlock = 4096, kRowPartials = 256;
 
 struct RowArgs {
@@ -34,22 +35,22 @@ struct RowArgs {
   DType dtype;  // of x, dx and q
   int variant;  // which instantiation of the loss
   int64_t rows, n;
-  const void* x;
+  const void* x;  // logits [rows, n]
   RowLayout x_layout;
-  void* dx;  // may be x
+  void* dx;  // their gradient, or null; may be x (in place)
   RowLayout dx_layout;
   const int64_t* target;  // [rows], or null for soft targets
   const void* q;          // soft targets, laid out as q_layout, or null
   RowLayout q_layout;
-  const int64_t* asked;  // [rows, asked_each]: classes whose log-probabilities are wanted, or null
-  int64_t asked_each;
-  int64_t planes;            // of loss and upstream, each [rows]
+  const int64_t* index;      // [rows, num_index]: classes whose log-probabilities are returned, or null
+  int64_t num_index;         // classes for each row
+  int64_t num_outputs;       // a loss with kOutputs: loss and upstream are [num_outputs, rows]
   const void* class_weight;  // [n] in the accumulation type, or null
   const void* row_weight;    // [rows] in the accumulation type, or null
   int64_t ignore_index;
   bool norm_counts_rows;  // the norm leaves class weights out
   const void* norm;       // one number of the accumulation type that divides every row's weight, or null
-  void* state;            // [rows, state_width] in the accumulation type: written forward, read backward
+  void* state;            // [rows, state_width] in the accumulation type: forward writes it for backward
   int64_t state_width;
   void* loss;                   // [rows] in the accumulation type; not divided by norm
   double* partial;              // CUDA: [kRowPartials] for the sums over rows, or null: one block adds all
@@ -58,14 +59,14 @@ struct RowArgs {
   bool skip_unit_upstream;      // backward: do nothing if upstream[0] is 1
   bool past_cache;              // CPU: dx is too large for the caches, write around them
   double logit_scale, softcap;  // softcap 0: none
-  // a loss with kNumbers:
-  const int64_t* number_ids;  // [numbers] classes, ascending
-  int64_t numbers;
-  const void* number_table;        // [numbers, numbers] in the accumulation type
-  const void* number_worst;        // one number of it
-  const int64_t* number_position;  // [rows]: the label's among number_ids
-  const void* number_weight;       // [rows] in the accumulation type, 0 for no number
-  double hparams[kMaxHparams];     // the loss's own, see drivers/names.h
+  // a loss with kNumberTokens; a label may be one of num_number_tokens classes:
+  const int64_t* number_ids;  // [num_number_tokens] classes, ascending
+  int64_t num_number_tokens;
+  const void* number_table;         // [num_number_tokens, num_number_tokens] distances, accumulation type
+  const void* number_max_distance;  // the largest distance: one number of the accumulation type
+  const int64_t* number_position;   // [rows]: where the label is in number_ids
+  const void* number_weight;        // [rows] in the accumulation type, 0 where the label is no number
+  double hparams[kMaxHparams];      // in the order of the loss's FL_HPARAMS
 };
 
 }  // namespace fastloss

@@ -1,4 +1,4 @@
-// What a kernel that walks sequences in time is told, on CPU and CUDA alike. Plain data: no torch.
+// The arguments of a kernel of recursions in time, on CPU and CUDA alike. Plain data: no torch.
 #pragma once
 #include <cstdint>
 
@@ -15,7 +15,7 @@ struct ScanArgs {
   DType dtype;                  // of every tensor but flags and offsets; each is contiguous
   int64_t rows, n;              // [rows, n], or without padding [n] with offsets
   const int64_t* offsets;       // [rows + 1]: sequence r is [offsets[r], offsets[r + 1]); or null
-  const void* in[kScanInputs];  // the loss's own, null where absent
+  const void* in[kScanInputs];  // the loss's inputs, null where absent
   const uint8_t *terminated, *truncated, *mask;  // like in; or null: no, no, yes
   const void* initial;                           // [rows]: the state behind the last step, or null: 0
   const void* grad[kScanGrads];                  // backward: of the outputs, null where there is none
@@ -29,19 +29,19 @@ struct ScanArgs {
 namespace fastloss::inline FL_ISA {
 
 // A loss's recursion is affine in a state (u, w) of which u does not see w:
-//   u' = keep_u u + add_u,   w' = keep_w w + mix u + add_w.
+//   u' = decay_u u + add_u,   w' = decay_w w + mix u + add_w.
 // Such maps compose, so steps may be taken one by one or joined in a tree.
 template <class F>
 struct AffineStep {
-  F keep_u, add_u, keep_w, mix, add_w;
+  F decay_u, add_u, decay_w, mix, add_w;
   static FL_FN AffineStep identity() { return {F{} + 1, F{}, F{} + 1, F{}, F{}}; }
   FL_FN void apply(F& u, F& w) const {
-    w = keep_w * w + (mix * u + add_w);
-    u = keep_u * u + add_u;
+    w = decay_w * w + (mix * u + add_w);
+    u = decay_u * u + add_u;
   }
   FL_FN AffineStep then(const AffineStep& s) const {  // this first, s after it
-    return {s.keep_u * keep_u, s.keep_u * add_u + s.add_u, s.keep_w * keep_w, s.keep_w * mix + s.mix * keep_u,
-            s.keep_w * add_w + (s.mix * add_u + s.add_w)};
+    return {s.decay_u * decay_u, s.decay_u * add_u + s.add_u, s.decay_w * decay_w,
+            s.decay_w * mix + s.mix * decay_u, s.decay_w * add_w + (s.mix * add_u + s.add_w)};
   }
 };
 

@@ -1,9 +1,9 @@
-// What a kernel that walks a matrix of similarities is told, on CPU and CUDA alike. Plain data: no torch.
+// The arguments of a kernel of a matrix of similarities, on CPU and CUDA alike. Plain data: no torch.
 //
 //   s[i, j] = scale <x_i, y_j> + bias,   i < m, j < n
 //
-// exists only as tiles (CPU) or as blocks (CUDA). Which entries are positives, negatives or left out, `mark`,
-// ids and two flags say: see EntryRule in losses/similarity.h.
+// is never stored: it exists only as tiles (CPU) or as blocks (CUDA). `target_col`, the ids and two flags say
+// which entries are positives, negatives or left out: see EntryRule in losses/similarity.h.
 #pragma once
 #include <cstdint>
 
@@ -40,14 +40,14 @@ FL_ENUM(TilePass,
 //   S        of the positive, or the sum over the positives
 //   LOSS     sum of softplus over a row, SLOPE of its derivatives
 //   offset   added to s before entries are compared
-//   col_positive_grad   of what column j has of its own at the positives, added to positive_grad: in
-//                       pairs_gradient relative to the column's statistics
+//   col_positive_grad   the column's gradient at its positives, added to that of the row; in pairs_gradient
+//                       relative to the column's statistics
 struct TileArgs {
   TilePass pass;
-  bool same_is_positive, with_positives;  // see EntryRule
+  bool labels_are_positives, positives_in_denominator;  // see EntryRule
   int64_t m, n;
   double bias;
-  const int64_t* mark;                     // [m]
+  const int64_t* target_col;               // [m]: column of the positive, or of the row itself
   void *row_max, *row_log_sum, *row_grad;  // [m]
   void *col_max, *col_log_sum, *col_grad;  // [n]
   void *positive, *positive_grad;          // [m]
@@ -65,16 +65,16 @@ struct TileArgs {
 // CUDA: rows [row, row + rows) and columns [col, col + cols) of the matrix, whose products <x_i, y_j> lie in
 // memory. Blocks come row by row, so that what is summed over several is in the order of rows and of columns.
 struct TileChunk : TileArgs {
-  bool wide;                 // float64, else float32: of all arrays
+  bool is_double;            // float64, else float32: of all arrays
   const void* s;             // [rows, cols]: products, before scale and bias
-  void* g;                   // a gradient pass: the gradient of s, as numbers of g_type; may be s itself
+  void* g;                   // a gradient pass: the gradient of s, in g_type; may be s (in place)
   DType g_type;              // that of s, or a half type
   int64_t s_pitch, g_pitch;  // elements from row to row: whole units of 16 bytes of s, from such a boundary
   const void *scale_at, *bias_at;  // one number each; the second may be null
   int64_t row, rows, col, cols;
   const int64_t *row_ids, *col_ids;  // [m], [n]; or null
-  void* dots;                        // [m]: of a gradient pass the sums of gradient times product
-  void* part;                        // sums of parts of the block: cuda::tile_partials numbers
+  void* dots;                        // [m]: in a gradient pass the sums over a row of gradient times product
+  void* part;                        // partial sums of the block: cuda::tile_partials numbers
 };
 
 }  // namespace fastloss

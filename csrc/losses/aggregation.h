@@ -24,45 +24,44 @@ namespace fastloss {
 // cvar and chi2 find the theta that minimises them, cvar_at and chi2_at are given it.
 FL_ENUM(Aggregate, mean, cvar, cvar_at, chi2, chi2_at, soft_ad, tilted)
 
-// A pass over the samples adds up a few numbers, from which the state is brought up to date.
+// A pass over the samples: a few sums and maxima, from which the state is updated.
 enum class AggregatePass : int { extremes, tail_search, excess_search, moments, spread };
 
 // A search goes through the bits of a number, this many at a time.
 inline constexpr int kDigitBits = 4, kCandidates = (1 << kDigitBits) - 1;
-inline constexpr int kMostSums = 2 * kCandidates, kMostTops = 2, kMostPasses = 64 / kDigitBits + 3;
+inline constexpr int kMaxSums = 2 * kCandidates, kMaxTops = 2, kMaxPasses = 64 / kDigitBits + 3;
 
 struct AggregateState {
   double total;      // of the weights; NaN once a loss was
   double low, high;  // the extreme losses
   double theta, centre;
   double value, theta_slope;  // the result, and its derivative by theta
-  double factor[3];           // of the gradient, as its kind reads them
-  double tilt, near;          // tilted: t, or 0 where that makes no difference; whether exponents are near 0
+  double factor[3];           // of the gradient; their meaning depends on the kind
+  double tilt, near;          // tilted: t, or 0 where it makes no difference; whether exponents are near 0
   uint64_t key;               // the digits found
   int64_t shift;              // where the next one stands
   double candidate[kCandidates], inverse[kCandidates];
 };
 inline constexpr int kStateNumbers = sizeof(AggregateState) / sizeof(double);
 
-// What a kernel that reduces the losses of samples to one number is told, on CPU and CUDA alike.
-// Plain data: no torch.
+// The arguments of the kernels, on CPU and CUDA alike. Plain data: no torch.
 struct AggregateArgs {
   Aggregate kind;
   DType dtype;  // of losses and their gradient
   int64_t n;
-  const void* losses;     // [n]
-  const void* weight;     // [n] in the accumulation type; null: 1
-  const void* theta;      // one number in it, or null
-  double number, eta;     // q, rho, sigma or t
-  double flood;           // the level of flooding; NaN: none
-  AggregateState* state;  // forward's result, which backward needs
-  void* value;            // one number in the accumulation type
-  double* partial;        // [kMostSums + kMostTops][partials]
-  int64_t partials;       // the parts that are summed on their own: their number depends on n alone
-  const void* upstream;   // backward: one number in the accumulation type
-  void* gradient;         // backward: [n]
-  void* theta_gradient;   // backward: one number in it, or null
-  AggregatePass plan[kMostPasses];
+  const void* losses;              // [n]
+  const void* weight;              // [n] in the accumulation type; null: 1
+  const void* theta;               // one number in it, or null
+  double number, eta;              // q, rho, sigma or t
+  double flood;                    // the level of flooding; NaN: none
+  AggregateState* state;           // forward's result, which backward needs
+  void* value;                     // one number in the accumulation type
+  double* partial;                 // [kMaxSums + kMaxTops][partials]
+  int64_t partials;                // the parts that are summed on their own: their number depends on n alone
+  const void* upstream;            // backward: one number in the accumulation type
+  void* gradient;                  // backward: [n]
+  void* theta_gradient;            // backward: one number in it, or null
+  AggregatePass plan[kMaxPasses];  // in this order, each over all samples
   int passes;
 };
 
@@ -110,8 +109,8 @@ FL_FN void place_candidates(const AggregateArgs& a, AggregateState& s, Widen wid
     const double v = number_of_key<T>(s.key + (uint64_t(c + 1) << s.shift), widen);
     s.candidate[c] = v;
     if (a.kind != Aggregate::chi2) continue;
-    // below the lowest loss the condition is asked at it; excesses are halved and divided by the largest, so
-    // that they neither overflow nor vanish
+    // Below the lowest loss the condition is evaluated at that loss. Excesses are halved and divided by the
+    // largest, so that they neither overflow nor underflow.
     const double at = max(v, s.low);
     const bool inside = at > -INFINITY && at < s.high;
     s.candidate[c] = inside ? at / 2 : 0;
@@ -157,8 +156,8 @@ struct TailSearch {
   template <class T, class Widen>
   static FL_FN void finish(const AggregateArgs& a, const double* sums, const double*, AggregateState& s,
                            Widen widen) {
-    const double worst = (1 - a.number) * s.total;
-    take_digit<R, T>(a, s, widen, [&](int c) { return sums[c] >= worst; });
+    const double tail_weight = (1 - a.number) * s.total;
+    take_digit<R, T>(a, s, widen, [&](int c) { return sums[c] >= tail_weight; });
   }
 };
 
@@ -378,8 +377,8 @@ struct Moments {
   }
 };
 
-// chi2: with m and v the mean and variance of the losses from theta on, and p their share of the weights, the
-// smallest value is m + sqrt(v ((1 + 2 rho) p - 1)).
+// chi2: with m and v the mean and variance of the losses from theta on, and p their fraction of the weights,
+// the smallest value is m + sqrt(v ((1 + 2 rho) p - 1)).
 template <class R>
 struct Spread {
   static constexpr int kSums = 2, kTops = 0;
@@ -397,9 +396,9 @@ struct Spread {
   template <class T, class Widen>
   static FL_FN void finish(const AggregateArgs& a, const double* sums, const double*, AggregateState& s,
                            Widen) {
-    const double weight = s.factor[0], share = weight / s.total, size = s.high - s.theta;
+    const double weight = s.factor[0], fraction = weight / s.total, size = s.high - s.theta;
     const double moved = sums[0] / weight, variance = sums[1] / weight - moved * moved;
-    const double beyond = 2 * a.number * share + (share - 1), radius = beyond < 0 ? 0 : beyond;
+    const double beyond = 2 * a.number * fraction + (fraction - 1), radius = beyond < 0 ? 0 : beyond;
     const double steep = variance <= 0 ? 0 : sqrt(radius / variance);
     s.centre = R(s.centre);
     s.value = s.centre + size * (moved + (variance <= 0 ? 0 : sqrt(variance * radius)));

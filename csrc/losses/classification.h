@@ -112,14 +112,14 @@ template <class R, int>
 struct CrossEntropyNumbers : CrossEntropy<R, kHard> {
   using Base = CrossEntropy<R, kHard>;
   static constexpr int kVariants = 1;
-  static constexpr bool kNumbers = true;
+  static constexpr bool kNumberTokens = true;
   FL_HPARAMS(label_smoothing, z_loss, squared, reweigh);
   static_assert(H::label_smoothing == int(Base::H::label_smoothing) && H::z_loss == int(Base::H::z_loss));
-  NumberTokens<R> numbers;
+  NumberTokens<R> number_tokens;
 
   static int variant(const RowArgs&) { return 0; }
   FL_FN CrossEntropyNumbers(const double* hparams, int64_t n)
-      : Base(hparams, n), numbers(hparams[H::squared] != 0, hparams[H::reweigh] != 0) {}
+      : Base(hparams, n), number_tokens(hparams[H::squared] != 0, hparams[H::reweigh] != 0) {}
 
   static FL_FN void add(typename Base::GradCoef& c, R more) {
     c.dense_coef += more;

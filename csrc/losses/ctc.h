@@ -16,12 +16,12 @@
 
 namespace fastloss {
 
-// What a kernel of alignments (CTC) is told, on CPU and CUDA alike. Plain data: no torch. Everything that is
-// not of `dtype` is in its accumulation type.
+// The arguments of the CTC kernels, on CPU and CUDA alike. Plain data: no torch. Arrays that are not of
+// `dtype` are of its accumulation type.
 struct AlignmentArgs {
   bool backward;
-  bool from_logits;    // the input's rows are to be normalised
-  bool zero_infinity;  // a target without an alignment counts 0
+  bool from_logits;    // input is not normalised: log_softmax is fused
+  bool zero_infinity;  // a target without an alignment has loss 0
   DType dtype;         // of input and gradient
   int64_t steps, batch, classes, blank;
   int64_t width;                                  // of the targets
@@ -49,7 +49,7 @@ FL_FN F log_sum(F a, F b, F c) {
   return m + log(exp(a - m) + exp(b - m) + exp(c - m));
 }
 
-// Nothing where the end is out of reach, even where y is NaN.
+// 0 where the end cannot be reached, even if y is NaN.
 template <class F>
 FL_FN F beta(F ahead, F y) {
   return select(ahead == -INFINITY, ahead, ahead + y);
@@ -60,7 +60,7 @@ FL_FN F posterior(F alpha, F ahead, scalar_t<F> likelihood) {
   return select(alpha == -INFINITY, F{}, select(ahead == -INFINITY, F{}, p));
 }
 
-// One target and its lengths; what they say is bounded to what there is.
+// One target and its lengths. Lengths that do not fit the arrays make it invalid, and count as 0.
 struct AlignedTarget {
   const int64_t* labels;
   int64_t steps, length, positions, blank, classes;
@@ -79,7 +79,7 @@ struct AlignedTarget {
   FL_FN bool skips(int64_t s) const {
     return s % 2 == 1 && s >= 3 && s < positions && labels[s / 2] != labels[s / 2 - 1];
   }
-  // From the last alphas, or without steps from none.
+  // From the alphas of the last step; null if there are no steps.
   template <class R>
   FL_FN R likelihood(const R* last) const {
     const R nothing = -R(INFINITY);

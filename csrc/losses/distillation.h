@@ -44,23 +44,23 @@ struct LogitDivergence {
         log_q(R(hparams[H::log_q])) {}
 
   template <class F>
-  struct Shares {
-    F u, v;
+  struct LogRatios {
+    F u, v;  // log(p / m), log(q / m), see above
   };
   // From d = log(p / q): the difference of the logits less that of the normalisers, so that the rounding of
   // these moves all classes alike, which no gradient sees. With size = |d|, w the weight of the smaller of p
   // and q, m over the larger is 1 + w (e^-size - 1) = (1 - w) (1 + w / (1 - w) e^-size): the first is right
   // for small sizes, the second for large ones.
   template <class F>
-  FL_FN Shares<F> shares(F d) const {
+  FL_FN LogRatios<F> log_ratios(F d) const {
     if constexpr (kKind == kForward) return {d, F{}};
     if constexpr (kKind == kReverse) return {F{}, -d};
     const F size = abs(d);
     const auto more = d > 0, is_large = size > R(0.7);
     const F of_small = select(more, fill<F>(1 - beta), fill<F>(beta)) * expm1(-size);
     const F of_large = select(more, fill<F>(odds), fill<F>(1 / odds)) * full_exp(-size);
-    const F rest = select(is_large, select(more, fill<F>(log_p), fill<F>(log_q)), F{});
-    const F larger = -(rest + log1p(select(is_large, of_large, of_small))), smaller = larger - size;
+    const F log_weight = select(is_large, select(more, fill<F>(log_p), fill<F>(log_q)), F{});
+    const F larger = -(log_weight + log1p(select(is_large, of_large, of_small))), smaller = larger - size;
     return {select(more, larger, smaller), select(more, smaller, larger)};
   }
   // Nothing has probability 0 and an infinite or undefined logarithm that counts.

@@ -12,7 +12,7 @@ struct Logistic {
 };
 template <class F>
 FL_FN Logistic<F> logistic(F x, F e, F l) {  // with e = e^-|x| at hand
-  const F big = share_of_exp(e), small = e * big;
+  const F big = sigmoid_of_exp(e), small = e * big;
   const auto positive = x >= 0;
   return {select(positive, big, small), select(positive, small, big), l};
 }
@@ -199,7 +199,7 @@ struct BinaryCrossEntropyWithLogits : Regression, OfLogit {
   FL_FN F operator()(const F* v, const F* t, F* d, F& u) const {
     const F x = v[0], y = v[1], no = 1 - y;
     u = t[0];
-    const F big = share_of_exp(u), small = u * big;
+    const F big = sigmoid_of_exp(u), small = u * big;
     d[0] = no * select(x >= 0, big, small) - y * select(x >= 0, small, big);
     d[1] = -x;
     return y * max(-x, F{}) + no * max(x, F{});

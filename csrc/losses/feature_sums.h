@@ -1,5 +1,5 @@
-// The sums of a row a and another row b, a feature x, y of them at a time, and their gradients. What is
-// d = x - y + eps of no feature is the caller's to say.
+// Sums over the features of a row a and another row b, of which x and y are one feature, and their
+// gradients. The caller computes d = x - y + eps and sets it to 0 in padding.
 #pragma once
 #include <cstdint>
 
@@ -10,10 +10,11 @@ namespace fastloss {
 
 inline constexpr int kFeatureSums = 4, kMaxOthers = 2;
 
-// What a kernel that walks two or three tensors of rows of features together is told. Plain data: no torch.
+// The arguments of a kernel that reads two or three tensors of rows of features together. Plain data: no
+// torch.
 //
-// Of row a and of each other row b the four sums <a, b>, <a, a>, <b, b> and |a - b + eps|^2, from one read;
-// backwards, from their gradients, those of all rows, written once.
+// Forward: for row a and each other row b the four sums <a, b>, <a, a>, <b, b> and |a - b + eps|^2, from one
+// read. Backward: from the sums' gradients those of all rows, written once.
 struct FeatureArgs {
   DType dtype;      // of rows and their gradients
   int64_t rows, n;  // [rows, n]
@@ -21,8 +22,8 @@ struct FeatureArgs {
   const void* a;
   const void* other[kMaxOthers];
   double eps;
-  void* sums;        // [others, kFeatureSums, rows] in the accumulation type, or null: backwards
-  const void* grad;  // the same, of the sums
+  void* sums;        // forward: [others, kFeatureSums, rows] in the accumulation type; backward: null
+  const void* grad;  // backward: the same shape
   void* da;          // [rows, n]
   void* d_other[kMaxOthers];
   bool past_cache;  // gradients are larger than the caches
@@ -42,14 +43,14 @@ FL_FN void add_feature(F (&sums)[kFeatureSums], F x, F y, F d) {
 
 template <class R>
 struct FeatureGradient {
-  R dot, aa, bb, dd;  // derivatives by the sums, those by squares times 2
+  R dot, aa, bb, dd;  // gradients of the sums, those of squares times 2
 
   FeatureGradient() = default;
-  // `grad` is that of the first sum, the others lie `stride` apart.
+  // `grad` points to the first sum's gradient, the others follow at `stride`.
   FL_FN FeatureGradient(const R* grad, int64_t stride)
       : dot(grad[0]), aa(2 * grad[stride]), bb(2 * grad[2 * stride]), dd(2 * grad[3 * stride]) {}
 
-  // The derivative by y; that by x is added to dx, but for its x * aa, which rows b share.
+  // Returns the gradient of y and adds that of x to dx, except x * aa, which is the same for all rows b.
   template <class F>
   FL_FN F by_other(F x, F y, F d, F& dx) const {
     const F apart = d * dd;

@@ -1,12 +1,12 @@
-// What a row adds to its cross-entropy where its label is a number: a loss of the numbers that it predicts.
+// A term of the cross-entropy for rows whose label is a number: a loss of the predicted numbers.
 //
-// The number tokens have a softmax q of their own. With a table of how far token k is from token i, the
-// label's, and S = sum_k q_k table_ik, the term is
+// q is the softmax over the number tokens alone. With a table of the distances of token k from the label's
+// token i, and S = sum_k q_k table_ik, the term is
 //   S                        the Wasserstein distance, of a table |v_k - v_i|
 //   S^2                      the squared error, of a table v_k - v_i
-//   loss m + max (1 - m)     either of them, reweighed by the mass m that number tokens have among all, with
-//                            the largest distance where they have none
-// All it needs beyond the row's statistics are the logits of the number tokens, while the row is in cache.
+//   loss m + max (1 - m)     either of them, reweighed by the probability m of all number tokens; max is
+//                            the largest distance
+// Beyond the row's statistics it needs the logits of the number tokens, read while the row is in cache.
 #pragma once
 #include "../math/math.h"
 
@@ -15,7 +15,7 @@ namespace fastloss::inline FL_ISA {
 template <class R>
 struct NumberTerm {
   // d value / d z_j is p_j dense_coef, and for number k also q_k (table_ik - mean) of_q + p_k of_p
-  R value, dense_coef;  // the first is added to the row's loss
+  R value, dense_coef;  // value is added to the row's loss
   R of_q, of_p;
   R mean, top, total;  // S; q_k = exp(z_k - top) / total
 };
@@ -38,7 +38,7 @@ struct NumberTokens {
     }
     return t;
   }
-  // of a number token alone: from e = exp(z - top), p = softmax(z) and its place in the table
+  // The part of the gradient of number tokens only: from e = exp(z - top), p = softmax(z) and table_ik.
   template <class F>
   static FL_FN F self_term(const NumberTerm<R>& t, F e, F p, F distance) {
     return (e / t.total) * (distance - t.mean) * t.of_q + p * t.of_p;

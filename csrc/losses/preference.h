@@ -1,6 +1,6 @@
-// Preference and reward heads: of log-probabilities of whole answers, or of rewards, pair by pair. The
-// protocol is in drivers/elements.h. What kind of head a call wants is an option: heads are small and rows
-// are few, so a branch costs less than an instantiation each.
+// Preference losses of pairs of completions, from their log-probabilities or their rewards. The
+// protocol is in drivers/elements.h. The type is an option at run time: these losses are small and their
+// inputs few, so that a branch costs less than an instantiation for each.
 #pragma once
 #include "elementwise.h"
 
@@ -14,14 +14,14 @@ struct PairLoss {
 template <class F>
 FL_FN PairLoss<F> smooth_pair(F u, scalar_t<F> smoothing) {
   const Logistic<F> s = logistic(u);
-  const scalar_t<F> keep = 1 - smoothing;
-  return {s.l + (keep * max(-u, F{}) + smoothing * max(u, F{})), smoothing * s.p - keep * s.q};
+  const scalar_t<F> correct = 1 - smoothing;
+  return {s.l + (correct * max(-u, F{}) + smoothing * max(u, F{})), smoothing * s.p - correct * s.q};
 }
 template <class F>
 FL_FN PairLoss<F> hinge_pair(F u) {
-  const F rest = 1 - u;
-  const auto inside = rest > 0;
-  return {select(inside, rest, F{}), select(inside, F{} - 1, F{})};
+  const F margin = 1 - u;
+  const auto inside = margin > 0;
+  return {select(inside, margin, F{}), select(inside, F{} - 1, F{})};
 }
 
 FL_ENUM(Dpo, sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down,
@@ -103,9 +103,9 @@ struct DirectPreference {
       }
       case Dpo::exo_pair: {  // the divergence of (p, 1 - p) from (1 - e, e)
         const Logistic<F> s = logistic(u);
-        const R keep = log1p(-smoothing), flip = log(smoothing);
-        value = s.p * (-max(-u, F{}) - s.l - keep) + s.q * (-max(u, F{}) - s.l - flip);
-        by_u = s.p * s.q * (u - (keep - flip));
+        const R log_correct = log1p(-smoothing), log_flipped = log(smoothing);
+        value = s.p * (-max(-u, F{}) - s.l - log_correct) + s.q * (-max(u, F{}) - s.l - log_flipped);
+        by_u = s.p * s.q * (u - (log_correct - log_flipped));
         break;
       }
       case Dpo::nca_pair: {
@@ -117,9 +117,9 @@ struct DirectPreference {
       }
       case Dpo::robust: {
         const Logistic<F> s = logistic(u);
-        const R keep = (1 - smoothing) / (1 - 2 * smoothing), flip = smoothing / (1 - 2 * smoothing);
-        value = keep * (s.l + max(-u, F{})) - flip * (s.l + max(u, F{}));
-        by_u = -keep * s.q - flip * s.p;
+        const R correct = (1 - smoothing) / (1 - 2 * smoothing), flipped = smoothing / (1 - 2 * smoothing);
+        value = correct * (s.l + max(-u, F{})) - flipped * (s.l + max(u, F{}));
+        by_u = -correct * s.q - flipped * s.p;
         break;
       }
       case Dpo::bco_pair: {
@@ -238,20 +238,20 @@ struct ReferenceFree {
   }
 };
 
-// ORPO: nll - beta log sigmoid(log odds of chosen - log odds of rejected), of mean log-probabilities c and r.
-// Without the third input (own = 1) nll = -c. The derivatives sigmoid(-log odds) / (1 - e^c) are quotients of
-// e^(r - c), 1 - e^c and 1 - e^r, finite as c -> 0.
+// ORPO: nll - beta log sigmoid(log odds of chosen - log odds of rejected), of mean log-probabilities c and
+// r. With nll_from_logps = 1 there is no third input, and nll = -c. The derivatives sigmoid(-log odds) / (1
+// - e^c) are quotients of e^(r - c), 1 - e^c and 1 - e^r, finite as c -> 0.
 template <class R, int>
 struct OddsRatio {
   static constexpr int kInputs = 3, kVariants = 1;
   static constexpr unsigned kWrt = 0b111;
   static constexpr bool kLogSum = false;
   FL_HPARAMS(beta, nll_from_logps);
-  R beta, own;
+  R beta, nll_from_logps;
 
   static int variant(const double*) { return 0; }
   FL_FN explicit OddsRatio(const double* hparams)
-      : beta(R(hparams[H::beta])), own(R(hparams[H::nll_from_logps])) {}
+      : beta(R(hparams[H::beta])), nll_from_logps(R(hparams[H::nll_from_logps])) {}
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
@@ -262,11 +262,11 @@ struct OddsRatio {
     const auto above = r > c;  // in units of the larger of e^c and e^r
     const F of_c = select(above, gap, F{} + 1), of_r = select(above, F{} + 1, gap);
     const F sum = of_c * not_r + of_r * not_c;
-    d[0] = -beta * (of_r / sum) - own;
+    d[0] = -beta * (of_r / sum) - nll_from_logps;
     d[1] = beta * (of_r * (not_c / sum) / not_r);
-    d[2] = F{} + (1 - own);
+    d[2] = F{} + (1 - nll_from_logps);
     const F value = beta * (s.l + max(-x, F{}));
-    return own != 0 ? value - c : value + v[2];
+    return nll_from_logps != 0 ? value - c : value + v[2];
   }
 };
 

@@ -2,7 +2,7 @@
 // the first to the last; the protocol is in drivers/scan.h:
 //   step, output        s_t = M_t s_{t+1} + c_t, and what is returned of s_t and s_{t+1}
 //   adjoint, gradient   q_t = M_t' (q_{t-1} + gradient arriving at s_t), and the gradients of the inputs
-// A masked step is the identity, has outputs 0 and hands on what it was given.
+// A masked step is the identity: it passes the state on, and its outputs are 0.
 #pragma once
 #include "../drivers/scan.h"
 
@@ -16,7 +16,7 @@ struct Gae {
   static constexpr bool kBackward = true;
   FL_HPARAMS(gamma, lam);
   R gamma, trace;
-  bool next;  // V next is given, instead of V one step later
+  bool next;  // next values are an input; else V one step later
 
   FL_FN explicit Gae(const ScanArgs& a)
       : gamma(R(a.hparams[H::gamma])),
@@ -28,16 +28,16 @@ struct Gae {
     return x.terminated > 0 ? F{} : F{} + gamma;
   }
   template <class F>
-  FL_FN F keep(const ScanStep<F>& x) const {
+  FL_FN F trace_decay(const ScanStep<F>& x) const {
     return x.terminated + x.truncated > 0 ? F{} : F{} + trace;
   }
   template <class F>
   FL_FN AffineStep<F> step(const ScanStep<F>& x) const {
     const F zero{}, one = zero + 1, n = discount(x), delta = x.in[0] - x.in[1];
-    AffineStep<F> s{zero, x.in[1], keep(x), next ? zero : n, next ? delta + n * x.in[2] : delta};
-    s.keep_u = x.mask > 0 ? zero : one;
+    AffineStep<F> s{zero, x.in[1], trace_decay(x), next ? zero : n, next ? delta + n * x.in[2] : delta};
+    s.decay_u = x.mask > 0 ? zero : one;
     s.add_u = x.mask > 0 ? s.add_u : zero;
-    s.keep_w = x.mask > 0 ? s.keep_w : one;
+    s.decay_w = x.mask > 0 ? s.decay_w : one;
     s.mix = x.mask > 0 ? s.mix : zero;
     s.add_w = x.mask > 0 ? s.add_w : zero;
     return s;
@@ -51,11 +51,12 @@ struct Gae {
   // u = gradient arriving at A, w = gradient arriving at V of the next step
   template <class F>
   FL_FN AffineStep<F> adjoint(const ScanStep<F>& x) const {
-    const F zero{}, one = zero + 1, a = keep(x), n = next ? zero : discount(x), g = x.grad[0] + x.grad[1];
+    const F zero{}, one = zero + 1, a = trace_decay(x), n = next ? zero : discount(x),
+                    g = x.grad[0] + x.grad[1];
     AffineStep<F> s{a, a * g, zero, n, n * g};
-    s.keep_u = x.mask > 0 ? s.keep_u : one;
+    s.decay_u = x.mask > 0 ? s.decay_u : one;
     s.add_u = x.mask > 0 ? s.add_u : zero;
-    s.keep_w = x.mask > 0 ? zero : one;
+    s.decay_w = x.mask > 0 ? zero : one;
     s.mix = x.mask > 0 ? s.mix : zero;
     s.add_w = x.mask > 0 ? s.add_w : zero;
     return s;
@@ -92,7 +93,7 @@ struct VTrace {
     const F weight = x.mask > 0 ? (rho < top ? rho : top) : one,
             cut = x.mask > 0 ? (rho < one ? rho : one) : one;
     AffineStep<F> s = gae.step(x);
-    s.keep_w *= cut;
+    s.decay_w *= cut;
     s.mix *= weight;
     s.add_w *= weight;
     return s;

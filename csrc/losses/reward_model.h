@@ -17,7 +17,7 @@ namespace fastloss {
 
 FL_ENUM(Ranking, bradley_terry, plackett_luce)
 
-// What a kernel of rankings is told, on CPU and CUDA alike. Plain data: no torch.
+// The arguments of the ranking kernels, on CPU and CUDA alike. Plain data: no torch.
 struct RankingArgs {
   Ranking kind;
   bool backward;
@@ -30,7 +30,7 @@ struct RankingArgs {
   const void* upstream;  // backward: [rows] in it
   void* gradient;        // backward: [rows, n]
 
-  // The number of pairs of a row, and before it for plackett_luce what each item gave.
+  // The number of pairs of a row; for plackett_luce the n normalizers come before it.
   FL_FN int64_t state_width() const { return kind == Ranking::plackett_luce ? n + 1 : 1; }
 };
 
@@ -43,9 +43,9 @@ struct RankedItem {
   F value, pairs;
 };
 
-// What the sum over the items is multiplied by.
+// The factor of a row's sum over its items: bradley_terry takes the mean over the pairs.
 template <class F>
-FL_FN F loss_share(Ranking kind, F pairs) {
+FL_FN F loss_weight(Ranking kind, F pairs) {
   return kind == Ranking::plackett_luce ? F{} + 1 : 1 / select(pairs > 0, pairs, F{} + 1);
 }
 

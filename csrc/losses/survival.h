@@ -15,7 +15,7 @@ inline constexpr int kSurvivalItem = 5;  // words of an element of a scan, at mo
 
 FL_ENUM(Survival, cox, dart)
 
-// What a kernel of survival losses is told, on CPU and CUDA alike. Plain data: no torch.
+// The arguments of the survival kernels, on CPU and CUDA alike. Plain data: no torch.
 //
 // Cohorts of n individuals each. `order` sorts a cohort; in that order, equals stand together and bear the
 // same number in `group`, and so do the members of a stratum. Whatever the type of `score`, sums over a
@@ -39,7 +39,7 @@ struct SurvivalArgs {
   void* gradient;                          // backward: [rows, n]
   double *partial, *items;                 // scratch, see survival_tiles
 
-  // How many numbers of each individual backward needs.
+  // Numbers that forward saves for backward, for each individual.
   FL_FN int64_t state_width() const { return kind == Survival::dart ? 1 : (efron ? 4 : 2); }
 };
 
@@ -120,16 +120,17 @@ struct Cox : Cohort {
     s.first = p == 0 || !same_stratum(p, p - 1) ? 2 : (same_group(p, p - 1) ? 0 : 1);
     return s;
   }
-  FL_FN void keep(int64_t p, const Forward& s) const {
+  // The scan's results at place p, for the other places and for the backward pass.
+  FL_FN void save(int64_t p, const Forward& s) const {
     double* const out = state(p);
     out[0] = s.top, out[1] = s.risk;
     if (a.efron) out[2] = s.tied, out[3] = s.events;
   }
-  FL_FN double share_taken(int64_t p, const double* group) const {  // l/d
+  FL_FN double fraction_taken(int64_t p, const double* group) const {  // l/d
     return a.efron ? (state(p)[3] - 1) / group[3] : 0;
   }
   FL_FN double at_risk(int64_t p, const double* group) const {
-    const double l = share_taken(p, group);
+    const double l = fraction_taken(p, group);
     return l > 0 ? group[1] - l * group[2] : group[1];
   }
   FL_FN double value(int64_t p) const {
@@ -138,14 +139,15 @@ struct Cox : Cohort {
     return (group[0] - h(p)) + log(at_risk(p, group));
   }
 
-  // The sums over the events at p and behind it, of their upstream gradients over what is at risk, relative
-  // to e^-top of p's group; `tied` over those of p's group alone, times l/d.
+  // `sum`: over the events at p and behind it, their upstream gradients over the sum at risk, relative to
+  // e^-top of p's group. `tied`: the same over p's group alone, times l/d. `decay`: from the next place's
+  // scale to that of p.
   struct Back {
     static constexpr bool kReversed = true;
-    double keep = 1, sum = 0, tied = 0;
+    double decay = 1, sum = 0, tied = 0;
     int64_t first = 0;
     FL_FN Back then(const Back& b) const {
-      return {b.keep == 0 ? 0 : keep * b.keep, (b.keep == 0 ? 0 : sum * b.keep) + b.sum,
+      return {b.decay == 0 ? 0 : decay * b.decay, (b.decay == 0 ? 0 : sum * b.decay) + b.sum,
               (b.first ? 0 : tied) + b.tied, first | b.first};
     }
   };
@@ -154,12 +156,12 @@ struct Cox : Cohort {
     const bool last = p + 1 == n || !same_stratum(p, p + 1);
     Back s;
     s.first = last || !same_group(p, p + 1);
-    s.keep = last ? 0 : (s.first ? decay(group[0] - state(last_of_group(p + 1))[0]) : 1);
+    s.decay = last ? 0 : (s.first ? decay(group[0] - state(last_of_group(p + 1))[0]) : 1);
     s.sum = event(p) ? upstream(p) / at_risk(p, group) : 0;
-    s.tied = event(p) ? s.sum * share_taken(p, group) : 0;
+    s.tied = event(p) ? s.sum * fraction_taken(p, group) : 0;
     return s;
   }
-  FL_FN void keep(int64_t p, const Back& s) const { slope(p)[0] = s.sum, slope(p)[1] = s.tied; }
+  FL_FN void save(int64_t p, const Back& s) const { slope(p)[0] = s.sum, slope(p)[1] = s.tied; }
   FL_FN double gradient(int64_t p) const {
     const double* const sum = slope(first_of_group(p));
     const double all = event(p) ? sum[0] - sum[1] : sum[0];
@@ -191,7 +193,7 @@ struct Dart : Cohort {
     if (next > p && same_group(p, next)) return {0};
     return {(e(next) - e(p)) * static_cast<double>(behind ? behind : 1)};
   }
-  FL_FN void keep(int64_t p, const Forward& s) const { state(p)[0] = s.sum; }
+  FL_FN void save(int64_t p, const Forward& s) const { state(p)[0] = s.sum; }
   FL_FN double value(int64_t p) const {
     double v = event(p) ? state(p)[0] / static_cast<double>(n) : 0;
     if (a.alpha != 0) v += a.alpha * e(p) * e(p);
@@ -200,7 +202,7 @@ struct Dart : Cohort {
   }
 
   FL_FN Back back(int64_t p) const { return {event(p) ? upstream(p) : 0}; }
-  FL_FN void keep(int64_t p, const Back& s) const { slope(p)[0] = s.sum; }
+  FL_FN void save(int64_t p, const Back& s) const { slope(p)[0] = s.sum; }
   FL_FN double gradient(int64_t p) const {
     const int64_t first = first_of_group(p), behind = n - 1 - last_of_group(p);
     double d = first > 0 ? -slope(first - 1)[0] : 0;

@@ -1,5 +1,5 @@
-// Which triplets count: those with positive_key(d_ip) > negative_key(d_in). A distance that is NaN counts in
-// all of its triplets, so that it is not lost.
+// Triplet losses over all triplets of a batch. A triplet counts if positive_key(d_ip) > negative_key(d_in); a
+// NaN distance counts in all of its triplets, so that it reaches the result.
 #pragma once
 #include <cstdint>
 
@@ -7,30 +7,30 @@
 
 namespace fastloss {
 
-// What a kernel that goes through all triplets of a batch is told, on CPU and CUDA alike.
-// Plain data: no torch.
+// The arguments of the kernels, on CPU and CUDA alike. Plain data: no torch.
 //
-// Anchor i has the sum over its positives p and negatives n of max(0, d_ip - d_in + margin), and the number
-// of terms that are greater than 0. Distances of a chunk of anchors lie in memory; the fewer of an anchor's
-// positives and negatives are sorted, and each of the others finds its place among them. Backwards the
-// distances become weights w_ij, with which x_i and x_j are drawn to each other.
+// The results for anchor i are the sum over its positives p and negatives n of max(0, d_ip - d_in + margin),
+// and the number of terms greater than 0. No array of m^3 triplets exists, and of the m^2 distances only
+// those of a chunk of anchors are stored. Of an anchor's positives and negatives the smaller group is
+// sorted; each member of the larger finds its place by binary search. In the backward pass weights w_ij
+// replace the distances, and dx_i += sum_j w_ij (x_i - x_j), and the same for x_j.
 struct TripletArgs {
-  bool wide;     // float64, else float32
-  bool root;     // distances are |x_i - x_j|, else their squares
-  int64_t m, d;  // [m, d]
+  bool is_double;  // float64, else float32: of all arrays
+  bool root;       // distances are |x_i - x_j|, else their squares
+  int64_t m, d;    // [m, d]
   double margin;
   const void* x;
   const int64_t* ids;  // [m]: positives have the anchor's
-  void* sums;          // [2, m]: sum and number; or null: backwards
-  const void* grad;    // [m], of the sums
-  void* dx;            // [m, d], added to
+  void* sums;          // forward: [2, m], sums and numbers of terms; backward: null
+  const void* grad;    // backward: [m], of the sums
+  void* dx;            // backward: [m, d], accumulated over chunks
 
-  int64_t row, rows, step;  // anchors of the chunk; from one row of distances to the next
-  void* distance;           // [rows, step]
-  void* panels;             // CPU: x, packed in vectors of rows
-  int64_t room;             // CUDA: a power of two, no less than m / 2
-  void* keys;               // [rows, room]
-  int32_t* places;          // [rows, 2 * room + 1]
+  int64_t row, rows, ld;  // anchors of the chunk; leading dimension of `distance`
+  void* distance;         // [rows, ld]
+  void* panels;           // CPU: x, packed in vectors of rows
+  int64_t capacity;       // CUDA, of the sort: a power of two, at least m / 2
+  void* sorted_dist;      // [rows, capacity]: sort keys of the smaller group
+  int32_t* perm;          // [rows, 2 * capacity + 1]: their permutation, then counts
 };
 
 }  // namespace fastloss

@@ -1,27 +1,27 @@
-// What losses of a logit need of e = e^-|x|, in [0, 1]: two units in the last place at most. On the GPU
-// without the branches that larger or smaller numbers would need.
+// Functions of e = e^-|x|, in [0, 1], that losses of logits share: within two units in the last place. On the
+// GPU without the branches that other arguments would need.
 #pragma once
 #include "math.h"
 
 namespace fastloss::inline FL_ISA {
 
-// 1 / (1 + e)
+// 1 / (1 + e) = sigmoid(|x|)
 template <class F>
-FL_FN F share_of_exp(F e) {
+FL_FN F sigmoid_of_exp(F e) {
   return 1 / (1 + e);
 }
-// log(1 + e)
+// log(1 + e) = softplus(-|x|)
 template <class F>
 FL_FN F log1p_of_exp(F e) {
   return log1p_unit(e);
 }
 
 #if defined(__CUDACC__) || defined(FL_DEVICE_MATH)
-FL_FN float share_of_exp(float e) {
+FL_FN float sigmoid_of_exp(float e) {
 #if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
   const float d = 1 + e;
   const float r =
-      cuda::reciprocal_approx(d);  // and one step of Newton's: IEEE's quotient asks for its slow path
+      cuda::reciprocal_approx(d);  // and one Newton step: an IEEE division would take the slow path's branch
   return ::fmaf(r, ::fmaf(-d, r, 1.f), r);
 #else
   return 1 / (1 + e);

@@ -1,7 +1,6 @@
-// The functions that formulas are made of, for whoever compiles them. A formula names exp, max or select
-// where it is defined, and only what is known there is found: vectors of the compiler have no namespace in
-// which it would look later. So this is the one header of math/ that formulas and drivers include, and the
-// one place where it is decided what they are given:
+// The one header of math/ that formulas and drivers include: it selects the functions by the compiler. They
+// have to be declared before a formula that calls exp, max or select: vectors are builtin types, for which
+// there is no argument-dependent lookup when a template is instantiated.
 //
 //   a CPU kernel (the build names its instruction set, FL_ISA)    scalars, vectors, pairs of vectors
 //   nvcc                                                          scalars; in device code the GPU's functions

@@ -1,6 +1,5 @@
-// Sums of exponentials in one sweep: the maximum so far, and the sum of exp(z - maximum), brought up to date
-// when the maximum moves. The two stay apart to the end: log(sum) added to a large maximum would lose small
-// losses. -infinity counts nothing.
+// Online softmax: the running maximum, and the sum of exp(z - maximum), rescaled when the maximum rises. The
+// two stay apart to the end: adding log(sum) to a large maximum would lose small losses. -infinity adds 0.
 #pragma once
 #include "math.h"
 
@@ -22,7 +21,7 @@ struct OnlineSoftmax {
   FL_FN R base() const { return softmax_base(top); }
   FL_FN R log_sum() const { return log(sum); }
 
-  // Counts z. `exp_of` is its exponential; what brings the sum up to date need not be as exact.
+  // Adds z. `exp_of` computes its exponential; the factor that rescales the sum need not be as exact.
   template <class Exp>
   FL_FN void push(R z, Exp exp_of) {
     if (z > top) {
@@ -31,29 +30,29 @@ struct OnlineSoftmax {
     }
     sum += exp_of(z - base());
   }
-  // Counts two numbers, without a branch.
+  // Adds two elements, without a branch.
   FL_FN void push_two(R a, R b) {
     const R joint = max(top, max(a, b)), to = softmax_base(joint);
     sum = sum * exp(top - to) + (exp(a - to) + exp(b - to));
     top = joint;
   }
-  // Counts what another has counted.
+  // Adds the elements of another accumulator.
   FL_FN void merge(const OnlineSoftmax& o) {
     const R joint = max(o.top, top), to = softmax_base(joint);
     sum = sum * (top == -INFINITY ? R(1) : exp(top - to)) +
           o.sum * (o.top == -INFINITY ? R(1) : exp(o.top - to));
     top = joint;
   }
-  // The same in two steps: this one's maximum is that of all already.
+  // The same where this maximum is already that of both.
   FL_FN void add(R other_top, R other_sum) { sum += other_sum * exp(other_top - base()); }
 };
 
-// The merged sum of two groups that were summed relative to m and to `other`, relative to `base`, which is at
-// least the maximum of each that is not empty. Of vectors.
+// The joint sum, relative to `base`, of two groups that were summed relative to m and to `other`. `base` is
+// at least the maximum of each group that is not empty. For vectors.
 template <class F>
 FL_FN F merged_sum(F sum, F m, F other_sum, F other, F base) {
-  const F most = F{} + 50;  // an empty group may have been summed relative to anything
-  return sum * exp(min(m - base, most)) + other_sum * exp(min(other - base, most));
+  const F bound = F{} + 50;  // an empty group may be relative to anything
+  return sum * exp(min(m - base, bound)) + other_sum * exp(min(other - base, bound));
 }
 
 }  // namespace fastloss::inline FL_ISA

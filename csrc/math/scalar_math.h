@@ -1,5 +1,5 @@
-// What a loss may use of the machine. A loss is written over a type F: `float` or `double` on the GPU and for
-// the few numbers of a row, a SIMD vector of them (math/simd.h) for the elements of a row on the CPU.
+// Scalar maths. A loss is written over a type F: float or double on the GPU and for per-row values, a SIMD
+// vector (math/simd.h) for the elements of a row on the CPU.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -52,7 +52,7 @@ FL_FN float tanh(float x) { return ::tanhf(x); }
 FL_FN double tanh(double x) { return ::tanh(x); }
 FL_FN float max(float a, float b) { return a > b ? a : b; }
 FL_FN double max(double a, double b) { return a > b ? a : b; }
-// The same in one instruction of a GPU, which does not ask first; a NaN loses.
+// The same as one instruction on a GPU, without a branch; a NaN is dropped.
 FL_FN float larger(float a, float b) {
 #ifdef __CUDA_ARCH__
   return ::fmaxf(a, b);
@@ -69,7 +69,7 @@ FL_FN float copysign(float size, float sign) { return ::copysignf(size, sign); }
 FL_FN double copysign(double size, double sign) { return ::copysign(size, sign); }
 FL_FN float select(bool c, float a, float b) { return c ? a : b; }
 FL_FN double select(bool c, double a, double b) { return c ? a : b; }
-// log(1 + u) for u in [0, 1] alone, as in softplus; the vectors' is half the work of theirs for any u
+// log(1 + u) only for u in [0, 1], as in softplus: for vectors half the work of log1p
 FL_FN float log1p_unit(float u) { return ::log1pf(u); }
 FL_FN double log1p_unit(double u) { return ::log1p(u); }
 
@@ -92,7 +92,7 @@ FL_FN double rounded(double x) {
   return x;
 #endif
 }
-// rounded(a * b), for which a GPU needs nothing beside the product.
+// rounded(a * b): on a GPU just a product with explicit rounding.
 FL_FN float product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);

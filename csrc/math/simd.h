@@ -1,6 +1,6 @@
-// One vector register of float or double for the instruction set being compiled for, and what losses and
-// drivers need of it: exp, tanh, max, sum. GCC vector types carry the arithmetic; intrinsics appear only
-// where the compiler has no operator for the thing. Loads and stores are in vector_memory.h.
+// SIMD vectors of float or double, one register of the instruction set being compiled for, and their
+// functions: exp, tanh, max, sums. They are GCC vector types; intrinsics are used only where there is no
+// operator. Loads and stores are in vector_memory.h.
 #pragma once
 #include <immintrin.h>
 
@@ -52,7 +52,7 @@ using vector_t = typename VectorOf<R>::type;
 template <class F>
 inline constexpr int kLanes = sizeof(F) / sizeof(scalar_t<F>);
 
-// A NaN in `a` is dropped: a new element goes first and never spoils a maximum.
+// A NaN in `a` is dropped: pass the new element first and the running maximum second.
 FL_FN f32v max(f32v a, f32v b) { return a > b ? a : b; }
 FL_FN f64v max(f64v a, f64v b) { return a > b ? a : b; }
 FL_FN f32v select(i32v c, f32v a, f32v b) { return c ? a : b; }
@@ -78,8 +78,8 @@ FL_FN scalar_t<F> horizontal_max(F v) {
   for (int k = 1; k < kLanes<F>; ++k) m = v[k] > m ? v[k] : m;
   return m;
 }
-// The largest of count > 0 half precision numbers, found among their bits: as integers these are in order
-// once the negative ones are turned round. A NaN is larger than all, or smaller if its sign is negative.
+// The largest of count > 0 half-precision numbers, compared by their bits: as integers these are in order
+// once those of negative numbers are inverted. A NaN is larger than all, or smaller if its sign is negative.
 template <class I>
 FL_FN I in_order(I bits) {
   return bits ^ ((bits >> 15) & 0x7fff);
@@ -117,8 +117,8 @@ FL_FN scalar_t<F> horizontal_sum(F v) {
   return part[0];
 }
 
-// a * b + c, rounded once where the machine can: written out, so that it does not depend on what a compiler
-// makes of an expression in one place or another.
+// a * b + c, rounded once if the machine has FMA: explicit, so that it does not depend on which expressions
+// the compiler contracts.
 FL_FN f32v fma(f32v a, f32v b, f32v c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -154,7 +154,7 @@ FL_FN F polynomial(F x, scalar_t<F> highest, C... rest) {
   return p;
 }
 
-// The same of N vectors, in their place.
+// The same for N vectors, in place.
 template <int N, class... C>
 FL_FN void polynomial(f32v (&x)[N], float highest, C... rest) {
   f32v p[N];
@@ -166,7 +166,7 @@ FL_FN void polynomial(f32v (&x)[N], float highest, C... rest) {
   for (int u = 0; u < N; ++u) x[u] = p[u];
 }
 
-// Bounds that NaN passes.
+// min and max that pass NaN on.
 FL_FN f32v at_most(float bound, f32v x) {
 #if defined(__AVX512F__)
   return _mm512_min_ps(fill<f32v>(bound), x);
@@ -186,16 +186,16 @@ FL_FN f32v at_least(float bound, f32v x) {
 #endif
 }
 
-// exp(r), |r| <= log(2) / 2, of a vector or of several in their place; minimax, 3e-9.
+// exp(r), |r| <= log(2) / 2, of one vector, or of several in place; minimax, 3e-9.
 template <class V>
 FL_FN auto exp_reduced(V&& r) {
   return polynomial(r, 1.38145394e-3f, 8.36874545e-3f, 4.16683890e-2f, 1.66665211e-1f, 4.99999940e-1f, 1.f,
                     1.f);
 }
 inline constexpr float kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
-// Added to a float of moderate size, it leaves the nearest integer in the last bits.
+// Added to a float of moderate size, it leaves the nearest integer in the low bits.
 inline constexpr float kToInteger = 12582912.f;
-// The same, and it leaves the bits of 2^(n + 64); and from where on exp is 0.
+// The same, and the low bits are those of 2^(n + 64). Below kLowest exp is 0.
 inline constexpr float kShift = kToInteger + 127 + 64, kLowest = -104.f;
 
 // exp(x): Cody-Waite reduction and a polynomial. Error < 1 ulp in float for x in [-87.3, 88.7], zero below,
@@ -233,8 +233,9 @@ FL_FN f64v exp(f64v x) {
          (f64v)((i64v)((n - half) + (kToInteger + 1023)) << 52);
 }
 
-// The same bits for x <= 0: 2^n is multiplied by 2^64 until the end, so that one factor is enough. Of N
-// vectors, side by side: a machine looks ahead over few instructions, and these are independent.
+// The same bits for x <= 0: 2^n is kept as 2^(n + 64) until the end, so that one factor is enough. For N
+// vectors, interleaved: their dependency chains are independent, and out-of-order execution looks ahead over
+// few instructions.
 template <int N>
 FL_FN void exp_down(const f64v (&x)[N], f64v (&e)[N]) {
   for (int u = 0; u < N; ++u) e[u] = exp(x[u]);
@@ -261,8 +262,8 @@ FL_FN F exp_down(F x) {
   exp_down(xs, e);
   return e[0];
 }
-// The same for what ends in half precision: 2^n p(t - n), t = x log2(e), from fewer instructions. Relative
-// error 1.5e-7 + 1e-7 |x|; exp(0) is 1; NaN kept.
+// The same for results that are rounded to half precision: 2^n p(t - n), t = x log2(e), from fewer
+// instructions. Relative error 1.5e-7 + 1e-7 |x|; exp(0) is 1; NaN kept.
 template <int N>
 FL_FN void exp_for_half(const f32v (&x)[N], f32v (&e)[N]) {
 #if defined(__AVX512DQ__)

@@ -1,4 +1,4 @@
-// Logarithms and their relatives for vectors, and what formulas need beside them. About one unit in the last
+// Logarithms and related functions for vectors, accurate to about one unit in the last
 // place; infinities, zeros, negative numbers and NaN give what the C library gives.
 #pragma once
 #include "vector_memory.h"
@@ -51,8 +51,8 @@ FL_FN f64v log1p_near(f64v f) {
   return f - (half - s * (half + r));
 }
 
-// The parts of a type's logarithm: x = 2^k (1 + f) for positive normal x, and log 2 in two pieces of which k
-// times the first is exact.
+// The reduction x = 2^k (1 + f) for positive normal x, and log 2 in two parts, of which k times the first is
+// exact.
 template <class F>
 struct Logarithm;
 template <>
@@ -92,7 +92,7 @@ FL_FN F log(F x) {
   return select((x > 0) & (x < INFINITY), r, special);
 }
 
-// Of 1 + u, rounded, plus what the rounding lost.
+// log(1 + u): the logarithm of the rounded sum, plus a correction for its rounding error.
 template <class F>
 FL_FN F log1p(F u) {
   using L = Logarithm<F>;
@@ -111,7 +111,7 @@ FL_FN F log1p_unit(F u) {
   return select(is_large, below + scalar_t<F>(0.6931471805599453), below);
 }
 
-// 2^n (e^r - 1) + (2^n - 1), with 2^(n - 1) in the place of 2^n, which may overflow before the result does.
+// 2^n (e^r - 1) + (2^n - 1), computed with 2^(n - 1): 2^n may overflow before the result does.
 FL_FN f32v expm1(f32v x) {
   const f32v bounded = x < -30.f ? fill<f32v>(-30.f) : (x > 89.f ? fill<f32v>(89.f) : x);
   const f32v n = (bounded * kLog2e<float> + kToInteger) - kToInteger;
@@ -124,7 +124,7 @@ FL_FN f32v expm1(f32v x) {
   return x != x ? x : (n == 0 ? p : result);
 }
 FL_FN f64v expm1(f64v x) {
-  f64v r;  // a loss in float64 is there to be exact, not fast
+  f64v r;  // float64 is for accuracy, not speed
   for (int i = 0; i < kLanes<f64v>; ++i) r[i] = ::expm1(x[i]);
   return r;
 }

@@ -1,4 +1,4 @@
-// Loads and stores of vectors, with conversion: of whole vectors, of their first lanes, and past the cache.
+// Loads and stores of vectors, with conversion: of whole vectors, of their first lanes, and streaming stores.
 #pragma once
 #include "simd.h"
 
@@ -16,7 +16,7 @@ FL_FN f64v load(const double* p) {
   return v;
 }
 FL_FN f32v load(const BFloat16* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__)  // the compiler would widen one half after the other
+#if defined(__AVX2__) && !defined(__AVX512F__)  // the compiler would widen each half on its own
   return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
                                  16);
 #else
@@ -59,7 +59,7 @@ FL_FN float widen(BFloat16 h) {
   return f;
 }
 
-// The first `count` (< kLanes) elements; `pad` in the other lanes. Nothing behind them is touched.
+// The first `count` (< kLanes) elements; `pad` in the other lanes. Memory after them is not touched.
 template <class T>
 FL_FN vector_t<acc_t<T>> load_part(const T* p, int64_t count, acc_t<T> pad) {
   using F = vector_t<acc_t<T>>;
@@ -89,13 +89,13 @@ FL_FN vector_t<acc_t<T>> load_part(const T* p, int64_t count, acc_t<T> pad) {
 FL_FN void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
 FL_FN void store(double* p, f64v v) { std::memcpy(p, &v, sizeof v); }
 #if defined(__AVX512F__)
-// The machine's own conversion; it takes subnormal numbers for 0.
+// By the conversion instruction, which takes subnormal numbers for 0.
 inline const bool kConvertsBf16 = __builtin_cpu_supports("avx512bf16");
 #endif
 FL_FN u16v narrow_bf16(f32v v) {
 #if defined(__AVX512F__)
   if (kConvertsBf16) [[likely]] {
-    u16v h;  // as text: an intrinsic would ask for it in every function that this is inlined into
+    u16v h;  // inline assembly: an intrinsic would need its target option in every caller
     asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(v));
     return h;
   }
@@ -168,7 +168,7 @@ FL_FN void store_one(T* p, acc_t<T> x) {
   }
 }
 
-// One vector past the cache; p is aligned to its size. The caller ends with _mm_sfence.
+// Streaming store of one vector; p is aligned to its size. The caller ends with _mm_sfence.
 template <class T>
 FL_FN void stream(T* p, vector_t<acc_t<T>> v) {
   constexpr int kBytes = sizeof(T) * kLanes<vector_t<acc_t<T>>>;

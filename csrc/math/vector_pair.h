@@ -1,5 +1,5 @@
-// Two vectors as one number type. A machine looks ahead over some dozens of instructions only, and a loss is
-// a long chain of them: with two chains side by side it waits half as long for either.
+// Two vectors as one type. A loss is a long dependency chain, longer than out-of-order execution looks
+// ahead: two interleaved chains hide half of its latency.
 #pragma once
 #include "vector_math.h"
 
@@ -44,7 +44,7 @@ FL_PAIR_OPERATOR(==)
 FL_PAIR_OPERATOR(!=)
 #undef FL_PAIR_OPERATOR
 
-// of what comparisons give
+// for the masks that comparisons give
 template <class M>
 FL_FN VectorPair<M> operator&(const VectorPair<M>& x, const VectorPair<M>& y) {
   return {x.a & y.a, x.b & y.b};

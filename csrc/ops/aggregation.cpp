@@ -43,7 +43,7 @@ struct AggregateCall {
   void forward() {
     const bool gpu = on_cuda(losses);
     args.partials = gpu ? call_cuda(FASTLOSS_CUDA_FUNCTION(aggregate_partials), args.n) : cpu_parts();
-    const int64_t shape[] = {kMostSums + kMostTops, args.partials};
+    const int64_t shape[] = {kMaxSums + kMaxTops, args.partials};
     const Tensor partial = empty(losses, shape, ScalarType::Double);
     args.partial = static_cast<double*>(partial.mutable_data_ptr());
     if (gpu) return launch_on_cuda(losses, FASTLOSS_CUDA_FUNCTION(aggregate), args);

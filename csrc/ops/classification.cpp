@@ -12,7 +12,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor, Tensor> forward(Tensor input, Tensor target, OptionalTensor weight,
                                                     OptionalTensor row_weight, int64_t ignore_index,
                                                     int64_t reduction, double logit_scale, double softcap,
-                                                    Hparams hparams, bool wide, bool with_gradient) {
+                                                    Hparams hparams, bool out_fp32, bool with_gradient) {
     const RowPass pass = with_gradient ? RowPass::forward_gradient : RowPass::forward;
     Call call(kLoss, pass, input, target, weight, logit_scale, softcap, hparams);
     RowArgs& a = call.args;
@@ -23,7 +23,7 @@ struct Ops {
       row_weight = contiguous_as(*row_weight, call.accumulation);
       a.row_weight = row_weight->const_data_ptr();
     }
-    return forward_results(kLoss, call, enum_of<Reduction>(reduction, "reduction"), wide);
+    return forward_results(kLoss, call, enum_of<Reduction>(reduction, "reduction"), out_fp32);
   }
 
   // Row weights are in the state already; they are in the schema as are all of forward's tensors.

@@ -1,5 +1,5 @@
-// ctc: the loss of each sequence of input [T, N, C] with targets [N, L], see losses/ctc.h. Saved are
-// the alphas and a number or two of each row.
+// ctc: the loss of each sequence of input [T, N, C] with targets [N, L], see losses/ctc.h. Saved for
+// backward are the alphas, and one or two numbers of each row.
 #include <algorithm>
 #include <tuple>
 

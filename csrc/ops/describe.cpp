@@ -1,9 +1,9 @@
-// What Python has to know of this library, as JSON: no name and no number of C++ is written a second time there
-// (fastloss/_ops/abi.py reads it).
+// A description of this library for Python (fastloss/_ops/abi.py), as JSON, so that no name and no constant
+// of C++ is repeated there.
 //
-//   operators   by the name of a loss: its hyperparameters in their order, which of them are values of an enum,
-//               the number of inputs, which of these are differentiated; of a row the numbers that it saves and
-//               the outputs where these are several
+//   operators   by the name of a loss: its hyperparameters in order, which of them are values of an enum, the
+//               number of inputs, which of these are differentiable; of a row loss the numbers that it
+//               saves for each row, and its outputs if there are several
 //   enums       by name: their values in order
 //   constants   sizes of what operators return, blocks on which sums depend
 #include <string>
@@ -64,7 +64,7 @@ template <template <class, int> class Loss>
 std::string row_loss() {
   return loss<Loss<float, 0>>()
       .set("saved", saved_numbers<Loss>())
-      .set("outputs", Loss<float, 0>::kPlanes)
+      .set("outputs", Loss<float, 0>::kOutputs)
       .json();
 }
 template <template <class, int> class Loss>

@@ -1,5 +1,6 @@
-// The operator of the divergences between two tensors of logits [..., V]: a number a row, or their weighted
-// sum or mean, and the gradients of both, in the forward pass if asked for. See losses/distillation.h.
+// The operator of the divergences between two tensors of logits [..., V]: one number for each row, or their
+// weighted sum or mean, and the gradients of both, in the forward pass if requested. See
+// losses/distillation.h.
 #include <cmath>
 #include <tuple>
 
@@ -96,16 +97,16 @@ struct Divergences {
   }
   Tensor reduced_on_cuda(Reduction reduction) {
     RowArgs& a = args.rows;
-    const int64_t two[] = {2};  // the result, the norm: where the kernels can read them
-    const Tensor numbers = empty(student, two, accumulation);
-    char* result = static_cast<char*>(numbers.mutable_data_ptr());
+    const int64_t two[] = {2};  // the result and the norm, in memory of the kernels' device
+    const Tensor totals = empty(student, two, accumulation);
+    char* result = static_cast<char*>(totals.mutable_data_ptr());
     void* norm = result + (a.dtype == DType::f64 ? sizeof(double) : sizeof(float));
     if (reduction == Reduction::mean) a.norm = norm;
     const DeviceScope scope(student);
     if (a.norm) scope.launch(FASTLOSS_CUDA_FUNCTION(row_norm), a, norm);
     if (a.rows) scope.launch(FASTLOSS_CUDA_FUNCTION(divergence), args);
     scope.launch(FASTLOSS_CUDA_FUNCTION(row_reduce), a, result);
-    return torch::stable::select(numbers, 0, 0);
+    return torch::stable::select(totals, 0, 0);
   }
 };
 

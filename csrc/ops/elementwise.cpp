@@ -1,7 +1,7 @@
 // The operators of the elementwise losses: one way from tensors to ElementArgs for all. A loss adds only its
 // line in FASTLOSS_ELEMENT_LOSSES; its schema follows from kInputs and kWrt.
 //
-// Inputs have one shape; what is broadcast comes expanded and is read where it lies. An int64 input holds
+// Inputs have one shape; broadcast ones are expanded, and read without a copy. An int64 input holds
 // classes [...] and stands for their one-hot encoding [..., C]. A weight of 0 leaves an element out. The
 // result is the loss of each element, or their weighted sum: divided by `norm` and, for the mean, by the
 // number of elements.
@@ -18,7 +18,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-constexpr int64_t kGrain = 32;  // blocks that are worth a thread
+constexpr int64_t kGrain = 32;  // blocks of work for each thread, at least
 
 struct ElementLoss {
   const char* name;
@@ -35,11 +35,12 @@ struct Options {
   Reduction reduction;
   Hparams hparams;
   int64_t ignore_index, background_index;
-  bool wide;
-  int64_t wanted;  // the differentiable inputs whose gradients are, a bit for each input
+  bool out_fp32;   // the result of half-precision inputs stays in float32
+  int64_t wanted;  // bit mask of the inputs whose gradients are requested
 };
 
-// Where the elements of a tensor lie that is contiguous, or expanded from one that is.
+// The addresses of a tensor's elements. One that is neither contiguous nor expanded from a contiguous one is
+// copied.
 ElementInput place(Tensor& t, Source source) {
   ElementInput x{nullptr, source, 1, 1};
   bool outside = false, regular = true;
@@ -68,7 +69,7 @@ bool same_sizes(const Tensor& a, const Tensor& b) {
   return std::equal(x.begin(), x.end(), y.begin(), y.end());
 }
 
-// What forward and backward tell the kernels alike; holds the tensors that `args` points into.
+// The arguments that forward and backward share; owns the tensors that `args` points into.
 struct ElementCall {
   const ElementLoss& loss;
   const Reduction reduction;
@@ -109,8 +110,8 @@ struct ElementCall {
     }
     if (weight) {
       STD_TORCH_CHECK(same_sizes(*weight, first), "weight: expected a tensor of the input's shape");
-      const bool wide = weight->scalar_type() == accumulation && accumulation != type;
-      args.weight = wide ? place(*weight, Source::wide) : place_number(*weight);
+      const bool is_acc = weight->scalar_type() == accumulation && accumulation != type;
+      args.weight = is_acc ? place(*weight, Source::accumulation) : place_number(*weight);
     } else if (classes) {
       for (const ElementInput& x : args.inputs)
         if (x.source == Source::one_hot) args.weight = x;
@@ -123,7 +124,7 @@ struct ElementCall {
     }
     args.divisor = o.reduction == Reduction::mean ? double(args.n) : 1.0;
     args.scale = 1 / args.divisor;
-    args.out_wide = o.wide;
+    args.out_acc = o.out_fp32;
     check_hparams(o.hparams, loss.hparams);
     for (const Choice& c : loss.choices) check_choice(o.hparams[c.hparam], c.names, "hparams");
     std::copy(o.hparams.begin(), o.hparams.end(), args.hparams);
@@ -135,7 +136,7 @@ struct ElementCall {
     t = as_type(t, type);
     return place(t, Source::element);
   }
-  ScalarType result_type() const { return args.out_wide ? accumulation : type; }
+  ScalarType result_type() const { return args.out_acc ? accumulation : type; }
 
   void set_gradients(const Tensors& dx) {
     size_t next = 0;
@@ -217,12 +218,12 @@ struct ElementCall {
 
   bool is_one(const Tensor& g) const {
     if (g.scalar_type() == ScalarType::Float) return *static_cast<const float*>(g.const_data_ptr()) == 1;
-    const Tensor wide = as_type(g, ScalarType::Double);
-    return *static_cast<const double*>(wide.const_data_ptr()) == 1;
+    const Tensor value = as_type(g, ScalarType::Double);
+    return *static_cast<const double*>(value.const_data_ptr()) == 1;
   }
   void backward(const Tensor& grad, bool skip_unit) {
     Tensor g = as_type(grad, result_type());
-    args.upstream = place(g, result_type() == type ? Source::element : Source::wide);
+    args.upstream = place(g, result_type() == type ? Source::element : Source::accumulation);
     STD_TORCH_CHECK(g.numel() == 1 || g.numel() == args.n, "grad: expected 1 or ", args.n, " numbers");
     if (skip_unit && !on_cuda(inputs[0]) && g.numel() == 1 && is_one(g)) return;
     args.skip_unit_upstream = skip_unit;
@@ -239,11 +240,11 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
 
   static std::tuple<Tensor, Each<G>...> forward(Each<I>... inputs, OptionalTensor weight, OptionalTensor norm,
                                                 int64_t reduction, Hparams hparams, int64_t ignore_index,
-                                                int64_t background_index, bool wide, int64_t wanted,
+                                                int64_t background_index, bool out_fp32, int64_t wanted,
                                                 bool with_gradient) {
-    ElementCall call(
-        kLoss, {inputs...}, weight, norm,
-        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
+    ElementCall call(kLoss, {inputs...}, weight, norm,
+                     {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index,
+                      out_fp32, wanted});
     call.check_classes();
     const Tensors dx = call.empty_gradients(with_gradient ? wanted : 0);
     if (call.reduction != Reduction::none) {
@@ -258,11 +259,11 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
 
   static std::tuple<Each<G>...> backward(Tensor grad, Each<I>... inputs, OptionalTensor weight,
                                          OptionalTensor norm, int64_t reduction, Hparams hparams,
-                                         int64_t ignore_index, int64_t background_index, bool wide,
+                                         int64_t ignore_index, int64_t background_index, bool out_fp32,
                                          int64_t wanted) {
-    ElementCall call(
-        kLoss, {inputs...}, weight, norm,
-        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
+    ElementCall call(kLoss, {inputs...}, weight, norm,
+                     {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index,
+                      out_fp32, wanted});
     const Tensors dx = call.empty_gradients(wanted);
     call.backward(grad, false);
     return {dx[G]...};
@@ -271,10 +272,10 @@ struct ElementOps<kLoss, std::index_sequence<I...>, std::index_sequence<G...>> {
   // Into the buffers that the forward pass filled for an upstream gradient of 1.
   static void backward_into(Tensor grad, Each<G>... dx, Each<I>... inputs, OptionalTensor weight,
                             OptionalTensor norm, int64_t reduction, Hparams hparams, int64_t ignore_index,
-                            int64_t background_index, bool wide, int64_t wanted, bool skip_unit) {
-    ElementCall call(
-        kLoss, {inputs...}, weight, norm,
-        {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index, wide, wanted});
+                            int64_t background_index, bool out_fp32, int64_t wanted, bool skip_unit) {
+    ElementCall call(kLoss, {inputs...}, weight, norm,
+                     {enum_of<Reduction>(reduction, "reduction"), hparams, ignore_index, background_index,
+                      out_fp32, wanted});
     call.set_gradients({dx...});
     call.backward(grad, skip_unit);
   }

@@ -1,5 +1,5 @@
-// What a row loss from hidden states is made of (fastloss/_ops/chunked_linear.py puts it together, chunk by
-// chunk): the row losses on a chunk of logits in place, sums over rows, and on the CPU the matrix products.
+// The parts of a row loss fused with its linear layer (fastloss/_ops/chunked_linear.py combines them, chunk
+// by chunk): row losses on a chunk of logits in place, sums over rows, and on the CPU the GEMMs.
 #include <tuple>
 
 #include "../cpu/kernels/linear.h"
@@ -10,7 +10,7 @@ namespace {
 
 // ---- the row losses in place
 
-// loss[r] = row_weight[r] * (loss of the row) and, if wanted, logits = gradient of sum loss[r] / norm.
+// loss[r] = row_weight[r] * (loss of the row) and, if requested, logits = gradient of sum loss[r] / norm.
 template <const TokenLoss& kLoss>
 void rows(Tensor logits, Tensor loss, Tensor target, OptionalTensor weight, OptionalTensor row_weight,
           OptionalTensor norm, int64_t ignore_index, double logit_scale, double softcap, Hparams hparams,
@@ -91,12 +91,13 @@ Tensor row_reduce(Tensor given, OptionalTensor norm) {
   return result;
 }
 
-// Uninitialised, of the accumulation type of `like`; large ones on the CPU come from the pool of warm pages.
+// An uninitialised tensor of the accumulation type of `like`; large ones on the CPU come from the pool
+// (cpu/pool.h).
 Tensor scratch(Tensor like, std::vector<int64_t> shape) {
   return empty_pooled(like, shape, accumulation_type(dtype_of(like, "input")));
 }
 
-// d *= factor, one number of the accumulation type; where that is 1, which the device sees, d is not read.
+// d *= factor, one number of the accumulation type. If it is 1, which the kernel checks, d is not read.
 void linear_scale_(Tensor d, Tensor factor) {
   ScaleArgs a{};
   a.dtype = dtype_of(d, "d");
@@ -138,20 +139,20 @@ int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 void run_tasks(cpu::LinearKernels::Kernel kernel, const cpu::LinearArgs& a, int64_t tasks) {
   in_parallel(tasks, 1, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
 }
-Tensor packing_room(cpu::LinearArgs& a, const Tensor& x) {
+Tensor packing_workspace(cpu::LinearArgs& a, const Tensor& x) {
   check_chunk(a, x, "x");
   a.x = x.const_data_ptr();
   const int64_t number = x.element_size();
-  const Tensor room = scratch(x, {blocks(cpu::best_linear_kernels().packed_bytes(a), number)});
-  a.panels = room.mutable_data_ptr();
-  return room;
+  const Tensor workspace = scratch(x, {blocks(cpu::best_linear_kernels().packed_bytes(a), number)});
+  a.panels = workspace.mutable_data_ptr();
+  return workspace;
 }
 
 // logits = x w^T + bias
 void linear_logits(Tensor logits, Tensor x, Tensor w, OptionalTensor bias) {
   const cpu::LinearKernels& kernels = cpu::best_linear_kernels();
   cpu::LinearArgs a = products(w, logits);
-  const Tensor room = packing_room(a, x);
+  const Tensor workspace = packing_workspace(a, x);
   if (bias) {
     STD_TORCH_CHECK(bias->numel() == a.n, "linear_bias: expected ", a.n, " numbers");
     bias = contiguous_as(*bias, logits.scalar_type());
@@ -166,7 +167,7 @@ void linear_dx(Tensor dx, Tensor g, Tensor w) {
   cpu::LinearArgs a = products(w, g);
   check_chunk(a, dx, "dx");
   a.dx = dx.mutable_data_ptr();
-  // a few tiles a thread: packing pays for itself where they are large
+  // a few tiles for each thread: the larger a tile, the smaller the part of packing
   const int64_t threads = torch::stable::get_num_threads();
   a.tile_rows = 2 * cpu::kRowBlock;
   a.tile_columns = 512;
@@ -180,7 +181,7 @@ void linear_dx(Tensor dx, Tensor g, Tensor w) {
 void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, Tensor w, bool add) {
   const cpu::LinearKernels& kernels = cpu::best_linear_kernels();
   cpu::LinearArgs a = products(w, g);
-  const Tensor room = packing_room(a, x);
+  const Tensor workspace = packing_workspace(a, x);
   if (dw) {
     STD_TORCH_CHECK(dw->is_contiguous() && dw->numel() == a.n * a.features, "dw: expected no gaps");
     a.dw = dw->mutable_data_ptr();
@@ -194,7 +195,7 @@ void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, Tensor 
   run_tasks(kernels.dw, a, blocks(a.n, cpu::kClassBlock));
 }
 
-// ---- the end: d is the gradient for an upstream gradient of 1, in the accumulation type
+// ---- the result: d is the gradient for an upstream gradient of 1, in the accumulation type
 
 // factor * d in the type of `like`.
 Tensor linear_scaled(Tensor d, Tensor factor, Tensor like) {

@@ -1,5 +1,4 @@
-// Rows of logits as the operators see them: from tensors to RowArgs, where a kernel runs, reductions over
-// rows. Shared by all operators that run the row kernels.
+// What all operators of the row kernels share: from tensors to RowArgs, CPU or CUDA, reductions over rows.
 #pragma once
 #include <algorithm>
 #include <tuple>
@@ -9,7 +8,7 @@
 
 namespace fastloss {
 
-// Gradients of shorter rows, in bytes, are never written past the caches.
+// Gradients of shorter rows, in bytes, never use streaming stores.
 constexpr int64_t kRowPastCache = 2048;
 
 struct TokenLoss {
@@ -55,7 +54,7 @@ inline std::optional<RowLayout> row_layout_last(const Tensor& t) {
 }
 inline Tensor as_rows(const Tensor& t) { return row_layout(t) ? t : torch::stable::contiguous(t); }
 
-// What forward and backward tell the kernels alike; holds the tensors that `args` points into.
+// The arguments that forward and backward share; owns the tensors that `args` points into.
 struct Call {
   RowArgs args{};
   Tensor x, target;
@@ -174,10 +173,10 @@ inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, Reduction reduc
   RowArgs& a = call.args;
   const int64_t number = a.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   const int64_t partials = a.rows > kRowsOfBlock ? kRowPartials * sizeof(double) / number : 0;
-  // the result, the norm and sums of parts: where the kernels can read them
+  // the result, the norm and partial sums, in memory of the kernels' device
   const int64_t size[] = {2 + partials};
-  Tensor numbers = empty(call.x, size, call.accumulation);
-  char* result = static_cast<char*>(numbers.mutable_data_ptr());
+  Tensor totals = empty(call.x, size, call.accumulation);
+  char* result = static_cast<char*>(totals.mutable_data_ptr());
   void* norm = result + number;
   if (partials) a.partial = reinterpret_cast<double*>(result + 2 * number);
   if (reduction == Reduction::mean) a.norm = norm;
@@ -185,19 +184,19 @@ inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, Reduction reduc
   if (a.norm) scope.launch(FASTLOSS_CUDA_FUNCTION(row_norm), a, norm);
   if (a.rows) scope.launch(loss.cuda_kernel, a);
   scope.launch(FASTLOSS_CUDA_FUNCTION(row_reduce), a, result);
-  return torch::stable::select(numbers, 0, 0);
+  return torch::stable::select(totals, 0, 0);
 }
-// Runs the loss and adds its rows up.
+// Runs the loss and reduces it over the rows.
 inline Tensor reduced(const TokenLoss& loss, Call& call, Reduction reduction) {
   if (on_cuda(call.x)) return reduced_on_cuda(loss, call, reduction);
   if (call.args.dtype == DType::f64) return reduced_as<double>(loss, call, reduction);
   return reduced_as<float>(loss, call, reduction);
 }
 
-// What the forward operators give: the loss, the state of the rows, their gradient or nothing. `call` is
-// ready but for where these lie.
+// The results of the forward operators: the loss, the rows' state, and their gradient or an empty tensor.
+// Allocates them; `call` has everything else.
 inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind, Call& call,
-                                                          Reduction reduction, bool wide) {
+                                                          Reduction reduction, bool out_fp32) {
   RowArgs& a = call.args;
   if (!on_cuda(call.x)) check_targets(a);
   const bool with_gradient = a.pass == RowPass::forward_gradient;
@@ -213,7 +212,7 @@ inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind,
   } else {
     loss = reduced(kind, call, reduction);
   }
-  if (!wide) loss = call.as_dtype(loss);
+  if (!out_fp32) loss = call.as_dtype(loss);
   return {loss, state, dx};
 }
 

@@ -39,7 +39,7 @@ size_t element_size(ScalarType dtype) {
   }
 }
 
-// Without the dispatcher between, which costs more than a small loss.
+// Without the dispatcher, which costs more than a small loss.
 Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides, ScalarType dtype) {
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -51,7 +51,7 @@ Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides, ScalarType 
   return Tensor(made);
 }
 
-// From the pool where that is of use.
+// From the pool if it is large.
 Tensor pooled(const Tensor& like, Sizes sizes, Sizes strides, int64_t count, ScalarType dtype) {
   if (!like.is_cpu()) return empty_strided(like, sizes, strides, dtype);
   const size_t bytes = static_cast<size_t>(count) * element_size(dtype);

@@ -1,5 +1,5 @@
-// What every operator needs beyond its kernels: torch's stable ABI and the operators' namespace, checks,
-// memory, tensors as a kernel can take them, the way to a GPU, and the registration.
+// What operators share: torch's stable ABI and the operators' namespace, checks, memory, conversion of
+// tensors for the kernels, launches on a GPU, and registration.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -76,15 +76,15 @@ inline void check_hparams(const Hparams& hparams, int count) {
 
 // ---- memory
 
-// Bytes of output from where on the CPU writes them past the caches: about the last level that one socket
-// shares among its cores.
+// Outputs of at least so many bytes are written with streaming stores on the CPU: about the size of a
+// socket's last level cache.
 inline constexpr int64_t kPastCache = 24 << 20;
 
 // An uninitialised contiguous tensor on the device of `like`.
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype);
 // The same; large ones on the CPU come from the pool of warm pages (cpu/pool.h).
 Tensor empty_pooled(const Tensor& like, Sizes sizes, ScalarType dtype);
-// From the pool too: of the shape, the dtype and (where dense) the strides of `t`.
+// The same, with the shape, the dtype and (if dense) the strides of `t`.
 Tensor empty_like_pooled(const Tensor& t);
 
 // ---- where a kernel runs
@@ -102,17 +102,17 @@ inline bool on_cuda(const Tensor& t) { return !t.is_cpu(); }
 #define FASTLOSS_CUDA_FUNCTION(name) (static_cast<decltype(&cuda::name)>(nullptr))
 #endif
 
-// The one sentence where a GPU is asked for that this build has no kernels for.
+// The error for CUDA tensors in a build without CUDA.
 [[noreturn]] void raise_no_cuda();
 
-// function(args...), a fact about a kernel that needs no device.
+// function(args...): a query of cuda/launchers.h that launches nothing.
 template <class Result, class... Parameters, class... Args>
 Result call_cuda(Result (*function)(Parameters...), const Args&... args) {
   if (!function) raise_no_cuda();
   return function(args...);
 }
 
-// The device of `t` is the current one for as long as this lives.
+// Makes the device of `t` the current one for its lifetime.
 class DeviceScope {
 #if !defined(FL_SIMT)
   torch::stable::accelerator::DeviceGuard guard_;
@@ -142,7 +142,7 @@ void launch_on_cuda(const Tensor& t, void (*launcher)(Parameters...), const Args
   DeviceScope(t).launch(launcher, args...);
 }
 
-// body(begin, end) over parts of [0, n) on the CPU's threads, none of which takes less than `grain`.
+// body(begin, end) over parts of [0, n), of at least `grain`, on the CPU's threads.
 template <class Body>
 void in_parallel(int64_t n, int64_t grain, const Body& body) {
   if (n <= grain) return body(0, n);
@@ -151,9 +151,8 @@ void in_parallel(int64_t n, int64_t grain, const Body& body) {
 
 // ---- registration
 
-// define(m) names the schemas of a file's operators, implement(m) their implementation, which is the same for
-// tensors on the CPU and on a GPU: in a build without CUDA too, so that it is the operator that says what is
-// missing.
+// define(m) registers the schemas of a file's operators, implement(m) their implementation, the same for CPU
+// and CUDA tensors: also in a build without CUDA, so that the operator can raise its error.
 #define FASTLOSS_OPERATORS(define, implement)                             \
   STABLE_TORCH_LIBRARY_FRAGMENT(FASTLOSS_NAMESPACE, m) { define(m); }     \
   STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) { implement(m); } \
@@ -164,7 +163,7 @@ void in_parallel(int64_t n, int64_t grain, const Body& body) {
 #define FASTLOSS_IMPLEMENT_CUDA(implement) \
   STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CUDA, m) { implement(m); }
 #endif
-// For operators that are made for one of them.
+// For operators that exist for one of them.
 #define FASTLOSS_CPU_OPERATORS(implement) \
   STABLE_TORCH_LIBRARY_IMPL(FASTLOSS_NAMESPACE, CPU, m) { implement(m); }
 #if defined(FL_SIMT)

@@ -1,6 +1,6 @@
-// The walks over a matrix of similarities that the contrastive losses are made of
-// (fastloss/_ops/similarity.py puts them together): on the CPU the whole matrix in tiles, products included;
-// on CUDA what is made of a block of it, whose products lie in memory.
+// The passes over a matrix of similarities that the contrastive losses are made of
+// (fastloss/_ops/similarity.py combines them): on the CPU the whole matrix in tiles, GEMM and epilogue; on
+// CUDA the epilogue of one block, whose products are in memory.
 #include <algorithm>
 #include <limits>
 
@@ -10,14 +10,14 @@
 namespace fastloss {
 namespace {
 
-// The arrays that both kinds of walk take, in the order of the schema.
+// The arrays that both operators take, in the order of the schema.
 struct Arrays {
   const OptionalTensor &row_max, &row_log_sum, &row_grad, &col_max, &col_log_sum, &col_grad, &positive,
       &positive_grad, &col_positive_grad, &hardest;
 };
-#define FASTLOSS_TILE_ARRAYS                                                                           \
-  "Tensor? mark, Tensor? row_ids, Tensor? col_ids, Tensor(a!)? row_max, Tensor(b!)? row_log_sum, "     \
-  "Tensor(c!)? row_grad, Tensor(d!)? col_max, Tensor(e!)? col_log_sum, Tensor? col_grad, Tensor(f!)? " \
+#define FASTLOSS_TILE_ARRAYS                                                                             \
+  "Tensor? target_col, Tensor? row_ids, Tensor? col_ids, Tensor(a!)? row_max, Tensor(b!)? row_log_sum, " \
+  "Tensor(c!)? row_grad, Tensor(d!)? col_max, Tensor(e!)? col_log_sum, Tensor? col_grad, Tensor(f!)? "   \
   "positive, Tensor? positive_grad, Tensor? col_positive_grad, Tensor(g!)? hardest"
 
 void* data(const OptionalTensor& t, const char* name, ScalarType type, int64_t count) {
@@ -27,16 +27,15 @@ void* data(const OptionalTensor& t, const char* name, ScalarType type, int64_t c
   return const_cast<void*>(t->const_data_ptr());
 }
 
-// `rows` of all m rows from `row` on.
 template <class Args>
-void fill(Args& a, int64_t pass, bool same_is_positive, bool with_positives, int64_t m, int64_t n,
-          ScalarType type, const OptionalTensor& mark, const Arrays& t) {
+void fill(Args& a, int64_t pass, bool labels_are_positives, bool positives_in_denominator, int64_t m,
+          int64_t n, ScalarType type, const OptionalTensor& target_col, const Arrays& t) {
   a.pass = enum_of<TilePass>(pass, "kind");
-  a.same_is_positive = same_is_positive;
-  a.with_positives = with_positives;
+  a.labels_are_positives = labels_are_positives;
+  a.positives_in_denominator = positives_in_denominator;
   a.m = m;
   a.n = n;
-  a.mark = static_cast<const int64_t*>(data(mark, "mark", ScalarType::Long, m));
+  a.target_col = static_cast<const int64_t*>(data(target_col, "target_col", ScalarType::Long, m));
   a.row_max = data(t.row_max, "row_max", type, m);
   a.row_log_sum = data(t.row_log_sum, "row_log_sum", type, m);
   a.row_grad = data(t.row_grad, "row_grad", type, m);
@@ -49,15 +48,16 @@ void fill(Args& a, int64_t pass, bool same_is_positive, bool with_positives, int
   a.hardest = static_cast<int64_t*>(data(t.hardest, "hardest", ScalarType::Long, 2 * m));
 }
 
-// s [rows, cols]: products of the rows `row`, row + 1, ... of all m and the columns `col`, col + 1, ... of
-// all n. The gradient goes to g, or to where s is; what it adds to that of the scale, row by row, to dots.
-void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor s, OptionalTensor g,
-                Tensor scale, OptionalTensor bias, int64_t row, int64_t m, int64_t col, int64_t n,
-                OptionalTensor mark, OptionalTensor row_ids, OptionalTensor col_ids, OptionalTensor row_max,
-                OptionalTensor row_log_sum, OptionalTensor row_grad, OptionalTensor col_max,
-                OptionalTensor col_log_sum, OptionalTensor col_grad, OptionalTensor positive,
-                OptionalTensor positive_grad, OptionalTensor col_positive_grad, OptionalTensor hardest,
-                OptionalTensor dots) {
+// s [rows, cols]: the products of rows `row`, row + 1, ... of all m and columns `col`, col + 1, ... of all
+// n. The gradient is written to g, or in place to s; its contribution to the scale's gradient, row by row,
+// to dots.
+void tile_chunk(int64_t pass, bool labels_are_positives, bool positives_in_denominator, Tensor s,
+                OptionalTensor g, Tensor scale, OptionalTensor bias, int64_t row, int64_t m, int64_t col,
+                int64_t n, OptionalTensor target_col, OptionalTensor row_ids, OptionalTensor col_ids,
+                OptionalTensor row_max, OptionalTensor row_log_sum, OptionalTensor row_grad,
+                OptionalTensor col_max, OptionalTensor col_log_sum, OptionalTensor col_grad,
+                OptionalTensor positive, OptionalTensor positive_grad, OptionalTensor col_positive_grad,
+                OptionalTensor hardest, OptionalTensor dots) {
   const ScalarType type = s.scalar_type();
   const auto lies_well = [&](const Tensor& t) {
     return t.dim() == 2 && t.size(0) == s.size(0) && t.size(1) == s.size(1) &&
@@ -67,17 +67,17 @@ void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor
   STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && lies_well(s),
                   "s: expected rows that begin 16 bytes apart or multiples of it, of the accumulation type");
   TileChunk a{};
-  fill(a, pass, same_is_positive, with_positives, m, n, type, mark,
+  fill(a, pass, labels_are_positives, positives_in_denominator, m, n, type, target_col,
        {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad,
         col_positive_grad, hardest});
-  a.wide = type == ScalarType::Double;
+  a.is_double = type == ScalarType::Double;
   a.s = s.const_data_ptr();
   a.s_pitch = s.stride(0);
   a.g = g ? g->mutable_data_ptr() : s.mutable_data_ptr();
   a.g_type = dtype_of(g ? *g : s, "g");
   a.g_pitch = g ? g->stride(0) : a.s_pitch;
-  STD_TORCH_CHECK(!g || (lies_well(*g) &&
-                         (g->scalar_type() == type || (!a.wide && g->scalar_type() != ScalarType::Double))),
+  STD_TORCH_CHECK(!g || (lies_well(*g) && (g->scalar_type() == type ||
+                                           (!a.is_double && g->scalar_type() != ScalarType::Double))),
                   "g: expected as many rows as of s, of its type or a smaller one");
   a.dots = data(dots, "dots", type, m);
   a.scale_at = data(scale, "scale", type, 1);
@@ -99,7 +99,7 @@ void tile_chunk(int64_t pass, bool same_is_positive, bool with_positives, Tensor
 
 #if !defined(FL_SIMT)
 
-// Numbers that are equal where the ids are: the ids where these are small enough, else their ranks.
+// Ids as numbers of R, which vectors compare: the ids themselves if all are exact in R, else their ranks.
 template <class R>
 struct Codes {
   std::vector<R> row, col;
@@ -124,12 +124,12 @@ struct Codes {
   }
 };
 
-// Smaller blocks of rows where there are few: a function of the sizes alone, on which sums depend.
+// Rows of a block, fewer where there are few: a function of m alone, since sums depend on it.
 int64_t rows_of_a_block(int64_t m) { return std::clamp<int64_t>((m + 7) / 8 + 23, 24, cpu::kTile) / 24 * 24; }
 
 template <class R>
-void walk(cpu::TileCall& a, const Tensor& x, const Tensor& y, const OptionalTensor& row_ids,
-          const OptionalTensor& col_ids) {
+void run_tiles(cpu::TileCall& a, const Tensor& x, const Tensor& y, const OptionalTensor& row_ids,
+               const OptionalTensor& col_ids) {
   const int64_t blocks = (a.n + cpu::kTile - 1) / cpu::kTile;
   std::optional<Codes<R>> codes;
   if (row_ids) {
@@ -158,18 +158,19 @@ void walk(cpu::TileCall& a, const Tensor& x, const Tensor& y, const OptionalTens
   const int64_t workers = alone ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), row_blocks);
   if (workers == 1) {
     kernels.pack(a, 0, blocks);
-    return kernels.walk(a);
+    return kernels.run_tiles(a);
   }
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) { kernels.pack(a, b, e); });
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { kernels.walk(a); });
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { kernels.run_tiles(a); });
 }
 
-void tile_walk(int64_t pass, bool same_is_positive, bool with_positives, Tensor x, Tensor y, double scale,
-               double bias, OptionalTensor mark, OptionalTensor row_ids, OptionalTensor col_ids,
-               OptionalTensor row_max, OptionalTensor row_log_sum, OptionalTensor row_grad,
-               OptionalTensor col_max, OptionalTensor col_log_sum, OptionalTensor col_grad,
-               OptionalTensor positive, OptionalTensor positive_grad, OptionalTensor col_positive_grad,
-               OptionalTensor hardest, OptionalTensor dx, OptionalTensor dy, OptionalTensor dots) {
+void tile_walk(int64_t pass, bool labels_are_positives, bool positives_in_denominator, Tensor x, Tensor y,
+               double scale, double bias, OptionalTensor target_col, OptionalTensor row_ids,
+               OptionalTensor col_ids, OptionalTensor row_max, OptionalTensor row_log_sum,
+               OptionalTensor row_grad, OptionalTensor col_max, OptionalTensor col_log_sum,
+               OptionalTensor col_grad, OptionalTensor positive, OptionalTensor positive_grad,
+               OptionalTensor col_positive_grad, OptionalTensor hardest, OptionalTensor dx, OptionalTensor dy,
+               OptionalTensor dots) {
   const ScalarType type = x.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
                   "x: expected the accumulation type");
@@ -177,9 +178,9 @@ void tile_walk(int64_t pass, bool same_is_positive, bool with_positives, Tensor 
                       y.is_contiguous() && y.scalar_type() == type,
                   "x, y: expected rows of the same features without gaps");
   cpu::TileCall a{};
-  a.wide = type == ScalarType::Double;
+  a.is_double = type == ScalarType::Double;
   a.d = x.size(1);
-  fill(a, pass, same_is_positive, with_positives, x.size(0), y.size(0), type, mark,
+  fill(a, pass, labels_are_positives, positives_in_denominator, x.size(0), y.size(0), type, target_col,
        {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad,
         col_positive_grad, hardest});
   if (a.m == 0 || a.n == 0) return;
@@ -190,17 +191,19 @@ void tile_walk(int64_t pass, bool same_is_positive, bool with_positives, Tensor 
   a.dx = data(dx, "dx", type, a.m * a.d);
   a.dy = data(dy, "dy", type, a.n * a.d);
   a.dots = data(dots, "dots", type, a.m);
-  a.wide ? walk<double>(a, x, y, row_ids, col_ids) : walk<float>(a, x, y, row_ids, col_ids);
+  a.is_double ? run_tiles<double>(a, x, y, row_ids, col_ids) : run_tiles<float>(a, x, y, row_ids, col_ids);
 }
 
 #endif
 
 void define(StableLibrary& m) {
   m.def(
-      "tile_walk(int kind, bool same_is_positive, bool with_positives, Tensor x, Tensor y, float scale, "
+      "tile_walk(int kind, bool labels_are_positives, bool positives_in_denominator, Tensor x, Tensor y, "
+      "float scale, "
       "float bias, " FASTLOSS_TILE_ARRAYS ", Tensor(h!)? dx, Tensor(i!)? dy, Tensor(j!)? dots) -> ()");
   m.def(
-      "tile_chunk(int kind, bool same_is_positive, bool with_positives, Tensor(z!) s, Tensor(y!)? g, Tensor "
+      "tile_chunk(int kind, bool labels_are_positives, bool positives_in_denominator, Tensor(z!) s, "
+      "Tensor(y!)? g, Tensor "
       "scale, Tensor? bias, int row, int m, int col, int n, " FASTLOSS_TILE_ARRAYS
       ", Tensor(x!)? dots) -> ()");
 }

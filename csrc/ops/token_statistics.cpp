@@ -1,5 +1,5 @@
 // token_stats: several statistics of every row of logits [..., V], and log-probabilities of the classes
-// `index` [..., K]. The results are planes [4 + 2 K, ...], see losses/token_statistics.h.
+// `index` [..., K]. The outputs are [4 + 2 K, ...], see losses/token_statistics.h.
 #include <tuple>
 
 #include "row_ops.h"
@@ -30,12 +30,12 @@ struct Stats {
     args.variant = all;
     if (index_) {
       index = contiguous_as(*index_, ScalarType::Long);
-      args.asked = static_cast<const int64_t*>(index->const_data_ptr());
-      args.asked_each = index->size(-1);
-      STD_TORCH_CHECK(index->numel() == args.rows * args.asked_each, "index: expected K classes for each of ",
+      args.index = static_cast<const int64_t*>(index->const_data_ptr());
+      args.num_index = index->size(-1);
+      STD_TORCH_CHECK(index->numel() == args.rows * args.num_index, "index: expected K classes for each of ",
                       args.rows, " rows");
     }
-    args.planes = TokenStats<float, 0>::kPlanes + 2 * args.asked_each;
+    args.num_outputs = TokenStats<float, 0>::kOutputs + 2 * args.num_index;
   }
   void run() const {
     if (args.rows == 0) return;
@@ -56,19 +56,19 @@ std::tuple<Tensor, Tensor> forward(Tensor logits, OptionalTensor index, Optional
     a.row_weight = s.mask->const_data_ptr();
   }
   if (!on_cuda(s.x) && s.index)
-    for (int64_t r = 0; r < a.rows * a.asked_each; ++r)
-      STD_TORCH_CHECK(a.asked[r] >= 0 && a.asked[r] < a.n, "index ", a.asked[r],
+    for (int64_t r = 0; r < a.rows * a.num_index; ++r)
+      STD_TORCH_CHECK(a.index[r] >= 0 && a.index[r] < a.n, "index ", a.index[r],
                       " is out of bounds: expected a class in [0, ", a.n, ")");
-  std::vector<int64_t> shape{a.planes};
+  std::vector<int64_t> shape{a.num_outputs};
   for (int64_t d = 0; d + 1 < s.x.dim(); ++d) shape.push_back(s.x.size(d));
   const int64_t state_shape[] = {a.rows, kStateHead + token_stats_loss.saved};
-  Tensor planes = empty(s.x, shape, s.accumulation);
+  Tensor outputs = empty(s.x, shape, s.accumulation);
   Tensor state = empty(s.x, state_shape, s.accumulation);
-  a.loss = planes.mutable_data_ptr();
+  a.loss = outputs.mutable_data_ptr();
   a.state = state.mutable_data_ptr();
   a.state_width = state_shape[1];
   s.run();
-  return {planes, state};
+  return {outputs, state};
 }
 
 // The mask is in the state already; it stands in the schema because backward takes all of forward's tensors.
@@ -77,7 +77,8 @@ Tensor backward(Tensor grad, Tensor logits, OptionalTensor index, OptionalTensor
   Stats s(RowPass::backward, logits, index, logit_scale, softcap, all);
   RowArgs& a = s.args;
   const Tensor g = contiguous_as(grad, s.accumulation);
-  STD_TORCH_CHECK(g.numel() == a.planes * a.rows, "grad: expected ", a.planes, " numbers for each row");
+  STD_TORCH_CHECK(g.numel() == a.num_outputs * a.rows, "grad: expected ", a.num_outputs,
+                  " numbers for each row");
   const Tensor dx = empty_like_pooled(s.x);
   a.upstream = g.const_data_ptr();
   a.state = const_cast<void*>(state.const_data_ptr());
@@ -94,7 +95,7 @@ void define(StableLibrary& m) {
   m.def(
       "token_stats_fwd(Tensor logits, Tensor? index, Tensor? mask, float logit_scale, float softcap, bool "
       "all) "
-      "-> (Tensor planes, Tensor state)");
+      "-> (Tensor outputs, Tensor state)");
   m.def(
       "token_stats_bwd(Tensor grad, Tensor logits, Tensor? index, Tensor? mask, Tensor state, "
       "float logit_scale, float softcap, bool all) -> Tensor");

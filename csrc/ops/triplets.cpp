@@ -1,4 +1,5 @@
-// triplets: of each row of x [m, d] as an anchor the sum over its triplets, and how many count: [2, m].
+// triplets: for each row of x [m, d] as an anchor the sum over its triplets, and how many are greater than
+// 0: [2, m].
 #include <algorithm>
 
 #include "../cpu/kernels/triplets.h"
@@ -19,7 +20,7 @@ struct TripletCall {
     STD_TORCH_CHECK(x.dim() == 2 && (type == ScalarType::Float || type == ScalarType::Double),
                     "x: expected rows of the accumulation type");
     STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == x.size(0), "ids: expected one for each row");
-    args.wide = type == ScalarType::Double;
+    args.is_double = type == ScalarType::Double;
     args.root = root;
     args.m = x.size(0);
     args.d = x.size(1);
@@ -27,39 +28,40 @@ struct TripletCall {
     args.x = x.const_data_ptr();
     args.ids = static_cast<const int64_t*>(ids.const_data_ptr());
   }
-  // Chunk after chunk of anchors, of a size that depends on the sizes alone.
+  // Runs the chunks of anchors one after another; their size depends on the shape alone.
   template <class Run>
   void chunks(int64_t budget, int64_t row_bytes, Run run) {
-    const int64_t most = std::clamp<int64_t>(budget / row_bytes, 1, args.m);
-    const int64_t size[] = {most * args.step};
+    const int64_t max_rows = std::clamp<int64_t>(budget / row_bytes, 1, args.m);
+    const int64_t size[] = {max_rows * args.ld};
     const Tensor distance = empty_pooled(x, size, x.scalar_type());
     args.distance = distance.mutable_data_ptr();
-    for (args.row = 0; args.row < args.m; args.row += most) {
-      args.rows = std::min(most, args.m - args.row);
+    for (args.row = 0; args.row < args.m; args.row += max_rows) {
+      args.rows = std::min(max_rows, args.m - args.row);
       run();
     }
   }
   void run() {
     if (args.m == 0) return;
-    const int64_t bytes = args.wide ? 8 : 4;
+    const int64_t bytes = args.is_double ? 8 : 4;
     if (on_cuda(x)) {
-      args.step = args.m;
-      args.room = 1;
-      while (args.room < args.m / 2) args.room *= 2;
-      const int64_t row_bytes = (args.m + args.room) * bytes + (2 * args.room + 1) * 4;
-      const int64_t most = std::clamp<int64_t>(kCudaBudget / row_bytes, 1, args.m);
-      const int64_t keys_size[] = {most * args.room}, places_size[] = {most * (2 * args.room + 1)};
-      const Tensor keys = empty(x, keys_size, x.scalar_type()),
-                   places = empty(x, places_size, ScalarType::Int);
-      args.keys = keys.mutable_data_ptr();
-      args.places = static_cast<int32_t*>(places.mutable_data_ptr());
+      args.ld = args.m;
+      args.capacity = 1;
+      while (args.capacity < args.m / 2) args.capacity *= 2;
+      const int64_t row_bytes = (args.m + args.capacity) * bytes + (2 * args.capacity + 1) * 4;
+      const int64_t max_rows = std::clamp<int64_t>(kCudaBudget / row_bytes, 1, args.m);
+      const int64_t dist_size[] = {max_rows * args.capacity},
+                    perm_size[] = {max_rows * (2 * args.capacity + 1)};
+      const Tensor sorted_dist = empty(x, dist_size, x.scalar_type()),
+                   perm = empty(x, perm_size, ScalarType::Int);
+      args.sorted_dist = sorted_dist.mutable_data_ptr();
+      args.perm = static_cast<int32_t*>(perm.mutable_data_ptr());
       return chunks(kCudaBudget, row_bytes,
                     [&] { launch_on_cuda(x, FASTLOSS_CUDA_FUNCTION(triplets), args); });
     }
     const cpu::TripletKernels& kernels = cpu::triplet_kernels.best();
     const int64_t groups = (args.m + cpu::kTripletRows - 1) / cpu::kTripletRows;
-    args.step = groups * cpu::kTripletRows;
-    const int64_t size[] = {args.step * std::max<int64_t>(args.d, 1)};
+    args.ld = groups * cpu::kTripletRows;
+    const int64_t size[] = {args.ld * std::max<int64_t>(args.d, 1)};
     const Tensor panels = empty_pooled(x, size, x.scalar_type());
     args.panels = panels.mutable_data_ptr();
     const auto parallel = [&](int64_t n, int64_t work, void (*kernel)(const TripletArgs&, int64_t, int64_t)) {
@@ -67,7 +69,7 @@ struct TripletCall {
       in_parallel(n, grain, [&](int64_t b, int64_t e) { kernel(args, b, e); });
     };
     parallel(groups, cpu::kTripletRows * args.d, kernels.pack);
-    chunks(kBudget, args.step * bytes, [&] {
+    chunks(kBudget, args.ld * bytes, [&] {
       parallel(args.rows, args.m * (args.d + 8), kernels.anchors);
       if (args.sums) return;
       parallel(args.rows, args.m * args.d, kernels.draw_anchors);

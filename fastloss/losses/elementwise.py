@@ -200,7 +200,10 @@ def smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    r"""Compute the smooth L1 loss of :math:`e = x - y`: :math:`e^2 / (2 \beta)` if :math:`|e| < \beta`, else :math:`|e| - \beta / 2`.
+    r"""Compute the smooth L1 loss, quadratic for errors below :math:`\beta` and linear above.
+
+    .. math:: \ell = \begin{cases} e^2 / (2 \beta) & |e| < \beta \\ |e| - \beta / 2 & \text{else} \end{cases},
+        \qquad e = x - y
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
@@ -231,7 +234,10 @@ def huber_loss(
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Compute the Huber loss of :math:`e = x - y`: :math:`e^2/2` if :math:`|e| \le \delta`, else :math:`\delta (|e| - \delta/2)`.
+    r"""Compute the Huber loss, quadratic for errors up to :math:`\delta` and linear above.
+
+    .. math:: \ell = \begin{cases} e^2 / 2 & |e| \le \delta \\ \delta (|e| - \delta / 2) & \text{else} \end{cases},
+        \qquad e = x - y
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.

@@ -76,11 +76,11 @@ void check_products(int64_t m, int64_t n, int64_t depth, int kind, double precis
   const bool columns = kind & 1, add = kind & 2, strided = kind & 4;
   const Matrix<S, R> a(m, depth, columns ? 1 : depth + 3, columns ? m + 1 : 1 + strided * (depth + 3) * m);
   const Matrix<T, R> b(depth, n, columns ? 1 : n + 2, columns ? depth + 1 : 1 + strided * (n + 2) * depth);
-  const auto room = [](int64_t bytes) {
+  const auto allocate = [](int64_t bytes) {
     return static_cast<char*>(std::aligned_alloc(64, bytes / 64 * 64 + 64));
   };
-  char *left = room(P::template packed_bytes<true>(m, depth)),
-       *right = room(P::template packed_bytes<false>(n, depth));
+  char *left = allocate(P::template packed_bytes<true>(m, depth)),
+       *right = allocate(P::template packed_bytes<false>(n, depth));
   P::template pack<true>(a.data.data(), a.row, a.column, m, depth, left);
   P::template pack<false>(b.data.data(), b.column, b.row, n, depth, right);
   const int64_t ldc = n + 5;

@@ -24,7 +24,6 @@ MAY_IMPORT = {
 }
 LONGEST = 400
 LONGER = {
-    "csrc/cpu/kernels/rows.h": "the loop over a row, read from top to bottom",
     "csrc/losses/aggregation.h": "five aggregations that share their search and their statistics",
     "fastloss/_ops/autograd.py": "the only autograd, read from top to bottom",
     "fastloss/_ops/similarity.py": "one operator: inputs, passes over blocks, its two differentiable functions",

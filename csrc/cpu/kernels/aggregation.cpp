@@ -7,7 +7,7 @@
 namespace fastloss::inline FL_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // samples whose sums are of R; beyond they are of double
+constexpr int64_t kBlock = 1024;  // samples that are summed in R; the sums of blocks are added in double
 
 struct Widen {
   template <class T>
@@ -16,9 +16,9 @@ struct Widen {
   }
 };
 
-// Pairwise, of double.
+// The sum of the lanes, pairwise, in double.
 template <class F>
-FL_FN double wide_sum(F v) {
+FL_FN double sum_as_double(F v) {
   constexpr int W = kLanes<F>;
   scalar_t<F> lane[W];
   std::memcpy(lane, &v, sizeof v);
@@ -42,24 +42,24 @@ class AggregateKernel {
   template <class Pass>
   FL_NOINLINE void sum(int64_t begin, int64_t end) const {
     for (int64_t part = begin; part < end; ++part) {
-      double sums[Pass::kSums] = {}, tops[kMostTops] = {-INFINITY, -INFINITY};
+      double sums[Pass::kSums] = {}, tops[kMaxTops] = {-INFINITY, -INFINITY};
       const int64_t first = part * cpu::kAggregatePart,
                     last = first + cpu::kAggregatePart < a_.n ? first + cpu::kAggregatePart : a_.n;
       for (int64_t i = first; i < last; i += kBlock)
         block<Pass>(i, i + kBlock < last ? i + kBlock : last, sums, tops);
       for (int k = 0; k < Pass::kSums; ++k) a_.partial[k * a_.partials + part] = sums[k];
-      for (int k = 0; k < Pass::kTops; ++k) a_.partial[(kMostSums + k) * a_.partials + part] = tops[k];
+      for (int k = 0; k < Pass::kTops; ++k) a_.partial[(kMaxSums + k) * a_.partials + part] = tops[k];
     }
   }
 
   template <class Pass>
   FL_NOINLINE void finish() const {
-    double sums[Pass::kSums] = {}, tops[kMostTops] = {-INFINITY, -INFINITY};
+    double sums[Pass::kSums] = {}, tops[kMaxTops] = {-INFINITY, -INFINITY};
     for (int k = 0; k < Pass::kSums; ++k)
       for (int64_t p = 0; p < a_.partials; ++p) sums[k] += a_.partial[k * a_.partials + p];
     for (int k = 0; k < Pass::kTops; ++k)
       for (int64_t p = 0; p < a_.partials; ++p)
-        tops[k] = max(a_.partial[(kMostSums + k) * a_.partials + p], tops[k]);
+        tops[k] = max(a_.partial[(kMaxSums + k) * a_.partials + p], tops[k]);
     Pass::template finish<T>(a_, sums, tops, *a_.state, Widen{});
   }
 
@@ -93,7 +93,7 @@ class AggregateKernel {
   template <class Pass>
   FL_FN void block(int64_t begin, int64_t end, double* sums, double* tops) const {
     const Pass pass(a_, *a_.state);
-    F s[Pass::kSums] = {}, top[kMostTops] = {fill<F>(-INFINITY), fill<F>(-INFINITY)};
+    F s[Pass::kSums] = {}, top[kMaxTops] = {fill<F>(-INFINITY), fill<F>(-INFINITY)};
     int64_t i = begin;
     for (; i + W <= end; i += W) {
       F x = load(x_ + i), w = fill<F>(1);
@@ -107,7 +107,7 @@ class AggregateKernel {
       const F w = weight<false>(i, end - i);
       pass.add(select(w != 0, load_part(x_ + i, end - i, R(0)), F{}), w, s, top);
     }
-    for (int k = 0; k < Pass::kSums; ++k) sums[k] += wide_sum(s[k]);
+    for (int k = 0; k < Pass::kSums; ++k) sums[k] += sum_as_double(s[k]);
     for (int k = 0; k < Pass::kTops; ++k) tops[k] = max(double(horizontal_max(top[k])), tops[k]);
   }
 

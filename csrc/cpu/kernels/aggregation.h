@@ -1,4 +1,4 @@
-// How a CPU reduces losses of samples, chosen for the instruction set of this machine.
+// The CPU kernels of reductions of losses of samples, for one instruction set each.
 #pragma once
 #include <cstdint>
 
@@ -7,14 +7,14 @@
 
 namespace fastloss::cpu {
 
-inline constexpr int64_t kAggregatePart = 16384;  // samples that are summed on their own
+inline constexpr int64_t kAggregatePart = 16384;  // samples of one partial sum
 
 struct AggregateKernels {
   // Sums of parts begin, ..., end - 1 of `partial`.
   void (*sum)(const AggregateArgs& args, AggregatePass pass, int64_t begin, int64_t end);
-  // Brings the state up to date by the sums of all parts; after the last pass the value.
+  // Updates the state from the sums of all parts; after the last pass writes the value.
   void (*finish)(const AggregateArgs& args, AggregatePass pass);
-  // Gradient of the samples of parts begin, ..., end - 1, and with the first one of theta.
+  // The gradient of the samples of parts begin, ..., end - 1; part 0 also writes that of theta.
   void (*gradient)(const AggregateArgs& args, int64_t begin, int64_t end);
 };
 FASTLOSS_PER_ISA(AggregateKernels, aggregate_kernels)

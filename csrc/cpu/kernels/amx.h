@@ -3,12 +3,12 @@
 //
 //   c[m, n] (+)= left[m, depth] right[depth, n]
 //
-// AMX multiplies bfloat16 and adds in float32. A number of another type is the sum of kPlanes bfloat16
-// numbers, its planes: one for bfloat16, two for float16, three for float32, which hold its 24 bits. Of the
-// products of planes those are added whose size is not below the type's rounding: 1, 3 and 6.
+// AMX multiplies bfloat16 and adds in float32. A number of another type is split into a sum of kTerms
+// bfloat16 terms: one for bfloat16, two for float16, three for float32, which together hold its 24 bits.
+// Products of terms that are smaller than the type's rounding are left out: 1, 3 and 6 products remain.
 //
 // Packed operands are tiles of 16 x 32 numbers, 1 KB each: [panels of 32 items][steps of 32 along depth]
-// [planes][2 tiles]. In a tile of the left operand each row is an item; in one of the right operand columns
+// [terms][2 tiles]. In a tile of the left operand each row is an item; in one of the right operand columns
 // are items and rows are pairs along depth. Every element of c is summed along depth in the same order
 // wherever it stands, and then added: its bits depend neither on its panel nor on its neighbours.
 #pragma once
@@ -18,7 +18,7 @@
 
 namespace fastloss::inline FL_ISA {
 
-// The tile registers, configured for as long as one of these lives: eight of 16 rows x 64 bytes.
+// Configures the tile registers, eight of 16 rows x 64 bytes, for its lifetime.
 class TileScope {
   alignas(64) uint8_t before_[64];
 
@@ -36,12 +36,12 @@ class TileScope {
   TileScope(const TileScope&) = delete;
 };
 
-template <int kPlanes>
+template <int kTerms>
 struct TileProducts {
   using Scope = TileScope;
   static constexpr int kSide = 32, kStep = 32, kTile = 1024;
-  static constexpr int64_t kStepBytes = 2 * kPlanes * kTile;  // of a panel
-  static constexpr int64_t kRows = 576 / kPlanes;             // packed, they leave room in the second cache
+  static constexpr int64_t kStepBytes = 2 * kTerms * kTile;  // of a panel
+  static constexpr int64_t kRows = 576 / kTerms;  // packed, they fit in the L2 cache with room to spare
 
   template <bool kIsLeft>
   static constexpr int64_t packed_bytes(int64_t count, int64_t depth) {
@@ -104,7 +104,7 @@ struct TileProducts {
   }
 
  private:
-  // 16 vectors of 16 pairs, turned about their diagonal.
+  // Transposes 16 vectors of 16 pairs.
   FL_FN static void turn(__m512i* r) {
     __m512i t[16];
 #pragma GCC unroll 8
@@ -135,68 +135,69 @@ struct TileProducts {
     }
   }
   FL_FN static f32v widened(__m256i h) { return (f32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }
-  // The next plane of a vector, which keeps the rest.
+  // The next term of x; the remainder stays in x.
   FL_FN static __m256i split(f32v& x) {
     const __m256i h = (__m256i)_mm512_cvtneps_pbh(x);
     x -= widened(h);
     return h;
   }
-  FL_FN static void write(__m512i (*planes)[16], bool turned, char* tile) {
-    for (int p = 0; p < kPlanes; ++p) {
-      if (turned) turn(planes[p]);
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 2 * p * kTile + 64 * i, planes[p][i]);
+  FL_FN static void write(__m512i (*terms)[16], bool turned, char* tile) {
+    for (int p = 0; p < kTerms; ++p) {
+      if (turned) turn(terms[p]);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 2 * p * kTile + 64 * i, terms[p][i]);
     }
   }
 
   template <bool kIsLeft, class S>
   FL_FN static void from_items(const S* x, int64_t stride, char* tile) {
-    __m512i planes[kPlanes][16];
+    __m512i terms[kTerms][16];
     for (int i = 0; i < 16; ++i, x += stride) {
-      if constexpr (sizeof(S) == 2 && kPlanes == 1) {
-        planes[0][i] = _mm512_loadu_si512(x);
+      if constexpr (sizeof(S) == 2 && kTerms == 1) {
+        terms[0][i] = _mm512_loadu_si512(x);
       } else {
         f32v low = load(x), high = load(x + 16);
-        for (int p = 0; p < kPlanes; ++p) {
+        for (int p = 0; p < kTerms; ++p) {
           const __m256i l = split(low), h = split(high);
-          planes[p][i] = _mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1);
+          terms[p][i] = _mm512_inserti64x4(_mm512_castsi256_si512(l), h, 1);
         }
       }
     }
-    write(planes, !kIsLeft, tile);
+    write(terms, !kIsLeft, tile);
   }
   template <bool kIsLeft, class S>
   FL_FN static void from_steps(const S* x, int64_t element, char* tile) {
-    __m512i planes[kPlanes][16];
+    __m512i terms[kTerms][16];
     for (int i = 0; i < 16; ++i, x += 2 * element) {
-      if constexpr (sizeof(S) == 2 && kPlanes == 1) {
+      if constexpr (sizeof(S) == 2 && kTerms == 1) {
         const __m512i e = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))),
                       o = _mm512_cvtepu16_epi32(
                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + element)));
-        planes[0][i] = _mm512_or_si512(e, _mm512_slli_epi32(o, 16));
+        terms[0][i] = _mm512_or_si512(e, _mm512_slli_epi32(o, 16));
         continue;
       }
       f32v even = load(x), odd = load(x + element);
-      for (int p = 0; p < kPlanes; ++p) {
+      for (int p = 0; p < kTerms; ++p) {
         const __m512i e = _mm512_cvtepu16_epi32(split(even)), o = _mm512_cvtepu16_epi32(split(odd));
-        planes[p][i] = _mm512_or_si512(e, _mm512_slli_epi32(o, 16));
+        terms[p][i] = _mm512_or_si512(e, _mm512_slli_epi32(o, 16));
       }
     }
-    write(planes, kIsLeft, tile);
+    write(terms, kIsLeft, tile);
   }
 
   // Tile registers: 0 to 3 sum, 4 and 5 hold the left operand, 6 and 7 the right one.
-#define FASTLOSS_LOAD_LEFT(plane)                 \
-  _tile_loadd(4, left + 2 * (plane) * kTile, 64); \
-  _tile_loadd(5, left + 2 * (plane) * kTile + kTile, 64)
-#define FASTLOSS_LOAD_RIGHT(plane)                 \
-  _tile_loadd(6, right + 2 * (plane) * kTile, 64); \
-  _tile_loadd(7, right + 2 * (plane) * kTile + kTile, 64)
+#define FASTLOSS_LOAD_LEFT(term)                 \
+  _tile_loadd(4, left + 2 * (term) * kTile, 64); \
+  _tile_loadd(5, left + 2 * (term) * kTile + kTile, 64)
+#define FASTLOSS_LOAD_RIGHT(term)                 \
+  _tile_loadd(6, right + 2 * (term) * kTile, 64); \
+  _tile_loadd(7, right + 2 * (term) * kTile + kTile, 64)
 #define FASTLOSS_MULTIPLY  \
   _tile_dpbf16ps(0, 4, 6); \
   _tile_dpbf16ps(1, 4, 7); \
   _tile_dpbf16ps(2, 5, 6); \
   _tile_dpbf16ps(3, 5, 7)
-  // Meanwhile the part of c that is added to next, 32 rows from `next` on, comes into the cache.
+  // sum = left right, for one panel of each. Prefetches the 32 rows of c from `next` on, which are added to
+  // next.
   FL_FN static void multiply_panels(const char* left, const char* right, int64_t steps, float* sum,
                                     const float* next, int64_t ldc) {
     const int64_t at_once = kSide / steps + 1;
@@ -212,14 +213,14 @@ struct TileProducts {
       FASTLOSS_LOAD_LEFT(0);
       FASTLOSS_LOAD_RIGHT(0);
       FASTLOSS_MULTIPLY;
-      if constexpr (kPlanes == 2) {
+      if constexpr (kTerms == 2) {
         FASTLOSS_LOAD_LEFT(1);
         FASTLOSS_MULTIPLY;
         FASTLOSS_LOAD_LEFT(0);
         FASTLOSS_LOAD_RIGHT(1);
         FASTLOSS_MULTIPLY;
       }
-      if constexpr (kPlanes == 3) {
+      if constexpr (kTerms == 3) {
         FASTLOSS_LOAD_LEFT(1);
         FASTLOSS_MULTIPLY;
         FASTLOSS_LOAD_LEFT(2);

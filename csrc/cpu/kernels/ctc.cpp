@@ -21,7 +21,7 @@ class AlignmentKernel {
   explicit AlignmentKernel(const AlignmentArgs& args) : a_(args), width_(2 * args.width + 1) {
     const int64_t row = (width_ + 3 * W) / W * W, classes = (a_.classes + W) / W * W;
     R* p = static_cast<R*>(cpu::thread_scratch((5 * row + classes) * sizeof(R)));
-    row_[0] = p + W, row_[1] = p + row + W;  // before and behind them nothing
+    row_[0] = p + W, row_[1] = p + row + W;  // padded on both sides by -infinity
     p += 2 * row;
     y_ = p, skip_ = p + row, posterior_ = p + 2 * row, found_ = p + 3 * row;
     for (int64_t k = 0; k < classes; ++k) found_[k] = 0;
@@ -43,8 +43,8 @@ class AlignmentKernel {
     for (int64_t s = -W; s < 0; ++s) row[s] = -R(INFINITY);
     for (int64_t s = positions; s < positions + W; ++s) row[s] = -R(INFINITY);
   }
-  FL_FN F classes_at(const T* x, int64_t k, R rest) const {
-    return k + W <= a_.classes ? load(x + k) : load_part(x + k, a_.classes - k, rest);
+  FL_FN F classes_at(const T* x, int64_t k, R pad) const {
+    return k + W <= a_.classes ? load(x + k) : load_part(x + k, a_.classes - k, pad);
   }
 
   FL_NOINLINE R log_sum_exp(const T* x) const {
@@ -151,7 +151,7 @@ class AlignmentKernel {
   const AlignmentArgs& a_;
   const int64_t width_;
   R* row_[2];                           // alphas, or betas, of two steps
-  R *y_, *skip_, *posterior_, *found_;  // by position; `found_` the posteriors of the classes
+  R *y_, *skip_, *posterior_, *found_;  // by position; found_ [classes]: sums of posteriors
 };
 
 void run(const AlignmentArgs& a, int64_t begin, int64_t end) {

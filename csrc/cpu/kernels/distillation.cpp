@@ -1,8 +1,9 @@
-// Two rows of logits at a time, from memory once: maxima and sums, then the divergence, then the gradients,
-// which go around the caches where they are large. Between the sweeps the exponentials and the logarithms of
-// a mixture lie in scratch memory, in the second-level cache. Padding is a logit of -infinity.
+// Two rows of logits at a time, read from memory once: maxima and sums, then the divergence, then the
+// gradients, with streaming stores if they are large. Between the sweeps the exponentials, and the
+// log-ratios of a mixture, stay in scratch memory in the L2 cache. Rows are padded with logits of -infinity.
 //
-// Gradients are made by two passes that must agree in every bit: no contraction where one of them allows it.
+// Forward and backward make the same gradients, bit for bit: so the compiler must not contract to FMAs,
+// which it might do in one of them only.
 #pragma GCC optimize("fp-contract=off")
 #include <cstring>
 
@@ -42,12 +43,12 @@ class DivergenceKernel {
   struct Side {  // one of the two rows
     const T* x;
     R* e;  // exp(z - m)
-    R m, sum, log_sum, share;
+    R m, sum, log_sum, inv_sum;
 
     FL_FN void set(R sum_) {
       sum = sum_;
       log_sum = log(sum);
-      share = 1 / sum;
+      inv_sum = 1 / sum;
     }
   };
 
@@ -115,16 +116,16 @@ class DivergenceKernel {
     for (; j < n_; j += W) add(j, logits(s.x, j), sum[0]);
     s.set(horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
-  FL_FN auto shares(const Side& student, const Side& teacher, int64_t j) const {
+  FL_FN auto log_ratios(const Side& student, const Side& teacher, int64_t j) const {
     const R apart = (teacher.m - student.m) + (teacher.log_sum - student.log_sum);
-    return loss_.shares((logits(teacher.x, j) - logits(student.x, j)) - apart);
+    return loss_.log_ratios((logits(teacher.x, j) - logits(student.x, j)) - apart);
   }
   FL_NOINLINE void value(const Side& student, const Side& teacher, R& a, R& b) const {
     F sum_a[kUnroll] = {}, sum_b[kUnroll] = {};
     for (int64_t j = 0, i = 0; j < n_; j += W, i = (i + 1) % kUnroll) {
-      const auto s = shares(student, teacher, j);
-      if constexpr (kKind != kReverse) sum_a[i] += loss_.weighed(load(teacher.e + j) * teacher.share, s.u);
-      if constexpr (kKind != kForward) sum_b[i] += loss_.weighed(load(student.e + j) * student.share, s.v);
+      const auto s = log_ratios(student, teacher, j);
+      if constexpr (kKind != kReverse) sum_a[i] += loss_.weighed(load(teacher.e + j) * teacher.inv_sum, s.u);
+      if constexpr (kKind != kForward) sum_b[i] += loss_.weighed(load(student.e + j) * student.inv_sum, s.v);
       if (kKind == kMixture && a_.pass == RowPass::forward_gradient) {
         store(u_ + j, s.u);
         store(v_ + j, s.v);
@@ -139,9 +140,9 @@ class DivergenceKernel {
     const auto at = [&](int64_t j) __attribute__((always_inline)) {
       const F e_p = kept ? load(teacher.e + j) : exp_down(logits(teacher.x, j) - teacher.m);
       const F e_q = kept ? load(student.e + j) : exp_down(logits(student.x, j) - student.m);
-      const F p = e_p * teacher.share, q = e_q * student.share;
+      const F p = e_p * teacher.inv_sum, q = e_q * student.inv_sum;
       if (kKind == kMixture && kept) return slope(p, q, load(u_ + j), load(v_ + j));
-      const auto s = shares(student, teacher, j);
+      const auto s = log_ratios(student, teacher, j);
       return slope(p, q, s.u, s.v);
     };
     int64_t j = 0;

@@ -1,7 +1,7 @@
 // The elementwise losses for one instruction set: compiled once for each, with FL_ISA naming it.
 //
-// One formula is compiled for several passes, which must agree in every bit: no contraction of a * b + c
-// where one of them happens to allow it.
+// One formula is compiled for several passes, which must agree bit for bit: so the compiler must not contract
+// a * b + c to FMAs, which it might do in some of them only.
 #pragma GCC optimize("fp-contract=off")
 #include "elements.h"
 #include "tables.h"

@@ -1,10 +1,10 @@
-// How a CPU walks equally shaped tensors: a block of elements at a time, value and gradients in one sweep.
+// Elementwise losses on the CPU: a block of elements at a time, value and gradients in one sweep.
 //
-// The loss sees blocks of the accumulation type: where an input is that already, its own memory, else a copy
-// in the first-level cache, converted, broadcast or made from classes on the way. Outputs take the same route
-// back, around the caches if they are large. So a formula is compiled for float and double only, and nothing
-// but its inputs is read and nothing but its results is written. A block's sum has a fixed order and does not
-// depend on who computes it.
+// The loss sees blocks of the accumulation type: the input itself if it has that type, else a copy in the L1
+// cache, converted, broadcast or expanded from classes. Outputs take the same route back, with streaming
+// stores if they are large. So a formula is compiled for float and double only; inputs are read once,
+// outputs written once, and nothing else is stored. A block's sum has a fixed order, whichever thread
+// computes it.
 #pragma once
 #include <bit>
 
@@ -18,13 +18,13 @@ template <class R>
 struct Block {
   const R* in[kMaxInputs];
   const R *weight, *upstream;  // null: 1
-  R k;                         // multiplies the gradients
+  R k;                         // factor of the gradients
   int64_t count;               // a multiple of the lanes of a pair of vectors
   R *value, *u;                // value only, or value and u of a log-sum
   R* dx[kMaxInputs];
 };
 
-// A step of the loss for the whole block, then the next.
+// Each step of the loss for the whole block, before the next step.
 template <int kStep = 0, class F, class Loss, class R>
 FL_FN void step_block(const Loss& loss, const Block<R>& b, R (*steps)[kElementBlock]) {
   if constexpr (kStep < kStepsOf<Loss>) {
@@ -87,7 +87,7 @@ struct Mapping {
   }
 };
 
-// In four running sums, added pairwise.
+// In four independent sums, added pairwise.
 template <class R>
 FL_FN double sum_block(const R* value, int64_t count) {
   using F = vector_t<R>;
@@ -95,7 +95,8 @@ FL_FN double sum_block(const R* value, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes<F>) s[i / kLanes<F> % 4] += load(value + i);
   return horizontal_sum((s[0] + s[1]) + (s[2] + s[3]));
 }
-// sum of log(1 + u) = log of the product; of product - 1, which keeps what 1 + u loses of a small u.
+// sum of log(1 + u) as the logarithm of a product; kept as product - 1, since 1 + u loses digits of a small
+// u.
 template <class R>
 FL_FN double log1p_sum(const R* u, int64_t count) {
   using F = vector_t<R>;
@@ -152,8 +153,8 @@ class ElementKernel {
     if (a_.weight.p) b.weight = fetch(a_.weight, begin, count, staged());
     if (a_.upstream.p && !one_upstream) b.upstream = fetch(a_.upstream, begin, count, staged());
     const bool direct = !a_.past_cache && count == b.count;
-    const bool wide_out = a_.out_wide || sizeof(T) == sizeof(R);
-    R* const value = a_.out && wide_out && direct ? static_cast<R*>(a_.out) + begin : staged();
+    const bool acc_out = a_.out_acc || sizeof(T) == sizeof(R);
+    R* const value = a_.out && acc_out && direct ? static_cast<R*>(a_.out) + begin : staged();
     if (a_.out || a_.partial) b.value = value;
     if (sum_logs_) b.u = staged();
     for (int j = 0; j < inputs_; ++j)
@@ -169,7 +170,7 @@ class ElementKernel {
       }
     }
     if (a_.out) {
-      if (wide_out) {
+      if (acc_out) {
         write(static_cast<R*>(a_.out) + begin, value, count);
       } else {
         write(static_cast<T*>(a_.out) + begin, value, count);
@@ -185,7 +186,8 @@ class ElementKernel {
   // ---- inputs
   FL_FN R number(const ElementInput& x, int64_t i) const {
     if (x.source == Source::flag) return static_cast<const uint8_t*>(x.p)[i] ? 1 : 0;
-    return x.source == Source::wide ? static_cast<const R*>(x.p)[i] : widen(static_cast<const T*>(x.p)[i]);
+    return x.source == Source::accumulation ? static_cast<const R*>(x.p)[i]
+                                            : widen(static_cast<const T*>(x.p)[i]);
   }
   template <class S>
   FL_FN static void copy(const S* from, int64_t count, R* to) {
@@ -201,13 +203,13 @@ class ElementKernel {
     } else if (flat && x.source == Source::flag) {
       const uint8_t* p = static_cast<const uint8_t*>(x.p) + begin;
       for (int64_t i = 0; i < count; ++i) to[i] = p[i] ? 1 : 0;
-    } else if (flat && (x.source == Source::wide || sizeof(T) == sizeof(R))) {
+    } else if (flat && (x.source == Source::accumulation || sizeof(T) == sizeof(R))) {
       const R* p = static_cast<const R*>(x.p) + begin;
       if (count % kStep == 0) return p;
       copy(p, count, to);
     } else if (flat) {
       copy(static_cast<const T*>(x.p) + begin, count, to);
-    } else {  // runs of one number, inner of them, or where inner is 1 of a whole period
+    } else {  // runs of `inner` equal numbers; if inner is 1, repeated periods
       int64_t within = begin % x.inner, at = begin / x.inner % x.period;
       for (int64_t i = 0; i < count;) {
         const int64_t whole = x.period == 1 ? count : x.inner == 1 ? x.period - at : x.inner - within;

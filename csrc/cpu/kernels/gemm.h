@@ -1,4 +1,4 @@
-// Matrix multiplication in the caches: packed panels, and the register tile that multiplies them.
+// A GEMM on operands that fit in the caches: packed panels, and the micro-kernel, a register tile.
 //
 //   c[m, n] (+)= left[m, depth] right[depth, n]
 //
@@ -6,10 +6,10 @@
 // so that each step k multiplies a column of kLeft numbers with kRight / lanes vectors. `pack` makes panels
 // from any strides and converts half types; a panel of the left operand may also be rows of a matrix that
 // lies transposed, read in place (`step` is its leading dimension). Every element is summed over k in order,
-// in blocks of kDepth: its bits do not depend on where in a panel it stands nor on what stands beside it.
+// in blocks of kDepth: its bits depend neither on its place in a panel nor on its neighbours.
 //
-// A right panel of one block stays in the first-level cache while all left panels pass; the caller picks m so
-// that these stay in the second.
+// A right panel of one block stays in the L1 cache while all left panels pass; the caller picks m so that
+// these stay in the L2 cache.
 #pragma once
 #include "../../math/math.h"
 
@@ -69,9 +69,9 @@ FL_FN void transpose(const R* rows, R* out) {
   }
 }
 
-// Packs `count` vectors of `depth` elements into panels of kWidth, zeros in the places of the last panel that
-// nothing fills. Element (i, k) is at x[i * stride + k * element]; it is multiplied by factor[i] if there is
-// one. `out` holds round_up(count, kWidth) * depth numbers.
+// Packs `count` vectors of `depth` elements into panels of kWidth; the last panel is padded with zeros.
+// Element (i, k) is at x[i * stride + k * element]; it is multiplied by factor[i] if there is one. `out`
+// holds round_up(count, kWidth) * depth numbers.
 template <int kWidth, class T, class R>
 FL_NOINLINE void pack(const T* x, int64_t stride, int64_t element, int64_t count, int64_t depth, R* out,
                       const R* factor = nullptr) {
@@ -81,7 +81,7 @@ FL_NOINLINE void pack(const T* x, int64_t stride, int64_t element, int64_t count
     const int width = static_cast<int>(count - p < kWidth ? count - p : kWidth);
     const R* f = factor ? factor + p : nullptr;
     int64_t k = 0;
-    if (element == 1) {  // vectors are rows: turned in blocks
+    if (element == 1) {  // vectors are rows: transposed in blocks
       alignas(64) R rows[kWidth * kStep] = {};
       for (; k + kStep <= depth; k += kStep) {
         for (int i = 0; i < width; ++i)
@@ -105,7 +105,7 @@ FL_NOINLINE void pack(const T* x, int64_t stride, int64_t element, int64_t count
   }
 }
 
-// One register tile: c[rows, columns] of kLeft x kRight at most.
+// The micro-kernel: one register tile c[rows, columns] of at most kLeft x kRight.
 template <class R>
 FL_NOINLINE void multiply_panels(const R* __restrict a, int64_t step, const R* __restrict b, int64_t b_step,
                                  int64_t depth, R* __restrict c, int64_t ldc, int rows, int columns,
@@ -157,7 +157,7 @@ FL_NOINLINE void multiply(Panels<R> left, Panels<R> right, int64_t m, int64_t n,
       const int columns = static_cast<int>(n - j < G::kRight ? n - j : G::kRight);
       for (int64_t i = 0, p = 0; i < m; i += G::kLeft, ++p) {
         const int rows = static_cast<int>(m - i < G::kLeft ? m - i : G::kLeft);
-        if (i + G::kLeft < m) {  // what is added to next comes into the cache meanwhile
+        if (i + G::kLeft < m) {  // prefetches the tile of c that is added to next
           const R* next = c + (i + G::kLeft) * ldc + j;
           for (int r = 0; r < G::kLeft; ++r, next += ldc) {
             __builtin_prefetch(next, 1);
@@ -172,7 +172,7 @@ FL_NOINLINE void multiply(Panels<R> left, Panels<R> right, int64_t m, int64_t n,
   }
 }
 
-// The same as a way to multiply, see linear.cpp: packed operands are bytes to their user.
+// The interface of TileProducts (amx.h) for this GEMM, see linear.cpp: packed operands are opaque bytes.
 template <class R>
 struct VectorProducts {
   using G = Gemm<R>;

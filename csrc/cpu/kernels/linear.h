@@ -1,5 +1,5 @@
-// A linear layer in front of a row loss on the CPU: three matrix products over a chunk of rows, whose logits
-// stay in one buffer that is used again for the next chunk.
+// A linear layer fused with a row loss, on the CPU: three GEMMs over a chunk of rows. The logits of all rows
+// are never stored: one buffer holds those of a chunk and is reused for the next.
 #pragma once
 #include <cstdint>
 
@@ -13,7 +13,7 @@ struct LinearArgs {
   DType dtype;                // of w
   int64_t rows, n, features;  // of the chunk: rows, classes, features
   const void* x;              // [rows, features]
-  void* panels;               // what `pack_left` or `pack_right` leaves of x, packed_bytes() of room
+  void* panels;               // workspace of packed_bytes(): x, packed by `pack_left` or `pack_right`
   const void* w;              // [n, features], any strides
   int64_t w_row, w_column;
   const void* bias;                 // [n] or null
@@ -21,12 +21,12 @@ struct LinearArgs {
   void* dx;                         // [rows, features]
   void* dw;                         // [n, features]
   void* db;                         // [n] or null
-  bool add;                         // dw and db are added to
+  bool add;                         // dw and db accumulate
   int64_t tile_rows, tile_columns;  // of dx that one task computes; no result depends on them
 };
 
-// Tasks of `logits` and `dw`, and the depth of a panel, in which products are added up before they are added
-// to the result.
+// Rows and classes of a task of `logits` and `dw`; the depth of a panel, over which products are summed
+// before they are added to the result.
 inline constexpr int64_t kClassBlock = 384, kRowBlock = 384, kDepth = 384;
 
 struct LinearKernels {
@@ -41,7 +41,7 @@ struct LinearKernels {
 };
 
 FASTLOSS_PER_ISA(LinearKernels, linear_kernels)
-extern const LinearKernels linear_kernels_amx;  // beside those of avx512
+extern const LinearKernels linear_kernels_amx;  // used together with those of avx512
 inline const LinearKernels& best_linear_kernels() {
   return amx() ? linear_kernels_amx : linear_kernels.best();
 }

@@ -57,9 +57,9 @@ class RankingKernel {
       if (chooses_)
         for (int64_t l = 0; l < lanes_; ++l) state(r + l)[i] = item.value[l];
     }
-    const F share = loss_share(a_.kind, pairs);
+    const F weight = loss_weight(a_.kind, pairs);
     for (int64_t l = 0; l < lanes_; ++l) {
-      static_cast<R*>(a_.loss)[r + l] = value[l] * share[l];
+      static_cast<R*>(a_.loss)[r + l] = value[l] * weight[l];
       static_cast<R*>(a_.pairs)[r + l] = pairs[l];
       state(r + l)[width_ - 1] = pairs[l];
     }
@@ -70,7 +70,7 @@ class RankingKernel {
       g[l] = static_cast<const R*>(a_.upstream)[r + l];
       pairs[l] = state(r + l)[width_ - 1];
     }
-    g *= loss_share(a_.kind, pairs);
+    g *= loss_weight(a_.kind, pairs);
     for (int64_t i = 0; i < n_; ++i) {
       const F d = chooses_ ? choice_gradient<F>(rows_, n_, i) : pairs_gradient<F>(rows_, n_, i);
       for (int64_t l = 0; l < lanes_; ++l)

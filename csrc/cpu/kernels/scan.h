@@ -1,4 +1,4 @@
-// How a CPU walks sequences in time: as many sequences at once as a vector has lanes.
+// Recursions in time on the CPU: as many sequences at once as a vector has lanes.
 //
 // Steps are taken in square tiles: a vector of consecutive steps of each sequence is loaded, the tile is
 // transposed in registers, the recursion runs over it with one sequence a lane, and the results go back the
@@ -11,7 +11,7 @@
 
 namespace fastloss::inline FL_ISA {
 
-// Rows become columns: at each stage, blocks of size h change places across the diagonal.
+// Transposes a square tile: at each stage, blocks of size h are exchanged across the diagonal.
 template <int h, class F, int... I>
 FL_FN void transpose_stage(F* m, std::integer_sequence<int, I...>) {
   constexpr int W = kLanes<F>;
@@ -71,7 +71,7 @@ class ScanKernel {
  private:
   FL_FN void place_rows(int64_t r, int64_t end) {
     longest_ = 0;
-    for (int l = 0; l < W; ++l) {  // lanes without a sequence repeat the last one and store nothing
+    for (int l = 0; l < W; ++l) {  // unused lanes repeat the last sequence and store nothing
       const int64_t row = l < lanes_ ? r + l : end - 1;
       start_[l] = a_.offsets ? a_.offsets[row] : row * a_.n;
       length_[l] = a_.offsets ? a_.offsets[row + 1] - start_[l] : a_.n;

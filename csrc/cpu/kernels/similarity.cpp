@@ -1,4 +1,4 @@
-// The walk of cpu/kernels/similarity.h, and the choice of what to do with a tile, for one instruction set.
+// The loop over tiles of cpu/kernels/similarity.h, and the choice of its epilogue, for one instruction set.
 #include "similarity.h"
 
 #include <sched.h>
@@ -129,7 +129,7 @@ void pack_y(const TileCall& a, int64_t begin, int64_t end) {
   }
 }
 template <class R>
-void walk(const TileCall& a) {
+void run_tiles(const TileCall& a) {
   switch (a.pass) {
     case TilePass::statistics:
       return TileKernel<R, TilePass::statistics>(a).run();
@@ -146,15 +146,17 @@ void walk(const TileCall& a) {
   }
 }
 
-int64_t packed_size(const TileCall& a) { return a.wide ? packed_size<double>(a) : packed_size<float>(a); }
-void pack_y(const TileCall& a, int64_t begin, int64_t end) {
-  a.wide ? pack_y<double>(a, begin, end) : pack_y<float>(a, begin, end);
+int64_t packed_size(const TileCall& a) {
+  return a.is_double ? packed_size<double>(a) : packed_size<float>(a);
 }
-void walk(const TileCall& a) { a.wide ? walk<double>(a) : walk<float>(a); }
+void pack_y(const TileCall& a, int64_t begin, int64_t end) {
+  a.is_double ? pack_y<double>(a, begin, end) : pack_y<float>(a, begin, end);
+}
+void run_tiles(const TileCall& a) { a.is_double ? run_tiles<double>(a) : run_tiles<float>(a); }
 
 }  // namespace
 }  // namespace fastloss::inline FL_ISA
 
 namespace fastloss::cpu {
-FASTLOSS_OF_ISA(TileKernels, tile_kernels) = {&packed_size, &pack_y, &walk};
+FASTLOSS_OF_ISA(TileKernels, tile_kernels) = {&packed_size, &pack_y, &run_tiles};
 }  // namespace fastloss::cpu

@@ -1,7 +1,8 @@
-// What each pass makes of a tile of similarities, s[kTile][kTile] with rows and columns that count.
+// The epilogue of each pass for a tile of similarities, s[kTile][kTile], while it is in the cache.
 //
-// begin_rows, then for each block of columns `tile` and, in the order of the blocks of rows, `columns`; then
-// end_rows. Columns are padded to whole vectors with -infinity, or zeros where the tile is a gradient.
+// Called in this order for a block of rows: begin_rows, for each block of columns `tile` and, in the order
+// of the blocks of rows, `columns`; then end_rows. Columns are padded to whole vectors with -infinity, or
+// with zeros where the tile becomes a gradient.
 #pragma once
 #include "similarity_softmax.h"
 
@@ -25,7 +26,7 @@ class TileEpilogue<R, TilePass::pairs> : public TileRows<R> {
     for (int64_t r = 0; r < rows_; ++r, s += kTile) {
       const R m = this->of_rows(a_.row_max)[r], log_sum = this->of_rows(a_.row_log_sum)[r];
       Base::pad(s, 1, columns, 0);
-      const int64_t at = this->marked(r, column, columns);
+      const int64_t at = this->target_in_tile(r, column, columns);
       F value{}, slopes{};
       for (int64_t j = 0; j < columns; j += W) {
         auto mine = this->same(r, column + j);
@@ -69,15 +70,15 @@ class TileEpilogue<R, TilePass::pairs_gradient> : public SoftmaxGradient<R> {
       }
       return select(mine, -drawn, g);
     });
-    for (int64_t r = 0; a_.mark && r < rows_; ++r) {
-      const int64_t at = this->marked(r, column, columns);
+    for (int64_t r = 0; a_.target_col && r < rows_; ++r) {
+      const int64_t at = this->target_in_tile(r, column, columns);
       if (at >= 0) s[r * kTile + at] = 0;
     }
     Base::pad(s, rows_, columns, 0);
   }
 };
 
-// ---- softplus over all, of -s for the marked entry
+// ---- softplus over all, of -s for the target
 template <class R>
 class TileEpilogue<R, TilePass::sigmoid> : public TileRows<R> {
   using Base = TileRows<R>;
@@ -94,10 +95,10 @@ class TileEpilogue<R, TilePass::sigmoid> : public TileRows<R> {
   FL_NOINLINE void tile(R* s, int64_t column, int64_t columns) {
     R* const kept = this->array_[0];
     for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t at = this->marked(r, column, columns);
+      const int64_t at = this->target_in_tile(r, column, columns);
       kept[r] = at >= 0 ? s[r * kTile + at] + R(a_.bias) : R(0);
     }
-    this->mask_entries(s, column, columns, nullptr, {a_.same_is_positive, false});
+    this->mask_entries(s, column, columns, nullptr, {a_.labels_are_positives, false});
     for (int64_t r = 0; r < rows_; ++r, s += kTile) {
       const R up = a_.row_grad ? this->of_rows(a_.row_grad)[r] : R(0);
       F value{}, slopes{};
@@ -109,7 +110,7 @@ class TileEpilogue<R, TilePass::sigmoid> : public TileRows<R> {
       }
       value_[r] += horizontal_sum(value);
       slope_[r] += horizontal_sum(slopes);
-      const int64_t at = this->marked(r, column, columns);
+      const int64_t at = this->target_in_tile(r, column, columns);
       if (at < 0) continue;
       F slope;
       value_[r] += softplus(fill<F>(-kept[r]), slope)[0];
@@ -125,7 +126,7 @@ class TileEpilogue<R, TilePass::sigmoid> : public TileRows<R> {
   }
 };
 
-// ---- the extremes of a row among its positives and among its negatives; NaN is the most extreme
+// ---- the extremes of a row among its positives and among its negatives; NaN counts as the most extreme
 template <class R>
 class TileEpilogue<R, TilePass::hardest> : public TileRows<R> {
   using Base = TileRows<R>;
@@ -144,19 +145,20 @@ class TileEpilogue<R, TilePass::hardest> : public TileRows<R> {
     const R* const add = static_cast<const R*>(a_.hardest_offset()) + column;
     const R* const ids = static_cast<const R*>(a_.col_ids) + column;
     for (int64_t r = 0; r < rows_; ++r, s += kTile) {
-      const int64_t at = this->marked(r, column, columns);
+      const int64_t at = this->target_in_tile(r, column, columns);
       const R mine = static_cast<const R*>(a_.row_ids)[row_ + r];
-      R most = array_[0][r], least = array_[1][r];
+      R max_key = array_[0][r], min_key = array_[1][r];
       int64_t *const positive = a_.hardest + row_ + r, *const negative = positive + a_.m;
       for (int64_t j = 0; j < columns; ++j) {
         const R key = s[j] + add[j];
         if (ids[j] == mine) {
-          if (j != at && (key > most || key != key || *positive < 0)) most = key, *positive = column + j;
-        } else if (key < least || key != key || *negative < 0) {
-          least = key, *negative = column + j;
+          if (j != at && (key > max_key || key != key || *positive < 0))
+            max_key = key, *positive = column + j;
+        } else if (key < min_key || key != key || *negative < 0) {
+          min_key = key, *negative = column + j;
         }
       }
-      array_[0][r] = most, array_[1][r] = least;
+      array_[0][r] = max_key, array_[1][r] = min_key;
     }
   }
 };

@@ -1,4 +1,4 @@
-// What the passes over a tile of similarities share: its rows and columns, and which entries count.
+// What the epilogues of a tile of similarities share: its rows and columns, and which entries count.
 #pragma once
 #include "../../losses/similarity.h"
 #include "../../math/online_softmax.h"
@@ -14,7 +14,8 @@ FL_FN bool any(F mask) {
   return all != 0;
 }
 
-// Exponents relative to one number for a whole tile, where they stay this close, cost one exp an element.
+// If the maxima of a tile's rows and columns are at most this far apart, one base serves all of them, and an
+// entry takes one exp instead of two.
 inline constexpr int kSpread = 40;
 
 template <class R>
@@ -39,16 +40,16 @@ class TileRows {
 
  protected:
   FL_FN R* of_rows(void* array) const { return static_cast<R*>(array) + row_; }
-  // The marked column of row r within the tile, or -1.
-  FL_FN int64_t marked(int64_t r, int64_t column, int64_t columns) const {
-    const int64_t at = a_.mark ? a_.mark[row_ + r] - column : -1;
+  // The target column of row r relative to the tile, or -1 if it is in another tile.
+  FL_FN int64_t target_in_tile(int64_t r, int64_t column, int64_t columns) const {
+    const int64_t at = a_.target_col ? a_.target_col[row_ + r] - column : -1;
     return at >= 0 && at < columns ? at : -1;
   }
   FL_FN auto same(int64_t r, int64_t column) const {
     return load(static_cast<const R*>(a_.col_ids) + column) ==
            fill<F>(static_cast<const R*>(a_.row_ids)[row_ + r]);
   }
-  // The part of an array of columns that is beside this tile, zeros where there is none.
+  // Copies the tile's part of a per-column array; zeros where there is none.
   FL_FN static void of_columns(const void* array, int64_t column, int64_t columns, R* to) {
     for (int64_t j = 0; j < kTile; ++j)
       to[j] = array && j < columns ? static_cast<const R*>(array)[column + j] : R(0);
@@ -57,16 +58,17 @@ class TileRows {
     for (int64_t j = columns; j % W; ++j)
       for (int64_t r = 0; r < rows; ++r) s[r * kTile + j] = value;
   }
-  FL_FN EntryRule rule() const { return {a_.same_is_positive, a_.with_positives}; }
-  // What is not summed becomes -infinity; positives go where they are wanted.
+  FL_FN EntryRule rule() const { return {a_.labels_are_positives, a_.positives_in_denominator}; }
+  // Entries that are not summed become -infinity. Positives go to positive[r], their sum if there are
+  // several; null: not needed.
   FL_NOINLINE void mask_entries(R* s, int64_t column, int64_t columns, R* positive, EntryRule rule) const {
     pad(s, rows_, columns, kNone);
-    if (!a_.mark && !a_.row_ids) return;
-    const Entry marked_is = rule(true, false), equal_is = rule(false, true);
-    const bool keep_marked = rule.summed(marked_is), keep_equal = rule.summed(equal_is);
+    if (!a_.target_col && !a_.row_ids) return;
+    const Entry target_is = rule(true, false), equal_is = rule(false, true);
+    const bool keep_target = rule.summed(target_is), keep_equal = rule.summed(equal_is);
     for (int64_t r = 0; r < rows_; ++r, s += kTile) {
-      const int64_t at = marked(r, column, columns);
-      const R own = at >= 0 ? s[at] : R(0);
+      const int64_t at = target_in_tile(r, column, columns);
+      const R target_s = at >= 0 ? s[at] : R(0);
       if (a_.row_ids && equal_is == Entry::left_out) {
         for (int64_t j = 0; j < columns; j += W)
           store(s + j, select(same(r, column + j), fill<F>(kNone), load(s + j)));
@@ -81,8 +83,8 @@ class TileRows {
         if (positive) positive[r] += horizontal_sum(sum);
       }
       if (at < 0) continue;
-      s[at] = keep_marked ? own : kNone;
-      if (positive && marked_is == Entry::positive) positive[r] = own;
+      s[at] = keep_target ? target_s : kNone;
+      if (positive && target_is == Entry::positive) positive[r] = target_s;
     }
   }
 

@@ -1,4 +1,5 @@
-// Sums of exponentials of a tile's rows and columns, and their gradient. See similarity_passes.h.
+// The epilogues of the softmax: maxima and sums of exponentials of a tile's rows and columns, and their
+// gradient. See similarity_passes.h.
 #pragma once
 #include "similarity_rows.h"
 
@@ -58,8 +59,8 @@ class TileEpilogue<R, TilePass::statistics> : public TileRows<R> {
   }
 
  private:
-  FL_FN static F get(const R* p, int64_t count, R rest) {
-    return count >= W ? load(p) : load_part(p, count, rest);
+  FL_FN static F get(const R* p, int64_t count, R pad) {
+    return count >= W ? load(p) : load_part(p, count, pad);
   }
   FL_FN static void put(R* p, F v, int64_t count) { count >= W ? store(p, v) : store_part(p, v, count); }
   FL_NOINLINE void rows_alone(const R* s, int64_t columns) {
@@ -136,7 +137,8 @@ class SoftmaxGradient : public TileRows<R> {
   using Base::a_, Base::array_, Base::row_, Base::rows_, Base::kTile, Base::W, Base::kNone;
   using typename Base::F;
 
-  // factors of rows in array 0 and of columns in array 1 that multiply exp(s - base), if one base serves all
+  // If one base serves the whole tile: the factors of exp(s - base), for rows in array 0, for columns in
+  // array 1.
   FL_NOINLINE bool one_base(int64_t column, int64_t columns, R& base) const {
     R high = kNone, low = INFINITY;
     range(a_.row_grad ? static_cast<const R*>(a_.row_max) + row_ : nullptr,
@@ -149,9 +151,9 @@ class SoftmaxGradient : public TileRows<R> {
     factors(array_[1], a_.col_grad, a_.col_max, a_.col_log_sum, column, columns, base);
     return true;
   }
-  // s becomes the softmax's gradient; `rest` may change a vector of it
-  template <class Rest>
-  FL_FN void gradient(R* s, int64_t column, int64_t columns, Rest rest) const {
+  // s becomes the softmax's gradient; epilogue(s, gradient, row, column) gives the vector that is stored.
+  template <class Epilogue>
+  FL_FN void gradient(R* s, int64_t column, int64_t columns, Epilogue epilogue) const {
     const R *row_max = static_cast<const R*>(a_.row_max) + row_,
             *row_sum = static_cast<const R*>(a_.row_log_sum) + row_,
             *row_grad = static_cast<const R*>(a_.row_grad) + row_;
@@ -160,8 +162,8 @@ class SoftmaxGradient : public TileRows<R> {
         for (int64_t j = 0; j < columns; j += W) {
           R* const at = s + r * kTile + j;
           const F v = load(at);
-          const F g = a_.row_grad ? row_grad[r] * softmax_share(v, row_max[r], row_sum[r]) : F{};
-          store(at, rest(v, g, r, j));
+          const F g = a_.row_grad ? row_grad[r] * softmax_prob(v, row_max[r], row_sum[r]) : F{};
+          store(at, epilogue(v, g, r, j));
         }
       return;
     }
@@ -171,7 +173,7 @@ class SoftmaxGradient : public TileRows<R> {
         for (int64_t j = 0; j < columns; j += W) {
           R* const at = s + r * kTile + j;
           const F v = load(at);
-          store(at, rest(v, exp_down(v - base) * (load(array_[1] + j) + array_[0][r]), r, j));
+          store(at, epilogue(v, exp_down(v - base) * (load(array_[1] + j) + array_[0][r]), r, j));
         }
       return;
     }
@@ -185,8 +187,8 @@ class SoftmaxGradient : public TileRows<R> {
         R* const at = s + r * kTile + j;
         const F v = load(at);
         F g = load(array_[1] + j) * exp_down((v - load(array_[2] + j)) - load(array_[3] + j));
-        if (a_.row_grad) g += row_grad[r] * softmax_share(v, row_max[r], row_sum[r]);
-        store(at, rest(v, g, r, j));
+        if (a_.row_grad) g += row_grad[r] * softmax_prob(v, row_max[r], row_sum[r]);
+        store(at, epilogue(v, g, r, j));
       }
   }
 
@@ -236,14 +238,14 @@ class TileEpilogue<R, TilePass::softmax_gradient> : public SoftmaxGradient<R> {
     } else {
       this->gradient(s, column, columns, [](F, F g, int64_t, int64_t) { return g; });
     }
-    const bool marked_is_positive = rule(true, false) == Entry::positive;
-    const bool keep_marked = rule.summed(rule(true, false));
-    for (int64_t r = 0; a_.mark && r < rows_; ++r) {
-      const int64_t at = this->marked(r, column, columns);
+    const bool target_is_positive = rule(true, false) == Entry::positive;
+    const bool keep_target = rule.summed(rule(true, false));
+    for (int64_t r = 0; a_.target_col && r < rows_; ++r) {
+      const int64_t at = this->target_in_tile(r, column, columns);
       if (at < 0) continue;
       R& g = s[r * kTile + at];
-      if (!keep_marked) g = 0;
-      if (up && marked_is_positive) g = keep_marked ? g + (up[r] + col_up[at]) : up[r] + col_up[at];
+      if (!keep_target) g = 0;
+      if (up && target_is_positive) g = keep_target ? g + (up[r] + col_up[at]) : up[r] + col_up[at];
     }
     Base::pad(s, rows_, columns, 0);
   }

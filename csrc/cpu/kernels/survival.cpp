@@ -1,5 +1,5 @@
-// Survival losses for one instruction set: compiled once for each, with FL_ISA naming it. A cohort is walked
-// by one thread.
+// Survival losses for one instruction set: compiled once for each, with FL_ISA naming it. One thread takes a
+// whole cohort.
 #include "survival.h"
 
 #include "../../losses/survival.h"
@@ -21,12 +21,12 @@ FL_FN void scan(const Loss& loss, const Read& read) {
   for (int64_t i = 0; i < loss.n; ++i) {
     const int64_t p = Item::kReversed ? loss.n - 1 - i : i;
     sum = sum.then(read(p));
-    loss.keep(p, sum);
+    loss.save(p, sum);
   }
 }
 
 template <template <class> class Loss, class T>
-FL_NOINLINE void walk(SurvivalArgs a, int64_t row) {
+FL_NOINLINE void cohort(SurvivalArgs a, int64_t row) {
   using L = Loss<Score<T>>;
   if (a.backward)
     a.slope = static_cast<double*>(cpu::thread_scratch(a.n * 2 * sizeof(double))) - row * a.n * 2;
@@ -50,7 +50,7 @@ FL_NOINLINE void walk(SurvivalArgs a, int64_t row) {
 template <class T>
 void run_rows(const SurvivalArgs& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row)
-    a.kind == Survival::cox ? walk<Cox, T>(a, row) : walk<Dart, T>(a, row);
+    a.kind == Survival::cox ? cohort<Cox, T>(a, row) : cohort<Dart, T>(a, row);
 }
 void run(const SurvivalArgs& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&]<class T> { run_rows<T>(a, begin, end); });

@@ -16,7 +16,7 @@ class Triplets {
   static constexpr int W = kLanes<F>;
   static constexpr int kGroup = cpu::kTripletRows, kVectors = kGroup / W;
   static_assert(kGroup % W == 0);
-  // sums that do not wait for each other, and how much they add up before they are joined: many short sums
+  // independent sums, and the number of terms after which they are joined: short sums round less
   static constexpr int kChains = 4, kRun = 32;
 
  public:
@@ -51,13 +51,13 @@ class Triplets {
   }
 
   void draw_anchor(int64_t r) const { draw(a_.row + r, distances(r), 1, x_, a_.m); }
-  void draw_other(int64_t j) const { draw(j, distances(0) + j, a_.step, x_ + a_.row * a_.d, a_.rows); }
+  void draw_other(int64_t j) const { draw(j, distances(0) + j, a_.ld, x_ + a_.row * a_.d, a_.rows); }
 
  private:
-  FL_FN R* distances(int64_t r) const { return static_cast<R*>(a_.distance) + r * a_.step; }
+  FL_FN R* distances(int64_t r) const { return static_cast<R*>(a_.distance) + r * a_.ld; }
 
   FL_NOINLINE void measure(int64_t i, R* d) const {
-    const R* const own = x_ + i * a_.d;
+    const R* const anchor = x_ + i * a_.d;
     const R* panel = static_cast<const R*>(a_.panels);
     for (int64_t j = 0; j < a_.m; j += kGroup) {
       F total[kVectors] = {};
@@ -67,7 +67,7 @@ class Triplets {
         while (k < end)
           for (int c = 0; c < kChains && k < end; ++c, ++k, panel += kGroup)
             for (int v = 0; v < kVectors; ++v) {
-              const F gap = own[k] - load(panel + v * W);
+              const F gap = anchor[k] - load(panel + v * W);
               sum[c][v] += gap * gap;
             }
         for (int v = 0; v < kVectors; ++v) total[v] += (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v]);
@@ -76,14 +76,14 @@ class Triplets {
     }
   }
 
-  // The few are sorted and the many look for their places.
+  // Sorts the smaller group; each member of the larger finds its place by binary search.
   FL_NOINLINE void count(int64_t i, R* d, bool few_positives, int64_t positives, int64_t negatives,
                          double& sum, double& number) const {
     const int64_t few = few_positives ? positives : negatives, many = a_.m - 1 - few;
-    auto* at =
+    auto* perm =
         static_cast<int64_t*>(cpu::thread_scratch((3 * few + 1) * sizeof(int64_t) + 2 * few * sizeof(R)));
-    int64_t *const spare_at = at + few, *const found = spare_at + few;
-    R *keys = reinterpret_cast<R*>(found + few + 1), *const spare = keys + few;
+    int64_t *const spare_perm = perm + few, *const counts = spare_perm + few;
+    R *keys = reinterpret_cast<R*>(counts + few + 1), *const spare = keys + few;
     const R margin = R(a_.margin), up = a_.sums ? R(0) : static_cast<const R*>(a_.grad)[i];
     const auto key = [&](int64_t j, bool positive) {
       return positive ? positive_key(d[j], margin) : negative_key(d[j]);
@@ -95,24 +95,24 @@ class Triplets {
     };
     int64_t n = 0;
     for (int64_t j = 0; j < a_.m; ++j)
-      if (j != i && (a_.ids[j] == a_.ids[i]) == few_positives) keys[n] = key(j, few_positives), at[n++] = j;
-    sort(keys, at, few, spare, spare_at);
-    for (int64_t k = 0; k <= few; ++k) found[k] = 0;
+      if (j != i && (a_.ids[j] == a_.ids[i]) == few_positives) keys[n] = key(j, few_positives), perm[n++] = j;
+    sort(keys, perm, few, spare, spare_perm);
+    for (int64_t k = 0; k <= few; ++k) counts[k] = 0;
     for (int64_t j = 0; j < a_.m; ++j) {
       if (j == i || (a_.ids[j] == a_.ids[i]) == few_positives) continue;
       const int64_t below = count_below(keys, few, key(j, !few_positives), few_positives);
-      ++found[below];
+      ++counts[below];
       counted(j, !few_positives, few_positives ? few - below : below);
     }
     int64_t before = 0;
     for (int64_t k = 0; k < few; ++k) {
-      before += found[k];
-      counted(at[k], few_positives, few_positives ? before : many - before);
+      before += counts[k];
+      counted(perm[k], few_positives, few_positives ? before : many - before);
     }
   }
 
   // Merges runs of 1, 2, 4, ...
-  static void sort(R*& keys, int64_t*& at, int64_t n, R* spare, int64_t* spare_at) {
+  static void sort(R*& keys, int64_t*& perm, int64_t n, R* spare, int64_t* spare_perm) {
     for (int64_t run = 1; run < n; run *= 2) {
       for (int64_t begin = 0; begin < n; begin += 2 * run) {
         const int64_t middle = begin + run < n ? begin + run : n;
@@ -120,25 +120,25 @@ class Triplets {
         for (int64_t k = begin, a = begin, b = middle; k < end; ++k) {
           const bool first = b == end || (a < middle && keys[a] <= keys[b]);
           const int64_t from = first ? a++ : b++;
-          spare[k] = keys[from], spare_at[k] = at[from];
+          spare[k] = keys[from], spare_perm[k] = perm[from];
         }
       }
       R* const k = keys;
       keys = spare, spare = k;
-      int64_t* const p = at;
-      at = spare_at, spare_at = p;
+      int64_t* const p = perm;
+      perm = spare_perm, spare_perm = p;
     }
   }
 
   // dx_i += sum over k of w_k (x_i - others_k)
   FL_NOINLINE void draw(int64_t i, const R* w, int64_t step, const R* others, int64_t count) const {
     constexpr int kBlock = 4;
-    const R* const own = x_ + i * a_.d;
+    const R* const row = x_ + i * a_.d;
     R* const dx = static_cast<R*>(a_.dx) + i * a_.d;
     int64_t f = 0;
     for (; f + kBlock * W <= a_.d; f += kBlock * W) {
       F x[kBlock], sum[kBlock] = {};
-      for (int v = 0; v < kBlock; ++v) x[v] = load(own + f + v * W);
+      for (int v = 0; v < kBlock; ++v) x[v] = load(row + f + v * W);
       for (int64_t k = 0; k < count; ++k) {
         const R factor = w[k * step];
         if (factor == 0) continue;
@@ -152,7 +152,7 @@ class Triplets {
       const auto get = [&](const R* p) { return left >= W ? load(p) : load_part(p, left, R(0)); };
       F sum{};
       for (int64_t k = 0; k < count; ++k)
-        if (w[k * step] != 0) sum += (get(own + f) - get(others + k * a_.d + f)) * w[k * step];
+        if (w[k * step] != 0) sum += (get(row + f) - get(others + k * a_.d + f)) * w[k * step];
       sum += get(dx + f);
       left >= W ? store(dx + f, sum) : store_part(dx + f, sum, left);
     }
@@ -176,16 +176,16 @@ void draw_others(const TripletArgs& a, int64_t begin, int64_t end) {
 }
 
 void pack_rows(const TripletArgs& a, int64_t begin, int64_t end) {
-  a.wide ? Triplets<double>(a).pack(begin, end) : Triplets<float>(a).pack(begin, end);
+  a.is_double ? Triplets<double>(a).pack(begin, end) : Triplets<float>(a).pack(begin, end);
 }
 void anchors_of(const TripletArgs& a, int64_t begin, int64_t end) {
-  a.wide ? anchors<double>(a, begin, end) : anchors<float>(a, begin, end);
+  a.is_double ? anchors<double>(a, begin, end) : anchors<float>(a, begin, end);
 }
 void draw_anchors_of(const TripletArgs& a, int64_t begin, int64_t end) {
-  a.wide ? draw_anchors<double>(a, begin, end) : draw_anchors<float>(a, begin, end);
+  a.is_double ? draw_anchors<double>(a, begin, end) : draw_anchors<float>(a, begin, end);
 }
 void draw_others_of(const TripletArgs& a, int64_t begin, int64_t end) {
-  a.wide ? draw_others<double>(a, begin, end) : draw_others<float>(a, begin, end);
+  a.is_double ? draw_others<double>(a, begin, end) : draw_others<float>(a, begin, end);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Reductions of losses of samples. A block sums a tile of them in registers, of a fixed order; one more block
-// adds up the tiles and brings the state up to date, pass by pass. Where one tile holds all samples, a single
-// block does everything in one launch. The gradient is a map.
+// Reductions of losses of samples. In each pass a block sums a tile of samples in registers, in a fixed
+// order; one more block adds the tiles' sums and updates the state. If one tile holds all samples, a single
+// block runs all passes in one launch. The gradient is elementwise.
 #include "../../losses/aggregation.h"
 #include "../launch.cuh"
 #include "../launchers.h"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kAggregateThreads = 256, kAggregateWarps = kAggregateThreads / 32;
 constexpr int64_t kAggregateTile = 4096;
-constexpr int kTotals = kMostSums + kMostTops;
+constexpr int kTotals = kMaxSums + kMaxTops;
 
 struct Widen {
   template <class T>
@@ -20,7 +20,7 @@ struct Widen {
   }
 };
 
-// Samples i, i + 1, ..., kCount of them; those of weight 0 and those that do not exist are 0.
+// kCount samples from i on; those of weight 0 and those beyond n are 0.
 template <class T, int kCount>
 struct Samples {
   using R = acc_t<T>;
@@ -51,14 +51,14 @@ struct SumOrMax {
   }
 };
 
-// Sums and maxima of a tile, in totals[k] for k < kSums and from kMostSums on. Ends with a barrier.
+// Sums and maxima of a tile, in totals[k] for k < kSums and from kMaxSums on. Ends with a barrier.
 template <class T, class Pass>
 __device__ __forceinline__ void sum_tile(const AggregateArgs& a, int64_t tile, double* totals) {
   using R = acc_t<T>;
   constexpr int N = Vec<T>::kSize, kAll = Pass::kSums + Pass::kTops;
   FL_SHARED(double, part, kAll* kAggregateWarps);
   const Pass pass(a, *a.state);
-  R sums[Pass::kSums] = {}, tops[kMostTops] = {-INFINITY, -INFINITY};
+  R sums[Pass::kSums] = {}, tops[kMaxTops] = {-INFINITY, -INFINITY};
   const int64_t begin = tile * kAggregateTile, end = begin + kAggregateTile;
 #pragma unroll 1
   for (int64_t i = begin + int64_t{threadIdx.x} * N; i < end && i < a.n; i += kAggregateThreads * N) {
@@ -80,25 +80,26 @@ __device__ __forceinline__ void sum_tile(const AggregateArgs& a, int64_t tile, d
     const bool top = threadIdx.x >= Pass::kSums;
     double v = part[threadIdx.x * kAggregateWarps];
     for (int w = 1; w < kAggregateWarps; ++w) v = SumOrMax{top}(v, part[threadIdx.x * kAggregateWarps + w]);
-    totals[top ? kMostSums + threadIdx.x - Pass::kSums : threadIdx.x] = v;
+    totals[top ? kMaxSums + threadIdx.x - Pass::kSums : threadIdx.x] = v;
   }
   __syncthreads();
 }
 
-// All passes, over one tile.
+// All passes, by one block over one tile.
 template <class T>
 __global__ void __launch_bounds__(kAggregateThreads) aggregate_kernel(AggregateArgs a) {
   FL_SHARED(double, totals, kTotals);
   for (int i = 0; i < a.passes; ++i) {
     with_pass<acc_t<T>>(a.plan[i], [&]<class Pass> {
       sum_tile<T, Pass>(a, 0, totals);
-      if (threadIdx.x == 0) Pass::template finish<T>(a, totals, totals + kMostSums, *a.state, Widen{});
+      if (threadIdx.x == 0) Pass::template finish<T>(a, totals, totals + kMaxSums, *a.state, Widen{});
     });
     __syncthreads();
   }
 }
 
-// Without a number of blocks the compiler is sparing with registers, with one too large it runs out of them.
+// __launch_bounds__: without a minimum of blocks the compiler uses too few registers, with a large one it
+// spills.
 template <class T>
 constexpr int kSumBlocks = sizeof(T) == 8 ? 1 : 2;
 
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kAggregateThreads, kSumBlocks<T>) aggregate_su
   sum_tile<T, Pass>(a, blockIdx.x, totals);
   constexpr int kAll = Pass::kSums + Pass::kTops;
   if (threadIdx.x >= kAll) return;
-  const int k = threadIdx.x < Pass::kSums ? threadIdx.x : kMostSums + threadIdx.x - Pass::kSums;
+  const int k = threadIdx.x < Pass::kSums ? threadIdx.x : kMaxSums + threadIdx.x - Pass::kSums;
   a.partial[k * a.partials + blockIdx.x] = totals[k];
 }
 
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kAggregateThreads) aggregate_finish_kernel(Agg
   constexpr int kAll = Pass::kSums + Pass::kTops;
   for (int j = threadIdx.x / 32; j < kAll; j += kAggregateWarps) {
     const bool top = j >= Pass::kSums;
-    const int k = top ? kMostSums + j - Pass::kSums : j;
+    const int k = top ? kMaxSums + j - Pass::kSums : j;
     double v = top ? -INFINITY : 0;
     for (int64_t p = threadIdx.x % 32; p < a.partials; p += 32)
       v = SumOrMax{top}(v, a.partial[k * a.partials + p]);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kAggregateThreads) aggregate_finish_kernel(Agg
     if (threadIdx.x % 32 == 0) totals[k] = v;
   }
   __syncthreads();
-  if (threadIdx.x == 0) Pass::template finish<T>(a, totals, totals + kMostSums, *a.state, Widen{});
+  if (threadIdx.x == 0) Pass::template finish<T>(a, totals, totals + kMaxSums, *a.state, Widen{});
 }
 
 template <class T>
@@ -164,7 +165,7 @@ void run(const AggregateArgs& a, cudaStream_t stream) {
 template <class T>
 void run_gradient(const AggregateArgs& a, cudaStream_t stream) {
   constexpr int64_t kSamples = int64_t{kAggregateThreads} * Vec<T>::kSize;
-  const int64_t blocks = a.n ? (a.n + kSamples - 1) / kSamples : 1;  // theta's gradient is wanted in any case
+  const int64_t blocks = a.n ? (a.n + kSamples - 1) / kSamples : 1;  // for n = 0 theta's gradient remains
   launch_1d<&aggregate_gradient_kernel<T>>(blocks, kAggregateThreads, 0, stream, a);
 }
 

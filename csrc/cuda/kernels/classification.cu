@@ -7,12 +7,12 @@
 namespace fastloss::cuda {
 namespace {
 
-// Sums over rows, in double and in an order that depends on their number alone: few rows by one block, more
-// by several, each of which leaves the sum of its share in `a.partial` for a second kernel that adds them.
-constexpr int kSumThreads = 1024, kAtOnce = 8;  // kAtOnce loads of a thread are on their way together
+// Sums over rows, in double and in an order that depends on their number alone: few rows are added by one
+// block, more by several, whose partial sums in `a.partial` a second kernel adds.
+constexpr int kSumThreads = 1024, kAtOnce = 8;  // kAtOnce loads of a thread are in flight together
 
-// The sum over i in [begin, end) of value(load(i)), for all threads of the block. load(-1) is to give what
-// has the value 0. Loads come apart from values so that no branch stands between two of them.
+// The sum over i in [begin, end) of value(load(i)), for all threads of the block. value(load(-1)) has to be
+// 0. Loads are separate from values so that there is no branch between two loads.
 template <class Load, class Value>
 __device__ __forceinline__ double sum_of_range(int64_t begin, int64_t end, Load load, Value value) {
   double sum = 0;
@@ -26,7 +26,7 @@ __device__ __forceinline__ double sum_of_range(int64_t begin, int64_t end, Load 
   return block_sum<kSumThreads>(sum);
 }
 
-// What a row adds to the norm, and to the result.
+// A row's terms of the norm, and of the result.
 template <class R>
 struct NormOfRow {
   using Type = R;
@@ -66,13 +66,13 @@ __device__ __forceinline__ double sum_of_rows(const RowArgs& a, int64_t begin, i
       begin, end, [&](int64_t r) { return Row::load(a, r); }, [&](auto row) { return Row::value(a, row); });
 }
 
-// One block: all rows.
+// All rows, by one block.
 template <class Row>
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(RowArgs a, typename Row::Type* out) {
   const double sum = sum_of_rows<Row>(a, 0, a.rows);
   if (threadIdx.x == 0) *out = static_cast<typename Row::Type>(Row::total(a, sum));
 }
-// Each block: its share of the rows.
+// Each block adds a part of the rows.
 template <class Row>
 __global__ void __launch_bounds__(kSumThreads) partial_kernel(RowArgs a) {
   const int64_t each = (a.rows + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * each, end = begin + each;

@@ -1,6 +1,7 @@
-// Alignments: a block a sequence walks the steps, a thread a position of the target; then a block a row of
-// the gradient. What a thread's first position needs of the input is loaded a step ahead: it depends on no
-// other position. The sums of a class go through its positions in order, whatever the block.
+// CTC on CUDA: a block for each sequence goes through its steps, a thread for each position of the target;
+// then a block for each row of the gradient. The input of a thread's first position is loaded one step
+// ahead, as it depends on no other position. The sum of a class adds its positions in order, whatever the
+// block size.
 #include "../../losses/ctc.h"
 #include "../launch.cuh"
 #include "../launchers.h"
@@ -10,8 +11,8 @@ namespace fastloss::cuda {
 namespace {
 
 constexpr int kRowThreads = 128;
-constexpr int kMostThreads = 512;                 // of a sequence
-constexpr size_t kMostShared = size_t{96} << 10;  // longer targets go through global memory
+constexpr int kMaxThreads = 512;                 // of a sequence
+constexpr size_t kMaxShared = size_t{96} << 10;  // longer targets go through global memory
 
 template <class T>
 struct Sequence : AlignedTarget {
@@ -44,12 +45,12 @@ __device__ __forceinline__ R max_of_warp(R top) {
   return top > -R(INFINITY) ? top : R(0);  // 0 of NaN too
 }
 
-// A warp a row of the input: its maximum over the target, and of logits the log of the sum of e^input.
+// A warp for each row of the input: the maximum over the target's classes, and of logits also log sum exp.
 template <class T>
 __global__ void __launch_bounds__(kRowThreads, 4) rows_kernel(AlignmentArgs a) {
   using R = acc_t<T>;
   const int64_t row = (int64_t{blockIdx.x} * kRowThreads + threadIdx.x) / 32, lane = threadIdx.x % 32;
-  if (row >= a.steps * a.batch) return;  // whole warps
+  if (row >= a.steps * a.batch) return;  // for whole warps
   const int64_t t = row / a.batch;
   const Sequence<T> q(a, row % a.batch);
   R top = max(q.x(t, q.blank), -R(INFINITY));
@@ -57,15 +58,15 @@ __global__ void __launch_bounds__(kRowThreads, 4) rows_kernel(AlignmentArgs a) {
   top = max_of_warp(top);
   if (lane == 0) *q.row(t) = top;
   if (!a.from_logits) return;
-  R most = -R(INFINITY), sum = 0;
-  for (int64_t k = lane; k < a.classes; k += 32) most = max(q.x(t, k), most);
-  most = max_of_warp(most);
-  for (int64_t k = lane; k < a.classes; k += 32) sum += exp(q.x(t, k) - most);
+  R row_max = -R(INFINITY), sum = 0;
+  for (int64_t k = lane; k < a.classes; k += 32) row_max = max(q.x(t, k), row_max);
+  row_max = max_of_warp(row_max);
+  for (int64_t k = lane; k < a.classes; k += 32) sum += exp(q.x(t, k) - row_max);
   sum = warp_sum(sum);
-  if (lane == 0) *q.row(a.steps + t) = most + log(sum);
+  if (lane == 0) *q.row(a.steps + t) = row_max + log(sum);
 }
 
-// What does not depend on the other positions of a step, at a thread's first position: read a step ahead.
+// The inputs of a thread's first position that depend on no other position, loaded one step ahead.
 template <class T>
 struct Ahead {
   using R = acc_t<T>;
@@ -84,7 +85,7 @@ struct Ahead {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(AlignmentArgs a, bool in_shared) {
+__global__ void __launch_bounds__(kMaxThreads, 1) alpha_kernel(AlignmentArgs a, bool in_shared) {
   using R = acc_t<T>;
   FL_DYN_SHARED(R, rows);
   const Sequence<T> q(a, blockIdx.x);
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(AlignmentArgs a,
     __syncthreads();
   }
   if (threadIdx.x >= 32) return;
-  double log_scale = 0;  // by one warp, whatever the block
+  double log_scale = 0;  // added by one warp, whatever the block size
   for (int64_t t = threadIdx.x; t < q.steps; t += 32)
     log_scale += (a.from_logits ? *q.row(a.steps + t) : R(0)) - *q.row(t);
   log_scale = warp_sum(log_scale);
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) alpha_kernel(AlignmentArgs a,
 // Also links the positions of a class: for each label 2 (1 + the next label that equals it, or 0), and 1
 // more if it is the first such.
 template <class T>
-__global__ void __launch_bounds__(kMostThreads, 1) posterior_kernel(AlignmentArgs a, bool in_shared) {
+__global__ void __launch_bounds__(kMaxThreads, 1) posterior_kernel(AlignmentArgs a, bool in_shared) {
   using R = acc_t<T>;
   FL_DYN_SHARED(R, rows);
   const Sequence<T> q(a, blockIdx.x);
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kRowThreads) gradient_kernel(AlignmentArgs a) 
   R blank = 0;
   for (int64_t s = threadIdx.x; counts && s < q.positions; s += kRowThreads)
     if (q.label(s) == q.blank) blank += posterior[s];
-  blank = block_sum<kRowThreads>(blank);  // all of `out` is written now
+  blank = block_sum<kRowThreads>(blank);  // its barrier: all of `out` has been written
   if (!counts) return;
   if (threadIdx.x == 0) out[q.blank] = narrow<T>(g * (p(q.blank) - blank));
   for (int64_t i = threadIdx.x; i < q.length; i += kRowThreads) {
@@ -189,9 +190,9 @@ __global__ void __launch_bounds__(kRowThreads) gradient_kernel(AlignmentArgs a) 
 template <class T>
 void run(const AlignmentArgs& a, cudaStream_t stream) {
   const int64_t width = 2 * a.width + 1, rows = a.steps * a.batch;
-  const int threads = static_cast<int>(width < kMostThreads ? (width + 31) / 32 * 32 : kMostThreads);
+  const int threads = static_cast<int>(width < kMaxThreads ? (width + 31) / 32 * 32 : kMaxThreads);
   const size_t rows_bytes = 2 * static_cast<size_t>(width) * sizeof(acc_t<T>);
-  const bool in_shared = rows_bytes <= kMostShared;
+  const bool in_shared = rows_bytes <= kMaxShared;
   const size_t shared = in_shared ? rows_bytes : 0;
   if (a.backward) {
     launch_1d<&posterior_kernel<T>>(a.batch, threads, shared, stream, a, in_shared);

@@ -1,6 +1,6 @@
-// Two rows of logits a team of threads: a warp for short rows, a block for long ones. The first sweep reads
-// both from device memory, the next ones, for the divergence and for the gradients, find them in L1 or L2.
-// Sums have an order that depends on the row's length alone.
+// A team of threads for each pair of rows of logits: a warp for short rows, a block for long ones. The first
+// sweep reads both from device memory; the next ones, for the divergence and for the gradients, hit in L1 or
+// L2. The order of sums depends on the row's length alone.
 #include "../../losses/distillation.h"
 #include "../../math/online_softmax.h"
 #include "../launchers.h"
@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
     return;
   }
   R m[2], sum[2], sum_a, sum_b, g = 1;  // of student and teacher
-  const auto share = [&](int side, T v) {
+  const auto prob = [&](int side, T v) {
     return full_exp(rounded(widen(v) * scale) - m[side]) * (1 / sum[side]);
   };
-  const auto shares = [&](T student, T teacher) {
+  const auto log_ratios = [&](T student, T teacher) {
     const R apart = (m[1] - m[0]) + (log(sum[1]) - log(sum[0]));
-    return loss.shares((rounded(widen(teacher) * scale) - rounded(widen(student) * scale)) - apart);
+    return loss.log_ratios((rounded(widen(teacher) * scale) - rounded(widen(student) * scale)) - apart);
   };
   if (backward) {
     m[0] = state[0];
@@ -103,9 +103,9 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
     }
     TwoSums<R> sums;
     each_class<T, kTeam>(x, q, n, lane, [&](int64_t, T student, T teacher) {
-      const auto s = shares(student, teacher);
-      if constexpr (kKind != kReverse) sums.a += loss.weighed(share(1, teacher), s.u);
-      if constexpr (kKind != kForward) sums.b += loss.weighed(share(0, student), s.v);
+      const auto s = log_ratios(student, teacher);
+      if constexpr (kKind != kReverse) sums.a += loss.weighed(prob(1, teacher), s.u);
+      if constexpr (kKind != kForward) sums.b += loss.weighed(prob(0, student), s.v);
     });
     sums = block_reduce<kTeam>(sums, Merge{});
     sum_a = sums.a;
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
   if (!dx && !dq) return;
   g *= k * scale;
   each_class<T, kTeam>(x, q, n, lane, [&](int64_t j, T student, T teacher) {
-    const R p = share(1, teacher), q_ = share(0, student);
-    const auto s = shares(student, teacher);
+    const R p = prob(1, teacher), q_ = prob(0, student);
+    const auto s = log_ratios(student, teacher);
     if (dx) dx[j] = narrow<T>(loss.by_student(p, q_, s.v, sum_b, g));
     if (dq) dq[j] = narrow<T>(loss.by_teacher(p, q_, s.u, sum_a, g));
   });

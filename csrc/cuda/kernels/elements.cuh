@@ -1,6 +1,6 @@
-// How a GPU walks equally shaped tensors: 16 bytes of each a thread at a time, value and gradients in one
-// kernel. Every input is read once, and only what is wanted is written. The sums of blocks, of a fixed order,
-// are added by one more block where there are several.
+// Elementwise losses on CUDA: value and gradients in one kernel, in which each thread takes 16 bytes of every
+// tensor at a time. Every input is read once, and only requested outputs are written. If there are several
+// blocks, one more block adds their sums in a fixed order.
 #pragma once
 #include "../../drivers/elements.h"
 #include "../launch.cuh"
@@ -18,7 +18,7 @@ __device__ __forceinline__ void write_result(const ElementArgs& a, double sum) {
   using R = acc_t<T>;
   const double divisor = a.divisor * (a.norm ? double(*static_cast<const R*>(a.norm)) : 1.0);
   const R result = static_cast<R>(sum / divisor);
-  if (a.out_wide) {
+  if (a.out_acc) {
     *static_cast<R*>(a.result) = result;
   } else {
     *static_cast<T*>(a.result) = narrow<T>(result);
@@ -38,7 +38,8 @@ __device__ __forceinline__ acc_t<T> element(const ElementArgs& a, const ElementI
   }
   const int64_t at = row < x.period ? row : row % x.period;
   if (x.source == Source::flag) return static_cast<const uint8_t*>(x.p)[at] ? R(1) : R(0);
-  return x.source == Source::wide ? static_cast<const R*>(x.p)[at] : widen(static_cast<const T*>(x.p)[at]);
+  return x.source == Source::accumulation ? static_cast<const R*>(x.p)[at]
+                                          : widen(static_cast<const T*>(x.p)[at]);
 }
 __device__ __forceinline__ bool flat(const ElementArgs& a, const ElementInput& x) {
   return x.source == Source::element && x.inner == 1 && x.period >= a.n;
@@ -76,7 +77,7 @@ struct ElementThread {
   static constexpr int N = Vec<T>::kSize;
   const ElementArgs& a;
   const Loss loss;
-  R k;             // multiplies the gradients
+  R k;             // factor of the gradients
   R sum, product;  // sum of log(1 + u) = log(1 + product)
 
   template <int kCount>
@@ -115,7 +116,7 @@ struct ElementThread {
         if (Loss::kWrt >> j & 1) v[j][e] = counts ? d[j] * factor : R(0);
     }
     if (a.out) {
-      if (!a.out_wide) {
+      if (!a.out_acc) {
         write<T, kCount>(a.out, i, value);
       } else {
 #pragma unroll
@@ -128,7 +129,7 @@ struct ElementThread {
   }
 
   __device__ __forceinline__ bool all_aligned() const {
-    bool yes = aligned(a.out) || a.out_wide;
+    bool yes = aligned(a.out) || a.out_acc;
 #pragma unroll
     for (int j = 0; j < Loss::kInputs; ++j) {
       yes = yes && (!flat(a, a.inputs[j]) || aligned(a.inputs[j].p));
@@ -153,8 +154,8 @@ struct ElementThread {
   }
 };
 
-// Losses of many inputs, or of wide ones, keep them in registers, of which the compiler would leave them too
-// few; as it would losses of logits in float32.
+// Minimum of resident blocks, for __launch_bounds__. Losses of many inputs, or of float64 ones, and losses of
+// logits in float32 need more registers than the compiler would give them.
 template <class Loss, class T>
 constexpr int few_blocks() {
   if (Loss::kInputs > 2 || sizeof(T) == 8) return 2;
@@ -199,7 +200,7 @@ int64_t tiles(int64_t n) {
   return (n + kTile<T> - 1) / kTile<T>;
 }
 
-// A loss of which the first input's gradient alone is wanted: what others would take is not computed.
+// A loss of which only the first input's gradient is requested: the others are not computed.
 template <class Loss>
 struct FirstAlone : Loss {
   static constexpr unsigned kWrt = Loss::kWrt & -Loss::kWrt;
@@ -214,7 +215,7 @@ bool first_alone(const ElementArgs& a) {
 
 template <class Loss, class T>
 void launch_elements(const ElementArgs& a, cudaStream_t stream) {
-  // worth kernels of its own where a gradient is dear: of losses of logits
+  // worth separate kernels where a gradient is expensive: losses of logits
   if constexpr (kStepsOf<Loss> > 0 && FirstAlone<Loss>::kWrt != Loss::kWrt)
     if (first_alone<Loss>(a)) return launch_elements<FirstAlone<Loss>, T>(a, stream);
   const int64_t blocks = tiles<T>(a.n);

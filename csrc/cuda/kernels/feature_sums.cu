@@ -1,4 +1,5 @@
-// Sums over pairs and triples of rows: a warp a row, each lane every 32nd feature, added up in a tree.
+// Sums over pairs and triples of rows: a warp for each row, a lane for every 32nd feature; lanes are added
+// in a tree.
 #include "../../losses/feature_sums.h"
 #include "../launch.cuh"
 #include "../launchers.h"

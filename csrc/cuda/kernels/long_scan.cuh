@@ -3,7 +3,7 @@
 // the row alone.
 //
 // An item is a struct of 8-byte words with an associative `then`; its default is the identity. `kReversed`:
-// from the last place to the first. `Read` gives the item of a place, `Keep` takes the scan's result there.
+// from the last place to the first. `Read` gives the item of a place, `Save` takes the scan's result there.
 #pragma once
 #include <cstring>
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ Item item_from_lane_below(const Item& s, int offset) 
   return below;
 }
 
-// What the block's threads before this one hold, in `before`; what all hold, as the result.
+// The items of the block's threads joined: in `before` those of the threads before this one; returns all.
 template <int kThreads, class Item>
 __device__ __forceinline__ Item scan_block(Item mine, Item& before) {
   FL_SHARED(Item, warps, kThreads / 32);
@@ -35,7 +35,7 @@ __device__ __forceinline__ Item scan_block(Item mine, Item& before) {
   }
   Item lower = item_from_lane_below(mine, 1);
   if (lane == 0) lower = Item();
-  __syncthreads();  // an earlier scan has been read
+  __syncthreads();  // hazard: an earlier scan may still be read
   if (lane == 31) warps[warp] = mine;
   __syncthreads();
   Item all;
@@ -52,16 +52,17 @@ __device__ __forceinline__ int64_t scan_place(int64_t i, int64_t n) {
   return Item::kReversed ? n - 1 - i : i;
 }
 
-// kThreads threads with kSteps places each: those from `first` on. Without `Keep` the sum alone.
+// A tile: kThreads threads with kSteps places each, this thread's from `first` on. Without `Save` only its
+// sum.
 template <class Item, int kThreads, int kSteps, class Read>
 __device__ __forceinline__ Item sum_of_tile(int64_t first, int64_t n, const Read& read) {
   Item mine, before;
   for (int k = 0; k < kSteps && first + k < n; ++k) mine = mine.then(read(scan_place<Item>(first + k, n)));
   return scan_block<kThreads>(mine, before);
 }
-template <class Item, int kThreads, int kSteps, class Read, class Keep>
+template <class Item, int kThreads, int kSteps, class Read, class Save>
 __device__ __forceinline__ void scan_tile(int64_t first, int64_t n, const Item& start, const Read& read,
-                                          const Keep& keep) {
+                                          const Save& save) {
   Item mine, before;
   for (int k = 0; k < kSteps && first + k < n; ++k) mine = mine.then(read(scan_place<Item>(first + k, n)));
   scan_block<kThreads>(mine, before);
@@ -69,10 +70,10 @@ __device__ __forceinline__ void scan_tile(int64_t first, int64_t n, const Item& 
   for (int k = 0; k < kSteps && first + k < n; ++k) {
     const int64_t p = scan_place<Item>(first + k, n);
     sum = sum.then(read(p));
-    keep(p, sum);
+    save(p, sum);
   }
 }
-// In place: each of `count` items becomes the sum of those before it.
+// Exclusive scan in place: each of `count` items becomes the sum of those before it.
 template <class Item, int kThreads>
 __device__ __forceinline__ void scan_sums(Item* items, int64_t count) {
   Item start;

@@ -1,4 +1,5 @@
-// Losses of rankings: a warp a row, a lane an item, which it compares with all others of the row.
+// Losses of rankings: a warp for each row, a lane for each item, which it compares with all others of the
+// row.
 #include "../../losses/reward_model.h"
 #include "../launch.cuh"
 #include "../launchers.h"
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(kRankingThreads, 4) ranking_kernel(RankingArgs
   const DeviceRow<T> row{static_cast<const T*>(a.rewards) + r * n, static_cast<const R*>(a.ranks) + r * n,
                          state};
   if (a.backward) {
-    const R g = static_cast<const R*>(a.upstream)[r] * loss_share(a.kind, state[width - 1]);
+    const R g = static_cast<const R*>(a.upstream)[r] * loss_weight(a.kind, state[width - 1]);
     for (int64_t i = threadIdx.x % 32; i < n; i += 32) {
       const R d = chooses ? choice_gradient<R>(row, n, i) : pairs_gradient<R>(row, n, i);
       static_cast<T*>(a.gradient)[r * n + i] = narrow<T>(g * d);
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kRankingThreads, 4) ranking_kernel(RankingArgs
   }
   warp_reduce_all(sums, Sum{});
   if (threadIdx.x % 32 != 0) return;
-  static_cast<R*>(a.loss)[r] = value * loss_share(a.kind, pairs);
+  static_cast<R*>(a.loss)[r] = value * loss_weight(a.kind, pairs);
   static_cast<R*>(a.pairs)[r] = pairs;
   state[width - 1] = pairs;
 }

@@ -1,5 +1,5 @@
-// A row of logits as one thread of a team on CUDA sees it: how many of its classes stay on the chip, the sums
-// and the gradient of a few classes at a time, wherever these come from.
+// One row of logits as a thread of a team processes it: how much of the row stays on the chip, and the sums
+// and the gradient of a few classes at a time, whether they come from registers, shared or device memory.
 #pragma once
 #include "../../drivers/rows.h"
 #include "../launch.cuh"
@@ -8,35 +8,35 @@
 
 namespace fastloss::cuda {
 
-// Threads that a multiprocessor has room for: 64 registers each suffice where a gradient is a multiple of p.
+// Threads resident on a multiprocessor: 64 registers each suffice where a gradient is a multiple of p.
 template <class Loss>
-constexpr int kResident = Loss::kProportional && !Loss::kNumbers ? 1024 : 512;
+constexpr int kResident = Loss::kProportional && !Loss::kNumberTokens ? 1024 : 512;
 
 // Vectors of a short row that each thread of a team holds in its registers, so that nothing is read again for
-// the gradient. Not where a logit is dear to compute twice, nor for the rarer losses.
+// the gradient. Not where a logit is expensive to compute twice, nor for the rarer losses.
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr int kHeld = kBackward || kTeam == 1 || 4 * kTeam > kResident<Loss> ||
-                              sizeof(T) == 8 || Loss::kSoftcap || Loss::kSideStreams || Loss::kPlanes
-                              || Loss::kNumbers
+                              sizeof(T) == 8 || Loss::kSoftcap || Loss::kSideStreams || Loss::kOutputs
+                              || Loss::kNumberTokens
                           ? 0
                       : kTeam > 32 ? 8
                                    : 4;
 
-// Whether blocks stay, each going on with another row when it is done with one, and keep what fits of it in
-// shared memory. Capped logits are dear, and rare.
+// Whether blocks are persistent: each takes another row when it is done with one, and keeps in shared memory
+// what fits of it. Not for capped logits, which are expensive and rare.
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr bool kStays =
     !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 && !Loss::kSoftcap;
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
-// multiprocessor. With planes no forward pass writes a gradient: nothing is read a second time.
+// multiprocessor. With kOutputs no forward pass writes a gradient: nothing is read a second time.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kKept = kStays<Loss, T, kTeam, kBackward> && !Loss::kPlanes ? 2 * 1024 / kResident<Loss> : 0;
+constexpr int kKept = kStays<Loss, T, kTeam, kBackward> && !Loss::kOutputs ? 2 * 1024 / kResident<Loss> : 0;
 
 template <class Loss, class T, int kTeam, bool kBackward>
 struct RowReader {
   using R = acc_t<T>;
   static constexpr int N = Vec<T>::kSize;
-  static constexpr int kInFlight = Loss::kSideStreams ? 2 : 4;  // loads on their way before the first use
+  static constexpr int kInFlight = Loss::kSideStreams ? 2 : 4;  // loads in flight before the first use
   static constexpr int kHold = kHeld<Loss, T, kTeam, kBackward>;
   static constexpr bool kStay = kStays<Loss, T, kTeam, kBackward>;
   static constexpr int kKeep = kKept<Loss, T, kTeam, kBackward>;
@@ -49,12 +49,12 @@ struct RowReader {
   int64_t t;
   R scale, cap, inverse_cap;
   Unit<R> unit;
-  bool flip;  // u is -x: the scale is negative; with teams of one thread alone
-  // The first vectors of the row, on their way into shared memory, and those of the next one, which are sent
-  // for where a vector was read for the last time. The thread that fills a slot is the one that reads it, so
-  // that no barrier is needed.
+  bool flip;  // the scale is negative, and u is -x; only with teams of one thread
+  // Shared memory for the first vectors of the row, filled by asynchronous copies. As soon as a slot has
+  // been read for the last time, the next row's vector is copied into it. A slot is filled and read by the
+  // same thread, so that no barrier is needed.
   Vec<T>* cache;
-  int slots;     // of it; 0: nothing is kept
+  int slots;     // vectors in cache; 0: none
   bool more;     // this block has another row,
   int64_t next;  //   which starts so many elements further on
 
@@ -67,12 +67,12 @@ struct RowReader {
   __device__ __forceinline__ R u_of(R v) const { return capped() ? logit(v) : kTeam == 1 && flip ? -v : v; }
   template <int kCount>
   __device__ __forceinline__ void to_u(R (&v)[kCount]) const {
-    if (!capped()) return;  // asked once for all
+    if (!capped()) return;  // one branch for all
 #pragma unroll
     for (int k = 0; k < kCount; ++k) v[k] = u_of(v[k]);
   }
   __device__ __forceinline__ R
-  bend(R v) const {  // of the cap; from v, since in z / cap two more roundings would be
+  bend(R v) const {  // the cap's derivative; from v: from z / cap it would carry two more roundings
     const R t = tanh(v * scale * inverse_cap);
     return (1 - t) * (1 + t);
   }
@@ -86,39 +86,39 @@ struct RowReader {
   }
 
   // Whether the target may be among kCount classes from j on. Threads of small teams, of which several make
-  // up a warp, always ask: one team or another would take the branch. With planes no class is a target.
+  // up a warp, always say yes: one team or another would take the branch. With kOutputs no class is a target.
   template <int kCount>
-  __device__ __forceinline__ bool asks(int64_t j) const {
-    return !Loss::kPlanes && ((kTeam > 1 && kTeam < 32) || static_cast<uint64_t>(t - j) < kCount);
+  __device__ __forceinline__ bool may_hold_target(int64_t j) const {
+    return !Loss::kOutputs && ((kTeam > 1 && kTeam < 32) || static_cast<uint64_t>(t - j) < kCount);
   }
-  // Adds kCount classes from j on, of which the target is number `hit`; without kTarget it is none of them,
-  // as in nearly all calls, and no class is asked.
+  // Adds kCount classes from j on, of which the target is number `hit`. Without kTarget it is none of them,
+  // as in nearly all calls, and nothing is compared.
   template <int kCount, bool kTarget>
   __device__ __forceinline__ void add_below(Online<Loss, R>& o, int64_t j, const R* u, R base,
                                             int hit) const {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      // a loss that adds up d too has that of which the exponential is taken: one number less to hold
+      // a loss that also adds d takes the exponential of d: one register less
       const R below = u[k] - base, d = unit.distance(below);
       const R e = kTarget && k == hit ? R(0) : Online<Loss, R>::kFields ? exp(d) : unit.exp_of(below);
-      if constexpr (!Online<Loss, R>::kOwnTotal) o.s += e;
+      if constexpr (!Online<Loss, R>::kHasTotal) o.s += e;
       o.extra.add(e, d, weight(j + k), soft(j + k), loss);
     }
   }
-  // kCount classes by their u.
+  // Adds kCount classes, given by their u, and follows their maximum.
   template <int kCount>
   __device__ __forceinline__ void add(Online<Loss, R>& o, int64_t j, const R (&u)[kCount]) const {
     R top = -INFINITY;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) top = larger(u[k], top);
     o.follow(top, unit);
-    add_asking(o, j, u);
+    add_classes(o, j, u);
   }
   template <int kCount>
-  __device__ __forceinline__ void add_asking(Online<Loss, R>& o, int64_t j, const R (&u)[kCount]) const {
+  __device__ __forceinline__ void add_classes(Online<Loss, R>& o, int64_t j, const R (&u)[kCount]) const {
     const R base = o.base();
-    if (asks<kCount>(j)) {
-      // any number that is none of theirs stands for a target further away
+    if (may_hold_target<kCount>(j)) {
+      // -1: the target is not among them
       const int64_t ahead = t - j;
       add_below<kCount, true>(o, j, u, base,
                               static_cast<uint64_t>(ahead) < kCount ? static_cast<int>(ahead) : -1);
@@ -137,16 +137,15 @@ struct RowReader {
     add(o, j, u);
   }
 
-  // g * d loss / d x for one class
+  // What g * d loss / d x of a class needs of the row.
   struct Slope {
     typename Loss::GradCoef coef;
     R m, log_sum;  // of z
-    R top, logs;   // the maximum of u, and log_sum as `share_of` takes it
+    R top, logs;   // the maximum of u, and log_sum as `prob_of` takes it
   };
   template <bool kTarget>
   __device__ __forceinline__ R slope_at(const Slope& s, int64_t j, R v) const {
-    const R below = u_of(v) - s.top, p = unit.share_of(below, s.logs), d = unit.distance(below),
-            w = weight(j);
+    const R below = u_of(v) - s.top, p = unit.prob_of(below, s.logs), d = unit.distance(below), w = weight(j);
     R dz = kTarget && j == t ? loss.grad_at_target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
     if constexpr (Loss::kSoftcap)
       if (cap > 0) dz *= bend(v);
@@ -158,7 +157,7 @@ struct RowReader {
   __device__ __forceinline__ Vec<T> grads(const Slope& s, int64_t j, const Vec<T>& v) const {
     R z[N];
     widen_all(v, z);
-    if (asks<N>(j)) {
+    if (may_hold_target<N>(j)) {
 #pragma unroll
       for (int k = 0; k < N; ++k) z[k] = slope_at<true>(s, j + k, z[k]);
     } else {
@@ -167,7 +166,7 @@ struct RowReader {
     }
     return narrow_all<T>(z);
   }
-  // Of the longest rows it is better if the gradient leaves L2 first: what is read again lies there.
+  // The gradient of the longest rows is evicted from L2 first: L2 holds the logits that are read again.
   __device__ __forceinline__ static void put(T* to, const Vec<T>& v) {
     if constexpr (kStay && kTeam == kResident<Loss>) {
       store16_first_out(to, v);

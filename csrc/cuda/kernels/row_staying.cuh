@@ -1,5 +1,6 @@
-// A long row, of which the blocks that stay keep a part on the chip: the first vectors in shared memory, some
-// more in registers. While its gradient is written, each slot of shared memory is filled with the next row's.
+// A long row, of which a persistent block keeps a part on the chip: the first vectors in shared memory, some
+// more in registers. While its gradient is written, asynchronous copies fill each slot of shared memory with
+// the next row.
 #pragma once
 #include "row_reader.cuh"
 
@@ -12,21 +13,21 @@ struct StayingRow : RowReader<Loss, T, kTeam, kBackward> {
   using Base::N, Base::kKeep, Base::add_vector, Base::grads, Base::put;
   using typename Base::R, typename Base::Slope;
 
-  // The vectors after those in shared memory that stay in this thread's registers.
+  // This thread's vectors in registers; they follow those in shared memory.
   struct Kept {
     Vec<T> v[kKeep > 0 ? kKeep : 1];
   };
   __device__ __forceinline__ int64_t kept_at(int u) const { return (slots + lane + int64_t{u} * kTeam) * N; }
-  // Sends for the next row's vector of this slot, whose own is not needed any more.
+  // Starts the copy of the next row's vector into this slot, whose vector is not needed any more.
   __device__ __forceinline__ void refill(int slot) const {
     if (more) __pipeline_memcpy_async(cache + slot, x + next + int64_t{slot} * N, 16);
   }
   __device__ __forceinline__ void refill_all() const {
-    __pipeline_wait_prior(0);  // two copies into one slot have no order
+    __pipeline_wait_prior(0);  // hazard: two copies into one slot are unordered
     for (int slot = lane; slot < slots; slot += kTeam) refill(slot);
     __pipeline_commit();
   }
-  // Adds what stays: slots in shared memory, then registers. Gives the first class after them.
+  // Adds the vectors on the chip: shared memory, then registers. Returns the first class after them.
   __device__ __forceinline__ int64_t sweep_kept(Online<Loss, R>& o, Kept& kept, int64_t body) const {
 #pragma unroll
     for (int u = 0; u < kKeep; ++u)
@@ -42,7 +43,8 @@ struct StayingRow : RowReader<Loss, T, kTeam, kBackward> {
       if (kept_at(u) < body) add_vector(o, kept_at(u), kept.v[u]);
     return int64_t{slots + kKeep * kTeam} * N;
   }
-  // Writes the gradients of what stays and sends for the next row; gives the first class after them.
+  // Writes the gradients of the vectors on the chip and starts the copies of the next row. Returns the first
+  // class after them.
   __device__ __forceinline__ int64_t write_kept(const Slope& s, T* dx, const Kept& kept, int64_t body) const {
     for (int slot = lane; slot < slots; slot += kTeam) {
       put(dx + int64_t{slot} * N, grads(s, int64_t{slot} * N, cache[slot]));

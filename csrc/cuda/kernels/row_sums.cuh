@@ -7,28 +7,29 @@
 
 namespace fastloss::cuda {
 
-// What an exponential is taken of: z - z' = (u - u') * unit, where u is the logit as it lies in memory unless
-// it is capped, so that neither a class nor its exponential is multiplied by the scale for itself.
+// The scale of exponents: z - z' = (u - u') * unit, where u is the logit as stored, unless it is capped. So
+// a class takes one multiplication, by the scale and log2(e) together.
 template <class R>
 struct Unit {
-  R of_z, of_two;  // of_two for exponents of two
+  R of_z, of_two;  // factors for exponents of e and of 2
   __device__ __forceinline__ explicit Unit(R unit) : of_z(unit), of_two(unit * kLog2e<R>) {}
   __device__ __forceinline__ R distance(R below) const { return product(below, of_z); }
   __device__ __forceinline__ R exp_of(R below) const {  // e^(below * unit)
     if constexpr (sizeof(R) == 4) return exp2_approx(below * of_two);
     return exp(below * of_z);
   }
-  // e^(below * unit - log_sum), where `logs` is kept(log_sum)
+  // log_sum as prob_of takes it
   __device__ __forceinline__ R kept(R log_sum) const {
     return sizeof(R) == 4 ? log_sum * kLog2e<R> : log_sum;
   }
-  __device__ __forceinline__ R share_of(R below, R logs) const {
+  __device__ __forceinline__ R prob_of(R below, R logs) const {
     if constexpr (sizeof(R) == 4) return exp2_approx(fmaf(below, of_two, -logs));
     return exp(below * of_z - logs);
   }
 };
 
-// Running maximum of u, sum of exp(z - max) over all but the target, and what the loss adds up.
+// Online softmax: the running maximum of u, the sum of exp(z - max) over all classes but the target, and the
+// loss's sums.
 template <class Loss, class R>
 struct Online {
   using Sums = typename Loss::template Sums<R>;
@@ -36,15 +37,15 @@ struct Online {
   R m = -INFINITY, s = 0;
   Sums extra{};
 
-  // Whether what the loss adds up holds the sum of exponentials already: then s is left alone.
-  static constexpr bool kOwnTotal = requires(const Sums& sums) { sums.total(); };
+  // Whether the loss's sums include the sum of exponentials: then s is not used.
+  static constexpr bool kHasTotal = requires(const Sums& sums) { sums.total(); };
 
   __device__ __forceinline__ R base() const { return softmax_base(m); }
   __device__ __forceinline__ void follow(R top, const Unit<R>& unit) {
     if (!(top > m)) return;
     if (m != -INFINITY) {
       const R shift = unit.distance(m - top), factor = kFields ? exp(shift) : unit.exp_of(m - top);
-      if constexpr (kOwnTotal) {
+      if constexpr (kHasTotal) {
         extra.move(shift, factor, extra.total());
       } else {
         extra.move(shift, factor, s);
@@ -53,7 +54,7 @@ struct Online {
     }
     m = top;
   }
-  // Adds another's sums, which are relative to the same maximum.
+  // Adds the sums of another, relative to the same maximum.
   __device__ __forceinline__ void take(const Online& o) {
     s += o.s;
     R mine[kFields + 1], theirs[kFields + 1];
@@ -78,8 +79,8 @@ struct Online {
   }
 };
 
-// A team merges in two steps, in which each thread takes one exponential: all agree on the maximum, then,
-// each having followed it, add up.
+// A team merges in two steps, with one exponential for each thread: team_max, then each thread rescales to
+// it, then team_sum.
 template <int kTeam, class R>
 __device__ __forceinline__ R team_max(R top) {
   constexpr int kWarps = kTeam / 32;

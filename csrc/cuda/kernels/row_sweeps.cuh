@@ -1,5 +1,5 @@
-// A row of any length, of which what does not stay on the chip is swept over in memory: 16 bytes a thread
-// at a time, several of them on their way together.
+// A row of any length: the part that does not stay on the chip is read from memory, 16 bytes for each thread
+// at a time, with several loads in flight.
 #pragma once
 #include "row_held.cuh"
 
@@ -13,8 +13,7 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   using Base::sweep_kept, Base::write_kept, Base::grad, Base::grads, Base::put, Base::write;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
-  // Whether the row starts on 16 bytes is asked once, not at every load: between such branches no second load
-  // would be on its way.
+  // kAligned: the row starts on 16 bytes. A branch at every load would keep the next load from being issued.
   template <bool kAligned, int kFlight = kInFlight>
   __device__ __forceinline__ void sweep_vectors(Online<Loss, R>& o, int64_t begin, int64_t body) const {
     constexpr int64_t kStep = int64_t{kTeam} * N;
@@ -25,7 +24,7 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
       add_vector(o, j, load16_any(x + j, x, end));
       j += kStep;
     }
-    const int64_t last = kAligned ? body : a.n - N;  // a shifted load looks one vector ahead
+    const int64_t last = kAligned ? body : a.n - N;  // a shifted load also reads the next vector
 #pragma unroll 1
     for (; j + (kFlight - 1) * kStep + N <= last; j += kFlight * kStep) {
       Vec<T> v[kFlight];
@@ -38,8 +37,8 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
 #pragma unroll 1
     for (; j < body; j += kStep) add_vector(o, j, kAligned ? load16(x + j) : load16_any(x + j, x, end));
   }
-  // The classes in [begin, end) by one thread, in parts of parts: in one go all rounding errors would add up.
-  // Relative to the maximum of `known` or more.
+  // Sums the classes in [begin, end) by one thread, recursively in parts, so that rounding errors stay
+  // small. The maximum starts at that of `known`.
   template <int kPart>
   __device__ __forceinline__ Online<Loss, R> sweep_parts(const Online<Loss, R>& known, int64_t begin,
                                                          int64_t end) const {
@@ -61,10 +60,10 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept) const {
     Online<Loss, R> o;
     const int64_t n = a.n;
-    if constexpr (kTeam == 1) return sweep_parts<1024>(o, 0, n);  // others are given rows without gaps
-    // by index, not by address: which thread adds what must not depend on where the row lies
+    if constexpr (kTeam == 1) return sweep_parts<1024>(o, 0, n);  // larger teams have contiguous rows
+    // by index, not by address: the order of sums must not depend on alignment
     const int64_t body = n / N * N;
-    if (kStay && slots) {  // beside what is kept there is room for fewer on their way
+    if (kStay && slots) {  // registers hold kept vectors: fewer loads in flight
       sweep_vectors<true, 2>(o, sweep_kept(o, kept, body), body);
     } else if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
       sweep_vectors<true, kStay ? 2 : kInFlight>(o, 0, body);
@@ -75,17 +74,17 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
     for (int64_t j = body + lane; j < n; j += kTeam) add_one(o, j, x[j]);
     return o;
   }
-  // Where the target wins by some 60 nats the others' exponentials begin to pass below 2^-126, where they are
-  // flushed: their sum once more, relative to a maximum that much lower. Such rows are few.
+  // If the target's logit is some 60 above the others, their exponentials fall below 2^-126 and are flushed
+  // to 0: sums them again relative to a base lower by 64. Such rows are rare.
   __device__ __forceinline__ void add_small(Online<Loss, R>& o) const {
-    if constexpr (sizeof(R) == 4 && !Loss::kPlanes) {
+    if constexpr (sizeof(R) == 4 && !Loss::kOutputs) {
       if (!(o.s < R(1.2e-30) * R(a.n)) || !(o.m > -INFINITY)) return;
       constexpr R kLower = 64;
       Online<Loss, R> again;
       again.m = o.m;
       for (int64_t j = lane; j < a.n; j += kTeam)
         if (j != t) again.s += exp(unit.distance(u_of(widen(x[j * a.x_layout.class_stride])) - o.m) + kLower);
-      if constexpr (kTeam > 32) __syncthreads();  // all have read what the sums were shared through
+      if constexpr (kTeam > 32) __syncthreads();  // hazard: the shared memory of the first team_sum is reused
       o.s = team_sum<kTeam>(again).s * R(1.603810890548638e-28);  // e^-64
     }
   }
@@ -125,8 +124,8 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   }
   __device__ __forceinline__ void write_row(const Slope& s, T* dx, Held& held, bool whole,
                                             const Kept& kept) const {
-    // In place the target's logit, which all have read, is overwritten by one: shuffles order no memory. A
-    // block has had a barrier since.
+    // Hazard in place: all lanes have read the target's logit, which one of them overwrites, and shuffles do
+    // not order memory. A block has had a barrier since.
     if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kHold > 0)
       if (whole) return write(s, dx, held);

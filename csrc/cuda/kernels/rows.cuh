@@ -1,20 +1,20 @@
-// How a GPU walks rows of logits: a team of threads a row, value and gradient in one kernel.
+// Losses of rows of logits on CUDA: a team of threads for each row, value and gradient in one kernel.
 //
 // Device memory is read once and written once. A team is one thread where classes are strided (neighbouring
 // threads then read neighbouring rows), 8 threads or a warp for short rows, a block for long ones. The most
-// common losses hold a row of up to 32 KB in registers. Longer rows belong to blocks that stay: what fits of
-// a row lies in shared memory, a little in registers, and while its gradient is written the next row is on
-// its way into the room that becomes free; only what does not fit is read twice, the second time from L2.
-// Each thread has a maximum and its sums; they are merged in an order that depends on the row's length alone,
-// so results depend neither on the batch nor on where the row lies. No softmax is stored. The backward pass
-// has kernels of its own: it only writes, and may go through many rows with few blocks.
+// common losses hold a row of up to 32 KB in registers. Longer rows go to persistent blocks: what fits of a
+// row stays in shared memory, a little in registers, and while its gradient is written asynchronous copies
+// bring the next row into the slots that become free; only what does not fit is read twice, the second time
+// from L2. Each thread has a running maximum and sums; they are merged in an order that depends on the row's
+// length alone, so results depend neither on the batch nor on alignment. No softmax is stored. The backward
+// pass has separate kernels: it has no sums, and may take many rows with few blocks.
 //
 // row_sums.cuh      maximum and sums, and how a team merges them
 // row_reader.cuh    a row as one thread sees it
-// row_staying.cuh   a long row, of which a part stays on the chip
+// row_staying.cuh   the part of a long row that a persistent block keeps on the chip
 // row_held.cuh      a short row in registers
-// row_sweeps.cuh    what is read from memory
-// row_extras.cuh    number tokens, classes asked for
+// row_sweeps.cuh    sweeps over device memory
+// row_extras.cuh    several outputs, log-probabilities of chosen classes, number tokens
 // here              a row from its first load to its gradient, and the choice of a team for it
 #pragma once
 #include "row_extras.cuh"
@@ -29,15 +29,15 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
   using Base::a, Base::loss, Base::x, Base::r, Base::t, Base::lane, Base::scale, Base::slots, Base::unit;
   using Base::add_small, Base::write_row, Base::write_zeros, Base::number_term, Base::number_gradient;
   using Base::kHold, Base::kStay, Base::u_of, Base::hold, Base::sums_of, Base::sums_in_turn, Base::sweep;
-  using Base::results, Base::upstream, Base::write_asked, Base::asked_gradient, Base::refill_all;
+  using Base::outputs, Base::upstream, Base::write_index_logps, Base::write_index_gradient, Base::refill_all;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
   __device__ __forceinline__ R
-  m_of(R top) const {  // rounded as `logit` is: what is asked for may be the maximum
+  m_of(R top) const {  // rounded as `logit` is: a class in index may be the maximum
     return product(top, unit.of_z);
   }
   __device__ __forceinline__ T* gradient() const { return static_cast<T*>(a.dx) + a.dx_layout.start(r); }
-  // Asked for where it is needed: an address is two registers.
+  // Computed where it is needed: an address kept for later would take two registers.
   __device__ __forceinline__ R* state() const { return static_cast<R*>(a.state) + r * a.state_width; }
   __device__ __forceinline__ void run() {
     const bool leader = lane == 0;
@@ -58,8 +58,8 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
     if (k == 0) {
       if (!kBackward && leader) {
         for (int64_t i = 0; i < a.state_width; ++i) state()[i] = 0;
-        if constexpr (Loss::kPlanes) {
-          for (int64_t i = 0; i < a.planes; ++i) results()[i] = 0;
+        if constexpr (Loss::kOutputs) {
+          for (int64_t i = 0; i < a.num_outputs; ++i) outputs()[i] = 0;
         } else {
           static_cast<R*>(a.loss)[r] = 0;
         }
@@ -68,7 +68,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       if (kStay && slots) refill_all();
       return;
     }
-    // of a row that does not start on 16 bytes many vectors would take too many registers while being loaded
+    // unaligned rows: loading as many vectors would take too many registers
     const bool holds = kHold && (kTeam <= 32 || reinterpret_cast<uintptr_t>(x) % 16 == 0);
     const bool write_held =
         holds && a.dx && a.dx_layout.class_stride == 1 && reinterpret_cast<uintptr_t>(gradient()) % 16 == 0;
@@ -92,8 +92,8 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       for (int i = 0; i < Loss::kSaved; ++i) row.saved[i] = state()[3 + i];
       row.m = m_of(top);
       target.d = unit.distance(ut - top);
-      if constexpr (Loss::kNumbers) number_term(row, number);
-      if constexpr (!Loss::kPlanes) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
+      if constexpr (Loss::kNumberTokens) number_term(row, number);
+      if constexpr (!Loss::kOutputs) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
     } else {
       Online<Loss, R> o;
       bool merged = kTeam == 1;
@@ -116,49 +116,49 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       const R e = a.target ? unit.exp_of(ut - top) : R(0);
       row.log_sum = log(o.s + e);
       R value = loss.project(row, o.extra, o.s, e, target);
-      if constexpr (Loss::kNumbers) value += number_term(row, number);
+      if constexpr (Loss::kNumberTokens) value += number_term(row, number);
       value *= k;
       if (a.norm) k /= *static_cast<const R*>(a.norm);
-      if constexpr (Loss::kPlanes) write_asked(row);
+      if constexpr (Loss::kOutputs) write_index_logps(row);
       if (leader) {
-        if constexpr (Loss::kPlanes) {
-          loss.write(row, results());
+        if constexpr (Loss::kOutputs) {
+          loss.write(row, outputs());
         } else {
           static_cast<R*>(a.loss)[r] = value;
         }
-        R* const own = state();
-        own[0] = top;
-        own[1] = row.log_sum;
-        own[2] = k;
+        R* const saved = state();
+        saved[0] = top;
+        saved[1] = row.log_sum;
+        saved[2] = k;
 #pragma unroll
-        for (int i = 0; i < Loss::kSaved; ++i) own[3 + i] = row.saved[i];
-        for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) own[i] = 0;
+        for (int i = 0; i < Loss::kSaved; ++i) saved[3 + i] = row.saved[i];
+        for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) saved[i] = 0;
       }
     }
     if (!a.dx) return;
     T* dx = gradient();
-    if constexpr (Loss::kPlanes) {
-      const Slope s{loss.grad_coef(row, upstream(), a.asked_each, scale), row.m, row.log_sum, top,
+    if constexpr (Loss::kOutputs) {
+      const Slope s{loss.grad_coef(row, upstream(), a.num_index, scale), row.m, row.log_sum, top,
                     unit.kept(row.log_sum)};
       write_row(s, dx, held, write_held, kept);
-      asked_gradient(s, dx);
+      write_index_gradient(s, dx);
     } else {
       Slope s{loss.grad_coef(row, target, g * k * scale), row.m, row.log_sum, top, unit.kept(row.log_sum)};
-      if constexpr (Loss::kNumbers) loss.add(s.coef, g * k * scale * number.dense_coef);
+      if constexpr (Loss::kNumberTokens) loss.add(s.coef, g * k * scale * number.dense_coef);
       write_row(s, dx, held, write_held, kept);
-      if constexpr (Loss::kNumbers)
+      if constexpr (Loss::kNumberTokens)
         if (number.total != 0) number_gradient(s, number, g * k * scale, dx);
     }
   }
 };
 
-// Blocks that a multiprocessor is to have room for.
+// Minimum of resident blocks on a multiprocessor, for __launch_bounds__.
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward> ? (kTeam > 32 ? 640 / kTeam : 6)
                         : kTeam > 32                     ? kResident<Loss> / kTeam
                                                          : 4;
 
-// With `slots` blocks stay: each goes on with another row as soon as it has written one.
+// With `slots` > 0 blocks are persistent: each takes another row as soon as it has written one.
 template <class Loss, class T, int kTeam, bool kBackward>
 __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T, kTeam, kBackward>)
     rows_kernel(RowArgs a, int slots) {
@@ -200,23 +200,23 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
       __pipeline_commit();
     }
 #pragma unroll 1
-  for (; r < a.rows; r += step) {  // whole teams
+  for (; r < a.rows; r += step) {  // for whole teams
     team(r, step).run();
-    if constexpr (kStay) __syncthreads();  // what `run` shares is used again
+    if constexpr (kStay) __syncthreads();  // hazard: run() reuses its shared memory
     if constexpr (!kBackward && !kStay) return;
   }
 }
 
-// Bytes of the longest rows for a warp, and of the longest that a block of half a multiprocessor's threads is
-// given: longer ones go to a block of all its threads.
+// The longest rows, in bytes, for a warp, and for a block of half a multiprocessor's threads; longer ones
+// get a block of all its threads.
 constexpr int64_t kWarpRowBytes = 4 << 10, kHalfRowBytes = 128 << 10;
 // Threads for the shortest rows, if they hold them.
 constexpr int kSmallTeam = 8;
-// Threads that go through the rows where each block first asks whether there is anything to do: as many as a
-// large GPU holds, so that the answer no costs little.
-constexpr int64_t kAskingThreads = 132 * 2048;
-// Shared memory of a multiprocessor that is not for keeping rows: what its blocks need beside.
-constexpr int64_t kSharedBeside = 3 << 10;
+// Threads of a launch with skip_unit_upstream, whose blocks first read whether there is anything to do: as
+// many as a large GPU holds at once, so that skipping costs little.
+constexpr int64_t kSkipThreads = 132 * 2048;
+// Bytes of a multiprocessor's shared memory that its blocks need for other things than rows.
+constexpr int64_t kSharedReserved = 3 << 10;
 
 // Whether every row of such a layout starts on 16 bytes.
 template <class T>
@@ -230,37 +230,38 @@ template <class Loss, class T, int kTeam, bool kBackward>
 void launch_team(const RowArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
   int64_t blocks = (a.rows * kTeam + block - 1) / block, slots = 0;
-  if (kBackward && a.skip_unit_upstream && blocks > kAskingThreads / block) blocks = kAskingThreads / block;
+  if (kBackward && a.skip_unit_upstream && blocks > kSkipThreads / block) blocks = kSkipThreads / block;
   if (kStays<Loss, T, kTeam, kBackward> && on_vectors<T>(a.x, a.x_layout) &&
       (!a.dx || on_vectors<T>(a.dx, a.dx_layout))) {
     const int64_t row = a.n / Vec<T>::kSize,
-                  capacity = (max_shared() - kSharedBeside) * kTeam / kResident<Loss> / 16;
+                  capacity = (max_shared() - kSharedReserved) * kTeam / kResident<Loss> / 16;
     slots = (row < capacity ? row : capacity) / kTeam * kTeam;
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
     if (slots && blocks > stay) blocks = stay;
   }
-  const size_t shared = 16 * static_cast<size_t>(slots > 0 ? slots : 1);  // none is no array to point at
+  const size_t shared =
+      16 * static_cast<size_t>(slots > 0 ? slots : 1);  // at least one: 0 bytes have no address
   launch_1d<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a,
                                                      static_cast<int>(slots));
 }
 template <class Loss, class T, bool kBackward>
 void launch_pass(const RowArgs& a, cudaStream_t stream) {
   if (a.x_layout.class_stride != 1 || a.logit_scale < 0) return launch_team<Loss, T, 1, kBackward>(a, stream);
-  if constexpr (sizeof(T) < 8) {  // float64 is there to be exact: a warp does for any length
+  if constexpr (sizeof(T) < 8) {  // float64 is for accuracy: a warp for any length
     const int64_t bytes = a.n * int64_t{sizeof(T)};
-    constexpr int kMost = kResident<Loss>;
+    constexpr int kMaxTeam = kResident<Loss>;
     constexpr auto held = [](int team, int vectors) { return int64_t{16} * team * vectors; };
     constexpr int kOfTeam = kHeld<Loss, T, 128, kBackward>, kOfWarp = kHeld<Loss, T, 32, kBackward>;
-    if constexpr (kBackward) {  // each class on its own: not worth more kernels
-      if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
+    if constexpr (kBackward) {  // one class at a time: more kernels are not worth their compile time
+      if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
     } else {
-      if (bytes > kHalfRowBytes) return launch_team<Loss, T, kMost, kBackward>(a, stream);
+      if (bytes > kHalfRowBytes) return launch_team<Loss, T, kMaxTeam, kBackward>(a, stream);
       if constexpr (Loss::kSoftcap) {  // rare
-        if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
+        if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
       }
-      if (bytes > (kOfTeam && kMost == 1024 ? held(256, kOfTeam) : held(128, 8)))
-        return launch_team<Loss, T, kMost / 2, kBackward>(a, stream);
-      if constexpr (kOfTeam && kMost == 1024)
+      if (bytes > (kOfTeam && kMaxTeam == 1024 ? held(256, kOfTeam) : held(128, 8)))
+        return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
+      if constexpr (kOfTeam && kMaxTeam == 1024)
         if (bytes > held(128, kOfTeam)) return launch_team<Loss, T, 256, kBackward>(a, stream);
       if (bytes > (kOfWarp ? held(32, kOfWarp) : kWarpRowBytes))
         return launch_team<Loss, T, 128, kBackward>(a, stream);

@@ -1,9 +1,10 @@
-// How a GPU walks sequences in time: a warp or a block a sequence, its steps taken in parallel.
+// Recursions in time on CUDA: a warp or a block for each sequence, with a parallel scan over its steps.
 //
 // The steps of a sequence are affine maps of a small state (drivers/scan.h). Each thread joins the maps of
 // kSteps consecutive steps, a tree over the team joins those of the threads before it, and the thread then
-// takes its own steps from the state that results. Tile by tile the state is carried on. The tree is the same
-// for every sequence, so results do not depend on the batch. Only inputs and outputs go through memory.
+// takes its steps one by one from the resulting state. The state is carried from tile to tile. The tree is
+// the same for every sequence, so results do not depend on the batch. Only inputs and outputs go through
+// memory.
 #pragma once
 #include "../../drivers/scan.h"
 #include "../launch.cuh"
@@ -15,8 +16,8 @@ constexpr int kScanSteps = 4, kScanThreads = 128;  // steps of a thread; threads
 
 template <class R>
 __device__ __forceinline__ AffineStep<R> from_lane_below(const AffineStep<R>& s, int offset) {
-  return {__shfl_up_sync(kFullMask, s.keep_u, offset), __shfl_up_sync(kFullMask, s.add_u, offset),
-          __shfl_up_sync(kFullMask, s.keep_w, offset), __shfl_up_sync(kFullMask, s.mix, offset),
+  return {__shfl_up_sync(kFullMask, s.decay_u, offset), __shfl_up_sync(kFullMask, s.add_u, offset),
+          __shfl_up_sync(kFullMask, s.decay_w, offset), __shfl_up_sync(kFullMask, s.mix, offset),
           __shfl_up_sync(kFullMask, s.add_w, offset)};
 }
 
@@ -81,7 +82,7 @@ struct ScanTeam {
       if (lane == 0) before = AffineStep<R>::identity();
       R my_u = u, my_w = w;
       if constexpr (kTeam > 32) {
-        __syncthreads();  // the tile before has been read
+        __syncthreads();  // hazard: the tile before may still be read
         if (lane == 31) part[warp] = mine;
         __syncthreads();
         for (int k = 0; k < kTeam / 32; ++k) {
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kScanThreads) scan_kernel
   const int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam;
   if (r >= a.rows) return;  // whole teams
   int64_t start = r * a.n, length = a.n;
-  if (a.offsets) {  // whatever they say, nothing outside is touched
+  if (a.offsets) {  // clamped: memory outside is never accessed
     start = a.offsets[r] > 0 ? a.offsets[r] : 0;
     const int64_t end = a.offsets[r + 1] < a.n ? a.offsets[r + 1] : a.n;
     length = end > start ? end - start : 0;

@@ -1,6 +1,6 @@
-// Passes over a block of a matrix of similarities: bands of rows by spans of columns for what rows and
-// columns add up and for gradients, and a second kernel that puts bands and spans together; a row each for
-// what few losses ask. What is summed in which order, the shape of the block alone says.
+// Passes over a block of a matrix of similarities. For statistics and gradients the block is cut into bands
+// of rows and spans of columns, and a second kernel merges their partial sums; the rarer passes take a
+// thread block for each row. The order of sums depends on the shape of the block alone.
 #include "../launch.cuh"
 #include "../launchers.h"
 #include "similarity_gradient.cuh"
@@ -9,7 +9,7 @@
 
 namespace fastloss::cuda::similarity {
 
-// The kernel of this name for ids or none, on the grid.
+// Launches the kernel's instantiation with or without ids.
 #define FASTLOSS_BY_IDS(kernel, grid, ...)                             \
   (a.row_ids ? launch_cut<&kernel<__VA_ARGS__, true>>(a, grid, stream) \
              : launch_cut<&kernel<__VA_ARGS__, false>>(a, grid, stream))
@@ -75,12 +75,12 @@ int64_t partials(const TileChunk& a) {
 namespace fastloss::cuda {
 
 int64_t tile_partials(const TileChunk& a) {
-  return a.wide ? similarity::partials<double>(a) : similarity::partials<float>(a);
+  return a.is_double ? similarity::partials<double>(a) : similarity::partials<float>(a);
 }
 
 void tile_chunk(const TileChunk& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  a.wide ? similarity::run<double>(a, s) : similarity::run<float>(a, s);
+  a.is_double ? similarity::run<double>(a, s) : similarity::run<float>(a, s);
 }
 
 }  // namespace fastloss::cuda

@@ -6,9 +6,9 @@
 
 namespace fastloss::cuda::similarity {
 
-constexpr int kWarps = 8, kBand = 64;  // of a block at most: warps side by side, rows
+constexpr int kWarps = 8, kBand = 64;  // of a thread block, at most: warps next to each other, rows
 
-// A sum that is rounded on its own, as `product` is: so that all passes see the same similarity.
+// A sum that is not contracted to an FMA, like `product`: so all passes see the same similarity.
 __device__ __forceinline__ float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ double rounded_sum(double a, double b) { return __dadd_rn(a, b); }
 
@@ -23,20 +23,25 @@ struct Chunk {
   __device__ __forceinline__ static R at(const void* array, int64_t i) {
     return static_cast<const R*>(array)[i];
   }
-  // Rows and columns of the block.
+  // Row r of the block.
   __device__ __forceinline__ const R* row(int64_t r) const {
     return static_cast<const R*>(a.s) + r * a.s_pitch;
   }
   __device__ __forceinline__ R value(R s) const { return rounded_sum(product(s, scale), bias); }
-  __device__ __forceinline__ int mark(int64_t r) const {
-    if (!a.mark) return -1;
-    const int64_t j = a.mark[a.row + r] - a.col;
+  // The target column of row r relative to the block, or -1 if it is in another block.
+  __device__ __forceinline__ int target_col(int64_t r) const {
+    if (!a.target_col) return -1;
+    const int64_t j = a.target_col[a.row + r] - a.col;
     return j >= 0 && j < a.cols ? static_cast<int>(j) : -1;
   }
-  // Of an entry that is marked or not and, if there are ids, equal or not.
-  __device__ __forceinline__ Entry entry(bool marked, bool equal) const { return rule()(marked, equal); }
+  // What an entry counts as, see EntryRule.
+  __device__ __forceinline__ Entry entry(bool is_target, bool equal) const {
+    return rule()(is_target, equal);
+  }
   __device__ __forceinline__ bool summed(Entry e) const { return rule().summed(e); }
-  __device__ __forceinline__ EntryRule rule() const { return {a.same_is_positive, a.with_positives}; }
+  __device__ __forceinline__ EntryRule rule() const {
+    return {a.labels_are_positives, a.positives_in_denominator};
+  }
 };
 
 // How a block is cut: each thread of a warp has kVectors times 16 bytes of a row, each warp its own columns,
@@ -52,7 +57,7 @@ struct Cut {
                kWarpColumns +
            threadIdx.x % 32 * kSize;
   }
-  // Where `left` columns remain from the thread's first one; what lies beyond is anything.
+  // `left`: columns from the thread's first one to the end of the row. Values beyond are unspecified.
   __device__ __forceinline__ static void load(const R* p, int left, bool there, R (&v)[kColumns]) {
 #pragma unroll
     for (int k = 0; k < kColumns; k += kSize) {
@@ -86,17 +91,17 @@ struct Grid {
   int64_t bands, spans;  // blocks
 };
 template <class R, int kVectors>
-Grid grid_of(const TileChunk& a, int most_rows) {
+Grid grid_of(const TileChunk& a, int max_rows) {
   const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
   Grid g;
-  g.band = a.rows >= 4096 ? most_rows : a.rows >= 1024 ? 16 : 8;
+  g.band = a.rows >= 4096 ? max_rows : a.rows >= 1024 ? 16 : 8;
   const int64_t warps = parts(a.cols, Cut<R, kVectors>::kWarpColumns);
   g.warps = static_cast<int>(warps < kWarps ? warps : kWarps);
   g.bands = parts(a.rows, g.band);
   g.spans = parts(warps, g.warps);
   return g;
 }
-// Of the pass over statistics, and of sigmoid and gradients.
+// The grids of the pass `statistics`, and of sigmoid and the gradients.
 template <class R>
 Grid statistics_grid(const TileChunk& a) {
   return a.row_ids ? grid_of<R, 2>(a, kBand) : grid_of<R, 4>(a, kBand);
@@ -106,7 +111,7 @@ Grid element_grid(const TileChunk& a) {
   return grid_of<R, 2>(a, 32);
 }
 
-// Of each row the sum over the warps that have it, at `place` of the parts of this span.
+// Adds each row's sums over the warps, and stores them as partial sum number `place` of this span.
 template <class R>
 __device__ __forceinline__ void leave_sums(const TileChunk& a, int64_t begin, int count, int place,
                                            const R (&of_warp)[kWarps * kBand]) {

@@ -1,13 +1,13 @@
-// The passes over a block that make of each entry its gradient.
+// The passes over a block that replace each entry by its gradient.
 #pragma once
 #include "similarity_block.cuh"
 
 namespace fastloss::cuda::similarity {
 
-// softmax_share, for a gradient that is rounded to G: a half type does not see an exponential's last digits.
+// softmax_prob, for a gradient that is rounded to G: a half-precision type needs no accurate exponential.
 template <class G, class R>
-__device__ __forceinline__ R share(R s, R m, R log_sum) {
-  if constexpr (std::is_same_v<G, R>) return softmax_share(s, m, log_sum);
+__device__ __forceinline__ R prob(R s, R m, R log_sum) {
+  if constexpr (std::is_same_v<G, R>) return softmax_prob(s, m, log_sum);
   return log_sum == R(-INFINITY) ? R(0) : exp((s - m) - log_sum);
 }
 
@@ -25,16 +25,16 @@ __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int 
   FL_SHARED(R, row_grad, kBand);
   FL_SHARED(R, row_positive, kBand);
   FL_SHARED(R, dots, kWarps * kBand);
-  FL_SHARED(int, marks, kBand);
+  FL_SHARED(int, targets, kBand);
   FL_SHARED(int64_t, row_id, kBand);
   for (int r = threadIdx.x; r < count; r += blockDim.x) {
     const int64_t i = a.row + begin + r;
     row_max[r] = a.row_max ? c.at(a.row_max, i) : R(0);
-    // -inf: no share of anything
+    // -inf: probabilities are 0
     row_log_sum[r] = a.row_log_sum ? c.at(a.row_log_sum, i) : R(-INFINITY);
     row_grad[r] = a.row_grad ? c.at(a.row_grad, i) : R(0);
     row_positive[r] = a.positive_grad ? c.at(a.positive_grad, i) : R(0);
-    marks[r] = c.mark(begin + r);
+    targets[r] = c.target_col(begin + r);
     row_id[r] = kIds ? a.row_ids[i] : 0;
   }
   R col_max[kColumns], col_log_sum[kColumns], col_grad[kColumns];
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int 
     col_grad[k] = columns ? c.at(a.col_grad, j) : R(0);
   }
   __syncthreads();
-  const auto drawn = [&](R v, R up, R top, R log_sum) {
+  const auto positive_term = [&](R v, R up, R top, R log_sum) {
     R slope = -1;
     if (a.pass == TilePass::pairs_gradient) softplus((top - v) + log_sum, slope);
     return up * slope;
@@ -63,30 +63,31 @@ __global__ void __launch_bounds__(kWarps * 32) gradient_kernel(TileChunk a, int 
     for (int q = 0; q < 2; ++q) {
       const int at = r + q;
       if (at >= count) continue;
-      const int mark = marks[at] - first;
-      const int64_t own = row_id[at];
+      const int target = targets[at] - first;
+      const int64_t id_of_row = row_id[at];
       const R top = row_max[at], log_sum = row_log_sum[at], up = row_grad[at];
-      // First as if every entry was summed, and without a branch: the exponentials of several entries are
-      // under way at a time. Then what counts as something else, of which without ids a row has one at most.
+      // First as if every entry was a negative, without a branch, so that the exponentials of several entries
+      // overlap. Then the entries that are not: without ids a row has at most one.
       R g[kColumns];
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
         const R x = c.value(v[q][k]);
-        g[k] = up * share<G>(x, top, log_sum) + col_grad[k] * share<G>(x, col_max[k], col_log_sum[k]);
+        g[k] = up * prob<G>(x, top, log_sum) + col_grad[k] * prob<G>(x, col_max[k], col_log_sum[k]);
       }
-      if (kIds || static_cast<unsigned>(mark) <= static_cast<unsigned>(T::offset(kColumns - 1))) {
+      if (kIds || static_cast<unsigned>(target) <= static_cast<unsigned>(T::offset(kColumns - 1))) {
 #pragma unroll
         for (int k = 0; k < kColumns; ++k) {
-          const bool marked = T::offset(k) == mark, same = kIds && id[kIds ? k : 0] == own;
-          if (!marked && !same) continue;
-          const Entry e = c.entry(marked, same);
+          const bool is_target = T::offset(k) == target, same = kIds && id[kIds ? k : 0] == id_of_row;
+          if (!is_target && !same) continue;
+          const Entry e = c.entry(is_target, same);
           if (!c.summed(e)) g[k] = 0;
           if (e != Entry::positive || !a.positive_grad) continue;
           const R x = c.value(v[q][k]);
-          g[k] -= drawn(x, row_positive[at], top, log_sum);
+          g[k] -= positive_term(x, row_positive[at], top, log_sum);
           const int64_t j = a.col + first + T::offset(k);
           if (a.col_positive_grad && T::offset(k) < left)
-            g[k] -= drawn(x, c.at(a.col_positive_grad, j), c.at(a.col_max, j), c.at(a.col_log_sum, j));
+            g[k] -=
+                positive_term(x, c.at(a.col_positive_grad, j), c.at(a.col_max, j), c.at(a.col_log_sum, j));
         }
       }
       R dot = 0;
@@ -125,25 +126,25 @@ __global__ void __launch_bounds__(kWarps * 32) sigmoid_kernel(TileChunk a, int b
       id[k] = T::offset(k) < left ? a.col_ids[a.col + first + T::offset(k)] : 0;
   }
   for (int r = 0; r < count; r += 2) {
-    R v[2][kColumns], loss[2] = {0, 0}, steep[2] = {0, 0}, dot[2] = {0, 0};
+    R v[2][kColumns], loss[2] = {0, 0}, slope_sum[2] = {0, 0}, dot[2] = {0, 0};
 #pragma unroll
     for (int q = 0; q < 2; ++q) T::load(c.row(begin + r + q) + first, left, r + q < count, v[q]);
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       const bool there = r + q < count;
       const int64_t i = a.row + begin + r + q;
-      const int mark = there ? c.mark(begin + r + q) - first : -1;
-      const int64_t own = kIds && there ? a.row_ids[i] : 0;
+      const int target = there ? c.target_col(begin + r + q) - first : -1;
+      const int64_t id_of_row = kIds && there ? a.row_ids[i] : 0;
       const R up = there && a.row_grad ? c.at(a.row_grad, i) : R(0);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
-        const Entry e = c.entry(T::offset(k) == mark, kIds && id[kIds ? k : 0] == own);
+        const Entry e = c.entry(T::offset(k) == target, kIds && id[kIds ? k : 0] == id_of_row);
         const R x = c.value(v[q][k]), sign = e == Entry::positive ? R(-1) : R(1);
         R slope = 0;
         if (e != Entry::left_out && T::offset(k) < left) {
           loss[q] += softplus(sign * x, slope);
           slope *= sign;
-          steep[q] += slope;
+          slope_sum[q] += slope;
         }
         slope *= up;
         if (T::offset(k) < left) dot[q] += slope * v[q][k];
@@ -152,11 +153,11 @@ __global__ void __launch_bounds__(kWarps * 32) sigmoid_kernel(TileChunk a, int b
       if (there && a.row_grad)
         T::store(static_cast<G*>(a.g) + (begin + r + q) * a.g_pitch + first, left, v[q]);
       loss[q] = warp_sum(loss[q]);
-      steep[q] = warp_sum(steep[q]);
+      slope_sum[q] = warp_sum(slope_sum[q]);
       if (a.dots) dot[q] = warp_sum(dot[q]);
       if (threadIdx.x % 32 == 0 && there) {
         losses[warp * kBand + r + q] = loss[q];
-        slopes[warp * kBand + r + q] = steep[q];
+        slopes[warp * kBand + r + q] = slope_sum[q];
         dots[warp * kBand + r + q] = dot[q];
       }
     }

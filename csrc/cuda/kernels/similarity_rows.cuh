@@ -1,4 +1,4 @@
-// Passes over a block with a thread block a row, for what few losses ask; and the sums over a row's spans.
+// The rarer passes over a block, with a thread block for each row; and the sums over a row's spans.
 #pragma once
 #include "similarity_block.cuh"
 
@@ -6,7 +6,7 @@ namespace fastloss::cuda::similarity {
 
 constexpr int kRowThreads = 128;
 
-// What a row adds up in one pass.
+// Two sums over a row.
 template <class R>
 struct RowSums {
   R first = 0, second = 0;
@@ -15,22 +15,22 @@ struct RowSums {
     second += o.second;
   }
 };
-// Two extremes with their places.
+// The hardest positive, with the largest key, and the hardest negative, with the smallest; and their columns.
 template <class R>
 struct Extremes {
-  R most = -INFINITY, least = INFINITY;
+  R max_key = -INFINITY, min_key = INFINITY;
   int64_t positive = -1, negative = -1;
   __device__ __forceinline__ void take_positive(R key, int64_t j) {
-    const bool more = positive < 0 || key > most || key != key || (key == most && j < positive);
-    if (j >= 0 && more) most = key, positive = j;
+    const bool more = positive < 0 || key > max_key || key != key || (key == max_key && j < positive);
+    if (j >= 0 && more) max_key = key, positive = j;
   }
   __device__ __forceinline__ void take_negative(R key, int64_t j) {
-    const bool less = negative < 0 || key < least || key != key || (key == least && j < negative);
-    if (j >= 0 && less) least = key, negative = j;
+    const bool less = negative < 0 || key < min_key || key != key || (key == min_key && j < negative);
+    if (j >= 0 && less) min_key = key, negative = j;
   }
   __device__ __forceinline__ void merge(const Extremes& o) {
-    take_positive(o.most, o.positive);
-    take_negative(o.least, o.negative);
+    take_positive(o.max_key, o.positive);
+    take_negative(o.min_key, o.negative);
   }
 };
 
@@ -39,11 +39,11 @@ __global__ void __launch_bounds__(kRowThreads, 8) pairs_kernel(TileChunk a) {
   const Chunk<R> c(a);
   const int64_t r = blockIdx.x, i = a.row + r;
   const R m = c.at(a.row_max, i), log_sum = c.at(a.row_log_sum, i);
-  const int mark = c.mark(r);
-  const int64_t own = a.row_ids ? a.row_ids[i] : 0;
+  const int target = c.target_col(r);
+  const int64_t row_id = a.row_ids ? a.row_ids[i] : 0;
   RowSums<R> sums;
   for (int j = threadIdx.x; j < a.cols; j += kRowThreads) {
-    if (c.entry(j == mark, a.row_ids && a.col_ids[a.col + j] == own) != Entry::positive) continue;
+    if (c.entry(j == target, a.row_ids && a.col_ids[a.col + j] == row_id) != Entry::positive) continue;
     R slope;
     sums.first += softplus((m - c.value(c.row(r)[j])) + log_sum, slope);
     sums.second += slope;
@@ -54,16 +54,16 @@ __global__ void __launch_bounds__(kRowThreads, 8) pairs_kernel(TileChunk a) {
   c.at(a.pairs_slope(), i) = (a.col ? c.at(a.pairs_slope(), i) : R(0)) + sums.second;
 }
 
-// Blocks are of whole rows here.
+// Here a block has all columns.
 template <class R>
 __global__ void __launch_bounds__(kRowThreads, 8) hardest_kernel(TileChunk a) {
   const Chunk<R> c(a);
   const int64_t r = blockIdx.x, i = a.row + r;
-  const int mark = c.mark(r);
-  const int64_t own = a.row_ids ? a.row_ids[i] : 0;
+  const int target = c.target_col(r);
+  const int64_t row_id = a.row_ids ? a.row_ids[i] : 0;
   Extremes<R> x;
   for (int j = threadIdx.x; j < a.cols; j += kRowThreads) {
-    const Entry e = c.entry(j == mark, a.row_ids && a.col_ids[j] == own);
+    const Entry e = c.entry(j == target, a.row_ids && a.col_ids[j] == row_id);
     const R key = c.value(c.row(r)[j]) + c.at(a.hardest_offset(), j);
     if (e == Entry::positive) x.take_positive(key, j);
     if (e == Entry::negative) x.take_negative(key, j);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kRowThreads, 8) hardest_kernel(TileChunk a) {
   a.hardest[a.m + i] = x.negative;
 }
 
-// to[r] becomes or grows by the sum over spans of what lies at `place` of part.
+// Sums over a row's spans: the arrays are set by the first block of columns and accumulate over the others.
 template <class R>
 __global__ void __launch_bounds__(kRowThreads) spans_kernel(TileChunk a, int64_t spans, bool sigmoid) {
   const int64_t r = int64_t{blockIdx.x} * kRowThreads + threadIdx.x, i = a.row + r;

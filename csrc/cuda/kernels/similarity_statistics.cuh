@@ -1,5 +1,5 @@
 // The pass `statistics` over a block: maxima and sums of exponentials of rows and columns, by bands and
-// spans, which a second kernel puts together.
+// spans, which a second kernel merges.
 #pragma once
 #include "../../math/online_softmax.h"
 #include "similarity_block.cuh"
@@ -8,8 +8,8 @@ namespace fastloss::cuda::similarity {
 
 constexpr int kMergeThreads = 256;
 
-// part: of each span the rows' maxima, sums of exponentials and sums of positives, of each band the columns'
-// maxima and sums.
+// TileChunk::part: for each span the rows' maxima, sums of exponentials and sums of positives [spans, rows];
+// for each band the columns' maxima and sums [bands, cols].
 template <class R>
 struct Parts {
   R *row_max, *row_sum, *row_positive, *col_max, *col_sum;
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
   const int first = T::first(), left = static_cast<int>(a.cols) - first, warp = threadIdx.x / 32;
   const int64_t begin = int64_t{blockIdx.x} * band;
   const int count = a.rows - begin < band ? static_cast<int>(a.rows - begin) : band;
-  const bool marked_counts = c.summed(c.entry(true, false));
+  const bool target_counts = c.summed(c.entry(true, false));
   FL_SHARED(R, tops, kWarps * kBand);
   FL_SHARED(R, sums, kWarps * kBand);
   FL_SHARED(R, positives, kWarps * kBand);
@@ -42,43 +42,43 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
     if constexpr (kIds) id[k] = T::offset(k) < left ? a.col_ids[a.col + first + T::offset(k)] : 0;
   }
   for (int r = 0; r < count; r += 2) {
-    R v[2][kColumns], most[2], share[2], drawn[2] = {0, 0};
+    R v[2][kColumns], top[2], sum[2], positive[2] = {0, 0};
 #pragma unroll
     for (int q = 0; q < 2; ++q) T::load(c.row(begin + r + q) + first, left, r + q < count, v[q]);
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
       const int last = r + q < count ? left : 0;
-      const int mark = r + q < count ? c.mark(begin + r + q) - first : -1;
-      const int64_t own = kIds && r + q < count ? a.row_ids[a.row + begin + r + q] : 0;
-      most[q] = -INFINITY;
+      const int target = r + q < count ? c.target_col(begin + r + q) - first : -1;
+      const int64_t row_id = kIds && r + q < count ? a.row_ids[a.row + begin + r + q] : 0;
+      top[q] = -INFINITY;
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) {
         bool counts = T::offset(k) < last;
         const R x = c.value(v[q][k]);
         if constexpr (kIds) {
-          const Entry e = c.entry(T::offset(k) == mark, id[k] == own);
-          if (counts && e == Entry::positive) drawn[q] += x;
+          const Entry e = c.entry(T::offset(k) == target, id[k] == row_id);
+          if (counts && e == Entry::positive) positive[q] += x;
           counts = counts && c.summed(e);
         } else {
-          counts = counts && (T::offset(k) != mark || marked_counts);
+          counts = counts && (T::offset(k) != target || target_counts);
         }
         v[q][k] = counts ? x : R(-INFINITY);
-        most[q] = max(most[q], v[q][k]);
+        top[q] = max(top[q], v[q][k]);
       }
     }
-    warp_reduce_all(most, [](R mine, R other) { return max(mine, other); });  // another's NaN stays
+    warp_reduce_all(top, [](R mine, R other) { return max(mine, other); });  // another's NaN stays
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      const R base = softmax_base(most[q]);
-      share[q] = 0;
+      const R base = softmax_base(top[q]);
+      sum[q] = 0;
 #pragma unroll
-      for (int k = 0; k < kColumns; ++k) share[q] += exp(v[q][k] - base);
-      share[q] = warp_sum(share[q]);
-      if constexpr (kIds) drawn[q] = warp_sum(drawn[q]);
+      for (int k = 0; k < kColumns; ++k) sum[q] += exp(v[q][k] - base);
+      sum[q] = warp_sum(sum[q]);
+      if constexpr (kIds) positive[q] = warp_sum(positive[q]);
       if (threadIdx.x % 32 == 0 && r + q < count) {
-        tops[warp * kBand + r + q] = most[q];
-        sums[warp * kBand + r + q] = share[q];
-        if constexpr (kIds) positives[warp * kBand + r + q] = drawn[q];
+        tops[warp * kBand + r + q] = top[q];
+        sums[warp * kBand + r + q] = sum[q];
+        if constexpr (kIds) positives[warp * kBand + r + q] = positive[q];
       }
     }
     if (!a.col_max) continue;
@@ -91,15 +91,15 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
   for (int r = threadIdx.x; r < count; r += blockDim.x) {
     const int64_t to = blockIdx.y * a.rows + begin + r;
     OnlineSoftmax<R> row;
-    R drawn = 0;
+    R positive = 0;
     for (int w = 0; w < warps; ++w) row.top = max(row.top, tops[w * kBand + r]);
     for (int w = 0; w < warps; ++w) {
       row.add(tops[w * kBand + r], sums[w * kBand + r]);
-      if constexpr (kIds) drawn += positives[w * kBand + r];
+      if constexpr (kIds) positive += positives[w * kBand + r];
     }
     part.row_max[to] = row.top;
     part.row_sum[to] = row.sum;
-    if constexpr (kIds) part.row_positive[to] = drawn;
+    if constexpr (kIds) part.row_positive[to] = positive;
   }
   if (!a.col_max) return;
 #pragma unroll
@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kWarps * 32) statistics_kernel(TileChunk a, in
     }
 }
 
-// 32 rows, or columns, a block; eight threads for the parts of each. Rows come first.
+// A block takes 32 rows, or 32 columns, with eight threads for the partial results of each. The blocks of
+// rows come first.
 template <class R>
 __global__ void __launch_bounds__(kMergeThreads) merge_kernel(TileChunk a, int64_t spans, int64_t bands) {
   constexpr int kGroups = kMergeThreads / 32;
@@ -124,23 +125,23 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(TileChunk a, int64
   const int64_t count = is_row ? a.rows : a.cols, parts = is_row ? spans : bands;
   const R* const max_of = is_row ? part.row_max : part.col_max;
   const R* const sum_of = is_row ? part.row_sum : part.col_sum;
-  const bool add_positives = is_row && a.positive && a.row_ids && a.same_is_positive;
+  const bool add_positives = is_row && a.positive && a.row_ids && a.labels_are_positives;
   FL_SHARED(R, tops, kMergeThreads);
   FL_SHARED(R, sums, kMergeThreads);
   FL_SHARED(R, positives, kMergeThreads);
   OnlineSoftmax<R> mine;
-  R drawn = 0;
+  R positive = 0;
   if (k < count) {
 #pragma unroll 4
     for (int64_t p = group; p < parts; p += kGroups) mine.top = max(mine.top, max_of[p * count + k]);
 #pragma unroll 4
     for (int64_t p = group; p < parts; p += kGroups) mine.add(max_of[p * count + k], sum_of[p * count + k]);
     if (add_positives)
-      for (int64_t p = group; p < parts; p += kGroups) drawn += part.row_positive[p * count + k];
+      for (int64_t p = group; p < parts; p += kGroups) positive += part.row_positive[p * count + k];
   }
   tops[threadIdx.x] = mine.top;
   sums[threadIdx.x] = mine.sum;
-  positives[threadIdx.x] = drawn;
+  positives[threadIdx.x] = positive;
   __syncthreads();
   if (group || k >= count) return;
   void* const top_to = is_row ? a.row_max : a.col_max;
@@ -158,14 +159,14 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(TileChunk a, int64
     c.at(sum_to, to) = last ? all.log_sum() : all.sum;
   }
   if (!is_row || !a.positive) return;
-  drawn = begun ? c.at(a.positive, to) : R(0);
+  positive = begun ? c.at(a.positive, to) : R(0);
   if (add_positives) {
-    for (int g = 0; g < kGroups; ++g) drawn += positives[g * 32 + lane];
-  } else if (!a.same_is_positive) {
-    const int mark = c.mark(k);
-    if (mark >= 0) drawn += c.value(c.row(k)[mark]);
+    for (int g = 0; g < kGroups; ++g) positive += positives[g * 32 + lane];
+  } else if (!a.labels_are_positives) {
+    const int target = c.target_col(k);
+    if (target >= 0) positive += c.value(c.row(k)[target]);
   }
-  c.at(a.positive, to) = drawn;
+  c.at(a.positive, to) = positive;
 }
 
 }  // namespace fastloss::cuda::similarity

@@ -1,4 +1,4 @@
-// Survival losses: scans along sorted cohorts (long_scan.cuh), then a thread an individual.
+// Survival losses: scans along sorted cohorts (long_scan.cuh), then a thread for each place.
 #include "../../losses/survival.h"
 #include "../launch.cuh"
 #include "../launchers.h"
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(SurvivalArgs a) {
   const Loss loss(a, tile.row, {static_cast<const T*>(a.score)});
   const Item start = survival_tiles(a) > 1 ? reinterpret_cast<const Item*>(a.items)[blockIdx.x] : Item();
   const auto read = [&](int64_t p) { return read_item(loss, p, static_cast<Item*>(nullptr)); };
-  const auto keep = [&](int64_t p, const Item& s) { loss.keep(p, s); };
-  scan_tile<Item, kThreads, kSurvivalSteps>(tile.first, a.n, start, read, keep);
+  const auto save = [&](int64_t p, const Item& s) { loss.save(p, s); };
+  scan_tile<Item, kThreads, kSurvivalSteps>(tile.first, a.n, start, read, save);
 }
 
 template <class Loss, class T>
