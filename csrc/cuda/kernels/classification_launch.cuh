@@ -5,7 +5,7 @@
 
 namespace fastloss::cuda {
 
-// A loss whose logits may be capped, where they are not: no class has to ask.
+// A loss that supports softcap, in a call without: no branch for each class.
 template <class Loss>
 struct Uncapped : Loss {
   static constexpr bool kSoftcap = false;
@@ -16,10 +16,10 @@ template <template <class, int> class Loss, class T, int kVariant = 0>
 void run_rows(const RowArgs& a, cudaStream_t stream) {
   if constexpr (kVariant < Loss<float, 0>::kVariants) {
     if (a.variant != kVariant) return run_rows<Loss, T, kVariant + 1>(a, stream);
-    using Own = Loss<acc_t<T>, kVariant>;
-    if constexpr (Own::kSoftcap && sizeof(T) < 8)
-      if (!(a.softcap > 0)) return launch_rows<Uncapped<Own>, T>(a, stream);
-    launch_rows<Own, T>(a, stream);
+    using L = Loss<acc_t<T>, kVariant>;
+    if constexpr (L::kSoftcap && sizeof(T) < 8)
+      if (!(a.softcap > 0)) return launch_rows<Uncapped<L>, T>(a, stream);
+    launch_rows<L, T>(a, stream);
   }
 }
 
