@@ -112,9 +112,11 @@ def assert_as_torch(loss, kwargs, name):
         theirs = TypeError(str(theirs))
     if isinstance(theirs, Exception):
         wanted = f"PyTorch raises {type(theirs).__name__}: {theirs}"
-        # without a counterpart in torch the kind of error is an accident of the reference; an AttributeError is a
+        # without a counterpart in this torch the kind of error is an accident of the reference; an AttributeError is a
         # type that was not checked
-        kind = type(theirs) if loss.replaces.startswith("torch.") else Exception
+        module, _, function = loss.replaces.rpartition(".")
+        in_torch = module == "torch.nn.functional" and hasattr(torch.nn.functional, function)
+        kind = type(theirs) if in_torch else Exception
         kind = TypeError if kind is AttributeError else kind
         assert isinstance(ours, kind), f"{name} spoiled: {ours!r}; {wanted}"
     if isinstance(ours, Exception):
