@@ -282,7 +282,7 @@ def test_memory_from_outside(loss):
         loss,
         """
 from support import differentiable, has_argument, make, requiring
-MEGABYTES = 48
+MEGABYTES = 96
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 def anonymous():  # without the pages of libraries, which the system may drop meanwhile
