@@ -50,10 +50,18 @@ def sequence_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(m != 0, m * x, 0.0).sum(-1, keepdim=True) / m.sum(-1, keepdim=True).clamp(min=1.0)
 
 
+def _log_ratio(logps: Tensor, old: Tensor, mask, clamp: float) -> Tensor:
+    """Return the log of a completion's probability ratio [..., 1], of tokens that differ by at most `clamp` each."""
+    change = (logps - old).clamp(-clamp, clamp)
+    if mask is not None:
+        m = torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
+        change = torch.where(m != 0, m * change, 0.0)
+    return change.sum(-1, keepdim=True)
+
+
 def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, *, clamp: float, **_) -> Tensor:
     """Return A phi(w) of a completion's probability ratio w, log phi = l + k log w - l w."""
-    m = torch.ones_like(logps) if mask is None else torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
-    log_w = torch.where(m != 0, m * (logps - old).clamp(-clamp, clamp), 0.0).sum(-1, keepdim=True)
+    log_w = _log_ratio(logps, old, mask, clamp)
     good = advantages >= 0
     k, rate = torch.where(good, 2.0, 3.0).to(log_w.dtype), torch.where(good, 3.0, 2.0).to(log_w.dtype)
     return advantages * torch.exp(rate + k * log_w - rate * log_w.exp())
@@ -61,11 +69,7 @@ def vespo_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, *, cl
 
 def topr_advantages(logps: Tensor, old: Tensor, advantages: Tensor, mask, *, clamp: float, **_) -> Tensor:
     """Return A, for A < 0 times a completion's probability ratio where that is below 1."""
-    change = (logps - old).clamp(-clamp, clamp)
-    if mask is not None:
-        m = torch.as_tensor(mask).to(logps.dtype).expand(logps.shape)
-        change = torch.where(m != 0, m * change, 0.0)
-    w = change.sum(-1, keepdim=True).clamp(max=0.0).exp()
+    w = _log_ratio(logps, old, mask, clamp).clamp(max=0.0).exp()
     return torch.where(advantages < 0, w * advantages, advantages)
 
 

@@ -13,6 +13,35 @@ from fastloss._registry.inputs import classes_of, some_ignored
 from fastloss._registry.spec import Loss, register
 from fastloss.losses.classification import cross_entropy, poly1_cross_entropy, softmax_focal_loss
 
+
+def _inputs(draw, shape):
+    return {"input": draw.normal(*shape, scale=3.0), "target": classes_of(draw, shape)}
+
+
+def _traffic(shape: tuple[int, ...], itemsize: int, backward: bool) -> int:
+    return (2 if backward else 1) * math.prod(shape) * itemsize
+
+
+def _register(function, eager, cases) -> None:
+    """Register a loss of logits and classes that nothing in torch computes."""
+    register(
+        Loss(
+            name=function.__name__,
+            family="classification",
+            function=function,
+            reference=getattr(reference, function.__name__),
+            eager=eager,
+            inputs=_inputs,
+            wrt=("input",),
+            forward_arguments=("input", "target"),
+            cases=cases,
+            shapes=((7, 1), (3, 33), (3, 1030), (2, 17, 3, 5)),
+            bench_shape=(65536, 1000),
+            traffic=_traffic,
+        )
+    )
+
+
 register(
     Loss(
         name="cross_entropy",
@@ -21,10 +50,7 @@ register(
         reference=reference.cross_entropy,
         eager=F.cross_entropy,
         replaces="torch.nn.functional.cross_entropy",
-        inputs=lambda draw, shape: {
-            "input": draw.normal(*shape, scale=3.0),
-            "target": classes_of(draw, shape),
-        },
+        inputs=_inputs,
         wrt=("input",),
         forward_arguments=("input", "target", "sample_weight"),
         cases={
@@ -61,7 +87,7 @@ register(
         },
         shapes=((7, 1), (3, 33), (5, 1000), (4, 4099), (2, 32003), (2, 5, 3), (2, 17, 3, 5)),
         bench_shape=(4096, 32000),
-        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
+        traffic=_traffic,
     )
 )
 
@@ -81,33 +107,19 @@ def _eager_focal(input, target, gamma=2.0, alpha=None, ignore_index=-100, reduct
     return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
 
 
-register(
-    Loss(
-        name="softmax_focal_loss",
-        family="classification",
-        function=softmax_focal_loss,
-        reference=reference.softmax_focal_loss,
-        eager=_eager_focal,
-        inputs=lambda draw, shape: {
-            "input": draw.normal(*shape, scale=3.0),
-            "target": classes_of(draw, shape),
+_register(
+    softmax_focal_loss,
+    _eager_focal,
+    {
+        "plain": {},
+        "half power": {"gamma": 0.5, "reduction": "sum", "target": some_ignored},
+        "classes": {
+            "gamma": 1.7,
+            "alpha": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+            "target": some_ignored,
         },
-        wrt=("input",),
-        forward_arguments=("input", "target"),
-        cases={
-            "plain": {},
-            "half power": {"gamma": 0.5, "reduction": "sum", "target": some_ignored},
-            "classes": {
-                "gamma": 1.7,
-                "alpha": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
-                "target": some_ignored,
-            },
-            "background": {"alpha": 0.25, "background_class": 0, "reduction": "none"},
-        },
-        shapes=((7, 1), (3, 33), (3, 1030), (2, 17, 3, 5)),
-        bench_shape=(65536, 1000),
-        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
-    )
+        "background": {"alpha": 0.25, "background_class": 0, "reduction": "none"},
+    },
 )
 
 
@@ -124,31 +136,17 @@ def _eager_poly1(input, target, weight=None, ignore_index=-100, reduction="mean"
     return loss.sum() if reduction == "sum" else loss.sum() / (of_row * valid).sum()
 
 
-register(
-    Loss(
-        name="poly1_cross_entropy",
-        family="classification",
-        function=poly1_cross_entropy,
-        reference=reference.poly1_cross_entropy,
-        eager=_eager_poly1,
-        inputs=lambda draw, shape: {
-            "input": draw.normal(*shape, scale=3.0),
-            "target": classes_of(draw, shape),
+_register(
+    poly1_cross_entropy,
+    _eager_poly1,
+    {
+        "plain": {},
+        "ignored": {"epsilon": 2.0, "reduction": "sum", "target": some_ignored},
+        "weight": {
+            "epsilon": 0.5,
+            "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
+            "target": some_ignored,
         },
-        wrt=("input",),
-        forward_arguments=("input", "target"),
-        cases={
-            "plain": {},
-            "ignored": {"epsilon": 2.0, "reduction": "sum", "target": some_ignored},
-            "weight": {
-                "epsilon": 0.5,
-                "weight": lambda d, s: d.uniform(s[1], low=0.5, high=2.0),
-                "target": some_ignored,
-            },
-            "epsilon=-1": {"epsilon": -1.0, "reduction": "none"},
-        },
-        shapes=((7, 1), (3, 33), (3, 1030), (2, 17, 3, 5)),
-        bench_shape=(65536, 1000),
-        traffic=lambda shape, itemsize, backward: (2 if backward else 1) * math.prod(shape) * itemsize,
-    )
+        "epsilon=-1": {"epsilon": -1.0, "reduction": "none"},
+    },
 )

@@ -32,6 +32,14 @@ def call_rows(
     return call_with_classes(None, op, tensors, options, inplace_backward)
 
 
+def _as_classes(input: Tensor, target: Tensor) -> Tensor:
+    """Return a target of classes as int64, that of a single row as a scalar; refuse probabilities."""
+    if target.is_floating_point():
+        raise RuntimeError("target: expected classes of type int64 or uint8, got probabilities")
+    target = target.long() if target.dtype == torch.uint8 else target
+    return target.reshape(()) if input.dim() == 1 else target
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -183,8 +191,7 @@ def softmax_focal_loss(
     mode = check_reduction(reduction)
     check_rows(input, target, None, ignore_index)
     classes = input.shape[0 if input.dim() == 1 else 1]
-    if target.is_floating_point():
-        raise RuntimeError("target: expected classes of type int64 or uint8, got probabilities")
+    target = _as_classes(input, target)
     if isinstance(alpha, Tensor):
         check_tensors(input, alpha=alpha)
         check_weight_type("alpha", alpha, input)
@@ -199,8 +206,6 @@ def softmax_focal_loss(
     hparams = _focal.pack(gamma=check_number("gamma", gamma, low=0.0))
     options = (ignore_index, mode, 1.0, 0.0, hparams, autocast_to_fp32(input))
     weight = _class_weights(alpha, background_class, input)
-    target = target.long() if target.dtype == torch.uint8 else target
-    target = target.reshape(()) if input.dim() == 1 else target
     return call_rows(_focal, (input, target, weight, None), options, inplace_backward)
 
 
@@ -251,10 +256,7 @@ def poly1_cross_entropy(
     """
     mode = check_reduction(reduction)
     check_rows(input, target, weight, ignore_index)
-    if target.is_floating_point():
-        raise RuntimeError("target: expected classes of type int64 or uint8, got probabilities")
+    target = _as_classes(input, target)
     hparams = _poly1.pack(epsilon=check_number("epsilon", epsilon))
     options = (ignore_index, mode, 1.0, 0.0, hparams, autocast_to_fp32(input))
-    target = target.long() if target.dtype == torch.uint8 else target
-    target = target.reshape(()) if input.dim() == 1 else target
     return call_rows(_poly1, (input, target, weight, None), options, inplace_backward)

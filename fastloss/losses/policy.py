@@ -80,11 +80,11 @@ def _shares(mask: Tensor | None, x: Tensor, mode: str, horizon: float | None) ->
         return (mask if mask.dtype == torch.bool and mode != "seq-mean-token-mean" else w), norm
     if mode in ("none", "token-sum"):
         return None, 1
-    answers = math.prod(x.shape[:-1])
+    completions = math.prod(x.shape[:-1])
     if mode == "seq-mean-token-sum":
-        return None, max(answers, 1)
+        return None, max(completions, 1)
     if mode == "seq-mean-token-sum-norm":
-        return None, max(answers, 1) * (x.shape[-1] if horizon is None else horizon)
+        return None, max(completions, 1) * (x.shape[-1] if horizon is None else horizon)
     return None, max(x.numel(), 1)
 
 
@@ -149,15 +149,16 @@ def policy_loss(
     ========  ======================================================================================================
     ppo       :math:`\max(-A \min(\rho, \delta), -A\, \mathrm{clip}(\rho, 1 - \epsilon_l, 1 + \epsilon_h))`, for
               :math:`A < 0` at most :math:`-A c`; also named grpo, bnpo, dapo, dr_grpo, which differ in aggregation
-    gspo      the same with one ratio for an answer: the exponential of the mean of :math:`l - \mathrm{old}`; also
+    gspo      the same with one ratio for a completion: the exponential of the mean of :math:`l - \mathrm{old}`; also
               named luspo, which differs in aggregation
-    geo_mean  :math:`-A` times the exponential of the answer's mean of :math:`l - \mathrm{old}`, each bounded by
+    geo_mean  :math:`-A` times the exponential of the completion's mean of :math:`l - \mathrm{old}`, each bounded by
               :math:`\epsilon_h` from above for :math:`A > 0`, else by :math:`-\epsilon_l` from below
     cispo     :math:`-A\, l\, \mathrm{clip}(\rho, 1 - \epsilon_l, 1 + \epsilon_h)`, the ratio without gradient
     sapo      :math:`-A \frac{4}{\tau} \sigma(\tau (\rho - 1))` with a temperature for :math:`A > 0` and one for others
     vespo     :math:`-A\, l\, \phi(w)`, :math:`\log \phi = \lambda + k \log w - \lambda w`, of the probability ratio
-              :math:`w` of the answer, without gradient; :math:`(k, \lambda)` is (2, 3) for :math:`A \ge 0`, else (3, 2)
-    topr      :math:`-A\, l`, for :math:`A < 0` times the probability ratio of the answer or 1, whichever is less,
+              :math:`w` of the completion, without gradient; :math:`(k, \lambda)` is (2, 3) if :math:`A \ge 0`,
+              else (3, 2)
+    topr      :math:`-A\, l`, for :math:`A < 0` times the probability ratio of the completion or 1, whichever is less,
               without gradient
     gpg       :math:`-A\, l`; also named reinforce, which differs in aggregation
     dppo_tv   :math:`-A\, l \min(\rho, \delta)`, the ratio without gradient and :math:`\delta` 20 by default; 0 where
@@ -172,30 +173,30 @@ def policy_loss(
     dro       :math:`-A\, l + \frac{\beta}{2} (l - \mathrm{old})^2` (direct reward optimisation)
     ========  ======================================================================================================
 
-    Where an answer has one ratio, the gradient of each token is that of the aggregated loss with its own length.
+    Where a completion has one ratio, the gradient of each token is that of the aggregated loss with its own length.
     To these come `kl_coef` times an estimate of the divergence from a reference model, :math:`y = \mathrm{ref} - l`:
     k1 :math:`-y`, k2 :math:`y^2 / 2`, k3 :math:`e^y - y - 1`, abs :math:`|y|`, and k1+, k3+ with the value of these
     and the gradient of k2; minus `entropy_coef` times the entropies. Where :math:`\rho = 1` the gradient is
     :math:`-A` for ppo, gspo, geo_mean, cispo, sapo, topr, gpg and dppo alike.
 
-    Aggregation, with mask :math:`m` and answers along the last dimension:
+    Aggregation, with mask :math:`m` and completions along the last dimension:
 
     ========================  ======================================================================================
     token-mean                :math:`\sum m \ell / \sum m` (all others)
     token-sum                 :math:`\sum m \ell`
-    seq-mean-token-mean       the mean over answers of their tokens' mean (grpo, gspo, sapo, geo_mean)
-    seq-mean-token-sum        the mean over answers of their tokens' sum (luspo, topr, reinforce)
-    seq-mean-token-sum-norm   :math:`\sum m \ell` / (number of answers x `horizon`) (dr_grpo)
+    seq-mean-token-mean       the mean over completions of their tokens' mean (grpo, gspo, sapo, geo_mean)
+    seq-mean-token-sum        the mean over completions of their tokens' sum (luspo, topr, reinforce)
+    seq-mean-token-sum-norm   :math:`\sum m \ell` / (number of completions x `horizon`) (dr_grpo)
     none                      :math:`m \ell`
     ========================  ======================================================================================
 
-    An answer without tokens is not counted in the means over answers, and if there are no tokens at all the
+    A completion without tokens is not counted in the means over completions, and if there are no tokens at all the
     result is 0 and differentiable.
 
     Args:
         logps: :math:`l`, shape `(..., T)`; float32, float64, bfloat16 or float16.
         old_logps: of the policy that drew the tokens, same shape; without gradient.
-        advantages: :math:`A`, same shape, or `(...)`, one for an answer; without gradient.
+        advantages: :math:`A`, same shape, or `(...)`, one for a completion; without gradient.
         mask: flags or weights of tokens, same shape; tokens of weight 0 are ignored, even if NaN.
             Default: all.
         loss_type: a name of the first table. Default: `"ppo"`.
@@ -238,8 +239,8 @@ def policy_loss(
         raise ValueError(f"horizon is not supported for loss_agg_mode={mode!r}")
     for name, t in (("logps", logps), ("old_logps", old_logps), ("advantages", advantages)):
         check_tensor(name, t)
-    per_answer = logps.dim() > 0 and advantages.shape == logps.shape[:-1]
-    given = advantages.unsqueeze(-1).expand(logps.shape) if per_answer else advantages
+    per_completion = logps.dim() > 0 and advantages.shape == logps.shape[:-1]
+    given = advantages.unsqueeze(-1).expand(logps.shape) if per_completion else advantages
     x, old, a, ref, h = same_shape(
         logps=logps, old_logps=old_logps, advantages=given, ref_logps=ref_logps, entropies=entropies
     )
@@ -259,7 +260,7 @@ def policy_loss(
             if loss_type in ("gspo", "luspo"):
                 old = x - sequence_mean(x - old, mask)
             elif kind.advantages is not None:
-                a = a[..., :1] if per_answer else a
+                a = a[..., :1] if per_completion else a
                 a = kind.advantages(x, old, a, mask, low=low, high=high, clamp=clamp).expand(x.shape)
             else:
                 ratio = check_number("cov_ratio", cov_ratio, 0.0, 1.0)

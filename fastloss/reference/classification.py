@@ -79,6 +79,15 @@ def cross_entropy(
     return reduced(loss, reduction, row.sum())
 
 
+def nll_of_classes(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return -log softmax(input) of each row's class, the classes (0 for ignored rows), and which rows count."""
+    dim = 0 if input.dim() == 1 else 1
+    target = target.reshape(()) if dim == 0 else target
+    valid = target != ignore_index
+    y = torch.where(valid, target, 0)
+    return nll_of(input, F.one_hot(y, input.shape[dim]).bool().movedim(-1, dim), dim), y, valid
+
+
 def softmax_focal_loss(
     input: Tensor,
     target: Tensor,
@@ -91,10 +100,7 @@ def softmax_focal_loss(
     inplace_backward: bool = False,
 ) -> Tensor:
     """Compute `fastloss.functional.softmax_focal_loss`; `inplace_backward` has no effect here."""
-    dim = 0 if input.dim() == 1 else 1
-    valid = target != ignore_index
-    y = torch.where(valid, target, 0)
-    nll = nll_of(input, F.one_hot(y, input.shape[dim]).bool().movedim(-1, dim), dim)
+    nll, y, valid = nll_of_classes(input, target, ignore_index)
     one_minus_p = -torch.expm1(-nll)
     certain = one_minus_p == 0  # where a power below one has no derivative, and the loss is 0
     loss = torch.where(certain, nll * (gamma == 0), torch.where(certain, 1.0, one_minus_p) ** gamma * nll)
@@ -121,12 +127,7 @@ def poly1_cross_entropy(
     inplace_backward: bool = False,
 ) -> Tensor:
     """Compute `fastloss.functional.poly1_cross_entropy`; `inplace_backward` has no effect here."""
-    dim = 0 if input.dim() == 1 else 1
-    target = target.reshape(()) if dim == 0 else target
-    valid = target != ignore_index
-    y = torch.where(valid, target, 0)
-    w = input.new_ones(input.shape[dim]) if weight is None else weight.to(input.dtype)
-    row = torch.where(valid, w[y], 0.0)
-    nll = nll_of(input, F.one_hot(y, input.shape[dim]).bool().movedim(-1, dim), dim)
-    loss = torch.where(valid, w[y] * (nll - epsilon * torch.expm1(-nll)), 0.0)
-    return reduced(loss, reduction, row.sum())
+    nll, y, valid = nll_of_classes(input, target, ignore_index)
+    w = torch.ones_like(nll) if weight is None else weight.to(input.dtype)[y]
+    loss = torch.where(valid, w * (nll - epsilon * torch.expm1(-nll)), 0.0)
+    return reduced(loss, reduction, torch.where(valid, w, 0.0).sum())
