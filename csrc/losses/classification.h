@@ -127,21 +127,39 @@ struct CrossEntropyNumbers : CrossEntropy<R, kHard> {
   }
 };
 
-// w_y (1 - p)^gamma nll with p = softmax(z)_y. Its derivative is A p_j for the other classes and -A (1 - p)
-// for the target, A = (1 - p)^gamma (1 + gamma p nll / (1 - p)): the quotient tends to 1 as p does, so that
-// nothing is singular for gamma < 1 either.
-template <class R, int>
-struct Focal : RowLossDefaults {
+// What losses of the target's probability p = softmax(z)_y alone share: the derivative is A p_j for the other
+// classes and -A (1 - p) for the target, with A and 1 - p saved for each row.
+template <class R>
+struct LossOfTargetProb : RowLossDefaults {
   static constexpr int kSaved = 2;
-  static constexpr bool kNormCountsRows = true, kProportional = true;
+  static constexpr bool kProportional = true;
+  template <class>
+  using Sums = NoSums;
+  static int variant(const RowArgs&) { return 0; }
+
+  struct GradCoef {
+    R p, one_minus_p;
+  };
+  FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>&, R g) const {
+    return {g * row.saved[0], row.saved[1]};
+  }
+  template <class F>
+  FL_FN F grad(F p, F, F, F, const GradCoef& c) const {
+    return p * c.p;
+  }
+  FL_FN R grad_at_target(R, R, R, const GradCoef& c) const { return -c.p * c.one_minus_p; }
+};
+
+// w_y (1 - p)^gamma nll, with A = w_y (1 - p)^gamma (1 + gamma p nll / (1 - p)): the quotient tends to 1 as p
+// does, so that nothing is singular for gamma < 1 either.
+template <class R, int>
+struct Focal : LossOfTargetProb<R> {
+  static constexpr bool kNormCountsRows = true;
   FL_HPARAMS(gamma);
   R gamma;
 
-  static int variant(const RowArgs&) { return 0; }
   FL_FN Focal(const double* hparams, int64_t) : gamma(R(hparams[H::gamma])) {}
 
-  template <class>
-  using Sums = NoSums;
   FL_FN R power(R one_minus_p) const {
     if (gamma == 0) return 1;
     if (gamma == 0.5) return sqrt(one_minus_p);
@@ -157,35 +175,18 @@ struct Focal : RowLossDefaults {
     row.saved[1] = target.one_minus_p;
     return t.weight * factor * target.nll;
   }
-  struct GradCoef {
-    R p, one_minus_p;
-  };
-  FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>&, R g) const {
-    return {g * row.saved[0], row.saved[1]};
-  }
-  template <class F>
-  FL_FN F grad(F p, F, F, F, const GradCoef& c) const {
-    return p * c.p;
-  }
-  FL_FN R grad_at_target(R, R, R, const GradCoef& c) const { return -c.p * c.one_minus_p; }
 };
 
-// w_y (nll + epsilon (1 - p)) with p = softmax(z)_y. Its derivative is A p_j for the other classes and
-// -A (1 - p) for the target, A = w_y (1 + epsilon p). Where epsilon is negative the terms of either cancel: at
-// -1 nothing is left of A but 1 - p, and of the loss the sum of (1 - p)^k / k from the second power on.
+// w_y (nll + epsilon (1 - p)), with A = w_y (1 + epsilon p). Where epsilon is negative the terms of either
+// cancel: at -1 nothing is left of A but 1 - p, and of the loss the sum of (1 - p)^k / k from the second power on.
 template <class R, int>
-struct Poly1CrossEntropy : RowLossDefaults {
-  static constexpr int kSaved = 2;
-  static constexpr bool kProportional = true;
+struct Poly1CrossEntropy : LossOfTargetProb<R> {
   FL_HPARAMS(epsilon);
   R epsilon, one_more;  // one_more = 1 + epsilon
 
-  static int variant(const RowArgs&) { return 0; }
   FL_FN Poly1CrossEntropy(const double* hparams, int64_t)
       : epsilon(R(hparams[H::epsilon])), one_more(R(1 + hparams[H::epsilon])) {}
 
-  template <class>
-  using Sums = NoSums;
   // nll - q of q = 1 - p: -log(1 - q) without the first term of its series.
   static FL_FN R without_first_term(R nll, R q) {
     constexpr int kTerms = sizeof(R) == 4 ? 12 : 27;
@@ -202,17 +203,6 @@ struct Poly1CrossEntropy : RowLossDefaults {
     if (epsilon >= 0) return t.weight * (target.nll + epsilon * q);
     return t.weight * (without_first_term(target.nll, q) + one_more * q);
   }
-  struct GradCoef {
-    R p, one_minus_p;
-  };
-  FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>&, R g) const {
-    return {g * row.saved[0], row.saved[1]};
-  }
-  template <class F>
-  FL_FN F grad(F p, F, F, F, const GradCoef& c) const {
-    return p * c.p;
-  }
-  FL_FN R grad_at_target(R, R, R, const GradCoef& c) const { return -c.p * c.one_minus_p; }
 };
 
 }  // namespace fastloss::inline FL_ISA
