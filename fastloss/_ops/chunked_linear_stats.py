@@ -107,15 +107,6 @@ class LinearStatsOp(autograd.PythonOp):
         for shape in ([num_outputs, input.shape[0]], [input.shape[0], _STATE]):
             yield input.new_empty(shape, dtype=accumulation_dtype(input.dtype))
 
-    def fake_backward(self, *args):
-        like, mask = args[1:4], args[-1]
-        return tuple(
-            torch.empty_like(x, memory_format=torch.contiguous_format)
-            if mask >> i & 1
-            else args[1].new_empty([0])
-            for i, x in enumerate(like)
-        )
-
     def forward(self, operators, inputs, attrs, mask):
         input, index = inputs.input, inputs.index
         rows, acc_dtype = input.shape[0], accumulation_dtype(input.dtype)
@@ -174,6 +165,3 @@ class LinearStatsOp(autograd.PythonOp):
         (rows, features), (classes, _) = shapes[:2]
         again = any(needed[:2])  # backward makes the logits again
         return 2 * rows * features * classes * (1 + again + sum(needed[:2]))
-
-    def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, autograd.needs_grad_mask(self, tensors)))

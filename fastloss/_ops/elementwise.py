@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import abi
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, needs_grad_mask
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
 NO_INDEX = abi.constant("default_background")  # the operators take the number of classes for it
@@ -27,6 +27,7 @@ class ElementOp(FusedOp):
 
     saved = 0
     reduction = 0
+    masked = True
 
     def __init__(self, name: str, formula: Callable[..., Tensor]):
         inputs = abi.fact(name, "inputs")
@@ -53,9 +54,6 @@ class ElementOp(FusedOp):
     def fake_backward(self, *args):
         grads = self._empty_gradients(args[1], args[-1])
         return grads[0] if len(grads) == 1 else tuple(grads)
-
-    def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, needs_grad_mask(self, tensors)))
 
 
 def _whole(formula: Callable[..., Tensor], inputs: int, named: abi.Hparams) -> Callable[..., Tensor]:

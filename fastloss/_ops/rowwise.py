@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import abi
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, needs_grad_mask
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp
 from fastloss._ops.dtypes import accumulation_dtype
 
 
@@ -57,11 +57,19 @@ class RowOp(FusedOp):
 
         super().__init__(name, by_name, fake, tensors=4)
 
-    def plan(self, operators, tensors, options, inplace_backward: bool = False):
-        plan = super().plan(operators, tensors, options)
+    def plan(self, operators, tensors, options, needed, inplace_backward: bool = False):
+        plan = super().plan(operators, tensors, options, needed)
         plan.inplace = inplace_backward
         plan.fuse = plan.fuse and not inplace_backward
         return plan
+
+    def _dispatched(self, tensors, options, inplace_backward: bool = False):
+        if inplace_backward:
+            raise RuntimeError(
+                "inplace_backward=True: only in plain eager code, without torch.compile, torch.func, forward-mode "
+                "differentiation, modes or tensor subclasses"
+            )
+        return super()._dispatched(tensors, options)
 
     def run_backward(self, plan, grads, tensors, saved, options):
         if not plan.inplace:
@@ -122,6 +130,7 @@ class DivergenceOp(FusedOp):
     backward_options = slice(1, 4)
     saved = 1
     reduction = 0
+    masked = True
 
     def __init__(self, name: str, reference: Callable[..., Tensor]):
         width = abi.constant("divergence_state")
@@ -143,6 +152,3 @@ class DivergenceOp(FusedOp):
 
     def fake_backward(self, *args):
         return tuple(self._empty_gradients(args[1], args[-1]))
-
-    def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, needs_grad_mask(self, tensors)))

@@ -364,15 +364,6 @@ class SimilarityOp(PythonOp):
     have the ids of rows. With the attribute `temperature` the scale is a temperature, by which s is divided.
     """
 
-    def fake_backward(self, *args):
-        tensors = args[self.outputs : self.outputs + self.tensors]
-        return tuple(
-            tensors[0].new_empty([0])
-            if t is None
-            else torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t in (tensors[i] for i in self.wrt)
-        )
-
 
 class SoftmaxInputs(NamedTuple):
     x: Tensor  # [m, features]

@@ -31,7 +31,7 @@ class _NegativeLogProbability(Differentiable):
     """
 
     def __init__(self):
-        super().__init__("vocabulary_parallel_nll", None, tensors=3, wrt=(0, 1), outputs=2)
+        super().__init__("vocabulary_parallel_nll", tensors=3, wrt=(0, 1), outputs=2)
 
     def run_forward(self, plan, tensors, options):
         (lse, logp, local), (group,) = tensors, options
