@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from fastloss._ops import abi, derivatives
-from fastloss._ops.derivatives import as_tuple, requires_grad
+from fastloss._ops.derivatives import as_tuple
 
 REDUCTIONS = abi.enum("Reduction")
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -96,7 +96,7 @@ class Plan:
     """The state that forward and backward of one call share."""
 
     fuse = False  # forward writes the gradients
-    inplace = False  # backward writes the gradient over the input
+    inplace: list | None = None  # backward writes the gradient over the input; emptied when it has
     needs_grad_mask = 0  # bit mask of the inputs whose gradients forward computes
     precomputed_grads: Sequence[Tensor] | None = None  # gradients computed in forward
     needed: Sequence[bool] | None = None  # the inputs whose gradients backward must return

@@ -32,6 +32,8 @@ _libraries: dict[str, Any] = {}  # registrations live as long as the library obj
 _backward_of = threading.local()
 """`options`: those of the call whose `bwd` runs on this thread, of which its arguments are only a part."""
 
+_ALONE = "{}: cannot be differentiated alone, only as the gradient of a loss"
+
 
 def requires_grad(tensors: Sequence[Any]) -> bool:
     for t in tensors:  # noqa: SIM110  any() of a generator takes three times as long
@@ -45,15 +47,16 @@ def as_tuple(results: Any) -> Sequence[Any]:
 
 
 def has_tangent(tensors: Sequence[Any]) -> bool:
-    """Return whether a tensor carries the tangent of forward-mode differentiation."""
-    if forward_ad._current_level < 0:
-        return False
+    """Return whether a tensor carries the tangent of forward-mode differentiation.
+
+    Asked of the tensors, because code that torch.compile made opens a level unknown to `torch.autograd.forward_ad`.
+    """
     floating = (t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
     return any(torch._VF._unpack_dual(t, 0)[1] is not None for t in floating)  # type: ignore[attr-defined]
 
 
 def _alias(t: Tensor) -> Tensor:
-    """Return `t` as a tensor that requires a gradient, which ends at it and can be differentiated with respect to `t`."""
+    """Return `t` as a tensor to differentiate with respect to: the graph behind it goes on to `t`."""
     alias = t.view_as(t)
     if alias.requires_grad:
         return alias
@@ -113,9 +116,12 @@ def _apply(function: Any, *args: Any) -> Any:
 
 
 def _below(operator: Any, keyset: Any, args: Sequence[Any]) -> Any:
-    """Run the operator without autograd."""
+    """Run the operator without autograd; transforms of torch.func around this one still differentiate it."""
     with _below_autograd():
-        return operator.redispatch(keyset & _after_autograd, *args)
+        if not functorch_active():
+            return operator.redispatch(keyset & _after_autograd, *args)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # off inside an autograd function
+            return operator.redispatch(keyset & _after_autograd, *args)
 
 
 @contextlib.contextmanager
@@ -145,9 +151,7 @@ def backward(
         if op.masked:
             options = (*options[:-1], sum(1 << i for i in op.wrt if needed[i]))
         with _options_of(options):
-            results = as_tuple(
-                op.operators().bwd(*grads, *tensors, *saved, *options[op.backward_options])
-            )
+            results = as_tuple(op.operators().bwd(*grads, *tensors, *saved, *options[op.backward_options]))
         for i, grad in zip(op.wrt, results, strict=True):
             found[i] = grad if needed[i] else None
     return found
@@ -209,6 +213,8 @@ def _backward_function(op: Op) -> type[Function]:
             none = (None,) * len(ctx.needs_input_grad)
             if all(u is None for u in upstream):
                 return none
+            if ctx.options is None:
+                raise RuntimeError(_ALONE.format(f"{op.name}_bwd"))
             tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[:free]
             create_graph = torch.is_grad_enabled()
             with torch.enable_grad():
@@ -266,10 +272,10 @@ def _backward_kernel(op: Op, operator: Any) -> Callable[..., Any]:
         if not (tangent or (torch.is_grad_enabled() and requires_grad(args[:free]))):
             return _below(operator, keyset, args)
         options = getattr(_backward_of, "options", None)
-        if options is None:
-            raise RuntimeError(f"{operator.name()}: has no derivative of its own; differentiate {op.name}_fwd twice")
         if not tangent:
             return _apply(function, *args, options, operator, keyset)
+        if options is None:
+            raise RuntimeError(_ALONE.format(operator.name()))
         tensors = args[outputs:free]
         wanted = _differentiated(op, tensors, options)
         found = reference_gradients(op, tensors, options, args[:outputs], wanted)
@@ -283,7 +289,9 @@ def _refusal(operator: Any) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if has_tangent(tensors) or (torch.is_grad_enabled() and requires_grad(tensors)):
-            raise RuntimeError(f"{operator.name()}: has no derivative; detach its arguments, or call the loss")
+            raise RuntimeError(
+                f"{operator.name()}: has no derivative; detach its arguments, or call the loss"
+            )
         with _below_autograd():
             return operator.redispatch(keyset & _after_autograd, *args, **kwargs)
 

@@ -59,8 +59,9 @@ class RowOp(FusedOp):
 
     def plan(self, operators, tensors, options, needed, inplace_backward: bool = False):
         plan = super().plan(operators, tensors, options, needed)
-        plan.inplace = inplace_backward
-        plan.fuse = plan.fuse and not inplace_backward
+        if inplace_backward and needed & 1:
+            _check_overwritable(tensors[0])
+            plan.fuse, plan.inplace = False, [tensors[0].dtype]
         return plan
 
     def _dispatched(self, tensors, options, inplace_backward: bool = False):
@@ -72,16 +73,43 @@ class RowOp(FusedOp):
         return super()._dispatched(tensors, options)
 
     def run_backward(self, plan, grads, tensors, saved, options):
-        if not plan.inplace:
+        if plan.inplace is None:
             return super().run_backward(plan, grads, tensors, saved, options)
+        try:
+            plan.inplace.pop()  # of two threads one gets it
+        except IndexError:
+            raise RuntimeError(
+                "inplace_backward=True: a second backward through the overwritten input"
+            ) from None
         dx = tensors[0].detach()
         plan.operators.into(*grads, dx, *tensors, *saved, *options[self.backward_options], False)
         torch.autograd.graph.increment_version(tensors[0])
         return [dx]
 
     def differentiable_again(self, plan):
-        if plan.inplace:
-            raise RuntimeError("inplace_backward=True: the gradient cannot be differentiated again")
+        if plan.inplace is not None:
+            raise RuntimeError(
+                "inplace_backward=True: the gradient cannot be differentiated again, nor batched, nor taken from "
+                "tensor subclasses or in modes"
+            )
+
+
+def _check_overwritable(x: Tensor) -> None:
+    """Raise if a gradient written into the memory of `x` would overwrite what is needed, or itself."""
+    for t in (x, x._base):
+        if t is not None and t.is_leaf and t.requires_grad:
+            raise RuntimeError(
+                "inplace_backward=True: input is, or is a view of, a leaf that requires a gradient, and whose value "
+                "would be lost; expected the result of an operation"
+            )
+    span = 1
+    for stride, size in sorted((t, n) for t, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride < span:
+            raise RuntimeError(
+                f"inplace_backward=True: input: expected elements that share no memory, got shape {tuple(x.shape)} "
+                f"with strides {x.stride()}"
+            )
+        span += stride * (size - 1)
 
 
 class NumberOp(FusedOp):

@@ -17,6 +17,11 @@ def logits_of(input: Tensor, logit_scale: float, softcap: float | None) -> Tenso
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
+def one_hot(index: Tensor, classes: int) -> Tensor:
+    """Return a bool for each class, along a new last dimension; it can be traced, as values are not read."""
+    return index.unsqueeze(-1) == torch.arange(classes, device=index.device)
+
+
 def nll_of(z: Tensor, one_hot: Tensor, dim: int) -> Tensor:
     """Return -log softmax(z) of the class of `one_hot`: -logsigmoid(its logit - lse of the others).
 
@@ -68,9 +73,9 @@ def cross_entropy(
     else:
         valid = target != ignore_index
         y = torch.where(valid, target, 0)
-        one_hot = F.one_hot(y, classes).bool().movedim(-1, dim)
+        of_class = one_hot(y, classes).movedim(-1, dim)
         row = torch.where(valid, w[y], 0.0)
-        loss = w[y] * ((1 - label_smoothing) * nll_of(z, one_hot, dim) + z_loss * square)
+        loss = w[y] * ((1 - label_smoothing) * nll_of(z, of_class, dim) + z_loss * square)
         if label_smoothing:
             loss = loss + label_smoothing / classes * (per_class * (lse.unsqueeze(dim) - z)).sum(dim)
         loss = torch.where(valid, loss, 0.0)
@@ -85,7 +90,7 @@ def nll_of_classes(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Te
     target = target.reshape(()) if dim == 0 else target
     valid = target != ignore_index
     y = torch.where(valid, target, 0)
-    return nll_of(input, F.one_hot(y, input.shape[dim]).bool().movedim(-1, dim), dim), y, valid
+    return nll_of(input, one_hot(y, input.shape[dim]).movedim(-1, dim), dim), y, valid
 
 
 def softmax_focal_loss(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.classification import nll_of
+from fastloss.reference.classification import nll_of, one_hot
 from fastloss.reference.linear import logits_from
 
 __all__ = [
@@ -61,8 +60,8 @@ def token_stats(
     of_index = top = None
     if index is not None:
         several = index if index.dim() == z.dim() else index.unsqueeze(-1)
-        one_hots = F.one_hot(several, z.shape[-1]).bool().unbind(-2)
-        found = [-nll_of(z, one_hot, -1) for one_hot in one_hots]
+        of_classes = one_hot(several, z.shape[-1]).unbind(-2)
+        found = [-nll_of(z, of_class, -1) for of_class in of_classes]
         of_index = torch.stack(found, -1) if found else z[..., :0]
         of_index = of_index.view(index.shape)
         top = kept((z.gather(-1, several) == z.amax(-1, keepdim=True)).view(index.shape)).bool()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from support import (
@@ -12,10 +10,8 @@ from support import (
     assert_right,
     copied,
     differentiable,
-    evaluate,
     every_case,
     every_dtype,
-    every_in_place_case,
     every_loss,
     exact,
     fused,
@@ -29,8 +25,6 @@ from support import (
     tensors,
 )
 from support.layouts import LAYOUTS, expanded, lay
-
-from fastloss._ops import autograd
 
 
 @every_dtype
@@ -119,61 +113,6 @@ def test_inputs_are_not_written(loss, case, dtype, device):
         for name, value in tensors(kwargs).items():
             assert same_bits(value, before[name]), f"{name} was written"
             assert value._version == versions[name]
-
-
-@some_dtypes
-@every_in_place_case
-def test_in_place_backward_takes_the_inputs_memory(loss, case, dtype, device):
-    """Same numbers, no second tensor; and the overwritten input is not used by mistake afterwards."""
-    kwargs = make(loss, case, dtype, device, inplace_backward=True)
-    names = differentiable(loss, kwargs)
-    pure = copied(kwargs) | {"inplace_backward": False}
-    expected = fused(loss, pure, names)
-    with torch.no_grad():
-        torch.testing.assert_close(loss.function(**kwargs), expected.value)
-    assert all(same_bits(kwargs[n], pure[n]) for n in names), "written although nothing needs a gradient"
-
-    value = loss.function(**kwargs)
-    inputs = [kwargs[n] for n in names]
-    grads = torch.autograd.grad(value, inputs, torch.ones_like(value), retain_graph=True)
-    assert any(g.data_ptr() == x.data_ptr() for g, x in zip(grads, inputs, strict=True))
-    torch.testing.assert_close(value.detach(), expected.value)
-    ones = evaluate(loss.function, pure, names, torch.ones_like(value))
-    for name, grad in zip(names, grads, strict=True):
-        torch.testing.assert_close(grad, ones.grads[name])
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(value, inputs, torch.ones_like(value))
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@every_in_place_case
-def test_in_place_backward_is_of_one_call(loss, case, inplace, device, monkeypatch):
-    """A second thread calls the same operator the other way while the first is on its way to it."""
-    entered, overtaken = threading.Event(), threading.Event()
-    first, second = (make(loss, case, device=device, seed=seed) for seed in range(2))
-    (name, *_) = differentiable(loss, first)
-    operators = autograd.Op.operators
-
-    def paused(op):
-        if threading.current_thread().name == "first" and not entered.is_set():
-            entered.set()
-            assert overtaken.wait(60)
-        return operators(op)
-
-    monkeypatch.setattr(autograd.Op, "operators", paused)
-
-    def taken(kwargs, inplace):
-        (grad,) = torch.autograd.grad(loss.function(**kwargs, inplace_backward=inplace).sum(), kwargs[name])
-        return grad.data_ptr() == kwargs[name].data_ptr()
-
-    found = []
-    thread = threading.Thread(target=lambda: found.append(taken(first, inplace)), name="first")
-    thread.start()
-    assert entered.wait(60)
-    found.append(taken(second, not inplace))
-    overtaken.set()
-    thread.join()
-    assert found == [not inplace, inplace]
 
 
 @some_dtypes
