@@ -96,8 +96,6 @@ class Loss:
     bench_shape: tuple[int, ...]
     traffic: Callable[[tuple[int, ...], int, bool], int]
     """Minimal traffic in bytes: `(shape, itemsize, backward)`."""
-    forward_arguments: tuple[str, ...]
-    """Arguments of the module's `forward`; all others belong to its constructor."""
     replaces: str = ""
     trained: tuple[str, ...] = ()
     """The part of `wrt` that a training step, and therefore `bench`, differentiates; all of it if empty."""
