@@ -43,7 +43,6 @@ _DIVERGENCES = {
 }
 _WEIGHTS = {"mask": lambda d, s: d.index(3, *s).to(d.dtype)}
 _AGGREGATIONS = {name: {"loss_agg_mode": name, **_WEIGHTS} for name in AGGREGATIONS}
-_OPTIONAL = ("mask", "ref_logps", "entropies", "normalizer")
 
 register(
     Loss(
@@ -54,7 +53,6 @@ register(
         replaces="verl.trainer.ppo.core_algos.compute_policy_loss",
         inputs=_tokens,
         wrt=("logps", "entropies"),
-        forward_arguments=("logps", "old_logps", "advantages", *_OPTIONAL),
         cases={
             "ppo": {},
             **_TYPES,
@@ -85,7 +83,6 @@ register(
         replaces="verl.trainer.ppo.core_algos.compute_value_loss",
         inputs=lambda d, s: {"values": d.normal(*s), "returns": d.normal(*s)},
         wrt=("values",),
-        forward_arguments=("values", "returns", "old_values", "mask", "normalizer"),
         cases={
             "plain": {},
             **{name: case for name, case in _AGGREGATIONS.items() if name != "token-mean"},

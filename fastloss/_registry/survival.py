@@ -60,7 +60,6 @@ for _function, _name, _cases in (
             eager=_eager_cox if _function is cox_ph_loss else None,
             inputs=_of(_name),
             wrt=(_name,),
-            forward_arguments=(_name, "durations", "events", *(("strata",) if _name == "log_h" else ())),
             cases=_cases,
             shapes=((1, 1), (3, 33), (2, 3, 5)),
             bench_shape=(16, 2048),
