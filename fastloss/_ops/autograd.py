@@ -92,6 +92,11 @@ def are_plain(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
+def contiguous_like(x: Tensor) -> Tensor:
+    """Return an empty contiguous tensor of the shape of `x`."""
+    return x.new_empty(x.shape)
+
+
 class Plan:
     """The state that forward and backward of one call share."""
 
@@ -216,8 +221,9 @@ class Kernels:
 class Op(Differentiable):
     """A differentiable function whose passes are two operators of the dispatcher.
 
-    `fake` computes the results of `fwd` as empty tensors. With `masked` the last option is the bit mask of the tensors
-    of which backward returns the gradients; a call leaves it out.
+    `fake` computes the results of `fwd` as empty tensors, `gradient_like` the gradient of a tensor, with the strides
+    that the kernels give it: by default those of the tensor. With `masked` the last option is the bit mask of the
+    tensors of which backward returns the gradients; a call leaves it out.
     """
 
     backward_options: slice = slice(None)
@@ -234,9 +240,10 @@ class Op(Differentiable):
         tensors: int,
         wrt: Sequence[int] = (0,),
         outputs: int = 1,
+        gradient_like: Callable[[Tensor], Tensor] = torch.empty_like,
     ):
         super().__init__(name, tensors=tensors, wrt=wrt, outputs=outputs)
-        self.reference, self.fake = reference, fake
+        self.reference, self.fake, self.gradient_like = reference, fake, gradient_like
         self._operators: dict[str, Any] = {}
         self._kernels: dict[tuple[str, bool], Kernels] = {}
         operators = self.operators()
@@ -334,7 +341,7 @@ class Op(Differentiable):
         """Return the results of `bwd` as empty tensors, from shapes alone."""
         first = self.outputs
         like = [args[first + i] for i in self.wrt]  # an absent tensor has an empty gradient
-        grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
+        grads = [args[first].new_empty([0]) if x is None else self.gradient_like(x) for x in like]
         return grads[0] if len(grads) == 1 else tuple(grads)
 
 

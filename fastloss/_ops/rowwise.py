@@ -8,13 +8,43 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import abi
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, contiguous_like
 from fastloss._ops.dtypes import accumulation_dtype
 
 
 def state_width(name: str) -> int:
     """Return how many numbers of a row backward needs: its statistics, its weight and what the loss saves."""
     return abi.constant("state_head") + abi.fact(name, "saved")
+
+
+def like_rows(x: Tensor) -> Tensor:
+    """Return an empty gradient of logits (N, C, d1, ...), with the strides of `row_layout` in csrc/ops/row_ops.h."""
+    inner, stride = 1, None
+    for d in range(x.dim() - 1, 1, -1):
+        if x.shape[d] == 1:
+            continue
+        if stride is None:
+            stride = x.stride(d)
+        elif x.stride(d) != stride * inner:
+            return contiguous_like(x)
+        inner = inner * x.shape[d]
+    return torch.empty_like(x)
+
+
+def like_last_rows(x: Tensor) -> Tensor:
+    """Return an empty gradient of logits (..., C), with the strides of `row_layout_last` in csrc/ops/row_ops.h."""
+    inner, stride, levels = 1, 0, 0
+    for d in range(x.dim() - 2, -1, -1):
+        if x.shape[d] == 1:
+            continue
+        if inner != 1 and x.stride(d) != stride * inner:
+            levels, inner = levels + 1, 1
+            if levels > 1:
+                return contiguous_like(x)
+        if inner == 1:
+            stride = x.stride(d)
+        inner = inner * x.shape[d]
+    return torch.empty_like(x)
 
 
 class RowOp(FusedOp):
@@ -53,9 +83,9 @@ class RowOp(FusedOp):
             for size in rows:
                 count = count * size
             state = input.new_empty([count, width], dtype=acc_dtype)
-            return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
+            return loss, state, like_rows(input) if gradient else input.new_empty([0])
 
-        super().__init__(name, by_name, fake, tensors=4)
+        super().__init__(name, by_name, fake, tensors=4, gradient_like=like_rows)
 
     def plan(self, operators, tensors, options, needed, inplace_backward: bool = False):
         plan = super().plan(operators, tensors, options, needed)
@@ -144,9 +174,9 @@ class NumberOp(FusedOp):
             shape = target.shape if reduction == REDUCTIONS["none"] else []
             loss = input.new_empty(shape, dtype=acc_dtype if out_fp32 else input.dtype)
             state = input.new_empty([target.numel(), width], dtype=acc_dtype)
-            return loss, state, torch.empty_like(input) if gradient else input.new_empty([0])
+            return loss, state, like_rows(input) if gradient else input.new_empty([0])
 
-        super().__init__(name, by_name, fake, tensors=7)
+        super().__init__(name, by_name, fake, tensors=7, gradient_like=like_rows)
 
 
 class DivergenceOp(FusedOp):

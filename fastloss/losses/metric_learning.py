@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from fastloss import reference
-from fastloss._ops.autograd import Op
+from fastloss._ops.autograd import Op, contiguous_like
 from fastloss._ops.checks import (
     check_floating,
     check_number,
@@ -37,6 +37,7 @@ _sums = Op(
     lambda a, b, c, eps: a.new_empty([4 if c is None else 8, a.shape[0]], dtype=accumulation_dtype(a.dtype)),
     tensors=3,
     wrt=(0, 1, 2),
+    gradient_like=contiguous_like,
 )
 
 
@@ -287,6 +288,7 @@ _triplets = Op(
     reference.metric_learning.triplets,
     lambda x, ids, margin, root: x.new_empty([2, x.shape[0]]),
     tensors=2,
+    gradient_like=contiguous_like,
 )
 
 

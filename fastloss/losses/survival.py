@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops import abi
-from fastloss._ops.autograd import Op
+from fastloss._ops.autograd import Op, contiguous_like
 from fastloss._ops.checks import (
     check_floating,
     check_number,
@@ -50,7 +50,7 @@ def _fake(score, log_time, events, order, group, stratum, kind, efron, alpha, be
     )
 
 
-_survival = Op("survival", _terms, _fake, tensors=6)
+_survival = Op("survival", _terms, _fake, tensors=6, gradient_like=contiguous_like)
 
 
 def _cohort(name: str, score: Tensor, mode: str, **others: Tensor | None) -> Tensor:

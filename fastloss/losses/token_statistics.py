@@ -15,7 +15,7 @@ from fastloss._ops.checks import call_with_classes, check_floating, check_number
 from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
-from fastloss._ops.rowwise import state_width
+from fastloss._ops.rowwise import like_last_rows, state_width
 from fastloss.losses.classification import cross_entropy_rows
 from fastloss.losses.linear import as_autocast, check_linear
 
@@ -71,7 +71,7 @@ def _fake(logits, index, mask, scale, cap, everything):
     )
 
 
-_stats = Op("token_stats", _reference, _fake, tensors=3)
+_stats = Op("token_stats", _reference, _fake, tensors=3, gradient_like=like_last_rows)
 
 
 def _check(logits: Tensor, index: Tensor | None, mask: Tensor | None, index_name: str = "index") -> None:
