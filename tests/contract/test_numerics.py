@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -28,7 +29,7 @@ from support import (
     some_dtypes,
     tensors,
 )
-from support.layouts import LAYOUTS, expanded, lay
+from support.layouts import LAYOUTS, expanded, lay_each
 
 from fastloss._ops import autograd
 
@@ -85,7 +86,7 @@ def test_any_layout(loss, case, layout, dtype, device):
     for shape in {small_shape(loss), *(s for s in loss.shapes if len(s) > 2)}:
         kwargs = make(loss, case, dtype, device, shape)
         names = differentiable(loss, kwargs)
-        laid = {name: lay(value, layout) for name, value in tensors(kwargs).items()}
+        laid = lay_each(tensors(kwargs), itertools.repeat(layout))
         same = None if layout is expanded else Yardstick(loss, kwargs, names)
         for name, value in laid.items() if len(shape) < 3 else ():
             assert_right(loss, requiring(kwargs | {name: value}, names), yardstick=same)
