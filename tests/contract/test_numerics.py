@@ -15,6 +15,7 @@ from support import (
     differentiable,
     evaluate,
     every_case,
+    every_case_of_a_number,
     every_dtype,
     every_in_place_case,
     every_loss,
@@ -108,6 +109,15 @@ def test_upstream_gradient_in_any_layout(loss, case, dtype, device):
         ramp[::2].view(value.shape) if value.ndim < 2 else ramp.view(*value.shape, 2)[..., 1],
     ):
         assert_right(loss, kwargs, upstream)
+
+
+@every_case_of_a_number
+def test_gradient_of_a_number_with_any_seed(loss, case, device):
+    """Its terms may cancel: the rule must not depend on how well they do for one seed in plain PyTorch."""
+    for seed in range(20):
+        kwargs = make(loss, case, torch.float32, device, seed=seed)
+        value = fused(loss, kwargs, []).value
+        assert_right(loss, kwargs, torch.linspace(-2, 2, value.numel(), device=device).view(value.shape))
 
 
 @some_dtypes

@@ -111,7 +111,9 @@ def test_confident_classes_keep_their_relative_precision(margin, dtype, device):
 
 
 @pytest.mark.parametrize("margin", [1.0, 30.0, 60.0, 80.0])
-@pytest.mark.parametrize("entropy", [entropy_from_logits, reference.entropy_from_logits], ids=["", "reference"])
+@pytest.mark.parametrize(
+    "entropy", [entropy_from_logits, reference.entropy_from_logits], ids=["", "reference"]
+)
 def test_entropy_of_confident_rows_keeps_its_relative_precision(entropy, margin, device):
     """Of two classes, q = sigmoid(-margin): softplus(-margin) + q margin; the gradient is -p q margin."""
     logits = torch.tensor([margin, 0.0], dtype=torch.float64, device=device).requires_grad_()
