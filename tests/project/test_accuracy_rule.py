@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,14 +121,16 @@ MISTAKES = {
     "lost row": lambda terms: terms[:-1],
     "lost term": lambda terms: terms.where(terms.abs() != terms.abs().median(), 0.0),
     "one row a thousandth off": lambda terms: torch.cat([terms[:1] * 1.001, terms[1:]]),
-    "terms in bfloat16": lambda terms: terms.bfloat16().to(terms),
+    "terms in a smaller type": lambda terms: terms.to(SMALLER[terms.dtype]).to(terms),
 }
+SMALLER = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", SMALLER, ids=accuracy.name_of)
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_a_sum_that_cancels_is_found(mistake):
+def test_a_mistake_in_a_sum_that_cancels_is_found(mistake, dtype):
     for seed in SEEDS:
-        call, yardstick = best_temperature(seed, torch.float32)
+        call, yardstick = best_temperature(seed, dtype)
         assert refused(yardstick, kernel(call, 8, MISTAKES[mistake])) == {GRADIENT}, seed
 
 
@@ -153,6 +156,27 @@ def test_half_types_that_round_each_operation_are_found():
         assert "gradient of input" in refused(yardstick, yardstick.eager, rounded_once=True)
 
 
+# ---- a long sum -----------------------------------------------------------------------------------------
+
+
+def plain_sum(input: Tensor) -> Tensor:
+    return input.sum()
+
+
+def test_a_long_chain_of_additions_is_for_float64_alone():
+    """Its error grows with the root of the number of terms; float32 has a wider type, which avoids that."""
+    chains = {torch.float32: 0, torch.float64: 0}
+    for seed in SEEDS:
+        input = torch.rand(2**14, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for dtype in chains:
+            x = input.to(dtype)
+            yardstick = Yardstick(entry(plain_sum, "input"), {"input": x})
+            last = torch.from_numpy(numpy.add.accumulate(x.numpy())[-1:]).view(())
+            chains[dtype] += "value" in refused(yardstick, Answer(last, {"input": torch.ones_like(x)}))
+    assert chains[torch.float64] == 0
+    assert chains[torch.float32] > len(SEEDS) // 2
+
+
 # ---- noise ----------------------------------------------------------------------------------------------
 
 
@@ -160,16 +184,19 @@ def weighted_sum(input: Tensor, weight: Tensor) -> Tensor:
     return (input * weight).sum()
 
 
-def test_noise_is_what_the_formula_says():
-    """Of a sum of products: each product rounds, and each term of the sum, and the sum."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=accuracy.name_of)
+def test_noise_is_what_the_formula_says(dtype):
+    """Of a sum of products: each product rounds; of the sum each term and the result, or each sum so far."""
+    unit = torch.finfo(dtype).eps / 2 * (1 if dtype is torch.float32 else 2)  # `exact` is float64 too
     deviations = []
     for seed in SEEDS:
         draw = torch.Generator().manual_seed(seed)
-        input, weight = torch.randn(2, 100, generator=draw)
+        input, weight = torch.randn(2, 100, generator=draw).to(dtype)
         yardstick = Yardstick(entry(weighted_sum, "input"), {"input": input, "weight": weight})
         *_, noise = yardstick.noise()
         terms, value = input.double() * weight, yardstick.exact.value
-        deviation = UNIT * ((2 * terms.square().sum() + value.square()) / 3).sqrt()
+        sums = terms if dtype is torch.float32 else terms.cumsum(0)
+        deviation = unit * ((terms.square().sum() + sums.square().sum() + value.square()) / 3).sqrt()
         deviations.append(noise["value"] / deviation.item())
     assert min(deviations) > 0.6
     assert max(deviations) < 3.5
