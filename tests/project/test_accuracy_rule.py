@@ -16,6 +16,7 @@ from fastloss._registry import Loss, accuracy
 from fastloss._registry.accuracy import Answer, RandomRounding, Yardstick
 
 SEEDS = range(20)
+FEW_SEEDS = SEEDS[::4]  # to refuse takes all draws of the noise
 ROWS, CLASSES = 24, 33
 LANES = (1, 4, 8, 16, 32)  # without vectors; one of sse2, avx2 and avx512; two of avx512
 UNIT = torch.finfo(torch.float32).eps / 2
@@ -129,14 +130,14 @@ SMALLER = {torch.float64: torch.float32, torch.float32: torch.bfloat16}
 @pytest.mark.parametrize("dtype", SMALLER, ids=accuracy.name_of)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_a_sum_that_cancels_is_found(mistake, dtype):
-    for seed in SEEDS:
+    for seed in FEW_SEEDS:
         call, yardstick = best_temperature(seed, dtype)
         assert refused(yardstick, kernel(call, 8, MISTAKES[mistake])) == {GRADIENT}, seed
 
 
 @pytest.mark.parametrize("quantity", ["value", "gradient of input", GRADIENT])
 def test_an_error_of_eight_times_the_noise_is_found(quantity):
-    for seed in SEEDS:
+    for seed in FEW_SEEDS:
         _, yardstick = best_temperature(seed, torch.float32)
         *_, noise = yardstick.noise()
         for times, wrong in ((1, set()), (8, {quantity})):
@@ -150,7 +151,7 @@ def test_an_error_of_eight_times_the_noise_is_found(quantity):
 
 
 def test_half_types_that_round_each_operation_are_found():
-    for seed in SEEDS:
+    for seed in FEW_SEEDS:
         _, yardstick = best_temperature(seed, torch.bfloat16)
         assert not refused(yardstick, yardstick.eager)
         assert "gradient of input" in refused(yardstick, yardstick.eager, rounded_once=True)
@@ -167,12 +168,11 @@ def test_a_long_chain_of_additions_is_for_float64_alone():
     """Its error grows with the root of the number of terms; float32 has a wider type, which avoids that."""
     chains = {torch.float32: 0, torch.float64: 0}
     for seed in SEEDS:
-        input = torch.rand(2**14, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        input = torch.rand(2**13, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for dtype in chains:
             x = input.to(dtype)
-            yardstick = Yardstick(entry(plain_sum, "input"), {"input": x})
             last = torch.from_numpy(numpy.add.accumulate(x.numpy())[-1:]).view(())
-            chains[dtype] += "value" in refused(yardstick, Answer(last, {"input": torch.ones_like(x)}))
+            chains[dtype] += len(refused(Yardstick(entry(plain_sum), {"input": x}), Answer(last)))
     assert chains[torch.float64] == 0
     assert chains[torch.float32] > len(SEEDS) // 2
 
@@ -188,19 +188,19 @@ def weighted_sum(input: Tensor, weight: Tensor) -> Tensor:
 def test_noise_is_what_the_formula_says(dtype):
     """Of a sum of products: each product rounds; of the sum each term and the result, or each sum so far."""
     unit = torch.finfo(dtype).eps / 2 * (1 if dtype is torch.float32 else 2)  # `exact` is float64 too
-    deviations = []
+    loss, deviations = entry(weighted_sum), []
     for seed in SEEDS:
         draw = torch.Generator().manual_seed(seed)
         input, weight = torch.randn(2, 100, generator=draw).to(dtype)
-        yardstick = Yardstick(entry(weighted_sum, "input"), {"input": input, "weight": weight})
+        yardstick = Yardstick(loss, {"input": input, "weight": weight})
         *_, noise = yardstick.noise()
         terms, value = input.double() * weight, yardstick.exact.value
         sums = terms if dtype is torch.float32 else terms.cumsum(0)
         deviation = unit * ((terms.square().sum() + sums.square().sum() + value.square()) / 3).sqrt()
         deviations.append(noise["value"] / deviation.item())
-    assert min(deviations) > 0.6
-    assert max(deviations) < 3.5
-    assert 1 < sum(deviations) / len(deviations) < 2
+    assert min(deviations) > 1.3  # of the largest of 32 normal variables
+    assert max(deviations) < 4
+    assert 2 < sum(deviations) / len(deviations) < 2.7
 
 
 def difference_of_equals(input: Tensor, other: Tensor) -> Tensor:
