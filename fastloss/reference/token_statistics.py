@@ -54,7 +54,9 @@ def token_stats(
             else torch.where(counts.view(counts.shape + (1,) * (v.dim() - counts.dim())), v, 0)
         )
 
-    logp = z.log_softmax(-1)
+    best = torch.arange(z.shape[-1], device=z.device) == z.argmax(-1, keepdim=True)
+    # the likeliest class by what is left to the others: where they have next to nothing, log_softmax is off by it
+    logp = torch.where(best, -nll_of(z, best, -1).unsqueeze(-1), z.log_softmax(-1))
     p = logp.exp()
     entropy = -(p * torch.where(z == -torch.inf, 0.0, logp)).sum(-1)
     of_index = top = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from support import (
@@ -11,6 +13,7 @@ from support import (
     copied,
     differentiable,
     every_case,
+    every_case_of_a_number,
     every_dtype,
     every_loss,
     exact,
@@ -24,7 +27,7 @@ from support import (
     some_dtypes,
     tensors,
 )
-from support.layouts import LAYOUTS, expanded, lay
+from support.layouts import LAYOUTS, expanded, lay_each
 
 
 @every_dtype
@@ -79,7 +82,7 @@ def test_any_layout(loss, case, layout, dtype, device):
     for shape in {small_shape(loss), *(s for s in loss.shapes if len(s) > 2)}:
         kwargs = make(loss, case, dtype, device, shape)
         names = differentiable(loss, kwargs)
-        laid = {name: lay(value, layout) for name, value in tensors(kwargs).items()}
+        laid = lay_each(tensors(kwargs), itertools.repeat(layout))
         same = None if layout is expanded else Yardstick(loss, kwargs, names)
         for name, value in laid.items() if len(shape) < 3 else ():
             assert_right(loss, requiring(kwargs | {name: value}, names), yardstick=same)
@@ -101,6 +104,15 @@ def test_upstream_gradient_in_any_layout(loss, case, dtype, device):
         ramp[::2].view(value.shape) if value.ndim < 2 else ramp.view(*value.shape, 2)[..., 1],
     ):
         assert_right(loss, kwargs, upstream)
+
+
+@every_case_of_a_number
+def test_gradient_of_a_number_with_any_seed(loss, case, device):
+    """Its terms may cancel: the rule must not depend on how well they do for one seed in plain PyTorch."""
+    for seed in range(20):
+        kwargs = make(loss, case, torch.float32, device, seed=seed)
+        value = fused(loss, kwargs, []).value
+        assert_right(loss, kwargs, torch.linspace(-2, 2, value.numel(), device=device).view(value.shape))
 
 
 @some_dtypes

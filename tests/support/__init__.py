@@ -166,6 +166,23 @@ def requiring(kwargs: Kwargs, names: list[str]) -> Kwargs:
     return {k: v.detach().requires_grad_(k in names) if is_float(v) else v for k, v in kwargs.items()}
 
 
+def _numbers(loss: Loss, case: str) -> list[str]:
+    kwargs = make(loss, case)
+    return [name for name in differentiable(loss, kwargs) if kwargs[name].dim() == 0]
+
+
+# of a single number the gradient is one sum, whose terms may cancel: how well depends on the seed
+every_case_of_a_number = pytest.mark.parametrize(
+    ("loss", "case"),
+    [
+        pytest.param(loss, case, id=f"{loss.name}-{case}")
+        for loss in losses()
+        for case in loss.cases
+        if _numbers(loss, case)
+    ],
+)
+
+
 def copied(kwargs: Kwargs) -> Kwargs:
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
 
