@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastloss._ops import abi
 from fastloss._ops.autograd import PythonOp, runs_on_cpu
+from fastloss._ops.checks import check_integer
 from fastloss._ops.chunked_linear import aligned
 from fastloss._ops.dtypes import accumulation_dtype
 
@@ -36,8 +37,7 @@ _GRADIENTS = [ARRAYS.index(f"{name}_grad") for name in ("row", "col", "positive"
 
 def target_columns(rows: int, columns: int, offset: int, like: Tensor, keys: str = "") -> Tensor:
     """Return the column of each row's positive, or of the row itself: `offset` and the following."""
-    if not isinstance(offset, int):
-        raise TypeError(f"label_offset: expected an int, got {type(offset).__name__}")
+    offset = check_integer("label_offset", offset)
     if offset < 0 or offset + rows > columns:
         raise ValueError(
             f"{keys}: expected the positives of {rows} rows from label_offset {offset} on, got {columns} rows"

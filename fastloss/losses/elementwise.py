@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from fastloss import reference
 from fastloss._ops.autograd import REDUCTIONS
 from fastloss._ops.checks import (
+    broadcast,
     call_with_classes,
     check_floating,
+    check_integer,
     check_number,
+    check_real,
     check_reduction,
     check_tensor,
     check_tensors,
     expanded,
+    legacy_reduction,
     one_number,
     promoted,
+    real_number,
+    values_visible,
 )
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss._ops.elementwise import NO_INDEX, ElementOp
@@ -52,12 +59,6 @@ _weighted_binary = ElementOp(
 )
 
 
-def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce)
-    return reduction
-
-
 def _together(
     op: ElementOp,
     input: Tensor,
@@ -68,15 +69,16 @@ def _together(
     by_weight: bool = False,
     pos_weight: Tensor | None = None,
     wide: bool = False,
+    warn: bool = True,
 ) -> Tensor:
     """Check, broadcast and call; with `by_weight` a mean divides by the sum of the weights."""
     mode = check_reduction(reduction)
     check_tensors(input, target=target, weight=weight, pos_weight=pos_weight)
-    for name, t in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos_weight)):
-        if t is not None:
-            check_floating(name, t)
+    check_floating("input", input)
+    check_floating("target", target)
+    check_real(weight=weight, pos_weight=pos_weight)
     dtype = promoted(input, target=target, weight=weight if by_weight else None)
-    x, y = _broadcast(input, target)
+    x, y = broadcast(input, target, warn)
     norm = None
     if weight is not None:
         weight = expanded("weight", weight.to(dtype), x)
@@ -92,17 +94,11 @@ def _together(
 
 def _check_weight(weight: Tensor | None, input: Tensor, target: Tensor) -> None:
     check_tensors(input, target=target, weight=weight)
-    if weight is not None and weight.shape != input.shape and _broadcast(input, target):
+    if weight is not None and weight.shape != input.shape:
+        broadcast(input, target, False)
         raise ValueError(
             f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}"
         )
-
-
-def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    try:
-        return torch.broadcast_tensors(input, target)
-    except RuntimeError as error:
-        raise RuntimeError(f"input and target: {error}") from None
 
 
 def mse_loss(
@@ -132,7 +128,9 @@ def mse_loss(
     Source: `torch.nn.functional.mse_loss`.
     """
     _check_weight(weight, input, target)
-    return _together(_mse_loss, input, target, _legacy(size_average, reduce, reduction), None, weight, True)
+    return _together(
+        _mse_loss, input, target, legacy_reduction(size_average, reduce, reduction), None, weight, True
+    )
 
 
 def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
@@ -189,7 +187,9 @@ def l1_loss(
     Source: `torch.nn.functional.l1_loss`.
     """
     _check_weight(weight, input, target)
-    return _together(_l1_loss, input, target, _legacy(size_average, reduce, reduction), None, weight, True)
+    return _together(
+        _l1_loss, input, target, legacy_reduction(size_average, reduce, reduction), None, weight, True
+    )
 
 
 def smooth_l1_loss(
@@ -221,10 +221,13 @@ def smooth_l1_loss(
 
     Source: `torch.nn.functional.smooth_l1_loss`.
     """
+    beta = real_number("beta", beta)
     if beta < 0:
         raise RuntimeError(f"beta: smooth_l1_loss does not support negative values, got {beta}")
     hparams = _smooth_l1_loss.pack(beta=check_number("beta", beta))
-    return _together(_smooth_l1_loss, input, target, _legacy(size_average, reduce, reduction), hparams)
+    return _together(
+        _smooth_l1_loss, input, target, legacy_reduction(size_average, reduce, reduction), hparams
+    )
 
 
 def huber_loss(
@@ -255,6 +258,7 @@ def huber_loss(
 
     Source: `torch.nn.functional.huber_loss`.
     """
+    delta = real_number("delta", delta)
     if delta <= 0:
         raise RuntimeError(f"delta: huber_loss does not support non-positive values, got {delta}")
     _check_weight(weight, input, target)
@@ -304,8 +308,7 @@ def binary_cross_entropy(
     From logits, `binary_cross_entropy_with_logits` is the accurate one.
 
     Args:
-        input: probabilities :math:`p` of any shape and floating point type, any strides. A number outside [0, 1]
-            gives NaN: a look at all of them before the loss would cost as much as the loss.
+        input: probabilities :math:`p` in [0, 1] of any shape and floating point type, any strides.
         target: :math:`y` in [0, 1], of the shape and type of `input`; it gets a gradient if it requires one.
         weight: :math:`w`, of a shape that broadcasts to that of `input`. Default: 1.
         size_average, reduce: deprecated, as in torch.
@@ -316,7 +319,8 @@ def binary_cross_entropy(
         autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types. RuntimeError on the CPU for numbers
+            outside [0, 1]; on CUDA and in compiled code, where to look would wait, such an input gives NaN.
 
     Source: `torch.nn.functional.binary_cross_entropy`.
     """
@@ -328,7 +332,13 @@ def binary_cross_entropy(
     check_floating("input", input)
     if target.dtype != input.dtype:
         raise RuntimeError(f"target: found dtype {target.dtype} but expected {input.dtype}, that of input")
-    mode = _legacy(size_average, reduce, reduction)
+    if values_visible(input) and values_visible(target):
+        for name, t in (("input", input), ("target", target)):
+            if t.numel():
+                low, high = torch.aminmax(t.detach())
+                if low < 0 or high > 1:
+                    raise RuntimeError(f"all elements of {name} should be between 0 and 1")
+    mode = legacy_reduction(size_average, reduce, reduction)
     return _together(_binary_cross_entropy, input, target, mode, None, weight)
 
 
@@ -369,7 +379,7 @@ def binary_cross_entropy_with_logits(
             f"target: expected the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}"
         )
     op = _binary if pos_weight is None else _weighted_binary
-    mode = _legacy(size_average, reduce, reduction)
+    mode = legacy_reduction(size_average, reduce, reduction)
     loss = _together(op, input, target, mode, None, weight, pos_weight=pos_weight)
     return loss if autocast_to_fp32(target) else loss.to(target.dtype)
 
@@ -424,12 +434,20 @@ def kl_div(
 
     Source: `torch.nn.functional.kl_div`.
     """
-    reduction = _legacy(size_average, reduce, reduction)
+    if size_average is not None or reduce is not None:
+        reduction = legacy_reduction(size_average, reduce, reduction)
+    elif reduction == "mean":  # what torch says, so that filters know it
+        warnings.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+            stacklevel=2,
+        )
     check_tensors(input, target=target)
     hparams = _kl_div.pack(log_target=float(log_target))
     if reduction != "batchmean":
-        return _together(_kl_div, input, target, reduction, hparams)
-    total = _together(_kl_div, input, target, "sum", hparams)
+        return _together(_kl_div, input, target, reduction, hparams, warn=False)
+    total = _together(_kl_div, input, target, "sum", hparams, warn=False)
     return total / input.shape[0] if input.dim() else total
 
 
@@ -486,6 +504,7 @@ def sigmoid_focal_loss(
     `mmcv.ops.sigmoid_focal_loss`, `num_positives` with background -1 and ignored -2 as in apex.
     """
     mode = check_reduction(reduction)
+    ignore_index = check_integer("ignore_index", ignore_index)
     hparams = _sigmoid_focal_loss.pack(
         alpha=check_number("alpha", alpha, high=1.0), gamma=check_number("gamma", gamma, low=0.0)
     )
@@ -505,7 +524,9 @@ def sigmoid_focal_loss(
         weight = expanded("weight", weight.to(dtype), inputs)
     norm = None
     if by_class:
-        background = NO_INDEX if background_index is None else background_index
+        background = (
+            NO_INDEX if background_index is None else check_integer("background_index", background_index)
+        )
         if mode == REDUCTIONS["mean"]:
             mode = REDUCTIONS["sum"]
             norm = (targets != ignore_index).sum() if num_positives is None else None

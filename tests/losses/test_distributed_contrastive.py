@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +25,17 @@ from support.ranks import be_a_rank, run_ranks
 from torch import nn
 
 import fastloss
-from fastloss import distributed, functional, reference
+import fastloss.distributed
+from fastloss import functional, reference
 from fastloss.distributed.call import Call
+
+# the gradients of the loss, as those of one process
+distributed = SimpleNamespace(
+    **{
+        name: partial(getattr(fastloss.distributed, name), for_ddp=False)
+        for name in {name for name, _ in CASES.values()}
+    }
+)
 
 CUTS = {2: (0, 8, ROWS), 3: (0, 5, 5, ROWS)}  # unequal, and a rank without rows
 SHARE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -83,7 +93,8 @@ def check_one_rank(case, dtype, reduction, alone, exchange):
     name, whole = arguments(case, dtype)
     mine = of_this_rank(whole, slice(None))
     theirs = getattr(functional, name)(**whole, reduction=reduction)
-    ours = getattr(distributed, name)(**mine, reduction=reduction, group=alone, exchange=exchange)
+    loss = getattr(fastloss.distributed, name)  # of one rank nothing has to be said of DDP
+    ours = loss(**mine, reduction=reduction, group=alone, exchange=exchange)
     assert same_bits(ours, theirs), f"{case} {dtype} {reduction}"
     for loss in (ours, theirs):
         loss.backward(torch.linspace(0.5, 1.5, loss.numel(), dtype=dtype).view(loss.shape))
@@ -266,6 +277,25 @@ def check_counts(rank, size):
         assert call.rows.counts == rows and call.columns.counts == tuple(n + 2 for n in rows)
 
 
+def check_for_ddp(rank, size):
+    """Whether gradients are averaged is not known here, and nothing is assumed; of one rank it does not matter."""
+    x, y = drawn(4, 6), drawn(4, 6, seed=1)
+    for name, rest in (
+        ("clip_loss", (1.0,)),
+        ("siglip_loss", (1.0,)),
+        ("info_nce", ()),
+        ("nt_xent_loss", ()),
+    ):
+        with pytest.raises(TypeError, match="for_ddp: expected True or False with 2 ranks"):
+            getattr(fastloss.distributed, name)(x, y, *rest)
+    gradients = []
+    for for_ddp in (False, True):
+        features = x.clone().requires_grad_()
+        fastloss.distributed.clip_loss(features, y, 1.0, for_ddp=for_ddp).backward()
+        gradients.append(features.grad)
+    torch.testing.assert_close(gradients[1], 2 * gradients[0])
+
+
 def check_errors(rank, size):
     x, y = drawn(4, 6 + rank), drawn(4, 6 + rank)
     with pytest.raises(ValueError, match=r"image_features\.shape\[1\].*\[6, 7\]"):
@@ -365,7 +395,16 @@ def work(rank: int, size: int) -> None:
         alone = [dist.new_group([r]) for r in range(size)][rank]
         for case, dtype, reduction in itertools.product(CASES, SHARE, ("none", "mean")):
             check_one_rank(case, dtype, reduction, alone, "ring" if reduction == "none" else "gather")
-        checks = *checks, check_tiles, check_counts, check_profile, check_autocast, check_ddp, check_errors
+        checks = (
+            *checks,
+            check_tiles,
+            check_counts,
+            check_profile,
+            check_autocast,
+            check_ddp,
+            check_for_ddp,
+            check_errors,
+        )
     else:
         checks = *checks, check_group
     for check in checks:
@@ -381,7 +420,7 @@ def test_processes(size, tmp_path):
 def test_without_a_process_group():
     x = torch.zeros(2, 3)
     with pytest.raises(RuntimeError, match="init_process_group"):
-        distributed.clip_loss(x, x, 1.0)
+        fastloss.distributed.clip_loss(x, x, 1.0)
 
 
 if __name__ == "__main__":
