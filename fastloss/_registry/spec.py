@@ -99,6 +99,9 @@ class Loss:
     forward_arguments: tuple[str, ...]
     """Arguments of the module's `forward`; all others belong to its constructor."""
     replaces: str = ""
+    """The function of another library in whose place this one can be called: same arguments, defaults and results."""
+    related: str = ""
+    """Where the loss is also found, under other arguments or with another result."""
     trained: tuple[str, ...] = ()
     """The part of `wrt` that a training step, and therefore `bench`, differentiates; all of it if empty."""
     products: tuple[int, int] = (0, 0)

@@ -24,8 +24,8 @@ class Call:
         size, rank, rows = dist.get_world_size(group), dist.get_rank(group), x.shape[0]
         if for_ddp is None and size > 1:
             raise TypeError(
-                f"for_ddp: expected True or False with {size} ranks: True if their parameters' gradients are averaged, as "
-                "by DistributedDataParallel and FSDP, False if they are added up"
+                f"for_ddp: expected True or False with {size} ranks: True if their parameters' gradients are averaged, "
+                "as by DistributedDataParallel and FSDP, False if they are added up"
             )
         if rows_per_rank is not None and (len(rows_per_rank) != size or rows_per_rank[rank] != rows):
             raise ValueError(

@@ -172,8 +172,8 @@ def cross_entropy(
 
     Equal to `fastloss.functional.cross_entropy` of the concatenated slices. The ranks exchange four numbers per row:
     one all-reduce of the largest log-sum-exp, one of the probability mass, the target's logit and the rank that holds
-    it; and without `first_class` the sizes of the slices. Backward exchanges nothing. Each rank gets the same loss and the gradient of its own logits, for an upstream
-    gradient that is the same on every rank.
+    it; and without `first_class` the sizes of the slices. Backward exchanges nothing. Each rank gets the same loss and
+    the gradient of its own logits, for an upstream gradient that is the same on every rank.
 
     Differs from one process only by rounding: with W ranks, logits :math:`z` and rounding unit :math:`u` (2^-24, in
     float64 2^-53), value and gradient by at most :math:`u (W + 8 + 4 \max |z|)` of themselves before they are rounded

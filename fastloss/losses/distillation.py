@@ -57,7 +57,8 @@ def _row_weight(
     if labels is not None and labels.dtype != torch.int64:
         raise RuntimeError(f"labels: expected classes of type int64, got {labels.dtype}")
     check_real(mask=mask, sample_weight=sample_weight)
-    counts = None if labels is None else labels != check_integer("ignore_index", ignore_index)
+    ignore_index = check_integer("ignore_index", ignore_index)
+    counts = None if labels is None else labels != ignore_index
     if mask is not None:
         counts = mask != 0 if counts is None else counts & (mask != 0)
     acc_dtype = accumulation_dtype(student.dtype)

@@ -1,4 +1,4 @@
-"""A vocabulary over two processes: values and gradients of one process."""
+"""A vocabulary over two processes: values and gradients of one process; and what they are asked for."""
 
 from __future__ import annotations
 
@@ -155,6 +155,25 @@ def check_errors(rank):
         torch.autograd.grad(distributed.cross_entropy(x, torch.tensor([0, 1])), x, create_graph=True)
 
 
+def check_for_ddp(rank):
+    """Whether gradients are averaged is not known here, and nothing is assumed; of one rank it does not matter."""
+    x, y = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    for name, rest in (
+        ("clip_loss", (1.0,)),
+        ("siglip_loss", (1.0,)),
+        ("info_nce", ()),
+        ("nt_xent_loss", ()),
+    ):
+        with pytest.raises(TypeError, match="for_ddp: expected True or False with 2 ranks"):
+            getattr(distributed, name)(x, y, *rest)
+    gradients = []
+    for for_ddp in (False, True):
+        features = x.clone().requires_grad_()
+        distributed.clip_loss(features, y, 1.0, for_ddp=for_ddp).backward()
+        gradients.append(features.grad)
+    torch.testing.assert_close(gradients[1], 2 * gradients[0])
+
+
 def check_all_gather(rank):
     x = (torch.arange(6.0).view(2, 3) + 10 * rank).requires_grad_()
     together = distributed.all_gather(x)
@@ -185,6 +204,7 @@ def work(rank: int, _: int) -> None:
     check_sizes_of_slices(rank)
     check_slice_without_mass(rank)
     check_errors(rank)
+    check_for_ddp(rank)
     check_all_gather(rank)
     check_profile(rank)
 

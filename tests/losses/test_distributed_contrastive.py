@@ -31,10 +31,7 @@ from fastloss.distributed.call import Call
 
 # the gradients of the loss, as those of one process
 distributed = SimpleNamespace(
-    **{
-        name: partial(getattr(fastloss.distributed, name), for_ddp=False)
-        for name in {name for name, _ in CASES.values()}
-    }
+    **{n: partial(getattr(fastloss.distributed, n), for_ddp=False) for n, _ in CASES.values()}
 )
 
 CUTS = {2: (0, 8, ROWS), 3: (0, 5, 5, ROWS)}  # unequal, and a rank without rows
@@ -277,25 +274,6 @@ def check_counts(rank, size):
         assert call.rows.counts == rows and call.columns.counts == tuple(n + 2 for n in rows)
 
 
-def check_for_ddp(rank, size):
-    """Whether gradients are averaged is not known here, and nothing is assumed; of one rank it does not matter."""
-    x, y = drawn(4, 6), drawn(4, 6, seed=1)
-    for name, rest in (
-        ("clip_loss", (1.0,)),
-        ("siglip_loss", (1.0,)),
-        ("info_nce", ()),
-        ("nt_xent_loss", ()),
-    ):
-        with pytest.raises(TypeError, match="for_ddp: expected True or False with 2 ranks"):
-            getattr(fastloss.distributed, name)(x, y, *rest)
-    gradients = []
-    for for_ddp in (False, True):
-        features = x.clone().requires_grad_()
-        fastloss.distributed.clip_loss(features, y, 1.0, for_ddp=for_ddp).backward()
-        gradients.append(features.grad)
-    torch.testing.assert_close(gradients[1], 2 * gradients[0])
-
-
 def check_errors(rank, size):
     x, y = drawn(4, 6 + rank), drawn(4, 6 + rank)
     with pytest.raises(ValueError, match=r"image_features\.shape\[1\].*\[6, 7\]"):
@@ -402,7 +380,6 @@ def work(rank: int, size: int) -> None:
             check_profile,
             check_autocast,
             check_ddp,
-            check_for_ddp,
             check_errors,
         )
     else:
