@@ -10,7 +10,8 @@ from fastloss import functional, memory, nn, reference
 from fastloss.profiler import profile
 
 if TYPE_CHECKING:
-    from fastloss import distributed, recipes
+    from fastloss import distributed as distributed
+    from fastloss import recipes as recipes
 
 __all__ = ["functional", "memory", "nn", "profile", "reference"]
 __version__ = "0.1.0"

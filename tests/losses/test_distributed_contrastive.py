@@ -373,15 +373,7 @@ def work(rank: int, size: int) -> None:
         alone = [dist.new_group([r]) for r in range(size)][rank]
         for case, dtype, reduction in itertools.product(CASES, SHARE, ("none", "mean")):
             check_one_rank(case, dtype, reduction, alone, "ring" if reduction == "none" else "gather")
-        checks = (
-            *checks,
-            check_tiles,
-            check_counts,
-            check_profile,
-            check_autocast,
-            check_ddp,
-            check_errors,
-        )
+        checks = *checks, check_tiles, check_counts, check_profile, check_autocast, check_ddp, check_errors
     else:
         checks = *checks, check_group
     for check in checks:
