@@ -164,7 +164,10 @@ def check_rows(
             raise RuntimeError(
                 f"weight: expected one number for each of {classes} classes, got shape {tuple(weight.shape)}"
             )
-        weight = check_weight("weight", weight, input)
+        if target.is_floating_point():  # torch multiplies by it, and promotes
+            weight = as_weight("weight", weight, accumulation_dtype(input.dtype))
+        else:
+            weight = check_weight("weight", weight, input)
     return weight, ignore_index
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss._ops.autograd import HALF_TYPES
 from fastloss._ops.checks import (
     check_integer,
     check_number,
@@ -17,6 +18,7 @@ from fastloss._ops.checks import (
     check_tensors,
     check_weight,
     legacy_reduction,
+    promoted,
     real_number,
     rows_shape,
 )
@@ -110,9 +112,10 @@ def cross_entropy(
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
     if target.dtype == torch.uint8:
         target = target.long()
-    elif target.dtype != input.dtype and target.is_floating_point():
-        wider = torch.promote_types(input.dtype, target.dtype)
-        input, target = input.to(wider), target.to(wider)
+    elif target.is_floating_point():
+        wider = promoted(input, target=target, weight=None if input.dtype in HALF_TYPES else weight)
+        if wider != input.dtype or wider != target.dtype:
+            input, target = input.to(wider), target.to(wider)
     elif input.dim() == 1 and not target.is_floating_point():
         target = target.reshape(())
     hparams = cross_entropy_rows.pack(label_smoothing=label_smoothing, z_loss=check_number("z_loss", z_loss))

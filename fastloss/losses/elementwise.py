@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -70,14 +71,19 @@ def _together(
     pos_weight: Tensor | None = None,
     wide: bool = False,
     warn: bool = True,
+    integers: Sequence[str] = (),
 ) -> Tensor:
-    """Check, broadcast and call; with `by_weight` a mean divides by the sum of the weights."""
+    """Check, broadcast and call; with `by_weight` a mean divides by the sum of the weights.
+
+    `integers` names those of `input` and `target` that may be integers, beside one in floating point.
+    """
     mode = check_reduction(reduction)
     check_tensors(input, target=target, weight=weight, pos_weight=pos_weight)
-    check_floating("input", input)
-    check_floating("target", target)
     check_real(weight=weight, pos_weight=pos_weight)
     dtype = promoted(input, target=target, weight=weight if by_weight else None)
+    for name, t in (("input", input), ("target", target)):
+        if not t.is_floating_point() and not (name in integers and dtype.is_floating_point):
+            check_floating(name, t)
     x, y = broadcast(input, target, warn)
     norm = None
     if weight is not None:
@@ -92,10 +98,21 @@ def _together(
     return op((*inputs, weight, norm), (mode, hparams, -1, -1, wide or autocast_to_fp32(inputs[0])))
 
 
+BOTH = ("input", "target")
+
+
+def _check_no_flags(input: Tensor, target: Tensor) -> None:
+    """Refuse booleans, which torch does not subtract."""
+    check_tensors(input, target=target)
+    for name, t in (("input", input), ("target", target)):
+        if t.dtype == torch.bool:
+            check_floating(name, t)
+
+
 def _check_weight(weight: Tensor | None, input: Tensor, target: Tensor) -> None:
     check_tensors(input, target=target, weight=weight)
     if weight is not None and weight.shape != input.shape:
-        broadcast(input, target, False)
+        broadcast(input, target, True)
         raise ValueError(
             f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}"
         )
@@ -113,7 +130,8 @@ def mse_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         size_average, reduce: deprecated, as in torch.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
         weight: a factor for each element, of the shape of `input`. Default: 1.
@@ -123,14 +141,15 @@ def mse_loss(
         dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.mse_loss`.
     """
     _check_weight(weight, input, target)
-    return _together(
-        _mse_loss, input, target, legacy_reduction(size_average, reduce, reduction), None, weight, True
-    )
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    if weight is not None:
+        _check_no_flags(input, target)
+    return _together(_mse_loss, input, target, reduction, None, weight, True, integers=BOTH)
 
 
 def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
@@ -140,7 +159,8 @@ def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | 
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         eps: :math:`\epsilon \ge 0`, which also bounds the gradient near a perfect fit. Default: 0.
         weight: a factor for each element, of the shape of `input`; the mean divides by their sum. Default: 1.
 
@@ -148,13 +168,15 @@ def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | 
         A scalar of the promoted type (float32 for half-precision dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: the root of `torch.nn.functional.mse_loss`, which has no finite gradient at 0.
     """
     eps = check_number("eps", eps, 0.0)
     _check_weight(weight, input, target)
-    mean = _together(_mse_loss, input, target, "mean", weight=weight, by_weight=True, wide=True)
+    mean = _together(
+        _mse_loss, input, target, "mean", weight=weight, by_weight=True, wide=True, integers=BOTH
+    )
     root = _formulas.safe_sqrt(mean + eps)
     dtype = promoted(input, target=target, weight=weight)
     return root if autocast_to_fp32(root.new_empty(0, dtype=dtype)) else root.to(dtype)
@@ -172,7 +194,8 @@ def l1_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         size_average, reduce: deprecated, as in torch.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
         weight: a factor for each element, of the shape of `input`. Default: 1.
@@ -182,14 +205,14 @@ def l1_loss(
         dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.l1_loss`.
     """
     _check_weight(weight, input, target)
-    return _together(
-        _l1_loss, input, target, legacy_reduction(size_average, reduce, reduction), None, weight, True
-    )
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    _check_no_flags(input, target)
+    return _together(_l1_loss, input, target, reduction, None, weight, True, integers=BOTH)
 
 
 def smooth_l1_loss(
@@ -207,7 +230,8 @@ def smooth_l1_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         size_average, reduce: deprecated, as in torch.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
         beta: :math:`\beta \ge 0`; 0 is the absolute error. Default: 1.
@@ -217,7 +241,7 @@ def smooth_l1_loss(
         dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit.
 
     Source: `torch.nn.functional.smooth_l1_loss`.
     """
@@ -225,9 +249,8 @@ def smooth_l1_loss(
     if beta < 0:
         raise RuntimeError(f"beta: smooth_l1_loss does not support negative values, got {beta}")
     hparams = _smooth_l1_loss.pack(beta=check_number("beta", beta))
-    return _together(
-        _smooth_l1_loss, input, target, legacy_reduction(size_average, reduce, reduction), hparams
-    )
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    return _together(_smooth_l1_loss, input, target, reduction, hparams, integers=BOTH)
 
 
 def huber_loss(
@@ -244,7 +267,8 @@ def huber_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. It
+            may be integers.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, over all elements.
         delta: :math:`\delta > 0`. Default: 1.
         weight: a factor for each element, of the shape of `input`. Default: 1.
@@ -254,7 +278,7 @@ def huber_loss(
         (float32 for half-precision dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit.
 
     Source: `torch.nn.functional.huber_loss`.
     """
@@ -263,7 +287,7 @@ def huber_loss(
         raise RuntimeError(f"delta: huber_loss does not support non-positive values, got {delta}")
     _check_weight(weight, input, target)
     hparams = _huber_loss.pack(delta=check_number("delta", delta))
-    loss = _together(_huber_loss, input, target, reduction, hparams, weight)
+    loss = _together(_huber_loss, input, target, reduction, hparams, weight, integers=("target",))
     return loss if autocast_to_fp32(input) else loss.to(promoted(input, weight=weight))
 
 
@@ -278,7 +302,8 @@ def log_cosh_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
         weight: a factor for each element, of the shape of `input`. Default: 1.
 
@@ -287,12 +312,13 @@ def log_cosh_loss(
         dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: Saleh and Saleh, https://arxiv.org/abs/2208.04564; `LogCosh` of Keras.
     """
     _check_weight(weight, input, target)
-    return _together(_log_cosh_loss, input, target, reduction, None, weight, True)
+    _check_no_flags(input, target)
+    return _together(_log_cosh_loss, input, target, reduction, None, weight, True, integers=BOTH)
 
 
 def binary_cross_entropy(
@@ -391,7 +417,7 @@ def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor
 
     Args:
         input: scores :math:`s` of any shape and floating point type, any strides.
-        target: labels :math:`y`, of a shape that broadcasts with that of `input`, of a floating point type.
+        target: labels :math:`y`, of a shape that broadcasts with that of `input`; they may be integers.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
 
     Returns:
@@ -403,7 +429,7 @@ def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor
 
     Source: Cortes and Vapnik, Support-vector networks, 1995, https://doi.org/10.1007/BF00994018.
     """
-    return _together(_hinge_loss, input, target, reduction)
+    return _together(_hinge_loss, input, target, reduction, integers=("target",))
 
 
 def kl_div(

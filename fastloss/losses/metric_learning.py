@@ -61,10 +61,11 @@ def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
     return [t.unsqueeze(0) if single else t for t in tensors.values()], dtype, single
 
 
-def rows_together(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, torch.Size]:
+def rows_together(flags: bool, **tensors: Tensor) -> tuple[list[Tensor], torch.dtype, torch.Size]:
     """Check feature rows (..., D) as torch does, broadcast and promote them.
 
-    Returns matrices of their rows, the output dtype, and the shape without D.
+    Some may be integers, and with `flags` booleans, beside others in floating point. Returns matrices of their rows,
+    the output dtype, and the shape without D.
     """
     (first, x), *others = tensors.items()
     check_tensor(first, x)
@@ -72,7 +73,8 @@ def rows_together(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, torch.S
         raise RuntimeError(f"{first}: expected shape (..., D), got a tensor without dimensions")
     for name, t in tensors.items():
         check_tensors(x, **{name: t})
-        check_floating(name, t)
+        if t.is_complex() or (t.dtype == torch.bool and not flags):
+            check_floating(name, t)
         if t.dim() != x.dim():
             raise RuntimeError(f"{name}: expected {x.dim()} dimensions as {first} has, got {t.dim()}")
     shape = x.shape
@@ -84,6 +86,8 @@ def rows_together(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, torch.S
                 f"{name}: expected a shape that broadcasts with {tuple(shape)}, got {tuple(t.shape)}"
             ) from None
     dtype = fold(torch.promote_types, (t.dtype for t in tensors.values()))
+    if not dtype.is_floating_point:
+        check_floating(first, x)
     found = [t.to(dtype).expand(shape).reshape(-1, shape[-1]) for t in tensors.values()]
     return found, accumulation_dtype(dtype) if torch.is_autocast_enabled(x.device.type) else dtype, shape[:-1]
 
@@ -129,7 +133,8 @@ def cosine_embedding_loss(
     :math:`y = -1`.
 
     Args:
-        input1, input2: rows `(N, D)` or `(D)`, of shapes that broadcast; float32, float64, bfloat16 or float16.
+        input1, input2: rows `(N, D)` or `(D)`, of one D, where N may be 1; float32, float64, bfloat16 or float16. One
+            of them may be integers.
         target: 1 or -1 for each row, `(N)` or `(1)`; for one row without a batch `()`.
         margin: :math:`m`, usually in [0, 0.5]. Default: 0.
         size_average, reduce: deprecated, as in torch.
@@ -146,7 +151,11 @@ def cosine_embedding_loss(
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     check_reduction(reduction)
-    (a, b), dtype, shape = rows_together(input1=input1, input2=input2)
+    (a, b), dtype, shape = rows_together(True, input1=input1, input2=input2)
+    if input1.shape[-1] != input2.shape[-1]:  # torch takes each length over its own features
+        raise RuntimeError(
+            f"input2: expected {input1.shape[-1]} features as input1 has, got {input2.shape[-1]}"
+        )
     check_tensors(a, target=target)
     if len(shape) > 1:
         raise RuntimeError(f"input1: expected shape (D) or (N, D), got {tuple(input1.shape)}")
@@ -181,7 +190,7 @@ def triplet_margin_loss(
 
     Args:
         anchor, positive, negative: rows `(..., D)` such as `(N, D)` or `(D)`, of shapes that broadcast and of one
-            number of dimensions; float32, float64, bfloat16 or float16.
+            number of dimensions; float32, float64, bfloat16 or float16. Not all of them may be integers.
         margin: :math:`m`. Default: 1.
         p: the norm. Default: 2; others are computed by torch's operations.
         eps: :math:`\epsilon`. Default: 1e-6.
@@ -201,7 +210,7 @@ def triplet_margin_loss(
     """
     reduction = legacy_reduction(size_average, reduce, reduction)
     check_reduction(reduction)
-    (a, b, c), dtype, shape = rows_together(anchor=anchor, positive=positive, negative=negative)
+    (a, b, c), dtype, shape = rows_together(False, anchor=anchor, positive=positive, negative=negative)
     p = real_number("p", p)
     margin, eps = check_number("margin", margin), check_number("eps", eps)
     if margin <= 0:
