@@ -38,9 +38,10 @@ def find_compiler() -> str:
 
 
 def find_nvcc() -> str | None:
-    wish = os.environ.get("FASTLOSS_CUDA", "auto")
+    given = os.environ.get("FASTLOSS_CUDA") or "auto"
+    wish = given.lower()
     if wish not in ("auto", "0", "1"):
-        stop(f"FASTLOSS_CUDA must be auto, 0 or 1, not {wish!r}")
+        stop(f"FASTLOSS_CUDA: expected one of auto, 0, 1, got {given!r}")
     if wish == "0":
         return None
     nvcc = shutil.which("nvcc")

@@ -14,17 +14,20 @@ namespace {
 
 constexpr int kAmx = std::size(kCapabilities) - 1;
 
-// The best of kCapabilities that may be used.
+// The best of kCapabilities that may be used; FASTLOSS_CPU_CAPABILITY names it in any case.
 int allowed() {
   const char* const variable = std::getenv("FASTLOSS_CPU_CAPABILITY");
-  const std::string requested = variable ? variable : "";
-  if (requested.empty()) return kAmx;
+  const std::string given = variable ? variable : "";
+  if (given.empty()) return kAmx;
+  std::string requested = given;
+  for (char& c : requested)
+    if (c >= 'A' && c <= 'Z') c += 'a' - 'A';
   std::string all;
   for (int i = 0; i <= kAmx; ++i) {
     if (requested == kCapabilities[i]) return i;
     all += (i ? ", " : "") + std::string(kCapabilities[i]);
   }
-  throw std::runtime_error("FASTLOSS_CPU_CAPABILITY: expected one of " + all + ", got '" + requested + "'");
+  throw std::runtime_error("FASTLOSS_CPU_CAPABILITY: expected one of " + all + ", got '" + given + "'");
 }
 
 int available() {

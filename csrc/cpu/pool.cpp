@@ -115,6 +115,18 @@ void pool_release(void* ptr) {
   p.shrink_to(p.statistics.limit);
 }
 
+bool pool_enabled() {
+  Pool& p = pool();
+  std::lock_guard lock(p.mutex);
+  return p.statistics.limit > 0;
+}
+
+void prefer_huge_pages(void* p, size_t bytes) {
+  const auto begin = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 void pool_empty() {
   Pool& p = pool();
   std::lock_guard lock(p.mutex);

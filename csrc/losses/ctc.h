@@ -25,7 +25,8 @@ struct AlignmentArgs {
   DType dtype;         // of input and gradient
   int64_t steps, batch, classes, blank;
   int64_t width;                                  // of the targets
-  const void* input;                              // [steps, batch, classes]
+  const void* input;                              // [steps, batch, classes], classes without gaps
+  int64_t input_strides[2], gradient_strides[2];  // of steps and of sequences
   const int64_t* targets;                         // [batch, width]
   const int64_t *input_lengths, *target_lengths;  // [batch]
   void* rows;            // [2 if from_logits else 1, steps, batch]: what is taken off the input, and
@@ -36,7 +37,7 @@ struct AlignmentArgs {
   void* posterior;       // backward, on a GPU: like alpha, scratch
   void* betas;           // backward, on a GPU: [batch, 2, 2 width + 1], scratch
   int64_t* links;        // backward, on a GPU: like targets, scratch
-  void* gradient;        // backward: like input
+  void* gradient;        // backward: [steps, batch, classes], classes without gaps
 };
 
 }  // namespace fastloss

@@ -17,7 +17,7 @@ struct AggregateCall {
                 int64_t kind, double number, double eta, double flood)
       : losses(contiguous_as(losses_, losses_.scalar_type())),
         accumulation(accumulation_type(dtype_of(losses_, "losses"))) {
-    STD_TORCH_CHECK(losses.dim() == 1, "losses: expected one dimension");
+    FL_CHECK(losses.dim() == 1, "losses: expected one dimension");
     args.kind = enum_of<Aggregate>(kind, "kind");
     args.dtype = dtype_of(losses, "losses");
     args.n = losses.numel();
@@ -28,13 +28,12 @@ struct AggregateCall {
     plan_passes(args);
     if (theta_) {
       theta = contiguous_as(*theta_, accumulation);
-      STD_TORCH_CHECK(theta->numel() == 1, "theta: expected one number");
+      FL_CHECK(theta->numel() == 1, "theta: expected one number");
       args.theta = theta->const_data_ptr();
     }
     if (weight_) {
       weight = contiguous_as(*weight_, accumulation);
-      STD_TORCH_CHECK(weight->dim() == 1 && weight->numel() == args.n,
-                      "weight: expected one number for each loss");
+      FL_CHECK(weight->dim() == 1 && weight->numel() == args.n, "weight: expected one number for each loss");
       args.weight = weight->const_data_ptr();
     }
   }
@@ -78,7 +77,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor losses, OptionalTensor t
                                     Tensor state, int64_t kind, double number, double eta, double flood) {
   AggregateCall call(losses, theta, weight, kind, number, eta, flood);
   const Tensor g = contiguous_as(grad, call.accumulation);
-  STD_TORCH_CHECK(g.numel() == 1, "grad: expected one number");
+  FL_CHECK(g.numel() == 1, "grad: expected one number");
   const int64_t nothing[] = {0};
   const Tensor gradient = empty_pooled(call.losses, call.losses.sizes(), call.losses.scalar_type());
   const Tensor theta_gradient = theta ? empty(call.losses, theta->sizes(), call.accumulation)

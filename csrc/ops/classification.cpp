@@ -18,8 +18,8 @@ struct Ops {
     RowArgs& a = call.args;
     a.ignore_index = ignore_index;
     if (row_weight) {
-      STD_TORCH_CHECK(row_weight->numel() == a.rows, "sample_weight: expected ", a.rows, " numbers, got ",
-                      row_weight->numel());
+      FL_CHECK(row_weight->numel() == a.rows, "sample_weight: expected ", a.rows, " numbers, got ",
+               row_weight->numel());
       row_weight = contiguous_as(*row_weight, call.accumulation);
       a.row_weight = row_weight->const_data_ptr();
     }
@@ -42,9 +42,8 @@ struct Ops {
                             OptionalTensor /*row_weight*/, Tensor state, double logit_scale, double softcap,
                             Hparams hparams, bool skip_unit) {
     Call call(kLoss, RowPass::backward, input, target, weight, logit_scale, softcap, hparams);
-    STD_TORCH_CHECK(
-        row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
-        "dx: expected a tensor like input with rows of one stride");
+    FL_CHECK(row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
+             "dx: expected a tensor like input with rows of one stride");
     write_gradient(kLoss, call, grad, state, dx, skip_unit);
   }
 };

@@ -21,8 +21,8 @@ struct Divergences {
       : student(rows_of(student_)),
         teacher(rows_of(teacher_)),
         accumulation(accumulation_type(dtype_of(student, "student_logits"))) {
-    STD_TORCH_CHECK(teacher.scalar_type() == student.scalar_type() && teacher.dim() == student.dim(),
-                    "teacher_logits: expected the type and shape of student_logits");
+    FL_CHECK(teacher.scalar_type() == student.scalar_type() && teacher.dim() == student.dim(),
+             "teacher_logits: expected the type and shape of student_logits");
     RowArgs& a = args.rows;
     a.pass = pass;
     a.dtype = dtype_of(student, "student_logits");
@@ -32,8 +32,8 @@ struct Divergences {
       row_shape.push_back(student.size(d));
       a.rows *= student.size(d);
     }
-    STD_TORCH_CHECK(teacher.numel() == a.rows * a.n && teacher.size(-1) == a.n,
-                    "teacher_logits: expected the type and shape of student_logits");
+    FL_CHECK(teacher.numel() == a.rows * a.n && teacher.size(-1) == a.n,
+             "teacher_logits: expected the type and shape of student_logits");
     a.x = student.const_data_ptr();
     a.x_layout = *row_layout_last(student);
     a.q = teacher.const_data_ptr();
@@ -58,9 +58,9 @@ struct Divergences {
   void set_gradients(const Tensor& dx, const Tensor& dq) {
     RowArgs& a = args.rows;
     for (const Tensor* d : {&dx, &dq})
-      STD_TORCH_CHECK(d->numel() == 0 || (d->numel() == a.rows * a.n && d->is_contiguous() &&
-                                          d->scalar_type() == student.scalar_type()),
-                      "gradient: expected a contiguous tensor like the logits");
+      FL_CHECK(d->numel() == 0 || (d->numel() == a.rows * a.n && d->is_contiguous() &&
+                                   d->scalar_type() == student.scalar_type()),
+               "gradient: expected a contiguous tensor like the logits");
     a.dx = dx.numel() ? dx.mutable_data_ptr() : nullptr;
     args.dq = dq.numel() ? dq.mutable_data_ptr() : nullptr;
     const int64_t row_bytes = a.n * student.element_size();
@@ -68,7 +68,7 @@ struct Divergences {
   }
   void set_upstream(const Tensor& g, const Tensor& state, bool skip_unit) {
     RowArgs& a = args.rows;
-    STD_TORCH_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
+    FL_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
     a.upstream = g.const_data_ptr();
     a.upstream_stride = g.dim() == 0 || a.rows == 1 ? 0 : 1;
     a.skip_unit_upstream = skip_unit;
@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor student, Tensor teache
                    logit_scale, beta);
   RowArgs& a = call.args.rows;
   if (row_weight) {
-    STD_TORCH_CHECK(row_weight->numel() == a.rows, "sample_weight: expected ", a.rows, " numbers, got ",
-                    row_weight->numel());
+    FL_CHECK(row_weight->numel() == a.rows, "sample_weight: expected ", a.rows, " numbers, got ",
+             row_weight->numel());
     call.weight = contiguous_as(*row_weight, call.accumulation);
     a.row_weight = call.weight->const_data_ptr();
   }

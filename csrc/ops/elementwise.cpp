@@ -95,21 +95,21 @@ struct ElementCall {
     for (size_t j = 0; j < inputs.size(); ++j) {
       if (inputs[j].scalar_type() == ScalarType::Long) {
         classes = torch::stable::contiguous(inputs[j]);
-        STD_TORCH_CHECK(first.dim() == classes->dim() + 1,
-                        "target: expected classes of the input's shape without "
-                        "its last dimension");
+        FL_CHECK(first.dim() == classes->dim() + 1,
+                 "target: expected classes of the input's shape without "
+                 "its last dimension");
         const int64_t columns = first.size(-1);
-        STD_TORCH_CHECK(classes->numel() * columns == args.n, "target: expected ",
-                        args.n / std::max<int64_t>(columns, 1), " classes, got ", classes->numel());
+        FL_CHECK(classes->numel() * columns == args.n, "target: expected ",
+                 args.n / std::max<int64_t>(columns, 1), " classes, got ", classes->numel());
         if (o.background_index == INT64_MIN) args.background_index = columns;
         args.inputs[j] = {classes->const_data_ptr(), Source::one_hot, std::max<int64_t>(columns, 1), args.n};
       } else {
-        STD_TORCH_CHECK(same_sizes(inputs[j], first), "inputs: expected tensors of one shape");
+        FL_CHECK(same_sizes(inputs[j], first), "inputs: expected tensors of one shape");
         args.inputs[j] = place_number(inputs[j]);
       }
     }
     if (weight) {
-      STD_TORCH_CHECK(same_sizes(*weight, first), "weight: expected a tensor of the input's shape");
+      FL_CHECK(same_sizes(*weight, first), "weight: expected a tensor of the input's shape");
       const bool is_acc = weight->scalar_type() == accumulation && accumulation != type;
       args.weight = is_acc ? place(*weight, Source::accumulation) : place_number(*weight);
     } else if (classes) {
@@ -118,7 +118,7 @@ struct ElementCall {
       args.weight.source = Source::not_ignored;
     }
     if (norm) {
-      STD_TORCH_CHECK(norm->numel() == 1, "norm: expected one number");
+      FL_CHECK(norm->numel() == 1, "norm: expected one number");
       norm = as_type(*norm, accumulation);
       args.norm = norm->const_data_ptr();
     }
@@ -144,8 +144,8 @@ struct ElementCall {
       if (loss.wrt >> j & 1) {
         const Tensor& d = dx[next++];
         if (d.numel() == 0) continue;
-        STD_TORCH_CHECK(d.is_contiguous() && d.numel() == args.n && d.scalar_type() == type,
-                        "gradient: expected a contiguous tensor like the input");
+        FL_CHECK(d.is_contiguous() && d.numel() == args.n && d.scalar_type() == type,
+                 "gradient: expected a contiguous tensor like the input");
         args.dx[j] = d.mutable_data_ptr();
       }
   }
@@ -178,7 +178,7 @@ struct ElementCall {
     const int64_t* c = static_cast<const int64_t*>(classes->const_data_ptr());
     const int64_t columns = inputs[0].size(-1);
     for (int64_t i = 0; i < classes->numel(); ++i)
-      STD_TORCH_CHECK(
+      FL_CHECK_INDEX(
           (c[i] >= 0 && c[i] < columns) || c[i] == args.ignore_index || c[i] == args.background_index,
           "target ", c[i], " is out of bounds: expected a class in [0, ", columns,
           "), the background or ignore_index");
@@ -224,7 +224,7 @@ struct ElementCall {
   void backward(const Tensor& grad, bool skip_unit) {
     Tensor g = as_type(grad, result_type());
     args.upstream = place(g, result_type() == type ? Source::element : Source::accumulation);
-    STD_TORCH_CHECK(g.numel() == 1 || g.numel() == args.n, "grad: expected 1 or ", args.n, " numbers");
+    FL_CHECK(g.numel() == 1 || g.numel() == args.n, "grad: expected 1 or ", args.n, " numbers");
     if (skip_unit && !on_cuda(inputs[0]) && g.numel() == 1 && is_one(g)) return;
     args.skip_unit_upstream = skip_unit;
     run();

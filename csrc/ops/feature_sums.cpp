@@ -16,7 +16,7 @@ struct Pairs {
 
   Pairs(const Tensor& a_, const Tensor& b, const OptionalTensor& c, double eps)
       : a(contiguous_as(a_, a_.scalar_type())) {
-    STD_TORCH_CHECK(a.dim() == 2, "a: expected two dimensions");
+    FL_CHECK(a.dim() == 2, "a: expected two dimensions");
     args.dtype = dtype_of(a, "a");
     args.rows = a.size(0);
     args.n = a.size(1);
@@ -26,7 +26,7 @@ struct Pairs {
     if (c) add(*c, "c");
   }
   void add(const Tensor& x, const char* name) {
-    STD_TORCH_CHECK(
+    FL_CHECK(
         x.dim() == 2 && x.size(0) == args.rows && x.size(1) == args.n && x.scalar_type() == a.scalar_type(),
         name, ": expected the shape and type of a");
     others.push_back(contiguous_as(x, x.scalar_type()));
@@ -53,8 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor a, Tensor b, Opt
   Pairs pairs(a, b, c, eps);
   FeatureArgs& args = pairs.args;
   const Tensor g = contiguous_as(grad, accumulation_type(args.dtype));
-  STD_TORCH_CHECK(g.numel() == args.others * kFeatureSums * args.rows,
-                  "grad: expected the shape of the sums");
+  FL_CHECK(g.numel() == args.others * kFeatureSums * args.rows, "grad: expected the shape of the sums");
   const int64_t none[] = {0};
   const Tensor da = empty_like_pooled(pairs.a), db = empty_like_pooled(pairs.a),
                dc = c ? empty_like_pooled(pairs.a) : empty(pairs.a, none, pairs.a.scalar_type());

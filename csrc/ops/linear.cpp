@@ -18,12 +18,12 @@ void rows(Tensor logits, Tensor loss, Tensor target, OptionalTensor weight, Opti
   Call call(kLoss, with_gradient ? RowPass::forward_gradient : RowPass::forward, logits, target, weight,
             logit_scale, softcap, hparams);
   RowArgs& a = call.args;
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected rows without gaps");
-  STD_TORCH_CHECK(loss.numel() == a.rows && loss.is_contiguous() && loss.scalar_type() == call.accumulation,
-                  "loss: expected ", a.rows, " numbers of the accumulation type");
+  FL_CHECK(logits.dim() == 2 && logits.is_contiguous(), "logits: expected rows without gaps");
+  FL_CHECK(loss.numel() == a.rows && loss.is_contiguous() && loss.scalar_type() == call.accumulation,
+           "loss: expected ", a.rows, " numbers of the accumulation type");
   a.ignore_index = ignore_index;
   if (row_weight) {
-    STD_TORCH_CHECK(row_weight->numel() == a.rows, "row_weight: expected ", a.rows, " numbers");
+    FL_CHECK(row_weight->numel() == a.rows, "row_weight: expected ", a.rows, " numbers");
     row_weight = contiguous_as(*row_weight, call.accumulation);
     a.row_weight = row_weight->const_data_ptr();
   }
@@ -101,9 +101,9 @@ Tensor scratch(Tensor like, std::vector<int64_t> shape) {
 void linear_scale_(Tensor d, Tensor factor) {
   ScaleArgs a{};
   a.dtype = dtype_of(d, "d");
-  STD_TORCH_CHECK(d.is_contiguous(), "d: expected no gaps");
-  STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == accumulation_type(a.dtype),
-                  "factor: expected one number of the accumulation type");
+  FL_CHECK(d.is_contiguous(), "d: expected no gaps");
+  FL_CHECK(factor.numel() == 1 && factor.scalar_type() == accumulation_type(a.dtype),
+           "factor: expected one number of the accumulation type");
   a.n = d.numel();
   a.p = d.mutable_data_ptr();
   a.factor = factor.const_data_ptr();
@@ -115,12 +115,11 @@ void linear_scale_(Tensor d, Tensor factor) {
 // ---- the products on the CPU
 
 cpu::LinearArgs products(const Tensor& w, const Tensor& logits) {
-  STD_TORCH_CHECK(w.dim() == 2 && logits.dim() == 2 && logits.is_contiguous() && logits.size(1) == w.size(0),
-                  "logits: expected a row of ", w.size(0), " classes without gaps");
+  FL_CHECK(w.dim() == 2 && logits.dim() == 2 && logits.is_contiguous() && logits.size(1) == w.size(0),
+           "logits: expected a row of ", w.size(0), " classes without gaps");
   cpu::LinearArgs a{};
   a.dtype = dtype_of(w, "linear_weight");
-  STD_TORCH_CHECK(logits.scalar_type() == accumulation_type(a.dtype),
-                  "logits: expected the accumulation type");
+  FL_CHECK(logits.scalar_type() == accumulation_type(a.dtype), "logits: expected the accumulation type");
   a.rows = logits.size(0);
   a.n = w.size(0);
   a.features = w.size(1);
@@ -131,7 +130,7 @@ cpu::LinearArgs products(const Tensor& w, const Tensor& logits) {
   return a;
 }
 void check_chunk(const cpu::LinearArgs& a, const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(
+  FL_CHECK(
       t.is_contiguous() && t.numel() == a.rows * a.features && t.scalar_type() == accumulation_type(a.dtype),
       name, ": expected ", a.rows, " rows of ", a.features, " features of the accumulation type");
 }
@@ -154,7 +153,7 @@ void linear_logits(Tensor logits, Tensor x, Tensor w, OptionalTensor bias) {
   cpu::LinearArgs a = products(w, logits);
   const Tensor workspace = packing_workspace(a, x);
   if (bias) {
-    STD_TORCH_CHECK(bias->numel() == a.n, "linear_bias: expected ", a.n, " numbers");
+    FL_CHECK(bias->numel() == a.n, "linear_bias: expected ", a.n, " numbers");
     bias = contiguous_as(*bias, logits.scalar_type());
     a.bias = bias->const_data_ptr();
   }
@@ -183,12 +182,12 @@ void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, Tensor 
   cpu::LinearArgs a = products(w, g);
   const Tensor workspace = packing_workspace(a, x);
   if (dw) {
-    STD_TORCH_CHECK(dw->is_contiguous() && dw->numel() == a.n * a.features, "dw: expected no gaps");
+    FL_CHECK(dw->is_contiguous() && dw->numel() == a.n * a.features, "dw: expected no gaps");
     a.dw = dw->mutable_data_ptr();
     run_tasks(kernels.pack_right, a, blocks(a.rows, cpu::kRowBlock));
   }
   if (db) {
-    STD_TORCH_CHECK(db->numel() == a.n && db->is_contiguous(), "db: expected ", a.n, " numbers");
+    FL_CHECK(db->numel() == a.n && db->is_contiguous(), "db: expected ", a.n, " numbers");
     a.db = db->mutable_data_ptr();
   }
   a.add = add;
@@ -200,7 +199,7 @@ void linear_dw(OptionalTensor dw, OptionalTensor db, Tensor g, Tensor x, Tensor 
 // factor * d in the type of `like`.
 Tensor linear_scaled(Tensor d, Tensor factor, Tensor like) {
   const DType dtype = dtype_of(like, "like");
-  STD_TORCH_CHECK(d.is_contiguous() && accumulation_type(dtype) == d.scalar_type(), "d: expected no gaps");
+  FL_CHECK(d.is_contiguous() && accumulation_type(dtype) == d.scalar_type(), "d: expected no gaps");
   const double f = dtype == DType::f64 ? *static_cast<const double*>(factor.const_data_ptr())
                                        : *static_cast<const float*>(factor.const_data_ptr());
   const Tensor out = empty_pooled(d, d.sizes(), like.scalar_type());

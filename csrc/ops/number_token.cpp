@@ -18,9 +18,9 @@ struct NumberTokenInputs {
         weight(contiguous_as(weight_, call.accumulation)) {
     RowArgs& a = call.args;
     a.num_number_tokens = ids.numel();
-    STD_TORCH_CHECK(table.numel() == a.num_number_tokens * a.num_number_tokens && max_distance.numel() == 1,
-                    "token_values: expected one for each token");
-    STD_TORCH_CHECK(position.numel() == a.rows && weight.numel() == a.rows, "labels: expected ", a.rows);
+    FL_CHECK(table.numel() == a.num_number_tokens * a.num_number_tokens && max_distance.numel() == 1,
+             "token_values: expected one for each token");
+    FL_CHECK(position.numel() == a.rows && weight.numel() == a.rows, "labels: expected ", a.rows);
     a.number_ids = static_cast<const int64_t*>(ids.const_data_ptr());
     a.number_table = table.const_data_ptr();
     a.number_max_distance = max_distance.const_data_ptr();
@@ -28,8 +28,8 @@ struct NumberTokenInputs {
     a.number_weight = weight.const_data_ptr();
     if (on_cuda(call.x)) return;
     for (int64_t k = 0; k < a.num_number_tokens; ++k)
-      STD_TORCH_CHECK(a.number_ids[k] >= 0 && a.number_ids[k] < a.n, "token_ids ", a.number_ids[k],
-                      " is out of bounds: expected a class in [0, ", a.n, ")");
+      FL_CHECK_INDEX(a.number_ids[k] >= 0 && a.number_ids[k] < a.n, "token_ids ", a.number_ids[k],
+                     " is out of bounds: expected a class in [0, ", a.n, ")");
   }
 };
 
@@ -51,8 +51,8 @@ void backward_into(Tensor grad, Tensor dx, Tensor input, Tensor target, Tensor i
                    bool skip_unit) {
   Call call(kLoss, RowPass::backward, input, target, std::nullopt, 1, 0, hparams);
   const NumberTokenInputs inputs(call, ids, table, max_distance, position, number_weight);
-  STD_TORCH_CHECK(row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
-                  "dx: expected a tensor like input with rows of one stride");
+  FL_CHECK(row_layout(dx) && dx.numel() == call.x.numel() && dx.scalar_type() == call.x.scalar_type(),
+           "dx: expected a tensor like input with rows of one stride");
   write_gradient(kLoss, call, grad, state, dx, skip_unit);
 }
 Tensor backward(Tensor grad, Tensor input, Tensor target, Tensor ids, Tensor table, Tensor max_distance,

@@ -26,14 +26,14 @@ struct ScanCall {
            const OptionalTensor& log_rhos, const OptionalTensor& terminated, const OptionalTensor& truncated,
            const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const Hparams& hparams)
       : x(rewards.is_contiguous() ? rewards : torch::stable::contiguous(rewards)), type(x.scalar_type()) {
-    STD_TORCH_CHECK(x.dim() >= 1, "rewards: expected at least one dimension");
+    FL_CHECK(x.dim() >= 1, "rewards: expected at least one dimension");
     held.reserve(10);
     args.dtype = dtype_of(x, "rewards");
     args.n = x.size(-1);
     args.rows = 1;
     for (int64_t d = 0; d + 1 < x.dim(); ++d) args.rows *= x.size(d);
     if (cu_seqlens) {
-      STD_TORCH_CHECK(x.dim() == 1, "rewards: expected one dimension with cu_seqlens");
+      FL_CHECK(x.dim() == 1, "rewards: expected one dimension with cu_seqlens");
       args.rows = cu_seqlens->numel() - 1;
       args.offsets = static_cast<const int64_t*>(hold(*cu_seqlens, ScalarType::Long));
       if (!on_cuda(x)) check_offsets();
@@ -46,8 +46,8 @@ struct ScanCall {
     args.truncated = flags(truncated, "truncated");
     args.mask = flags(mask, "mask");
     if (bootstrap_value) {
-      STD_TORCH_CHECK(bootstrap_value->numel() == args.rows, "bootstrap_value: expected ", args.rows,
-                      " numbers, got ", bootstrap_value->numel());
+      FL_CHECK(bootstrap_value->numel() == args.rows, "bootstrap_value: expected ", args.rows,
+               " numbers, got ", bootstrap_value->numel());
       args.initial = hold(*bootstrap_value, type);
     }
     check_hparams(hparams, scan.hparams);
@@ -60,7 +60,7 @@ struct ScanCall {
   }
   const void* step_input(const OptionalTensor& t, const char* name, ScalarType as) {
     if (!t) return nullptr;
-    STD_TORCH_CHECK(t->numel() == x.numel(), name, ": expected ", x.numel(), " numbers, got ", t->numel());
+    FL_CHECK(t->numel() == x.numel(), name, ": expected ", x.numel(), " numbers, got ", t->numel());
     return hold(*t, as);
   }
   const uint8_t* flags(const OptionalTensor& t, const char* name) {
@@ -68,10 +68,10 @@ struct ScanCall {
   }
   void check_offsets() const {
     const int64_t* o = args.offsets;
-    STD_TORCH_CHECK(args.rows >= 0 && o[0] == 0 && o[args.rows] == args.n,
-                    "cu_seqlens: expected to begin with 0 ", "and to end with the number of steps, ", args.n);
+    FL_CHECK(args.rows >= 0 && o[0] == 0 && o[args.rows] == args.n, "cu_seqlens: expected to begin with 0 ",
+             "and to end with the number of steps, ", args.n);
     for (int64_t r = 0; r < args.rows; ++r)
-      STD_TORCH_CHECK(o[r] <= o[r + 1], "cu_seqlens: expected numbers that never decrease");
+      FL_CHECK(o[r] <= o[r + 1], "cu_seqlens: expected numbers that never decrease");
   }
   void run(const Scan& scan) const {
     if (args.rows <= 0) return;

@@ -18,9 +18,9 @@ struct RankingCall {
       : rewards(contiguous_as(rewards_, rewards_.scalar_type())),
         ranks(rewards),
         accumulation(accumulation_type(dtype_of(rewards_, "rewards"))) {
-    STD_TORCH_CHECK(rewards.dim() == 2 && ranks_.dim() == 2 && ranks_.size(0) == rewards.size(0) &&
-                        ranks_.size(1) == rewards.size(1),
-                    "ranks: expected the shape of rewards, two dimensions");
+    FL_CHECK(rewards.dim() == 2 && ranks_.dim() == 2 && ranks_.size(0) == rewards.size(0) &&
+                 ranks_.size(1) == rewards.size(1),
+             "ranks: expected the shape of rewards, two dimensions");
     ranks = contiguous_as(ranks_, accumulation);
     args.kind = enum_of<Ranking>(kind, "kind");
     args.dtype = dtype_of(rewards, "rewards");
@@ -58,7 +58,7 @@ Tensor backward(Tensor grad, OptionalTensor /*grad_pairs*/, Tensor rewards, Tens
   RankingCall call(rewards, ranks, kind);
   RankingArgs& a = call.args;
   const Tensor g = contiguous_as(grad, call.accumulation);
-  STD_TORCH_CHECK(g.numel() == a.rows, "grad: expected one number for each of ", a.rows, " rows");
+  FL_CHECK(g.numel() == a.rows, "grad: expected one number for each of ", a.rows, " rows");
   const Tensor gradient = empty_pooled(call.rewards, call.rewards.sizes(), call.rewards.scalar_type());
   a.backward = true;
   a.upstream = g.const_data_ptr();

@@ -65,7 +65,7 @@ struct Call {
   Call(const TokenLoss& loss, RowPass pass, const Tensor& input, const Tensor& target_,
        const OptionalTensor& weight_, double logit_scale, double softcap, const Hparams& hparams)
       : x(as_rows(input)), target(target_), accumulation(accumulation_type(dtype_of(input, "input"))) {
-    STD_TORCH_CHECK(input.dim() >= 1, "input: expected at least one dimension");
+    FL_CHECK(input.dim() >= 1, "input: expected at least one dimension");
     const auto sizes = x.sizes();
     const int64_t class_dim = x.dim() == 1 ? 0 : 1;
     for (int64_t d = 0; d < x.dim(); ++d)
@@ -78,19 +78,18 @@ struct Call {
     args.x = x.const_data_ptr();
     args.x_layout = *row_layout(x);
     if (target.scalar_type() == ScalarType::Long) {
-      STD_TORCH_CHECK(target.numel() == args.rows, "target: expected ", args.rows, " class indices, got ",
-                      target.numel());
+      FL_CHECK(target.numel() == args.rows, "target: expected ", args.rows, " class indices, got ",
+               target.numel());
       target = contiguous_as(target, ScalarType::Long);
       args.target = static_cast<const int64_t*>(target.const_data_ptr());
     } else {
-      STD_TORCH_CHECK(target.numel() == x.numel(), "target: expected a probability for each class");
+      FL_CHECK(target.numel() == x.numel(), "target: expected a probability for each class");
       target = as_rows(as_dtype(target));
       args.q = target.const_data_ptr();
       args.q_layout = *row_layout(target);
     }
     if (weight_) {
-      STD_TORCH_CHECK(weight_->numel() == args.n, "weight: expected ", args.n, " numbers, got ",
-                      weight_->numel());
+      FL_CHECK(weight_->numel() == args.n, "weight: expected ", args.n, " numbers, got ", weight_->numel());
       weight = contiguous_as(*weight_, accumulation);
       args.class_weight = weight->const_data_ptr();
     }
@@ -132,9 +131,9 @@ inline void run(const TokenLoss& loss, const Call& call) {
 inline void check_targets(const RowArgs& a) {
   if (!a.target) return;
   for (int64_t r = 0; r < a.rows; ++r)
-    STD_TORCH_CHECK(a.target[r] == a.ignore_index || (a.target[r] >= 0 && a.target[r] < a.n), "Target ",
-                    a.target[r], " is out of bounds: expected a class in [0, ", a.n, ") or ignore_index (",
-                    a.ignore_index, ")");
+    FL_CHECK_INDEX(a.target[r] == a.ignore_index || (a.target[r] >= 0 && a.target[r] < a.n), "Target ",
+                   a.target[r], " is out of bounds: expected a class in [0, ", a.n, ") or ignore_index (",
+                   a.ignore_index, ")");
 }
 template <class R>
 double norm_of(const RowArgs& a) {
@@ -220,7 +219,7 @@ inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upst
                            const Tensor& dx, bool skip_unit) {
   RowArgs& a = call.args;
   const Tensor g = contiguous_as(upstream, call.accumulation);
-  STD_TORCH_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
+  FL_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
   a.upstream = g.const_data_ptr();
   a.upstream_stride = g.dim() == 0 || a.rows == 1 ? 0 : 1;
   a.skip_unit_upstream = skip_unit;

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #endif
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "../cpu/pool.h"
@@ -34,7 +35,7 @@ size_t element_size(ScalarType dtype) {
     case ScalarType::Half:
       return 2;
     default:
-      STD_TORCH_CHECK(false, "empty: unknown size of an element");
+      FL_CHECK(false, "empty: unknown size of an element");
       return 0;
   }
 }
@@ -45,9 +46,10 @@ Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides, ScalarType 
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), type, device_type, like.get_device_index(),
-                                                  &made));
+  const AOTITorchError error =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type,
+                               device_type, like.get_device_index(), &made);
+  FL_CHECK(error == TORCH_SUCCESS, "no memory for a tensor of ", Contiguous(sizes).count, " elements");
   return Tensor(made);
 }
 
@@ -56,8 +58,28 @@ Tensor pooled(const Tensor& like, Sizes sizes, Sizes strides, int64_t count, Sca
   if (!like.is_cpu()) return empty_strided(like, sizes, strides, dtype);
   const size_t bytes = static_cast<size_t>(count) * element_size(dtype);
   if (bytes < cpu::kPoolMinimum) return empty_strided(like, sizes, strides, dtype);
+  if (!cpu::pool_enabled()) {
+    const Tensor fresh = empty_strided(like, sizes, strides, dtype);
+    cpu::prefer_huge_pages(fresh.mutable_data_ptr(), bytes);
+    return fresh;
+  }
   return torch::stable::from_blob(cpu::pool_acquire(bytes), sizes, strides, like.device(), dtype,
                                   &cpu::pool_release);
+}
+
+// Without gaps and overlaps, in any order of the dimensions.
+bool is_dense(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<size_t> dims;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1) dims.push_back(d);
+  std::sort(dims.begin(), dims.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  int64_t count = 1;
+  for (const size_t d : dims) {
+    if (strides[d] != count) return false;
+    count *= sizes[d];
+  }
+  return true;
 }
 
 }  // namespace
@@ -72,7 +94,7 @@ Tensor empty_pooled(const Tensor& like, Sizes sizes, ScalarType dtype) {
 }
 
 Tensor empty_like_pooled(const Tensor& t) {
-  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  if (!t.is_contiguous() && !is_dense(t)) return torch::stable::empty_like(t);
   return pooled(t, t.sizes(), t.strides(), t.numel(), t.scalar_type());
 }
 
@@ -91,7 +113,7 @@ void* DeviceScope::current_stream(const Tensor& t) {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
     return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
-  STD_TORCH_CHECK(get, "fastloss: this torch has no CUDA streams");
+  FL_CHECK(get, "fastloss: this torch has no CUDA streams");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
   return stream;

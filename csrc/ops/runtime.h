@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -29,6 +31,27 @@ using OptionalTensor = std::optional<Tensor>;
 FL_ENUM(Reduction, none, mean, sum)
 using Hparams = std::vector<double>;
 
+// ---- errors
+
+template <class Error, class... Parts>
+[[noreturn]] void raise(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+// Users read these messages: they say what was expected, and unlike STD_TORCH_CHECK's not where in the source.
+// A RuntimeError in Python, and an IndexError.
+#define FL_CHECK(condition, ...)                          \
+  do {                                                    \
+    if (!(condition)) [[unlikely]]                        \
+      ::fastloss::raise<std::runtime_error>(__VA_ARGS__); \
+  } while (false)
+#define FL_CHECK_INDEX(condition, ...)                   \
+  do {                                                   \
+    if (!(condition)) [[unlikely]]                       \
+      ::fastloss::raise<std::out_of_range>(__VA_ARGS__); \
+  } while (false)
+
 // ---- dtypes
 
 inline DType dtype_of(const Tensor& t, const char* name) {
@@ -42,7 +65,7 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+      FL_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
       return DType::f32;
   }
 }
@@ -61,8 +84,8 @@ inline Tensor contiguous_as(const Tensor& t, ScalarType type) {
 // ---- what Python passes as numbers
 
 inline void check_choice(double value, const char* names, const char* argument) {
-  STD_TORCH_CHECK(value >= 0 && value < count_of(names) && value == static_cast<int>(value), argument,
-                  ": expected the place of one of ", names, ", got ", value);
+  FL_CHECK(value >= 0 && value < count_of(names) && value == static_cast<int>(value), argument,
+           ": expected the place of one of ", names, ", got ", value);
 }
 template <class Enum>
 Enum enum_of(int64_t value, const char* argument) {
@@ -70,8 +93,8 @@ Enum enum_of(int64_t value, const char* argument) {
   return static_cast<Enum>(value);
 }
 inline void check_hparams(const Hparams& hparams, int count) {
-  STD_TORCH_CHECK(static_cast<int>(hparams.size()) == count, "hparams: expected ", count, " numbers, got ",
-                  hparams.size());
+  FL_CHECK(static_cast<int>(hparams.size()) == count, "hparams: expected ", count, " numbers, got ",
+           hparams.size());
 }
 
 // ---- memory
@@ -82,7 +105,7 @@ inline constexpr int64_t kPastCache = 24 << 20;
 
 // An uninitialised contiguous tensor on the device of `like`.
 Tensor empty(const Tensor& like, Sizes sizes, ScalarType dtype);
-// The same; large ones on the CPU come from the pool of warm pages (cpu/pool.h).
+// The same; large ones on the CPU come from the pool of warm pages (cpu/pool.h), unless it is disabled.
 Tensor empty_pooled(const Tensor& like, Sizes sizes, ScalarType dtype);
 // The same, with the shape, the dtype and (if dense) the strides of `t`.
 Tensor empty_like_pooled(const Tensor& t);

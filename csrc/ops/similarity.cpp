@@ -22,8 +22,8 @@ struct Arrays {
 
 void* data(const OptionalTensor& t, const char* name, ScalarType type, int64_t count) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == count && t->scalar_type() == type, name, ": expected ",
-                  count, " numbers of the accumulation type");
+  FL_CHECK(t->is_contiguous() && t->numel() == count && t->scalar_type() == type, name, ": expected ", count,
+           " numbers of the accumulation type");
   return const_cast<void*>(t->const_data_ptr());
 }
 
@@ -64,8 +64,8 @@ void tile_chunk(int64_t pass, bool labels_are_positives, bool positives_in_denom
            (t.size(1) < 2 || t.stride(1) == 1) && t.stride(0) % 8 == 0 && t.stride(0) >= t.size(1) &&
            reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   };
-  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && lies_well(s),
-                  "s: expected rows that begin 16 bytes apart or multiples of it, of the accumulation type");
+  FL_CHECK((type == ScalarType::Float || type == ScalarType::Double) && lies_well(s),
+           "s: expected rows that begin 16 bytes apart or multiples of it, of the accumulation type");
   TileChunk a{};
   fill(a, pass, labels_are_positives, positives_in_denominator, m, n, type, target_col,
        {row_max, row_log_sum, row_grad, col_max, col_log_sum, col_grad, positive, positive_grad,
@@ -76,9 +76,9 @@ void tile_chunk(int64_t pass, bool labels_are_positives, bool positives_in_denom
   a.g = g ? g->mutable_data_ptr() : s.mutable_data_ptr();
   a.g_type = dtype_of(g ? *g : s, "g");
   a.g_pitch = g ? g->stride(0) : a.s_pitch;
-  STD_TORCH_CHECK(!g || (lies_well(*g) && (g->scalar_type() == type ||
-                                           (!a.is_double && g->scalar_type() != ScalarType::Double))),
-                  "g: expected as many rows as of s, of its type or a smaller one");
+  FL_CHECK(!g || (lies_well(*g) &&
+                  (g->scalar_type() == type || (!a.is_double && g->scalar_type() != ScalarType::Double))),
+           "g: expected as many rows as of s, of its type or a smaller one");
   a.dots = data(dots, "dots", type, m);
   a.scale_at = data(scale, "scale", type, 1);
   a.bias_at = data(bias, "bias", type, 1);
@@ -86,8 +86,8 @@ void tile_chunk(int64_t pass, bool labels_are_positives, bool positives_in_denom
   a.rows = s.size(0);
   a.col = col;
   a.cols = s.size(1);
-  STD_TORCH_CHECK(row >= 0 && row + a.rows <= m && col >= 0 && col + a.cols <= n && a.cols < 1 << 30,
-                  "s: expected a block of the ", m, " x ", n, " that there are");
+  FL_CHECK(row >= 0 && row + a.rows <= m && col >= 0 && col + a.cols <= n && a.cols < 1 << 30,
+           "s: expected a block of the ", m, " x ", n, " that there are");
   a.row_ids = static_cast<const int64_t*>(data(row_ids, "row_ids", ScalarType::Long, m));
   a.col_ids = static_cast<const int64_t*>(data(col_ids, "col_ids", ScalarType::Long, n));
   if (!a.rows || !a.cols) return;
@@ -172,11 +172,10 @@ void tile_walk(int64_t pass, bool labels_are_positives, bool positives_in_denomi
                OptionalTensor col_positive_grad, OptionalTensor hardest, OptionalTensor dx, OptionalTensor dy,
                OptionalTensor dots) {
   const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "x: expected the accumulation type");
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.is_contiguous() &&
-                      y.is_contiguous() && y.scalar_type() == type,
-                  "x, y: expected rows of the same features without gaps");
+  FL_CHECK(type == ScalarType::Float || type == ScalarType::Double, "x: expected the accumulation type");
+  FL_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.is_contiguous() && y.is_contiguous() &&
+               y.scalar_type() == type,
+           "x, y: expected rows of the same features without gaps");
   cpu::TileCall a{};
   a.is_double = type == ScalarType::Double;
   a.d = x.size(1);

@@ -25,9 +25,9 @@ struct SurvivalCall {
         stratum(stratum_ ? contiguous_as(*stratum_, ScalarType::Long) : group),
         partial(score),
         items(score) {
-    STD_TORCH_CHECK(score.dim() == 2, "score: expected two dimensions");
+    FL_CHECK(score.dim() == 2, "score: expected two dimensions");
     for (const Tensor& t : {log_time, events, order, group, stratum})
-      STD_TORCH_CHECK(t.numel() == score.numel(), "expected as many numbers as scores");
+      FL_CHECK(t.numel() == score.numel(), "expected as many numbers as scores");
     args.kind = enum_of<Survival>(kind, "kind");
     args.efron = efron;
     args.alpha = alpha;
@@ -86,7 +86,7 @@ Tensor backward(Tensor grad, Tensor score, OptionalTensor log_time, Tensor event
   SurvivalCall call(score, log_time, events, order, group, stratum, kind, efron, alpha, beta);
   SurvivalArgs& a = call.args;
   const Tensor g = contiguous_as(grad, ScalarType::Double);
-  STD_TORCH_CHECK(g.numel() == (each ? a.rows * a.n : 1), "grad: expected the shape of the loss");
+  FL_CHECK(g.numel() == (each ? a.rows * a.n : 1), "grad: expected the shape of the loss");
   const Tensor gradient = empty_pooled(call.score, call.score.sizes(), call.score.scalar_type());
   const Tensor slope = call.empty_doubles(on_cuda(call.score) ? 2 * a.rows * a.n : 0);
   a.backward = true;

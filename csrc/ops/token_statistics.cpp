@@ -32,8 +32,8 @@ struct Stats {
       index = contiguous_as(*index_, ScalarType::Long);
       args.index = static_cast<const int64_t*>(index->const_data_ptr());
       args.num_index = index->size(-1);
-      STD_TORCH_CHECK(index->numel() == args.rows * args.num_index, "index: expected K classes for each of ",
-                      args.rows, " rows");
+      FL_CHECK(index->numel() == args.rows * args.num_index, "index: expected K classes for each of ",
+               args.rows, " rows");
     }
     args.num_outputs = TokenStats<float, 0>::kOutputs + 2 * args.num_index;
   }
@@ -51,14 +51,14 @@ std::tuple<Tensor, Tensor> forward(Tensor logits, OptionalTensor index, Optional
   Stats s(RowPass::forward, logits, index, logit_scale, softcap, all);
   RowArgs& a = s.args;
   if (mask) {
-    STD_TORCH_CHECK(mask->numel() == a.rows, "mask: expected one number for each of ", a.rows, " rows");
+    FL_CHECK(mask->numel() == a.rows, "mask: expected one number for each of ", a.rows, " rows");
     s.mask = contiguous_as(*mask, s.accumulation);
     a.row_weight = s.mask->const_data_ptr();
   }
   if (!on_cuda(s.x) && s.index)
     for (int64_t r = 0; r < a.rows * a.num_index; ++r)
-      STD_TORCH_CHECK(a.index[r] >= 0 && a.index[r] < a.n, "index ", a.index[r],
-                      " is out of bounds: expected a class in [0, ", a.n, ")");
+      FL_CHECK_INDEX(a.index[r] >= 0 && a.index[r] < a.n, "index ", a.index[r],
+                     " is out of bounds: expected a class in [0, ", a.n, ")");
   std::vector<int64_t> shape{a.num_outputs};
   for (int64_t d = 0; d + 1 < s.x.dim(); ++d) shape.push_back(s.x.size(d));
   const int64_t state_shape[] = {a.rows, kStateHead + token_stats_loss.saved};
@@ -77,8 +77,7 @@ Tensor backward(Tensor grad, Tensor logits, OptionalTensor index, OptionalTensor
   Stats s(RowPass::backward, logits, index, logit_scale, softcap, all);
   RowArgs& a = s.args;
   const Tensor g = contiguous_as(grad, s.accumulation);
-  STD_TORCH_CHECK(g.numel() == a.num_outputs * a.rows, "grad: expected ", a.num_outputs,
-                  " numbers for each row");
+  FL_CHECK(g.numel() == a.num_outputs * a.rows, "grad: expected ", a.num_outputs, " numbers for each row");
   const Tensor dx = empty_like_pooled(s.x);
   a.upstream = g.const_data_ptr();
   a.state = const_cast<void*>(state.const_data_ptr());

@@ -17,9 +17,9 @@ struct TripletCall {
   TripletCall(const Tensor& x_, const Tensor& ids_, double margin, bool root)
       : x(contiguous_as(x_, x_.scalar_type())), ids(contiguous_as(ids_, ScalarType::Long)) {
     const ScalarType type = x.scalar_type();
-    STD_TORCH_CHECK(x.dim() == 2 && (type == ScalarType::Float || type == ScalarType::Double),
-                    "x: expected rows of the accumulation type");
-    STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == x.size(0), "ids: expected one for each row");
+    FL_CHECK(x.dim() == 2 && (type == ScalarType::Float || type == ScalarType::Double),
+             "x: expected rows of the accumulation type");
+    FL_CHECK(ids.dim() == 1 && ids.size(0) == x.size(0), "ids: expected one for each row");
     args.is_double = type == ScalarType::Double;
     args.root = root;
     args.m = x.size(0);
@@ -89,7 +89,7 @@ Tensor forward(Tensor x, Tensor ids, double margin, bool root) {
 Tensor backward(Tensor grad, Tensor x, Tensor ids, double margin, bool root) {
   TripletCall call(x, ids, margin, root);
   const Tensor g = contiguous_as(grad, call.x.scalar_type());
-  STD_TORCH_CHECK(g.numel() == 2 * call.args.m, "grad: expected the shape of the sums");
+  FL_CHECK(g.numel() == 2 * call.args.m, "grad: expected the shape of the sums");
   Tensor dx = empty_like_pooled(call.x);
   torch::stable::zero_(dx);
   call.args.grad = g.const_data_ptr();

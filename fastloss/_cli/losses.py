@@ -20,7 +20,7 @@ def cell(text: str) -> str:
 def row(loss: Loss) -> str:
     summary = cell((inspect.getdoc(loss.function) or "").splitlines()[0].rstrip("."))
     summary = re.sub(r"^Compute (the |a )?(\w)", lambda start: start[2].upper(), summary)
-    replaces = f"`{loss.replaces}`" if loss.replaces else ""
+    replaces = f"`{loss.replaces}`" if loss.replaces else f"related: `{loss.related}`" if loss.related else ""
     return f"| `{loss.name}` | {loss.family} | {replaces} | {summary} |"
 
 

@@ -32,7 +32,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _check_environment(capabilities: list[str]) -> None:
     requested = os.environ.get("FASTLOSS_CPU_CAPABILITY")
-    if requested and requested not in capabilities:
+    if requested and requested.lower() not in capabilities:
         raise RuntimeError(
             f"FASTLOSS_CPU_CAPABILITY: expected one of {', '.join(capabilities)}, got {requested!r}"
         )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
+import warnings
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import _reduction
 
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, functorch_active
 from fastloss._ops.dtypes import accumulation_dtype
 
 
@@ -53,23 +57,80 @@ def check_real(**tensors: Tensor | None) -> None:
             raise NotImplementedError(f"{name}: expected real numbers, got {t.dtype}")
 
 
-def check_weight_type(name: str, t: Tensor | None, like: Tensor) -> None:
-    """Check that a weight has the dtype of the logits, or float32 for half-precision logits."""
-    if (
-        t is not None
-        and t.dtype != like.dtype
-        and not (t.dtype == torch.float32 and like.dtype in HALF_TYPES)
-    ):
+def as_weight(name: str, t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return a weight in floating point: booleans and integers are converted to `dtype`."""
+    if t is None:
+        return None
+    check_tensor(name, t)
+    return t if t.is_floating_point() or t.is_complex() else t.to(dtype)
+
+
+def check_weight(name: str, t: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a weight, which must have the dtype of the logits, or float32 for half-precision logits.
+
+    Booleans and integers are converted.
+    """
+    if t is None or t.dtype == like.dtype:
+        return t
+    t = as_weight(name, t, accumulation_dtype(like.dtype))
+    if t.dtype != like.dtype and not (t.dtype == torch.float32 and like.dtype in HALF_TYPES):
         raise RuntimeError(f"{name}: expected scalar type {like.dtype} but found {t.dtype}")
+    return t
+
+
+def _number_in(name: str, t: Tensor, kind: str) -> Any:
+    """Return the number in a tensor without dimensions, of which no gradient is asked."""
+    if t.dim():
+        raise TypeError(f"{name}: expected {kind}, got a Tensor of shape {tuple(t.shape)}")
+    if t.requires_grad:
+        raise TypeError(f"{name}: expected {kind}, got a Tensor that requires a gradient")
+    return t.item()
+
+
+def real_number(name: str, value: Any) -> float:
+    """Return as a float a real number of Python, of numpy or in a tensor without dimensions."""
+    if isinstance(value, Tensor):
+        value = _number_in(name, value, "a number")
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """Return `value` as a float; raise unless it is a finite number in [low, high]."""
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if type(value) is not float:
+        value = real_number(name, value)
     if not (-math.inf < value < math.inf and low <= value <= high):
         raise ValueError(f"{name}: expected a finite number in [{low}, {high}], got {value}")
-    return float(value)
+    return value
+
+
+def check_integer(name: str, value: Any) -> int:
+    """Return as an int an integer of Python, of numpy or in a tensor without dimensions; flags are none."""
+    if type(value) is int:
+        return value
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            raise TypeError(f"{name}: expected an int, got a Tensor of {value.dtype}")
+        value = _number_in(name, value, "an int")
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got bool")
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """Return the reduction that torch's deprecated arguments stand for, if they are given, with torch's warning."""
+    if size_average is None and reduce is None:
+        return reduction
+    reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    warnings.warn(
+        f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.",
+        stacklevel=3,
+    )
+    return reduction
 
 
 def check_reduction(reduction: str) -> int:
@@ -79,11 +140,15 @@ def check_reduction(reduction: str) -> int:
     return REDUCTIONS[reduction]
 
 
-def check_rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> None:
-    """Check logits (C), (N, C) or (N, C, d1, ...) with classes or probabilities, and the weights of classes."""
+def check_rows(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, int]:
+    """Check logits (C), (N, C) or (N, C, d1, ...) with classes or probabilities, and the weights of classes.
+
+    Returns the weights and `ignore_index`.
+    """
     check_tensors(input, target=target, weight=weight)
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    ignore_index = check_integer("ignore_index", ignore_index)
     if input.dim() == 0:
         error = IndexError if target.dim() else RuntimeError
         raise error("input: expected (C), (N, C) or (N, C, d1, ...), got a tensor without dimensions")
@@ -99,14 +164,34 @@ def check_rows(input: Tensor, target: Tensor, weight: Tensor | None, ignore_inde
             raise RuntimeError(
                 f"weight: expected one number for each of {classes} classes, got shape {tuple(weight.shape)}"
             )
-        check_weight_type("weight", weight, input)
+        if target.is_floating_point():  # torch multiplies by it, and promotes
+            weight = as_weight("weight", weight, accumulation_dtype(input.dtype))
+        else:
+            weight = check_weight("weight", weight, input)
+    return weight, ignore_index
+
+
+def rows_shape(input: Tensor) -> torch.Size:
+    """Return the shape of the classes of logits (C), (N, C) or (N, C, d1, ...)."""
+    shape = input.shape
+    return shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+
+
+def check_row_weight(sample_weight: Tensor | None, input: Tensor, rows: torch.Size) -> Tensor | None:
+    """Return the weights of the rows, of which there must be one for each."""
+    sample_weight = check_weight("sample_weight", sample_weight, input)
+    if sample_weight is not None and sample_weight.shape != rows:
+        raise ValueError(
+            f"sample_weight: expected one number for each row, shape {tuple(rows)}, got {tuple(sample_weight.shape)}"
+        )
+    return sample_weight
 
 
 def _check_classes(input: Tensor, target: Tensor) -> None:
     if input.dim() > 1 and (target.dim() == 0 or input.shape[0] != target.shape[0]):
         size = target.shape[0] if target.dim() else 0
         raise ValueError(f"target: expected the input's batch_size {input.shape[0]}, got {size}")
-    rows = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    rows = rows_shape(input)
     if target.is_floating_point() and target.dim() == input.dim() > 1:
         raise RuntimeError(
             f"target: expected probabilities of the input's shape {tuple(input.shape)}, got {tuple(target.shape)}"
@@ -115,9 +200,12 @@ def _check_classes(input: Tensor, target: Tensor) -> None:
         raise RuntimeError(f"target: expected classes of type int64 or uint8, got {target.dtype}")
     if target.shape != rows and not (input.dim() == 1 and target.shape == (1,)):
         error = ValueError if input.dim() == 1 and target.dim() == 1 else RuntimeError
+        hint = ""
+        if input.dim() > 2 and target.shape == input.shape[:-1]:
+            hint = ": classes are dimension 1 of the input, as after input.movedim(-1, 1)"
         raise error(
             f"target: expected classes of shape {tuple(rows)} for an input of shape {tuple(input.shape)}, "
-            f"got {tuple(target.shape)}"
+            f"got {tuple(target.shape)}{hint}"
         )
 
 
@@ -138,6 +226,34 @@ def expanded(name: str, t: Tensor, like: Tensor) -> Tensor:
         raise RuntimeError(
             f"{name}: expected a shape that broadcasts to {tuple(like.shape)}, got {tuple(t.shape)}"
         ) from None
+
+
+def values_visible(t: Tensor) -> bool:
+    """Return whether a look at values costs no wait and disturbs no tracer, transform or mode."""
+    return (
+        not torch.compiler.is_compiling()
+        and t.is_cpu
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and not functorch_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def broadcast(input: Tensor, target: Tensor, warn: bool) -> tuple[Tensor, ...]:
+    """Return both in their common shape; with `warn`, warn as torch does if that is not the shape of both."""
+    if input.shape == target.shape:
+        return input, target
+    if warn:  # what torch says, so that filters know it, of the line that calls the public function
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+            "This will likely lead to incorrect results due to broadcasting. "
+            "Please ensure they have the same size.",
+            stacklevel=4,
+        )
+    try:
+        return torch.broadcast_tensors(input, target)
+    except RuntimeError as error:
+        raise RuntimeError(f"input and target: {error}") from None
 
 
 def one_number(name: str, value: float | Tensor | None, like: Tensor) -> Tensor | None:
@@ -186,10 +302,15 @@ def smoothing_in(value: float, high: float = 1.0) -> float:
     return check_number("label_smoothing", value, 0.0, high)
 
 
+def positive_number(name: str, value: float) -> float:
+    value = check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+    return value
+
+
 def positive_beta(value: float) -> float:
-    if check_number("beta", value) <= 0:
-        raise ValueError(f"beta: expected a positive number, got {value}")
-    return float(value)
+    return positive_number("beta", value)
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -223,20 +344,21 @@ def rows_of_features(first: str, **tensors: Tensor | None) -> tuple[list[Tensor 
 
 
 def number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """Return `value` as a tensor of one number; a tensor is checked and returned as it is."""
+    """Return `value` as a tensor of one number; one in floating point is checked and returned as it is."""
+    acc_dtype = accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
         check_tensors(like, **{name: value})
-        if value.numel() != 1 or not value.is_floating_point():
+        if value.numel() != 1 or value.is_complex():
             raise ValueError(f"{name}: expected one number, got {value.dtype} of shape {tuple(value.shape)}")
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number or a Tensor, got {type(value).__name__}")
-    return like.new_full((), value, dtype=accumulation_dtype(like.dtype))
+        return value if value.is_floating_point() else value.to(acc_dtype)
+    return like.new_full((), real_number(name, value), dtype=acc_dtype)
 
 
 def positive_temperature(value: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(value, (int, float)) and not value > 0:
-        raise ValueError(f"temperature: expected a positive number, got {value}")
+    if not isinstance(value, Tensor):
+        value = real_number("temperature", value)
+        if not value > 0:
+            raise ValueError(f"temperature: expected a positive number, got {value}")
     return number("temperature", value, like)
 
 
@@ -244,7 +366,7 @@ def weight_of_rows(weight: Tensor | None, x: Tensor) -> Tensor | None:
     if weight is None:
         return None
     check_tensors(x, sample_weight=weight)
-    check_weight_type("sample_weight", weight, x)
+    weight = check_weight("sample_weight", weight, x)
     if weight.shape != x.shape[:1]:
         raise ValueError(
             f"sample_weight: expected one number for each of {x.shape[0]} rows, got shape {tuple(weight.shape)}"
@@ -264,11 +386,9 @@ def labels_of_rows(labels: Tensor, x: Tensor, name: str = "labels") -> Tensor:
     return labels.long()
 
 
-def call_with_classes(names: str | None, op: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call an operator; turn its error about a class out of bounds into an IndexError that names the argument."""
+def call_with_classes(names: str, op: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call an operator; its IndexError, of a class out of bounds, then names the argument."""
     try:
         return op(*args)
-    except RuntimeError as error:
-        if "is out of bounds" in str(error):
-            raise IndexError(f"{names}: {error}" if names else str(error)) from None
-        raise
+    except IndexError as error:
+        raise IndexError(f"{names}: {error}") from None

@@ -11,6 +11,7 @@ from fastloss._ops import abi, autograd, chunked_linear
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.flops import count_passes
 from fastloss._ops.logit_transforms import LogitTransform
 from fastloss._ops.precomputed import PrecomputedOp
 
@@ -74,6 +75,7 @@ class LinearOp(PrecomputedOp):
             return loss.float() if attrs.out_fp32 and loss.dtype in HALF_TYPES else loss
 
         super().__init__(name, by_name, wrt=(0, 1, 2))
+        count_passes(self)
 
     def shapes(self, inputs, attrs, mask):
         input, weight = inputs.input, inputs.linear_weight

@@ -146,12 +146,17 @@ class PrecomputedOp(Precomputed, PythonOp):
     def saved_state(self, saved):
         return [torch.empty(0)] * len(self.State._fields)
 
-    def backward(self, operators, grads, inputs, state, attrs, mask):
-        wanted = [i for i in self.wrt if mask >> i & 1]
-        given = dict(zip(self.wrt, state[-len(self.wrt) :], strict=True))
-        ready = attrs[self.reduction] != REDUCTIONS["none"] and all(
-            given[i].shape == inputs[i].shape for i in wanted
+    def is_precomputed(self, inputs: Sequence[Tensor | None], *state_and_attrs: Any) -> bool:
+        """Return whether the gradients that `bwd` is asked for are among the state that it is given."""
+        fields = len(self.State._fields)
+        state, (*attrs, mask) = state_and_attrs[:fields], state_and_attrs[fields:]
+        given = zip(self.wrt, state[-len(self.wrt) :], strict=True)
+        return attrs[self.reduction] != REDUCTIONS["none"] and all(
+            d.shape == inputs[i].shape for i, d in given if mask >> i & 1
         )
+
+    def backward(self, operators, grads, inputs, state, attrs, mask):
+        ready = self.is_precomputed(inputs, *state, *attrs, mask)
 
         def evaluate(tensors, options, mask):
             return self.forward(operators, self.Inputs(*tensors), self.Attrs(*options), mask)[1:]

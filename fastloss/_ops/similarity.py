@@ -11,16 +11,18 @@ The columns come in blocks: one here (`OneBlock`), several in `fastloss.distribu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastloss._ops import abi
 from fastloss._ops.autograd import PythonOp, runs_on_cpu
+from fastloss._ops.checks import check_integer
 from fastloss._ops.chunked_linear import aligned
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.flops import count, count_passes
 
 BUDGET = 256 << 20
 """Bytes of similarities in memory on CUDA; their gradient in a half-precision dtype takes half as many more."""
@@ -34,10 +36,19 @@ ARRAYS = tuple(_ARGUMENTS[_ARGUMENTS.index("row_max") : _ARGUMENTS.index("hardes
 _GRADIENTS = [ARRAYS.index(f"{name}_grad") for name in ("row", "col", "positive", "col_positive")]
 
 
+def _flops_of_walk(*args: Any) -> int:
+    """Return the FLOPs of a call of `tile_walk`: s, and the gradients of rows and of columns that it writes."""
+    given = dict(zip(_ARGUMENTS, args, strict=True))
+    (m, features), n = given["x"].shape, given["y"].shape[0]
+    return 2 * m * n * features * (1 + (given["dx"] is not None) + (given["dy"] is not None))
+
+
+count("tile_walk", _flops_of_walk)
+
+
 def target_columns(rows: int, columns: int, offset: int, like: Tensor, keys: str = "") -> Tensor:
     """Return the column of each row's positive, or of the row itself: `offset` and the following."""
-    if not isinstance(offset, int):
-        raise TypeError(f"label_offset: expected an int, got {type(offset).__name__}")
+    offset = check_integer("label_offset", offset)
     if offset < 0 or offset + rows > columns:
         raise ValueError(
             f"{keys}: expected the positives of {rows} rows from label_offset {offset} on, got {columns} rows"
@@ -363,6 +374,21 @@ class SimilarityOp(PythonOp):
     The first inputs are `x`, `y` or None, and `scale`. Without y the columns are those of x, and without `col_ids` they
     have the ids of rows. With the attribute `temperature` the scale is a temperature, by which s is divided.
     """
+
+    passes: ClassVar[int] = 1
+    """Passes over the matrix in forward; in backward there is one, which also makes the gradients."""
+
+    def __init__(self, name: str, reference: Callable[..., Any] | None, *, wrt: Sequence[int] = ()):
+        super().__init__(name, reference, wrt=wrt)
+        count_passes(self)
+
+    def flops(self, shapes, needed):
+        (m, features), columns = shapes[0], shapes[1] if "y" in self.Inputs._fields else None
+        product = 2 * m * features * (m if columns is None else columns[0])
+        if not any(needed):
+            return self.passes * product
+        # of x with itself both gradients are one product: on the CPU, see `Matrix.run`
+        return product * (2 if columns is None else 3)
 
 
 class SoftmaxInputs(NamedTuple):

@@ -66,6 +66,7 @@ class PairsOp(SimilarityOp):
         PairsState,
         PairsGradients,
     )
+    passes = 2
 
     def __init__(self, name: str, reference):
         super().__init__(name, reference, wrt=(0, 1, 2))

@@ -36,7 +36,7 @@ def _images_and_texts(draw: InputSampler, shape: tuple[int, ...]) -> dict[str, T
 
 register_contrastive(
     clip_loss,
-    replaces="open_clip.ClipLoss",
+    related="open_clip.ClipLoss",
     inputs=_images_and_texts,
     wrt=("image_features", "text_features", "logit_scale"),
     cases={
@@ -48,7 +48,7 @@ register_contrastive(
 )
 register_contrastive(
     siglip_loss,
-    replaces="open_clip.SigLipLoss",
+    related="open_clip.SigLipLoss",
     inputs=_images_and_texts,
     wrt=("image_features", "text_features", "logit_scale", "logit_bias"),
     cases={

@@ -62,7 +62,7 @@ register(
         family="dpo",
         function=dpo_loss,
         reference=reference.dpo_loss,
-        replaces="trl.DPOTrainer.dpo_loss",
+        related="trl.DPOTrainer",
         inputs=of_logps(*_INPUTS),
         wrt=_INPUTS,
         trained=_INPUTS[:2],

@@ -50,7 +50,7 @@ register(
         family="policy",
         function=policy_loss,
         reference=reference.policy_loss,
-        replaces="verl.trainer.ppo.core_algos.compute_policy_loss",
+        related="verl.trainer.ppo.core_algos.compute_policy_loss",
         inputs=_tokens,
         wrt=("logps", "entropies"),
         cases={
@@ -80,7 +80,7 @@ register(
         family="policy",
         function=value_loss,
         reference=reference.value_loss,
-        replaces="verl.trainer.ppo.core_algos.compute_value_loss",
+        related="verl.trainer.ppo.core_algos.compute_value_loss",
         inputs=lambda d, s: {"values": d.normal(*s), "returns": d.normal(*s)},
         wrt=("values",),
         cases={

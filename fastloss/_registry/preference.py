@@ -13,7 +13,7 @@ register(
         family="preference",
         function=kto_loss,
         reference=reference.kto_loss,
-        replaces="trl.KTOTrainer.kto_loss",
+        related="trl.KTOTrainer",
         inputs=lambda d, s: {
             "policy_logps": logps(d, s),
             "reference_logps": logps(d, s),

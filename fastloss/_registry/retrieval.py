@@ -9,7 +9,7 @@ from fastloss.losses.retrieval import DIRECTIONS, multiple_negatives_ranking_los
 register_contrastive(
     multiple_negatives_ranking_loss,
     "retrieval",
-    replaces="sentence_transformers.losses.MultipleNegativesRankingLoss",
+    related="sentence_transformers.losses.MultipleNegativesRankingLoss",
     inputs=lambda d, s: two_sets("anchor", "positive", d, s),
     wrt=("anchor", "positive", "negatives", "scale"),
     cases={

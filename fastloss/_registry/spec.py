@@ -97,6 +97,9 @@ class Loss:
     traffic: Callable[[tuple[int, ...], int, bool], int]
     """Minimal traffic in bytes: `(shape, itemsize, backward)`."""
     replaces: str = ""
+    """The function of another library in whose place this one can be called: same arguments, defaults and results."""
+    related: str = ""
+    """Where the loss is also found, under other arguments or with another result."""
     trained: tuple[str, ...] = ()
     """The part of `wrt` that a training step, and therefore `bench`, differentiates; all of it if empty."""
     products: tuple[int, int] = (0, 0)

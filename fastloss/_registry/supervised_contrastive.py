@@ -54,14 +54,14 @@ register_contrastive(
 register_contrastive(
     sup_con_loss,
     "supervised_contrastive",
-    replaces="pytorch_metric_learning.losses.SupConLoss",
+    related="pytorch_metric_learning.losses.SupConLoss",
     bench_shape=(2048, 128),
     **_among_more("features"),
 )
 register_contrastive(
     pair_nt_xent_loss,
     "supervised_contrastive",
-    replaces="pytorch_metric_learning.losses.NTXentLoss",
+    related="pytorch_metric_learning.losses.NTXentLoss",
     bench_shape=(256, 128),
     **_among_more("embeddings"),
 )

@@ -64,6 +64,6 @@ for _function, _name, _cases in (
             shapes=((1, 1), (3, 33), (2, 3, 5)),
             bench_shape=(16, 2048),
             traffic=lambda shape, itemsize, backward: (5 if backward else 3) * math.prod(shape) * itemsize,
-            replaces="pycox.models.loss.cox_ph_loss" if _name == "log_h" else "",
+            related="pycox.models.loss.cox_ph_loss" if _name == "log_h" else "",
         )
     )

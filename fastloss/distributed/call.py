@@ -22,6 +22,11 @@ class Call:
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange: expected 'gather' or 'ring', got {exchange!r}")
         size, rank, rows = dist.get_world_size(group), dist.get_rank(group), x.shape[0]
+        if for_ddp is None and size > 1:
+            raise TypeError(
+                f"for_ddp: expected True or False with {size} ranks: True if their parameters' gradients are averaged, "
+                "as by DistributedDataParallel and FSDP, False if they are added up"
+            )
         if rows_per_rank is not None and (len(rows_per_rank) != size or rows_per_rank[rank] != rows):
             raise ValueError(
                 f"rows_per_rank: expected {size} numbers, of which rank {rank} has {rows}, got {rows_per_rank}"

@@ -41,7 +41,7 @@ def info_nce(
     label_offset: int = 0,
     group: Any = None,
     exchange: str = "gather",
-    for_ddp: bool = False,
+    for_ddp: bool | None = None,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
     r"""Compute InfoNCE over the queries and keys of all ranks: `fastloss.functional.info_nce` of them.
@@ -99,7 +99,7 @@ def sup_con_loss(
     normalize: bool = True,
     group: Any = None,
     exchange: str = "gather",
-    for_ddp: bool = False,
+    for_ddp: bool | None = None,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
     r"""Compute the supervised contrastive loss over the rows of all ranks: `fastloss.functional.sup_con_loss` of them.
@@ -168,7 +168,7 @@ def nt_xent_loss(
     normalize: bool = True,
     group: Any = None,
     exchange: str = "gather",
-    for_ddp: bool = False,
+    for_ddp: bool | None = None,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
     r"""Compute SimCLR's NT-Xent over the samples of all ranks: `fastloss.functional.nt_xent_loss` of them.
@@ -232,7 +232,7 @@ def multiple_negatives_ranking_loss(
     sample_weight: Tensor | None = None,
     group: Any = None,
     exchange: str = "gather",
-    for_ddp: bool = False,
+    for_ddp: bool | None = None,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
     r"""Compute the loss that ranks each query's document above all others of all ranks' batches.

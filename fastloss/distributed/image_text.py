@@ -37,7 +37,7 @@ def clip_loss(
     normalize: bool = False,
     group: Any = None,
     exchange: str = "gather",
-    for_ddp: bool = False,
+    for_ddp: bool | None = None,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
     r"""Compute the CLIP loss over the pairs of all ranks: `fastloss.functional.clip_loss` of their concatenation.
@@ -71,10 +71,11 @@ def clip_loss(
         exchange: `"gather"`: each rank holds the texts of all ranks, memory O(B D). `"ring"`: ranks pass them
             around, while each works on those that it has: memory O(b D), and more, smaller messages. Default:
             `"gather"`.
-        for_ddp: multiply the features' gradients by the number of ranks. DistributedDataParallel divides the sum of
-            the ranks' parameter gradients by their number; but a rank's gradient comes from its own features alone,
-            so that their sum is the gradient, not their mean. The gradient of scale and bias, which each rank has
-            all of, stays as it is: its mean is itself. Default: False, the gradients of the loss.
+        for_ddp: whether the features' gradients are multiplied by the number of ranks. DistributedDataParallel and FSDP
+            divide the sum of the ranks' parameter gradients by their number; but a rank's gradient comes from its own
+            features alone, so that their sum is the gradient, not their mean. The gradient of scale and bias, which
+            each rank has all of, stays as it is: its mean is itself. True where parameters' gradients are averaged,
+            False for the gradients of the loss, where they are added up. Has to be given for more than one rank.
         rows_per_rank: how many rows each rank has. Default: on the CPU ranks tell each other; on CUDA, where the
             host would have to wait for that, each has as many as this one.
 
@@ -129,7 +130,7 @@ def siglip_loss(
     label_offset: int | None = 0,
     group: Any = None,
     exchange: str = "gather",
-    for_ddp: bool = False,
+    for_ddp: bool | None = None,
     rows_per_rank: Sequence[int] | None = None,
 ) -> Tensor:
     r"""Compute the SigLIP loss over the images and texts of all ranks: `fastloss.functional.siglip_loss` of them.

@@ -13,12 +13,59 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastloss._ops.autograd import REDUCTIONS, Differentiable
-from fastloss._ops.checks import check_floating, check_number, check_reduction, check_tensors
-from fastloss.distributed.collectives import check_group, check_once, sum_of_gradients
-from fastloss.losses.token_statistics import linear_token_stats, token_stats
+from fastloss._ops.autograd import REDUCTIONS, Differentiable, Op, needs_grad_mask
+from fastloss._ops.checks import (
+    check_floating,
+    check_integer,
+    check_number,
+    check_reduction,
+    check_tensors,
+)
+from fastloss.distributed.collectives import Ranks, check_group, check_once, sum_of_gradients
+from fastloss.losses.token_statistics import (
+    LSE,
+    linear_token_stats_by,
+    stats_of_linear,
+    stats_of_logits,
+    token_stats_by,
+)
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
+
+
+class _OfSlice(Differentiable):
+    """An operator of `token_stats`, in whose backward a row without mass, all of whose logits are -inf, has no part.
+
+    Of one process such a row has NaN gradients; here the other ranks have its mass.
+    """
+
+    def __init__(self, op: Op):
+        super().__init__(op.name, None, tensors=op.tensors, wrt=op.wrt)
+        self.op = op
+
+    def __call__(self, tensors, options, *how):
+        if getattr(self.op, "masked", False):
+            options = (*options, needs_grad_mask(self, tensors))
+        return super().__call__(tensors, options, *how)
+
+    def run_forward(self, plan, tensors, options):
+        outputs, state = self.op.operators().fwd(*tensors, *options)
+        state.masked_fill_((outputs[LSE] == -torch.inf).unsqueeze(1), 0)  # as rows have that are masked
+        return outputs, state
+
+    def run_backward(self, plan, grads, tensors, saved, options):
+        found = self.op.operators().bwd(*grads, *tensors, *saved, *options[self.op.backward_options])
+        return [found] if isinstance(found, Tensor) else found
+
+    def differentiable_again(self, plan):
+        check_once()
+
+    def flops(self, shapes, needed):
+        return self.op.flops(shapes, needed)
+
+
+_of_logits = _OfSlice(stats_of_logits)
+_of_linear = _OfSlice(stats_of_linear)
 
 
 class _NegativeLogProbability(Differentiable):
@@ -59,6 +106,13 @@ class _NegativeLogProbability(Differentiable):
 _negative_log_probability = _NegativeLogProbability()
 
 
+def _first_class(like: Tensor, classes: int, group: Any) -> Tensor:
+    """Return how many classes the ranks before this one have: on the device, where the host need not wait for it."""
+    ranks = Ranks(group, [1] * dist.get_world_size(group))
+    sizes = ranks.gathered(torch.full((1,), classes, dtype=torch.int64, device=like.device))
+    return sizes[: ranks.rank].sum()
+
+
 def _targets(
     target: Tensor, rows: int, classes: int, ignore_index: int, first_class: int | None, group: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +121,11 @@ def _targets(
         raise RuntimeError(f"target: expected classes of type int64, got {target.dtype}")
     if target.shape != (rows,):
         raise ValueError(f"target: expected shape {(rows,)}, got {tuple(target.shape)}")
-    first = dist.get_rank(group) * classes if first_class is None else first_class
+    first: Tensor | int
+    if first_class is None:
+        first = _first_class(target, classes, group)
+    else:
+        first = check_integer("first_class", first_class)
     valid = target != ignore_index
     local = valid & (target >= first) & (target < first + classes)
     return valid, local, torch.where(local, target - first, 0)
@@ -114,13 +172,12 @@ def cross_entropy(
 
     Equal to `fastloss.functional.cross_entropy` of the concatenated slices. The ranks exchange four numbers per row:
     one all-reduce of the largest log-sum-exp, one of the probability mass, the target's logit and the rank that holds
-    it. Backward exchanges nothing. Each rank gets the same loss and the gradient of its own logits, for an upstream
-    gradient that is the same on every rank.
+    it; and without `first_class` the sizes of the slices. Backward exchanges nothing. Each rank gets the same loss and
+    the gradient of its own logits, for an upstream gradient that is the same on every rank.
 
     Differs from one process only by rounding: with W ranks, logits :math:`z` and rounding unit :math:`u` (2^-24, in
     float64 2^-53), value and gradient by at most :math:`u (W + 8 + 4 \max |z|)` of themselves before they are rounded
-    to the input's type. It can be differentiated once. Where a rank's logits of a row are all -inf the loss is right,
-    and the gradient of these logits is NaN, as that of such a row always is.
+    to the input's type. It can be differentiated once. Logits of a row that are all -inf on one rank have gradient 0.
 
     Args:
         input: `(N, C_r)`, this rank's logits; float32, float64, bfloat16 or float16.
@@ -129,7 +186,8 @@ def cross_entropy(
         reduction: `"none"`, `"mean"` (over the rows that count) or `"sum"`.
         logit_scale: multiplies the logits, > 0. Default: 1.
         softcap: bounds the logits. Default: none.
-        first_class: the number of this rank's first class. Default: its rank times C_r, for slices of equal size.
+        first_class: the number of this rank's first class, given on every rank or on none. Default: the number of
+            classes of the ranks before it, whose slices may be of any size.
         group: a process group. Default: all processes.
 
     Returns:
@@ -150,7 +208,7 @@ def cross_entropy(
     rows, classes = input.shape
     valid, local, index = _targets(target, rows, classes, ignore_index, first_class, group)
     temperature, cap = _scales(logit_scale, softcap)
-    stats = token_stats(input, index, temperature, mask=valid, softcap=cap)
+    stats = token_stats_by(_of_logits, input, index, temperature, valid, cap)
     return _loss(stats, valid, local, target, mode, input.dtype, group)
 
 
@@ -183,7 +241,8 @@ def linear_cross_entropy(
         ignore_index: rows with this class are ignored. Default: -100.
         logit_scale: multiplies the logits, > 0. Default: 1.
         softcap: bounds the logits. Default: none.
-        first_class: the number of this rank's first class. Default: its rank times C_r, for slices of equal size.
+        first_class: the number of this rank's first class, given on every rank or on none. Default: the number of
+            classes of the ranks before it, whose slices may be of any size.
         group: a process group. Default: all processes.
 
     Returns:
@@ -202,8 +261,8 @@ def linear_cross_entropy(
     rows, classes = input.shape[0], linear_weight.shape[0]
     valid, local, index = _targets(target, rows, classes, ignore_index, first_class, group)
     temperature, cap = _scales(logit_scale, softcap)
-    stats = linear_token_stats(
-        sum_of_gradients(input, group), linear_weight, index, temperature, linear_bias=linear_bias, mask=valid,
-        softcap=cap,
-    )  # fmt: skip
+    input = sum_of_gradients(input, group)
+    stats = linear_token_stats_by(
+        _of_linear, input, linear_weight, index, temperature, linear_bias, valid, cap
+    )
     return _loss(stats, valid, local, target, mode, input.dtype, group)

@@ -116,10 +116,11 @@ def cvar_loss(
     https://doi.org/10.21314/JOR.2000.038; ties and fractions as in their paper of 2002,
     https://doi.org/10.1016/S0378-4266(02)00271-6.
     """
-    if check_number("q", q, 0.0, 1.0) == 1:
+    q = check_number("q", q, 0.0, 1.0)
+    if q == 1:
         raise ValueError("q: expected a number below 1")
     kind = "cvar" if theta is None else "cvar_at"
-    return _reduce(losses, kind, theta, sample_weight, mask, number=float(q), flood=flood)
+    return _reduce(losses, kind, theta, sample_weight, mask, number=q, flood=flood)
 
 
 def chi2_dro_loss(
@@ -162,9 +163,9 @@ def chi2_dro_loss(
 
     Source: Hashimoto et al., https://arxiv.org/abs/1806.08010; Levy et al., https://arxiv.org/abs/2010.05893.
     """
-    check_number("rho", rho, 0.0)
+    rho = check_number("rho", rho, 0.0)
     kind = "chi2" if theta is None else "chi2_at"
-    return _reduce(losses, kind, theta, sample_weight, mask, number=float(rho), flood=flood)
+    return _reduce(losses, kind, theta, sample_weight, mask, number=rho, flood=flood)
 
 
 def flooding_loss(
@@ -234,11 +235,12 @@ def soft_ad_loss(
 
     Source: Holland and Nakatani, https://arxiv.org/abs/2310.10006, and the code of Holland.
     """
-    if check_number("sigma", sigma, 0.0) == 0:
+    sigma = check_number("sigma", sigma, 0.0)
+    if sigma == 0:
         raise ValueError("sigma: expected a number above 0")
     if theta is None:
         raise TypeError("theta: expected a number or a Tensor, got None")
-    hparams = {"number": float(sigma), "eta": check_number("eta", eta)}
+    hparams = {"number": sigma, "eta": check_number("eta", eta)}
     return _reduce(losses, "soft_ad", theta, sample_weight, mask, **hparams)
 
 

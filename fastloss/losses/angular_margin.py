@@ -14,9 +14,9 @@ from fastloss._ops.checks import (
     check_floating,
     check_number,
     check_reduction,
+    check_row_weight,
     check_rows,
     check_tensors,
-    check_weight_type,
 )
 from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.chunked_linear_loss import LinearOp
@@ -62,7 +62,8 @@ def _check(
     sample_weight: Tensor | None,
     ignore_index: int,
     centres: bool,
-) -> None:
+) -> tuple[Tensor | None, int]:
+    """Check the arguments; return `sample_weight` and `ignore_index`."""
     check_tensors(input, weight=weight, target=target, sample_weight=sample_weight)
     if input.dim() != 2:
         raise RuntimeError(f"input: expected (N, D), got shape {tuple(input.shape)}")
@@ -74,13 +75,9 @@ def _check(
         raise RuntimeError(f"weight: expected the dtype of input, {input.dtype}, got {weight.dtype}")
     if target.is_floating_point():
         raise RuntimeError(f"target: expected classes of type int64 or uint8, got {target.dtype}")
-    check_rows(input.detach()[:, :1].expand(-1, weight.shape[0]), target, None, ignore_index)
-    check_weight_type("sample_weight", sample_weight, input)
-    if sample_weight is not None and sample_weight.shape != target.shape:
-        raise ValueError(
-            f"sample_weight: expected one number for each row, shape {tuple(target.shape)}, got "
-            f"{tuple(sample_weight.shape)}"
-        )
+    like_logits = input.detach()[:, :1].expand(-1, weight.shape[0])
+    _, ignore_index = check_rows(like_logits, target, None, ignore_index)
+    return check_row_weight(sample_weight, input, target.shape), ignore_index
 
 
 def _zero_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -112,7 +109,7 @@ def _margin_loss(
     sample_weight,
 ):  # fmt: skip
     mode = check_reduction(reduction)
-    _check(input, weight, target, sample_weight, ignore_index, True)
+    sample_weight, ignore_index = _check(input, weight, target, sample_weight, ignore_index, True)
     target = target.long()
     scale = check_number("s", s, low=math.ulp(0.0))
     smoothing = check_number("label_smoothing", label_smoothing, 0.0, 1.0)
@@ -294,7 +291,7 @@ def harmonic_loss(
     Source: Baek et al., Harmonic Loss Trains Interpretable AI Models, https://arxiv.org/abs/2502.01628.
     """
     mode = check_reduction(reduction)
-    _check(input, weight, target, sample_weight, ignore_index, False)
+    sample_weight, ignore_index = _check(input, weight, target, sample_weight, ignore_index, False)
     power = 0.0 if n is None else check_number("n", n, low=math.ulp(0.0))
     dtype = input.dtype
     if dtype in HALF_TYPES:

@@ -6,16 +6,21 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from fastloss import reference
+from fastloss._ops.autograd import HALF_TYPES
 from fastloss._ops.checks import (
-    call_with_classes,
+    check_integer,
     check_number,
     check_reduction,
+    check_row_weight,
     check_rows,
     check_tensors,
-    check_weight_type,
+    check_weight,
+    legacy_reduction,
+    promoted,
+    real_number,
+    rows_shape,
 )
 from fastloss._ops.dtypes import autocast_to_fp32
 from fastloss._ops.rowwise import RowOp
@@ -24,12 +29,6 @@ __all__ = ["cross_entropy", "poly1_cross_entropy", "softmax_focal_loss"]
 
 
 cross_entropy_rows = RowOp("cross_entropy", reference.cross_entropy)
-
-
-def call_rows(
-    op: RowOp, tensors: tuple[Tensor | None, ...], options: tuple, inplace_backward: bool
-) -> Tensor:
-    return call_with_classes(None, op, tensors, options, inplace_backward)
 
 
 def _as_classes(input: Tensor, target: Tensor) -> Tensor:
@@ -100,33 +99,29 @@ def cross_entropy(
     https://arxiv.org/abs/2204.02311.
     """
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = legacy_reduction(size_average, reduce, reduction)
     mode = check_reduction(reduction)
-    check_rows(input, target, weight, ignore_index)
-    check_tensors(input, sample_weight=sample_weight)
-    check_weight_type("sample_weight", sample_weight, input)
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+    weight, ignore_index = check_rows(input, target, weight, ignore_index)
+    if sample_weight is not None:
+        check_tensors(input, sample_weight=sample_weight)
+        sample_weight = check_row_weight(sample_weight, input, rows_shape(input))
+    if type(label_smoothing) is not float:
+        label_smoothing = real_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
-    if sample_weight is not None and sample_weight.shape != input.shape[:1] + input.shape[2:]:
-        raise ValueError(
-            f"sample_weight: expected one number for each row, got shape {tuple(sample_weight.shape)}"
-        )
     if target.dtype == torch.uint8:
         target = target.long()
-    elif target.dtype != input.dtype and target.is_floating_point():
-        wider = torch.promote_types(input.dtype, target.dtype)
-        input, target = input.to(wider), target.to(wider)
+    elif target.is_floating_point():
+        wider = promoted(input, target=target, weight=None if input.dtype in HALF_TYPES else weight)
+        if wider != input.dtype or wider != target.dtype:
+            input, target = input.to(wider), target.to(wider)
     elif input.dim() == 1 and not target.is_floating_point():
         target = target.reshape(())
-    hparams = cross_entropy_rows.pack(
-        label_smoothing=float(label_smoothing), z_loss=check_number("z_loss", z_loss)
-    )
+    hparams = cross_entropy_rows.pack(label_smoothing=label_smoothing, z_loss=check_number("z_loss", z_loss))
     scale = check_number("logit_scale", logit_scale)
     options = (ignore_index, mode, scale, cap, hparams, autocast_to_fp32(input))
-    return call_rows(cross_entropy_rows, (input, target, weight, sample_weight), options, inplace_backward)
+    return cross_entropy_rows((input, target, weight, sample_weight), options, inplace_backward)
 
 
 def _focal_reference(input, target, gamma, weight, ignore_index, reduction, **_):
@@ -189,24 +184,26 @@ def softmax_focal_loss(
     Source: Lin et al., https://arxiv.org/abs/1708.02002, in the form for softmax of kornia's `focal_loss`.
     """
     mode = check_reduction(reduction)
-    check_rows(input, target, None, ignore_index)
+    _, ignore_index = check_rows(input, target, None, ignore_index)
     classes = input.shape[0 if input.dim() == 1 else 1]
     target = _as_classes(input, target)
-    if isinstance(alpha, Tensor):
+    if isinstance(alpha, Tensor) and alpha.dim():
         check_tensors(input, alpha=alpha)
-        check_weight_type("alpha", alpha, input)
+        alpha = check_weight("alpha", alpha, input)
         if alpha.shape != (classes,):
             raise RuntimeError(f"alpha: expected one number for each of {classes} classes, got {alpha.shape}")
     elif alpha is not None:
-        check_number("alpha", alpha)
+        alpha = check_number("alpha", alpha)
     if background_class is not None and (alpha is None or isinstance(alpha, Tensor)):
         raise ValueError("background_class: needs a number as alpha")
-    if background_class is not None and not 0 <= background_class < classes:
-        raise ValueError(f"background_class: expected a class below {classes}, got {background_class}")
+    if background_class is not None:
+        background_class = check_integer("background_class", background_class)
+        if not 0 <= background_class < classes:
+            raise ValueError(f"background_class: expected a class below {classes}, got {background_class}")
     hparams = _focal.pack(gamma=check_number("gamma", gamma, low=0.0))
     options = (ignore_index, mode, 1.0, 0.0, hparams, autocast_to_fp32(input))
     weight = _class_weights(alpha, background_class, input)
-    return call_rows(_focal, (input, target, weight, None), options, inplace_backward)
+    return _focal((input, target, weight, None), options, inplace_backward)
 
 
 def _poly1_reference(input, target, weight, ignore_index, reduction, epsilon, **_):
@@ -255,8 +252,8 @@ def poly1_cross_entropy(
     Source: Leng et al., https://arxiv.org/abs/2204.12511.
     """
     mode = check_reduction(reduction)
-    check_rows(input, target, weight, ignore_index)
+    weight, ignore_index = check_rows(input, target, weight, ignore_index)
     target = _as_classes(input, target)
     hparams = _poly1.pack(epsilon=check_number("epsilon", epsilon))
     options = (ignore_index, mode, 1.0, 0.0, hparams, autocast_to_fp32(input))
-    return call_rows(_poly1, (input, target, weight, None), options, inplace_backward)
+    return _poly1((input, target, weight, None), options, inplace_backward)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops.checks import (
     check_floating,
+    check_integer,
     check_reduction,
     check_tensors,
     number,
@@ -215,7 +216,7 @@ def info_nce_rows(
         return F.softplus(row), weight, dtype
     if k.shape != q.shape:
         raise ValueError(f"positive_key: expected shape {tuple(q.shape)}, got {tuple(k.shape)}")
-    if label_offset != 0:
+    if check_integer("label_offset", label_offset) != 0:
         raise ValueError("label_offset: keys have an order of their own only without negative_keys")
     acc_dtype = accumulation_dtype(q.dtype)
     q, k = q.to(acc_dtype), k.to(acc_dtype)

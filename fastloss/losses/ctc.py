@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import Op, contiguous_like
-from fastloss._ops.checks import check_floating, check_reduction, check_tensor, check_tensors
+from fastloss._ops.checks import check_floating, check_integer, check_reduction, check_tensor, check_tensors
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
 __all__ = ["ctc_loss"]
@@ -31,8 +31,9 @@ _ctc = Op("ctc", reference.ctc.ctc_rows, _fake, tensors=4, gradient_like=contigu
 def _lengths(name: str, value: Tensor | Sequence[int], like: Tensor, batch: int) -> Tensor:
     if not isinstance(value, Tensor):
         try:
-            value = torch.tensor(list(value) if isinstance(value, Sequence) else [value])
-        except (TypeError, ValueError) as error:
+            lengths = list(value) if isinstance(value, Iterable) else [value]
+            value = torch.tensor([check_integer(name, n) for n in lengths], dtype=torch.int64)
+        except TypeError as error:
             raise TypeError(f"{name}: expected a Tensor or a sequence of integers") from error
         value = value.to(like.device)
     _check_integers(name, value)
@@ -121,7 +122,8 @@ def ctc_loss(
     single = log_probs.dim() == 2
     x = log_probs.unsqueeze(1) if single else log_probs
     batch, classes = x.shape[1:]
-    if not isinstance(blank, int) or not 0 <= blank < classes:
+    blank = check_integer("blank", blank)
+    if not 0 <= blank < classes:
         raise RuntimeError(f"blank: expected a class in [0, {classes}), got {blank}")
     inputs = _lengths("input_lengths", input_lengths, x, batch)
     labels = _lengths("target_lengths", target_lengths, x, batch)

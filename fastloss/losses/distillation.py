@@ -9,7 +9,15 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import REDUCTIONS
-from fastloss._ops.checks import check_floating, check_number, check_same_shape, check_tensor, check_tensors
+from fastloss._ops.checks import (
+    check_floating,
+    check_integer,
+    check_number,
+    check_real,
+    check_same_shape,
+    check_tensor,
+    check_tensors,
+)
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.rowwise import DivergenceOp
 
@@ -48,8 +56,8 @@ def _row_weight(
             raise RuntimeError(f"{name}: expected shape {tuple(student.shape[:-1])}, got {tuple(t.shape)}")
     if labels is not None and labels.dtype != torch.int64:
         raise RuntimeError(f"labels: expected classes of type int64, got {labels.dtype}")
-    if sample_weight is not None:
-        check_floating("sample_weight", sample_weight)
+    check_real(mask=mask, sample_weight=sample_weight)
+    ignore_index = check_integer("ignore_index", ignore_index)
     counts = None if labels is None else labels != ignore_index
     if mask is not None:
         counts = mask != 0 if counts is None else counts & (mask != 0)

@@ -12,6 +12,8 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES
 from fastloss._ops.checks import (
+    as_weight,
+    check_integer,
     check_number,
     check_real,
     check_reduction,
@@ -19,6 +21,7 @@ from fastloss._ops.checks import (
     check_tensors,
     choice,
     positive_beta,
+    positive_number,
     same_shape,
     smoothing_in,
 )
@@ -177,17 +180,17 @@ def dpo_loss(
     choice("f_divergence", f_divergence, _dpo.hparams.choices["divergence"])
     mode = check_reduction(reduction)
     smoothing, beta = smoothing_in(label_smoothing), positive_beta(beta)
-    if check_number("discopop_tau", discopop_tau) <= 0:
-        raise ValueError(f"discopop_tau: expected a positive number, got {discopop_tau}")
+    tau = positive_number("discopop_tau", discopop_tau)
     lengths = chosen_lengths is not None or rejected_lengths is not None
     if lengths and (chosen_lengths is None or (rejected_lengths is None and kinds != ["sft"])):
         raise ValueError("chosen_lengths, rejected_lengths: expected both")
     _check_types(kinds, smoothing, f_divergence, lengths, weight is not None)
     top = math.inf if exponent_clamp is None else check_number("exponent_clamp", exponent_clamp)
+    check_tensor("policy_chosen_logps", policy_chosen_logps)
     pc, pr, rc, rr, w = same_shape(
         policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps,
         reference_chosen_logps=reference_chosen_logps, reference_rejected_logps=reference_rejected_logps,
-        weight=weight,
+        weight=as_weight("weight", weight, policy_chosen_logps.dtype),
     )  # fmt: skip
     w = None if w is None else w.detach()
     rewards = ((beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()) if return_rewards else ()
@@ -213,7 +216,7 @@ def dpo_loss(
         formula = "sigmoid" if kind in ("sigmoid_norm", *_SORTED) else kind
         hparams = _dpo.pack(
             type=formula, beta=beta, label_smoothing=smoothing, divergence=divergence,
-            alpha=check_number("f_alpha", f_alpha), tau=float(discopop_tau), top=top,
+            alpha=check_number("f_alpha", f_alpha), tau=tau, top=top,
         )  # fmt: skip
         one = call_elementwise(_dpo, inputs, hparams, mode, w)
         one = one if loss_weight == 1 else loss_weight * one
@@ -282,8 +285,9 @@ def dpo_loss_from_logits(
     """
     _check_logits(policy_logits, labels)
     if ld_alpha is not None:
-        check_number("ld_alpha", ld_alpha, 0.0, 1.0)
+        ld_alpha = check_number("ld_alpha", ld_alpha, 0.0, 1.0)
     kinds = [kind for kind, _ in _types(loss_type, loss_weights)]
+    ignore_index = check_integer("ignore_index", ignore_index)
     valid = labels != ignore_index
     peak = None
     if use_weighting:

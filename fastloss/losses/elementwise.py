@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 
 from fastloss import reference
 from fastloss._ops.autograd import REDUCTIONS
 from fastloss._ops.checks import (
+    broadcast,
     call_with_classes,
     check_floating,
+    check_integer,
     check_number,
+    check_real,
     check_reduction,
     check_tensor,
     check_tensors,
     expanded,
+    legacy_reduction,
     one_number,
     promoted,
+    real_number,
+    values_visible,
 )
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss._ops.elementwise import NO_INDEX, ElementOp
@@ -52,12 +60,6 @@ _weighted_binary = ElementOp(
 )
 
 
-def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is not None or reduce is not None:
-        return _reduction.legacy_get_string(size_average, reduce)
-    return reduction
-
-
 def _together(
     op: ElementOp,
     input: Tensor,
@@ -68,15 +70,21 @@ def _together(
     by_weight: bool = False,
     pos_weight: Tensor | None = None,
     wide: bool = False,
+    warn: bool = True,
+    integers: Sequence[str] = (),
 ) -> Tensor:
-    """Check, broadcast and call; with `by_weight` a mean divides by the sum of the weights."""
+    """Check, broadcast and call; with `by_weight` a mean divides by the sum of the weights.
+
+    `integers` names those of `input` and `target` that may be integers, beside one in floating point.
+    """
     mode = check_reduction(reduction)
     check_tensors(input, target=target, weight=weight, pos_weight=pos_weight)
-    for name, t in (("input", input), ("target", target), ("weight", weight), ("pos_weight", pos_weight)):
-        if t is not None:
-            check_floating(name, t)
+    check_real(weight=weight, pos_weight=pos_weight)
     dtype = promoted(input, target=target, weight=weight if by_weight else None)
-    x, y = _broadcast(input, target)
+    for name, t in (("input", input), ("target", target)):
+        if not t.is_floating_point() and not (name in integers and dtype.is_floating_point):
+            check_floating(name, t)
+    x, y = broadcast(input, target, warn)
     norm = None
     if weight is not None:
         weight = expanded("weight", weight.to(dtype), x)
@@ -90,19 +98,24 @@ def _together(
     return op((*inputs, weight, norm), (mode, hparams, -1, -1, wide or autocast_to_fp32(inputs[0])))
 
 
+BOTH = ("input", "target")
+
+
+def _check_no_flags(input: Tensor, target: Tensor) -> None:
+    """Refuse booleans, which torch does not subtract."""
+    check_tensors(input, target=target)
+    for name, t in (("input", input), ("target", target)):
+        if t.dtype == torch.bool:
+            check_floating(name, t)
+
+
 def _check_weight(weight: Tensor | None, input: Tensor, target: Tensor) -> None:
     check_tensors(input, target=target, weight=weight)
-    if weight is not None and weight.shape != input.shape and _broadcast(input, target):
+    if weight is not None and weight.shape != input.shape:
+        broadcast(input, target, True)
         raise ValueError(
             f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}"
         )
-
-
-def _broadcast(input: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-    try:
-        return torch.broadcast_tensors(input, target)
-    except RuntimeError as error:
-        raise RuntimeError(f"input and target: {error}") from None
 
 
 def mse_loss(
@@ -117,7 +130,8 @@ def mse_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         size_average, reduce: deprecated, as in torch.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
         weight: a factor for each element, of the shape of `input`. Default: 1.
@@ -127,12 +141,15 @@ def mse_loss(
         dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.mse_loss`.
     """
     _check_weight(weight, input, target)
-    return _together(_mse_loss, input, target, _legacy(size_average, reduce, reduction), None, weight, True)
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    if weight is not None:
+        _check_no_flags(input, target)
+    return _together(_mse_loss, input, target, reduction, None, weight, True, integers=BOTH)
 
 
 def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | None = None) -> Tensor:
@@ -142,7 +159,8 @@ def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | 
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         eps: :math:`\epsilon \ge 0`, which also bounds the gradient near a perfect fit. Default: 0.
         weight: a factor for each element, of the shape of `input`; the mean divides by their sum. Default: 1.
 
@@ -150,13 +168,15 @@ def rmse_loss(input: Tensor, target: Tensor, eps: float = 0.0, weight: Tensor | 
         A scalar of the promoted type (float32 for half-precision dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: the root of `torch.nn.functional.mse_loss`, which has no finite gradient at 0.
     """
     eps = check_number("eps", eps, 0.0)
     _check_weight(weight, input, target)
-    mean = _together(_mse_loss, input, target, "mean", weight=weight, by_weight=True, wide=True)
+    mean = _together(
+        _mse_loss, input, target, "mean", weight=weight, by_weight=True, wide=True, integers=BOTH
+    )
     root = _formulas.safe_sqrt(mean + eps)
     dtype = promoted(input, target=target, weight=weight)
     return root if autocast_to_fp32(root.new_empty(0, dtype=dtype)) else root.to(dtype)
@@ -174,7 +194,8 @@ def l1_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         size_average, reduce: deprecated, as in torch.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
         weight: a factor for each element, of the shape of `input`. Default: 1.
@@ -184,12 +205,14 @@ def l1_loss(
         dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.l1_loss`.
     """
     _check_weight(weight, input, target)
-    return _together(_l1_loss, input, target, _legacy(size_average, reduce, reduction), None, weight, True)
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    _check_no_flags(input, target)
+    return _together(_l1_loss, input, target, reduction, None, weight, True, integers=BOTH)
 
 
 def smooth_l1_loss(
@@ -207,7 +230,8 @@ def smooth_l1_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         size_average, reduce: deprecated, as in torch.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
         beta: :math:`\beta \ge 0`; 0 is the absolute error. Default: 1.
@@ -217,14 +241,16 @@ def smooth_l1_loss(
         dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit.
 
     Source: `torch.nn.functional.smooth_l1_loss`.
     """
+    beta = real_number("beta", beta)
     if beta < 0:
         raise RuntimeError(f"beta: smooth_l1_loss does not support negative values, got {beta}")
     hparams = _smooth_l1_loss.pack(beta=check_number("beta", beta))
-    return _together(_smooth_l1_loss, input, target, _legacy(size_average, reduce, reduction), hparams)
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    return _together(_smooth_l1_loss, input, target, reduction, hparams, integers=BOTH)
 
 
 def huber_loss(
@@ -241,7 +267,8 @@ def huber_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. It
+            may be integers.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, over all elements.
         delta: :math:`\delta > 0`. Default: 1.
         weight: a factor for each element, of the shape of `input`. Default: 1.
@@ -251,15 +278,16 @@ def huber_loss(
         (float32 for half-precision dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for shapes, types and numbers that do not fit.
 
     Source: `torch.nn.functional.huber_loss`.
     """
+    delta = real_number("delta", delta)
     if delta <= 0:
         raise RuntimeError(f"delta: huber_loss does not support non-positive values, got {delta}")
     _check_weight(weight, input, target)
     hparams = _huber_loss.pack(delta=check_number("delta", delta))
-    loss = _together(_huber_loss, input, target, reduction, hparams, weight)
+    loss = _together(_huber_loss, input, target, reduction, hparams, weight, integers=("target",))
     return loss if autocast_to_fp32(input) else loss.to(promoted(input, weight=weight))
 
 
@@ -274,7 +302,8 @@ def log_cosh_loss(
 
     Args:
         input: predictions :math:`x` of any shape and floating point type, any strides.
-        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one.
+        target: :math:`y`, of a shape that broadcasts with that of `input`; it gets a gradient if it requires one. One
+            of the two may be integers.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`, which divides by the sum of `weight`.
         weight: a factor for each element, of the shape of `input`. Default: 1.
 
@@ -283,12 +312,13 @@ def log_cosh_loss(
         dtypes under autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types. Integers are not accepted.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: Saleh and Saleh, https://arxiv.org/abs/2208.04564; `LogCosh` of Keras.
     """
     _check_weight(weight, input, target)
-    return _together(_log_cosh_loss, input, target, reduction, None, weight, True)
+    _check_no_flags(input, target)
+    return _together(_log_cosh_loss, input, target, reduction, None, weight, True, integers=BOTH)
 
 
 def binary_cross_entropy(
@@ -304,8 +334,7 @@ def binary_cross_entropy(
     From logits, `binary_cross_entropy_with_logits` is the accurate one.
 
     Args:
-        input: probabilities :math:`p` of any shape and floating point type, any strides. A number outside [0, 1]
-            gives NaN: a look at all of them before the loss would cost as much as the loss.
+        input: probabilities :math:`p` in [0, 1] of any shape and floating point type, any strides.
         target: :math:`y` in [0, 1], of the shape and type of `input`; it gets a gradient if it requires one.
         weight: :math:`w`, of a shape that broadcasts to that of `input`. Default: 1.
         size_average, reduce: deprecated, as in torch.
@@ -316,7 +345,8 @@ def binary_cross_entropy(
         autocast).
 
     Raises:
-        ValueError, RuntimeError, TypeError: for unsupported shapes and types.
+        ValueError, RuntimeError, TypeError: for unsupported shapes and types. RuntimeError on the CPU for numbers
+            outside [0, 1]; on CUDA and in compiled code, where to look would wait, such an input gives NaN.
 
     Source: `torch.nn.functional.binary_cross_entropy`.
     """
@@ -328,7 +358,13 @@ def binary_cross_entropy(
     check_floating("input", input)
     if target.dtype != input.dtype:
         raise RuntimeError(f"target: found dtype {target.dtype} but expected {input.dtype}, that of input")
-    mode = _legacy(size_average, reduce, reduction)
+    if values_visible(input) and values_visible(target):
+        for name, t in (("input", input), ("target", target)):
+            if t.numel():
+                low, high = torch.aminmax(t.detach())
+                if low < 0 or high > 1:
+                    raise RuntimeError(f"all elements of {name} should be between 0 and 1")
+    mode = legacy_reduction(size_average, reduce, reduction)
     return _together(_binary_cross_entropy, input, target, mode, None, weight)
 
 
@@ -369,7 +405,7 @@ def binary_cross_entropy_with_logits(
             f"target: expected the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}"
         )
     op = _binary if pos_weight is None else _weighted_binary
-    mode = _legacy(size_average, reduce, reduction)
+    mode = legacy_reduction(size_average, reduce, reduction)
     loss = _together(op, input, target, mode, None, weight, pos_weight=pos_weight)
     return loss if autocast_to_fp32(target) else loss.to(target.dtype)
 
@@ -381,7 +417,7 @@ def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor
 
     Args:
         input: scores :math:`s` of any shape and floating point type, any strides.
-        target: labels :math:`y`, of a shape that broadcasts with that of `input`, of a floating point type.
+        target: labels :math:`y`, of a shape that broadcasts with that of `input`; they may be integers.
         reduction: `"none"`, `"mean"` or `"sum"`. Default: `"mean"`.
 
     Returns:
@@ -393,7 +429,7 @@ def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor
 
     Source: Cortes and Vapnik, Support-vector networks, 1995, https://doi.org/10.1007/BF00994018.
     """
-    return _together(_hinge_loss, input, target, reduction)
+    return _together(_hinge_loss, input, target, reduction, integers=("target",))
 
 
 def kl_div(
@@ -424,12 +460,20 @@ def kl_div(
 
     Source: `torch.nn.functional.kl_div`.
     """
-    reduction = _legacy(size_average, reduce, reduction)
+    if size_average is not None or reduce is not None:
+        reduction = legacy_reduction(size_average, reduce, reduction)
+    elif reduction == "mean":  # what torch says, so that filters know it
+        warnings.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size."
+            "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
+            "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
+            stacklevel=2,
+        )
     check_tensors(input, target=target)
     hparams = _kl_div.pack(log_target=float(log_target))
     if reduction != "batchmean":
-        return _together(_kl_div, input, target, reduction, hparams)
-    total = _together(_kl_div, input, target, "sum", hparams)
+        return _together(_kl_div, input, target, reduction, hparams, warn=False)
+    total = _together(_kl_div, input, target, "sum", hparams, warn=False)
     return total / input.shape[0] if input.dim() else total
 
 
@@ -486,6 +530,7 @@ def sigmoid_focal_loss(
     `mmcv.ops.sigmoid_focal_loss`, `num_positives` with background -1 and ignored -2 as in apex.
     """
     mode = check_reduction(reduction)
+    ignore_index = check_integer("ignore_index", ignore_index)
     hparams = _sigmoid_focal_loss.pack(
         alpha=check_number("alpha", alpha, high=1.0), gamma=check_number("gamma", gamma, low=0.0)
     )
@@ -505,7 +550,9 @@ def sigmoid_focal_loss(
         weight = expanded("weight", weight.to(dtype), inputs)
     norm = None
     if by_class:
-        background = NO_INDEX if background_index is None else background_index
+        background = (
+            NO_INDEX if background_index is None else check_integer("background_index", background_index)
+        )
         if mode == REDUCTIONS["mean"]:
             mode = REDUCTIONS["sum"]
             norm = (targets != ignore_index).sum() if num_positives is None else None

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.checks import check_number, check_reduction, check_rows, check_tensors, check_weight_type
+from fastloss._ops.checks import (
+    check_number,
+    check_reduction,
+    check_row_weight,
+    check_rows,
+    check_tensors,
+    real_number,
+)
 from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.dtypes import accumulation_dtype
@@ -46,10 +53,8 @@ def as_autocast(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """Check the linear layer's arguments as torch does."""
     check_tensors(input, linear_weight=linear_weight, linear_bias=linear_bias)
-    if not 1 <= input.dim() <= 2:
-        raise RuntimeError(
-            f"input: expected (in_features) or (N, in_features), got shape {tuple(input.shape)}"
-        )
+    if input.dim() == 0:
+        raise RuntimeError("input: expected (..., in_features), got a tensor without dimensions")
     if linear_weight.dim() < 2:
         raise RuntimeError(f"linear_weight: expected at least 2 dimensions, got {linear_weight.dim()}")
     if input.shape[-1] != linear_weight.shape[-1]:
@@ -60,7 +65,7 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
         raise RuntimeError(
             f"linear_bias: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
         )
-    if linear_weight.dim() > 2 and input.dim() == 1:
+    if linear_weight.dim() > 2 and input.dim() != 2:
         raise RuntimeError("input: expected (N, in_features) for a linear_weight of more than 2 dimensions")
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if t is not None and t.dtype != input.dtype:
@@ -81,6 +86,30 @@ def _chunk_rows(options: torch.nn.LinearCrossEntropyOptions | None, dtype: torch
             f"options: expected acc_dtype {acc_dtype}, in which sums are done, got {options.acc_dtype}"
         )
     return options.batch_chunk_size or 0
+
+
+def _flat(
+    input: Tensor, linear_weight: Tensor, target: Tensor, sample_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden states (..., in_features) as rows, and what goes with them."""
+    rows, classes = input.shape[:-1], linear_weight.shape[0]
+    if linear_weight.dim() != 2:
+        raise RuntimeError(
+            f"linear_weight: expected (C, in_features) for an input of more than 2 dimensions, got shape "
+            f"{tuple(linear_weight.shape)}"
+        )
+    if target.shape == rows:
+        target = target.flatten()
+    elif target.is_floating_point() and target.shape == (*rows, classes):
+        target = target.flatten(0, -2)
+    else:
+        raise RuntimeError(
+            f"target: expected classes of shape {tuple(rows)} or probabilities of shape {(*rows, classes)}, got "
+            f"{target.dtype} of shape {tuple(target.shape)}"
+        )
+    if sample_weight is not None:
+        sample_weight = check_row_weight(sample_weight, input, rows).flatten()
+    return input.flatten(0, -2), target, sample_weight
 
 
 def linear_cross_entropy(
@@ -120,11 +149,12 @@ def linear_cross_entropy(
     they are not.
 
     Args:
-        input: hidden states `(in_features)` or `(N, in_features)`; float32, float64, bfloat16 or float16.
+        input: hidden states `(in_features)`, `(N, in_features)` or `(..., in_features)`, such as `(B, T, in_features)`;
+            float32, float64, bfloat16 or float16.
         linear_weight: `(C, in_features)`, of the input's type; `(C, d1, ..., in_features)` for a loss in K
             dimensions, whose logits are made all at once.
-        target: classes, int64 (or uint8), shape `()` or `(N)` (`(N, d1, ...)`); or probabilities of the logits'
-            shape.
+        target: classes, int64 (or uint8), shape `()` or `(N)` (`(N, d1, ...)`), or `(...)` as `input`; or probabilities
+            of the logits' shape.
         linear_bias: `(C)` (`(C, d1, ...)`). Default: none.
         weight: `(C)`, a weight :math:`w` for each class. Default: 1.
         reduction: `"none"`, `"sum"` or `"mean"`: the sum over rows divided by the sum of :math:`w_y` times
@@ -159,34 +189,33 @@ def linear_cross_entropy(
     autocast = torch.is_autocast_enabled(device)
     input, linear_weight, linear_bias = as_autocast(device, input, linear_weight, linear_bias)
     check_linear(input, linear_weight, linear_bias)
+    shape = None
+    if input.dim() > 2:
+        shape = input.shape[:-1]
+        input, target, sample_weight = _flat(input, linear_weight, target, sample_weight)
     classes = linear_weight.shape[:-1]
     logits = input.detach().new_empty(1).expand(*input.shape[:-1], *classes)  # their shape, device and type
     if target.shape == logits.shape and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignored = -100 if ignore_index is None else ignore_index
-    check_rows(logits, target, weight, ignored)
-    check_weight_type("sample_weight", sample_weight, input)
-    if not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
-    rows = input.shape[:-1] + classes[1:]
-    if sample_weight is not None and sample_weight.shape != rows:
-        raise ValueError(
-            f"sample_weight: expected one number for each row, shape {tuple(rows)}, got {tuple(sample_weight.shape)}"
-        )
+    weight, ignored = check_rows(logits, target, weight, ignored)
+    label_smoothing = real_number("label_smoothing", label_smoothing)
+    sample_weight = check_row_weight(sample_weight, input, input.shape[:-1] + classes[1:])
     chunk = _chunk_rows(options, input.dtype)
     soft = target.is_floating_point()
     if len(classes) > 1 or (soft and target.dtype != input.dtype):
         made = F.linear(input, linear_weight.reshape(-1, linear_weight.shape[-1])).view(logits.shape)
-        return classification.cross_entropy(
+        loss = classification.cross_entropy(
             made if linear_bias is None else made + linear_bias, target, weight, ignore_index=ignored,
             reduction=reduction, label_smoothing=label_smoothing, logit_scale=logit_scale, softcap=softcap,
             z_loss=z_loss, sample_weight=sample_weight,
         )  # fmt: skip
+        return loss if shape is None or reduction != "none" else loss.view(shape)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing: expected a number between 0.0 and 1.0, got {label_smoothing}")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0))
     hparams = _linear_cross_entropy.pack(
-        label_smoothing=float(label_smoothing), z_loss=check_number("z_loss", z_loss)
+        label_smoothing=label_smoothing, z_loss=check_number("z_loss", z_loss)
     )
     if target.dtype == torch.uint8:
         target = target.long()
@@ -202,4 +231,8 @@ def linear_cross_entropy(
             softcap=cap, hparams=hparams, out_fp32=autocast, chunk=chunk,
         ),
     )  # fmt: skip
-    return loss.squeeze(0) if single and reduction == "none" else loss
+    if reduction != "none":
+        return loss
+    if shape is not None:
+        return loss.view(shape)
+    return loss.squeeze(0) if single else loss

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import reduce as fold
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import _reduction
 
 from fastloss import reference
 from fastloss._ops.autograd import Op, contiguous_like
@@ -17,6 +18,8 @@ from fastloss._ops.checks import (
     check_same_shape,
     check_tensor,
     check_tensors,
+    legacy_reduction,
+    real_number,
 )
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.similarity_losses import HardestOp
@@ -59,8 +62,38 @@ def rows_alike(**tensors: Tensor) -> tuple[list[Tensor], torch.dtype, bool]:
     return [t.unsqueeze(0) if single else t for t in tensors.values()], dtype, single
 
 
-def reduced(loss: Tensor, reduction: str, dtype: torch.dtype, single: bool = False) -> Tensor:
-    loss = loss.squeeze(0) if single else loss
+def rows_together(flags: bool, **tensors: Tensor) -> tuple[list[Tensor], torch.dtype, torch.Size]:
+    """Check feature rows (..., D) as torch does, broadcast and promote them.
+
+    Some may be integers, and with `flags` booleans, beside others in floating point. Returns matrices of their rows,
+    the output dtype, and the shape without D.
+    """
+    (first, x), *others = tensors.items()
+    check_tensor(first, x)
+    if x.dim() == 0:
+        raise RuntimeError(f"{first}: expected shape (..., D), got a tensor without dimensions")
+    for name, t in tensors.items():
+        check_tensors(x, **{name: t})
+        if t.is_complex() or (t.dtype == torch.bool and not flags):
+            check_floating(name, t)
+        if t.dim() != x.dim():
+            raise RuntimeError(f"{name}: expected {x.dim()} dimensions as {first} has, got {t.dim()}")
+    shape = x.shape
+    for name, t in others:
+        try:
+            shape = torch.broadcast_shapes(shape, t.shape)
+        except RuntimeError:
+            raise RuntimeError(
+                f"{name}: expected a shape that broadcasts with {tuple(shape)}, got {tuple(t.shape)}"
+            ) from None
+    dtype = fold(torch.promote_types, (t.dtype for t in tensors.values()))
+    if not dtype.is_floating_point:
+        check_floating(first, x)
+    found = [t.to(dtype).expand(shape).reshape(-1, shape[-1]) for t in tensors.values()]
+    return found, accumulation_dtype(dtype) if torch.is_autocast_enabled(x.device.type) else dtype, shape[:-1]
+
+
+def reduced(loss: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     if reduction == "mean":
         loss = loss.mean()
     elif reduction == "sum":
@@ -72,13 +105,6 @@ def _length(square: Tensor) -> Tensor:
     """Return the square root, with derivative 0 at 0."""
     nothing = square == 0
     return square.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
-
-
-def _legacy(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    check_reduction(reduction)
-    return reduction
 
 
 def pair_sums(a: Tensor, *others: Tensor, eps: float = 0.0) -> list[Tensor]:
@@ -108,33 +134,41 @@ def cosine_embedding_loss(
     :math:`y = -1`.
 
     Args:
-        input1, input2: rows of one shape `(N, D)` or `(D)`; float32, float64, bfloat16 or float16.
-        target: 1 or -1 for each row, `(N)` or `()`.
+        input1, input2: rows `(N, D)` or `(D)`, of one D, where N may be 1; float32, float64, bfloat16 or float16. One
+            of them may be integers.
+        target: 1 or -1 for each row, `(N)` or `(1)`; for one row without a batch `()`.
         margin: :math:`m`, usually in [0, 0.5]. Default: 0.
         size_average, reduce: deprecated, as in torch.
         reduction: `"none"`, `"mean"` or `"sum"`.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the inputs' type (float32 for half-precision dtypes under
-        autocast).
+        A scalar, or for `"none"` one number for each row, of the inputs' promoted type (float32 for half-precision
+        dtypes under autocast).
 
     Raises:
         ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.cosine_embedding_loss`.
     """
-    reduction = _legacy(size_average, reduce, reduction)
-    (a, b), dtype, single = rows_alike(input1=input1, input2=input2)
-    check_tensors(a, target=target)
-    if target.shape != input1.shape[:-1]:
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    check_reduction(reduction)
+    (a, b), dtype, shape = rows_together(True, input1=input1, input2=input2)
+    if input1.shape[-1] != input2.shape[-1]:  # torch takes each length over its own features
         raise RuntimeError(
-            f"target: expected shape {tuple(input1.shape[:-1])}, one number for each row, got {tuple(target.shape)}"
+            f"input2: expected {input1.shape[-1]} features as input1 has, got {input2.shape[-1]}"
+        )
+    check_tensors(a, target=target)
+    if len(shape) > 1:
+        raise RuntimeError(f"input1: expected shape (D) or (N, D), got {tuple(input1.shape)}")
+    if target.dim() != len(shape) or target.shape not in (shape, (1,)):
+        raise RuntimeError(
+            f"target: expected shape {tuple(shape)}, one number for each row, got {tuple(target.shape)}"
         )
     margin = check_number("margin", margin)
     (cos,) = _cosines(a, b, eps=1e-12, floor=0.0)
     target = target.reshape(-1)
     loss = (1 - cos).masked_fill(target != 1, 0.0) + torch.relu(cos - margin).masked_fill(target != -1, 0.0)
-    return reduced(loss, reduction, dtype, single)
+    return reduced(loss.reshape(shape), reduction, dtype)
 
 
 def triplet_margin_loss(
@@ -156,7 +190,8 @@ def triplet_margin_loss(
     .. math:: \max(0, d(a, p) - d(a, n) + m), \quad d(x, y) = \lVert x - y + \epsilon \rVert_p
 
     Args:
-        anchor, positive, negative: rows of one shape `(N, D)` or `(D)`; float32, float64, bfloat16 or float16.
+        anchor, positive, negative: rows `(..., D)` such as `(N, D)` or `(D)`, of shapes that broadcast and of one
+            number of dimensions; float32, float64, bfloat16 or float16. Not all of them may be integers.
         margin: :math:`m`. Default: 1.
         p: the norm. Default: 2; others are computed by torch's operations.
         eps: :math:`\epsilon`. Default: 1e-6.
@@ -166,16 +201,18 @@ def triplet_margin_loss(
         squared: distances are squared, as in FaceNet, there with margin 0.2 on rows of length 1. Default: False.
 
     Returns:
-        A scalar, or for `"none"` one number for each row, of the inputs' type (float32 for half-precision dtypes under
-        autocast).
+        A scalar, or for `"none"` one number for each row, of the inputs' promoted type (float32 for half-precision
+        dtypes under autocast).
 
     Raises:
         ValueError, RuntimeError, TypeError: for unsupported shapes and types.
 
     Source: `torch.nn.functional.triplet_margin_loss`; FaceNet https://arxiv.org/abs/1503.03832.
     """
-    reduction = _legacy(size_average, reduce, reduction)
-    (a, b, c), dtype, single = rows_alike(anchor=anchor, positive=positive, negative=negative)
+    reduction = legacy_reduction(size_average, reduce, reduction)
+    check_reduction(reduction)
+    (a, b, c), dtype, shape = rows_together(False, anchor=anchor, positive=positive, negative=negative)
+    p = real_number("p", p)
     margin, eps = check_number("margin", margin), check_number("eps", eps)
     if margin <= 0:
         raise ValueError(f"margin: expected a number greater than 0, got {margin}")
@@ -194,7 +231,8 @@ def triplet_margin_loss(
     positive_distance, negative_distance = distances(a, b, c)
     if swap:
         negative_distance = torch.minimum(negative_distance, *distances(b, c))
-    return reduced(torch.relu(positive_distance - negative_distance + margin), reduction, dtype, single)
+    loss = torch.relu(positive_distance - negative_distance + margin)
+    return reduced(loss.reshape(shape), reduction, dtype)
 
 
 def contrastive_loss(

@@ -20,6 +20,7 @@ from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
 from fastloss._ops.checks import (
     call_with_classes,
     check_floating,
+    check_integer,
     check_number,
     check_reduction,
     check_tensor,
@@ -213,15 +214,18 @@ def _picked_on_device(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.where(inside, picked, torch.nan)
 
 
-def _check_options(kind: str, reduction: str, squash_factor: float | None) -> None:
+def _check_options(kind: str, reduction: str, squash_factor: float | None) -> float | None:
+    """Check the options; return the squash factor."""
     check_reduction(reduction)
     if kind not in KINDS:
         raise ValueError(f"kind: expected 'wasserstein' or 'mse', got {kind!r}")
     if squash_factor is not None:
         if kind != "wasserstein":
             raise ValueError("squash_factor: only with kind='wasserstein'")
-        if check_number("squash_factor", squash_factor) <= 1:
+        squash_factor = check_number("squash_factor", squash_factor)
+        if squash_factor <= 1:
             raise ValueError(f"squash_factor: expected a number above 1, got {squash_factor}")
+    return squash_factor
 
 
 def number_token_loss(
@@ -282,7 +286,8 @@ def number_token_loss(
     if not soft:
         _check_classes("logits", logits, "labels", labels, shape)
     values = _check_tokens(logits, token_ids, token_values)
-    _check_options(kind, reduction, squash_factor)
+    squash_factor = _check_options(kind, reduction, squash_factor)
+    ignore_index = check_integer("ignore_index", ignore_index)
     if soft:
         check_floating("logits", logits)
         check_tensors(logits, labels=labels)
@@ -348,7 +353,8 @@ def cross_entropy_with_number_token_loss(
     """
     _check_classes("logits", logits, "labels", labels, getattr(logits, "shape", ())[:-1])
     values = _check_tokens(logits, token_ids, token_values)
-    _check_options(kind, reduction, squash_factor)
+    squash_factor = _check_options(kind, reduction, squash_factor)
+    ignore_index = check_integer("ignore_index", ignore_index)
     weight = check_number("ntl_weight", ntl_weight)
     ids, order = token_ids.sort()
     distance, max_distance = _distances(values[order], values[order], kind, squash_factor)
@@ -424,7 +430,7 @@ def gaussian_cross_entropy(
     if (token_ids is None) != (token_values is None):
         raise ValueError("token_ids and token_values: expected both or neither")
     logits = input.movedim(dim, -1)
-    valid = target != ignore_index
+    valid = target != check_integer("ignore_index", ignore_index)
     label = torch.where(valid, target, 0).unsqueeze(-1)
     like = torch.float32 if input.dtype in HALF_TYPES else input.dtype
     if width == 0:

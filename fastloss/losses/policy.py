@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS
-from fastloss._ops.checks import check_number, check_real, check_same_shape, check_tensor, choice, same_shape
+from fastloss._ops.checks import (
+    check_number,
+    check_real,
+    check_same_shape,
+    check_tensor,
+    choice,
+    positive_number,
+    same_shape,
+)
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss._ops.elementwise import ElementOp, zeros_like
 from fastloss._ops.policy import (
@@ -65,9 +73,7 @@ def _positive(name: str, value: float | None) -> float:
     """None stands for no bound."""
     if value is None:
         return math.inf
-    if check_number(name, value) <= 0:
-        raise ValueError(f"{name}: expected a positive number, got {value}")
-    return float(value)
+    return positive_number(name, value)
 
 
 def _shares(mask: Tensor | None, x: Tensor, mode: str, horizon: float | None) -> tuple[Tensor | None, Any]:
@@ -296,7 +302,9 @@ def policy_loss(
     loss = loss if autocast_to_fp32(logps) else loss.to(dtype)
     if not return_metrics:
         return loss
-    return loss, policy_metrics(_wide(x), _wide(drawn), _wide(whole), mask, clip_low, clip_high)
+    return loss, policy_metrics(
+        _wide(x), _wide(drawn), _wide(whole), mask, *(float(bound) for bound in (clip_low, clip_high))
+    )
 
 
 def value_loss(

@@ -101,12 +101,13 @@ def _reference_free_loss(
     chosen, rejected, nll, loss_type, beta, margin, smoothing, nll_weight, alpha, reduction
 ) -> Tensor:
     mode = check_reduction(reduction)
-    if smoothing_in(smoothing) and loss_type != "sigmoid":
+    smoothing = smoothing_in(smoothing)
+    if smoothing and loss_type != "sigmoid":
         raise ValueError(f"label_smoothing is not supported for loss_type={loss_type!r}")
     c, r, n = same_shape(chosen_logps=chosen, rejected_logps=rejected, chosen_nll=nll)
     hparams = _reference_free.pack(
         type=loss_type, beta=positive_beta(beta), margin=check_number("gamma", margin),
-        label_smoothing=float(smoothing), nll_weight=0.0 if n is None else check_number("alpha", nll_weight),
+        label_smoothing=smoothing, nll_weight=0.0 if n is None else check_number("alpha", nll_weight),
         alpha=check_number("alpha", alpha),
     )  # fmt: skip
     return call_elementwise(_reference_free, (c, r, zeros_like(c) if n is None else n), hparams, mode)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops import abi
 from fastloss._ops.autograd import Op
-from fastloss._ops.checks import check_number
+from fastloss._ops.checks import check_integer, check_number, real_number
 
 __all__ = ["discounted_returns", "gae", "n_step_returns", "td_lambda_returns", "vtrace"]
 
@@ -100,10 +100,7 @@ def step_arguments(
 
 
 def _discounts(gamma: float, lam: float) -> dict[str, float]:
-    for name, x in (("gamma", gamma), ("lam", lam)):
-        if not 0.0 <= x <= 1.0:
-            raise ValueError(f"{name}: expected a number between 0 and 1, got {x}")
-    return {"gamma": float(gamma), "lam": float(lam)}
+    return {name: check_number(name, x, 0.0, 1.0) for name, x in (("gamma", gamma), ("lam", lam))}
 
 
 def gae(
@@ -282,8 +279,8 @@ def vtrace(
     )  # fmt: skip
     hparams = _VTRACE.pack(
         **_discounts(gamma, lam),
-        clip_rho_threshold=float(clip_rho_threshold),
-        clip_pg_rho_threshold=float(clip_pg_rho_threshold),
+        clip_rho_threshold=real_number("clip_rho_threshold", clip_rho_threshold),
+        clip_pg_rho_threshold=real_number("clip_pg_rho_threshold", clip_pg_rho_threshold),
     )
     with torch.no_grad():
         r, v, n, b, rho = (None if x is None else x.detach() for x in (r, v, n, b, rho))
@@ -325,8 +322,7 @@ def n_step_returns(
 
     Source: Sutton and Barto, Reinforcement Learning, chapter 7; https://arxiv.org/abs/1602.01783.
     """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"n: expected an int, got {type(n).__name__}")
+    n = check_integer("n", n)
     if n < 1:
         raise ValueError(f"n: expected a positive number of steps, got {n}")
     gamma = check_number("gamma", gamma, 0.0, 1.0)

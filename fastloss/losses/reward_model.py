@@ -11,6 +11,7 @@ from fastloss import reference
 from fastloss._ops import abi
 from fastloss._ops.autograd import REDUCTIONS, Op, contiguous_like
 from fastloss._ops.checks import (
+    as_weight,
     check_floating,
     check_number,
     check_real,
@@ -157,5 +158,7 @@ def bradley_terry_loss(
         label_smoothing=smoothing_in(label_smoothing),
         center_coefficient=check_number("center_coefficient", center_coefficient),
     )
+    check_tensor("chosen", chosen)
+    weight = as_weight("weight", weight, chosen.dtype)
     c, r, m, w = same_shape(chosen=chosen, rejected=rejected, margin=margin, weight=weight)
     return call_elementwise(_bradley_terry, (c, r, zeros_like(c) if m is None else m), hparams, mode, w)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops.checks import (
+    check_integer,
     check_reduction,
     labels_of_rows,
     positive_temperature,
@@ -34,7 +35,7 @@ def _among(
     if keys is None:
         if key_labels is not None:
             raise ValueError("key_labels: only with keys")
-        if offset != 0:
+        if offset is None or check_integer("label_offset", offset) != 0:
             raise ValueError("label_offset: only with keys")
         itself = target_columns(x.shape[0], x.shape[0], 0, x)
         return labels, None, itself, class_sizes(labels, labels) - 1

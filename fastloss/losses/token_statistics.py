@@ -10,8 +10,15 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops import abi
-from fastloss._ops.autograd import REDUCTIONS, Op
-from fastloss._ops.checks import call_with_classes, check_floating, check_number, check_tensor, check_tensors
+from fastloss._ops.autograd import REDUCTIONS, Differentiable, Op
+from fastloss._ops.checks import (
+    call_with_classes,
+    check_floating,
+    check_integer,
+    check_number,
+    check_tensor,
+    check_tensors,
+)
 from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
@@ -30,6 +37,8 @@ __all__ = [
 
 STATISTICS = abi.fact("token_stats", "outputs")
 """The outputs of a row: entropy, lse, log_sum_p2, mean_logit, then K log-probabilities, then K flags."""
+LSE = 1
+"""The place of the log-sum-exp among them."""
 
 
 class TokenStats(NamedTuple):
@@ -71,7 +80,7 @@ def _fake(logits, index, mask, scale, cap, everything):
     )
 
 
-_stats = Op("token_stats", _reference, _fake, tensors=3, gradient_like=like_last_rows)
+stats_of_logits = Op("token_stats", _reference, _fake, tensors=3, gradient_like=like_last_rows)
 
 
 def _check(logits: Tensor, index: Tensor | None, mask: Tensor | None, index_name: str = "index") -> None:
@@ -101,6 +110,7 @@ def _call_stats(
     softcap: float | None,
     everything: bool,
     index_name: str = "index",
+    op: Differentiable = stats_of_logits,
 ) -> Tensor:
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
@@ -108,7 +118,7 @@ def _call_stats(
         index = index.unsqueeze(-1)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.detach() != 0
-    return call_with_classes(index_name, _stats, (logits, index, mask), (scale, cap, everything))
+    return call_with_classes(index_name, op, (logits, index, mask), (scale, cap, everything))
 
 
 def log_probs_of(
@@ -145,7 +155,7 @@ def label_log_probs(
     It is the negative cross-entropy, which keeps the label's class apart from the sum over the others.
     """
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
-    ignored = NO_INDEX if ignore_index is None else ignore_index
+    ignored = NO_INDEX if ignore_index is None else check_integer("ignore_index", ignore_index)
     rows, target = logits, labels
     if logits.dim() > 2:
         flat = logits.is_contiguous()
@@ -208,9 +218,20 @@ def token_stats(
     Source: the joint form of TRL's `selective_log_softmax` and `entropy_from_logits`; the sum of squared
     probabilities for WPO, https://arxiv.org/abs/2406.11827.
     """
+    return token_stats_by(stats_of_logits, logits, index, temperature, mask, softcap)
+
+
+def token_stats_by(
+    op: Differentiable,
+    logits: Tensor,
+    index: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> TokenStats:
+    """Return `token_stats` as computed by `op`."""
     _check(logits, index, mask)
-    outputs = _call_stats(logits, index, mask, temperature, softcap, True)
-    return _named(outputs, index)
+    return _named(_call_stats(logits, index, mask, temperature, softcap, True, op=op), index)
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0) -> Tensor:
@@ -305,19 +326,20 @@ def _linear_reference(inputs: LinearStatsInputs, attrs: LinearStatsAttrs) -> Ten
     return _as_outputs(s, inputs.index, everything)
 
 
-_linear_stats = LinearStatsOp("linear_token_stats", _linear_reference)
+stats_of_linear = LinearStatsOp("linear_token_stats", _linear_reference)
 
 
 def _call_linear_stats(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, index: Tensor | None, mask: Tensor | None,
     temperature: float, softcap: float | None, everything: bool, names: tuple[str, str] = ("input", "index"),
+    op: Differentiable = stats_of_linear,
 ) -> Tensor:  # fmt: skip
     """Return the outputs [4 + 2 K, rows] for hidden states [rows, in_features] and index [rows, K]."""
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
     return call_with_classes(
         names[1],
-        _linear_stats,
+        op,
         LinearStatsInputs(input, linear_weight, linear_bias, index, mask),
         LinearStatsAttrs(logit_scale=scale, softcap=cap, everything=everything),
     )
@@ -382,6 +404,22 @@ def linear_token_stats(
 
     Source: the statistics of `token_stats` in chunks of rows, as in Liger, https://arxiv.org/abs/2410.10989.
     """
+    return linear_token_stats_by(
+        stats_of_linear, input, linear_weight, index, temperature, linear_bias, mask, softcap
+    )
+
+
+def linear_token_stats_by(
+    op: Differentiable,
+    input: Tensor,
+    linear_weight: Tensor,
+    index: Tensor | None,
+    temperature: float,
+    linear_bias: Tensor | None,
+    mask: Tensor | None,
+    softcap: float | None,
+) -> TokenStats:
+    """Return `linear_token_stats` as computed by `op`."""
     rows, linear_weight, linear_bias = _check_hidden(input, linear_weight, linear_bias)
     shape = input.shape[:-1]
     check_tensors(input, index=index, mask=mask)
@@ -400,7 +438,9 @@ def linear_token_stats(
         if mask.shape != shape:
             raise RuntimeError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
         mask = (mask.detach() != 0).reshape(-1)
-    outputs = _call_linear_stats(rows, linear_weight, linear_bias, several, mask, temperature, softcap, True)
+    outputs = _call_linear_stats(
+        rows, linear_weight, linear_bias, several, mask, temperature, softcap, True, op=op
+    )
     return _named(outputs.reshape(outputs.shape[0], *shape), index)
 
 
@@ -432,7 +472,7 @@ def linear_sequence_log_probs(
         torch.cat(rows), linear_weight, linear_bias, names[0]
     )
     every = torch.cat(index)
-    valid = every != ignore_index
+    valid = every != check_integer("ignore_index", ignore_index)
     outputs = _call_linear_stats(
         together, linear_weight, linear_bias, torch.where(valid, every, 0).unsqueeze(1), valid, temperature,
         softcap, False, (names[0], next(iter(labels))),

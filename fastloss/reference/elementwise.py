@@ -85,6 +85,14 @@ def _floats(**tensors: Tensor | None) -> None:
             raise NotImplementedError(f"{name}: expected a floating point type, got {t.dtype}")
 
 
+def _promoted(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in one floating point type; one of them may be integers."""
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    if not dtype.is_floating_point:
+        _floats(input=input, target=target)
+    return input.to(dtype), target.to(dtype)
+
+
 def _mode(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     if size_average is not None or reduce is not None:
         return _reduction.legacy_get_string(size_average, reduce)
@@ -106,7 +114,7 @@ def mse_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.mse_loss`."""
-    _floats(input=input, target=target, weight=weight)
+    input, target = _promoted(input, target)
     return _reduced(squared_error(input, target), _mode(size_average, reduce, reduction), weight, True)
 
 
@@ -129,7 +137,7 @@ def l1_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.l1_loss`."""
-    _floats(input=input, target=target, weight=weight)
+    input, target = _promoted(input, target)
     return _reduced(absolute_error(input, target), _mode(size_average, reduce, reduction), weight, True)
 
 
@@ -142,7 +150,7 @@ def smooth_l1_loss(
     beta: float = 1.0,
 ) -> Tensor:
     """Compute `fastloss.functional.smooth_l1_loss`."""
-    _floats(input=input, target=target)
+    input, target = _promoted(input, target)
     return _reduced(smooth_absolute_error(input, target, beta), _mode(size_average, reduce, reduction))
 
 
@@ -154,7 +162,7 @@ def huber_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.huber_loss`."""
-    _floats(input=input, target=target, weight=weight)
+    input, target = _promoted(input, target)
     return _reduced(huber(input, target, delta), reduction, weight)
 
 
@@ -162,7 +170,7 @@ def log_cosh_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", *, weight: Tensor | None = None
 ) -> Tensor:
     """Compute `fastloss.functional.log_cosh_loss`."""
-    _floats(input=input, target=target, weight=weight)
+    input, target = _promoted(input, target)
     return _reduced(log_cosh(input, target), reduction, weight, True)
 
 
@@ -199,7 +207,7 @@ def binary_cross_entropy_with_logits(
 
 def hinge_loss(input: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
     """Compute `fastloss.functional.hinge_loss`."""
-    _floats(input=input, target=target)
+    input, target = _promoted(input, target)
     return _reduced(hinge(input, target), reduction)
 
 

@@ -11,7 +11,7 @@ __all__ = ["linear_cross_entropy"]
 
 
 def logits_from(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-    """Return (C) or (N, C), and (N, C, d1, ...) for a weight (C, d1, ..., in_features)."""
+    """Return (..., C), and (N, C, d1, ...) for a weight (C, d1, ..., in_features)."""
     logits = input @ linear_weight.reshape(-1, linear_weight.shape[-1]).t()
     logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
     return logits if linear_bias is None else logits + linear_bias
@@ -34,8 +34,14 @@ def linear_cross_entropy(
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.linear_cross_entropy`; `options`, which tell how to compute, change nothing here."""
+    logits = logits_from(input, linear_weight, linear_bias)
+    if input.dim() > 2:
+        logits, target = (
+            logits.movedim(-1, 1),
+            target.movedim(-1, 1) if target.is_floating_point() else target,
+        )
     return cross_entropy(
-        logits_from(input, linear_weight, linear_bias), target, weight, reduction=reduction,
+        logits, target, weight, reduction=reduction,
         ignore_index=-100 if ignore_index is None else ignore_index, label_smoothing=label_smoothing,
         logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, sample_weight=sample_weight,
     )  # fmt: skip

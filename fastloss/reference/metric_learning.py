@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce as fold
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,6 +85,8 @@ def triplet_margin_loss(
 ) -> Tensor:
     """Compute `fastloss.functional.triplet_margin_loss`."""
     reduction = mode(size_average, reduce, reduction)
+    dtype = fold(torch.promote_types, (x.dtype for x in (anchor, positive, negative)))
+    anchor, positive, negative = (x.to(dtype) for x in (anchor, positive, negative))
     if not squared:
         return F.triplet_margin_loss(anchor, positive, negative, margin, p, eps, swap, reduction=reduction)
     to_positive, to_negative = (F.pairwise_distance(anchor, x, p, eps).square() for x in (positive, negative))

@@ -140,5 +140,5 @@ def test_refuses(change, match):
         "log_probs": torch.zeros(4, 2, 3), "targets": torch.ones(2, 2).long(), "input_lengths": [4, 4],
         "target_lengths": [2, 2],
     }  # fmt: skip
-    with pytest.raises((RuntimeError, ValueError, NotImplementedError), match=match):
+    with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError), match=match):
         F.ctc_loss(**arguments | change)

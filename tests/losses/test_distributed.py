@@ -1,4 +1,4 @@
-"""A vocabulary over two processes: values and gradients of one process."""
+"""A vocabulary over two processes: values and gradients of one process; and what they are asked for."""
 
 from __future__ import annotations
 
@@ -98,6 +98,47 @@ def check_extremes(rank):
     assert empty == 0
 
 
+def check_sizes_of_slices(rank):
+    """Slices of any size come in the order of ranks, whether or not it is said where each begins."""
+    (x, w, b, logits), target = problem(torch.float64)
+    for cut in (CUT, CLASSES - CUT, 1):
+        begin, end = ((0, cut), (cut, CLASSES))[rank]
+        mine, whole = (t.detach().clone().requires_grad_() for t in (logits[:, begin:end], logits))
+        ours, theirs = distributed.cross_entropy(mine, target), functional.cross_entropy(whole, target)
+        ours.backward()
+        theirs.backward()
+        close(ours, theirs, torch.float64, f"value, {cut} classes of rank 0")
+        torch.testing.assert_close(mine.grad, whole.grad[:, begin:end], rtol=1e-13, atol=1e-15)
+        ours = distributed.linear_cross_entropy(x, w[begin:end], target, linear_bias=b[begin:end])
+        close(ours, functional.linear_cross_entropy(x, w, target, linear_bias=b), torch.float64, "linear")
+
+
+def check_slice_without_mass(rank):
+    """Classes of one rank that are all switched off, as the padding of a vocabulary is, get a gradient of 0."""
+    (x, w, _, logits), target = problem(torch.float64)
+    target %= 20
+    target[3] = -100
+    off = torch.zeros(CLASSES, dtype=torch.float64)
+    off[20:] = -torch.inf
+    rows = slice(0, 20) if rank == 0 else slice(20, None)
+    for dead in (slice(None), slice(5)):  # in all rows, or in some
+        z = logits.clone()
+        z[dead] += off
+        mine, whole = z[:, rows].clone().requires_grad_(), z.clone().requires_grad_()
+        ours, theirs = distributed.cross_entropy(mine, target), functional.cross_entropy(whole, target)
+        ours.backward()
+        theirs.backward()
+        close(ours, theirs, torch.float64, "value")
+        torch.testing.assert_close(mine.grad, whole.grad[:, rows], rtol=1e-13, atol=1e-15)
+    mine = [t.clone().requires_grad_() for t in (x, w[rows], off[rows])]
+    whole = [t.clone().requires_grad_() for t in (x, w, off)]
+    distributed.linear_cross_entropy(*mine[:2], target, linear_bias=mine[2]).backward()
+    functional.linear_cross_entropy(*whole[:2], target, linear_bias=whole[2]).backward()
+    close(mine[0].grad, whole[0].grad, torch.float64, "gradient of input")
+    for part, full in zip(mine[1:], whole[1:], strict=True):
+        torch.testing.assert_close(part.grad, full.grad[rows], rtol=1e-13, atol=1e-15)
+
+
 def check_errors(rank):
     logits = torch.zeros(2, 20)
     for target in ([0, 40], [0, -1]):
@@ -107,9 +148,30 @@ def check_errors(rank):
         distributed.cross_entropy(logits, torch.tensor([0, 1]), first_class=0)
     with pytest.raises(ValueError, match="target"):
         distributed.cross_entropy(logits, torch.tensor([0]))
+    with pytest.raises(TypeError, match="first_class"):
+        distributed.cross_entropy(logits, torch.tensor([0, 1]), first_class=0.5)
     x = torch.zeros(2, 20, requires_grad=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(distributed.cross_entropy(x, torch.tensor([0, 1])), x, create_graph=True)
+
+
+def check_for_ddp(rank):
+    """Whether gradients are averaged is not known here, and nothing is assumed; of one rank it does not matter."""
+    x, y = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    for name, rest in (
+        ("clip_loss", (1.0,)),
+        ("siglip_loss", (1.0,)),
+        ("info_nce", ()),
+        ("nt_xent_loss", ()),
+    ):
+        with pytest.raises(TypeError, match="for_ddp: expected True or False with 2 ranks"):
+            getattr(distributed, name)(x, y, *rest)
+    gradients = []
+    for for_ddp in (False, True):
+        features = x.clone().requires_grad_()
+        distributed.clip_loss(features, y, 1.0, for_ddp=for_ddp).backward()
+        gradients.append(features.grad)
+    torch.testing.assert_close(gradients[1], 2 * gradients[0])
 
 
 def check_all_gather(rank):
@@ -139,7 +201,10 @@ def work(rank: int, _: int) -> None:
             check_linear(rank, dtype, reduction)
     check_cross_entropy(rank, torch.float64, "mean", 200.0)
     check_extremes(rank)
+    check_sizes_of_slices(rank)
+    check_slice_without_mass(rank)
     check_errors(rank)
+    check_for_ddp(rank)
     check_all_gather(rank)
     check_profile(rank)
 

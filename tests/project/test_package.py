@@ -30,18 +30,6 @@ def test_reference_has_the_same_signature(loss):
 
 
 @every_loss
-def test_signature_begins_with_that_of_what_it_replaces(loss):
-    if loss.eager is None or not loss.replaces.startswith("torch."):
-        return
-    theirs = list(inspect.signature(loss.eager).parameters.values())
-    ours = list(inspect.signature(loss.function).parameters.values())
-    for a, b in zip(ours, theirs, strict=False):
-        assert (a.name, a.kind, a.default) == (b.name, b.kind, b.default)
-    assert len(ours) >= len(theirs)
-    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
-
-
-@every_loss
 def test_docstring(loss):
     text = inspect.getdoc(loss.function)
     assert text, f"{loss.name} has no docstring"

@@ -31,6 +31,13 @@ def has_reductions(loss: Loss) -> bool:
     return has_argument(loss, "reduction")
 
 
+def is_weight(loss: Loss, name: str) -> bool:
+    """Whether an argument weighs or selects; the `weight` of angular margins is that of a layer."""
+    if name == "weight":
+        return loss.family != "angular_margin"
+    return name in ("sample_weight", "pos_weight", "mask", "alpha")
+
+
 def _first_and_last(cases: Mapping[str, Any]) -> list[str]:
     names = list(cases)
     return names if len(names) < 3 else [names[0], names[-1]]

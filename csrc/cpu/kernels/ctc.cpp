@@ -32,7 +32,10 @@ class AlignmentKernel {
 
  private:
   FL_FN const T* input(int64_t t, int64_t n) const {
-    return static_cast<const T*>(a_.input) + (t * a_.batch + n) * a_.classes;
+    return static_cast<const T*>(a_.input) + t * a_.input_strides[0] + n * a_.input_strides[1];
+  }
+  FL_FN T* gradient(int64_t t, int64_t n) const {
+    return static_cast<T*>(a_.gradient) + t * a_.gradient_strides[0] + n * a_.gradient_strides[1];
   }
   FL_FN R* alpha(int64_t t, int64_t n) const {
     return static_cast<R*>(a_.alpha) + (n * a_.steps + t) * width_;
@@ -102,12 +105,11 @@ class AlignmentKernel {
 
   FL_NOINLINE void backward(int64_t n) {
     const AlignedTarget target(a_, n);
-    T* const gradient = static_cast<T*>(a_.gradient);
     const R g = static_cast<const R*>(a_.upstream)[n];
     const R likelihood = target.likelihood(target.steps ? alpha(target.steps - 1, n) : nullptr);
     const bool none = likelihood == -R(INFINITY);
     for (int64_t t = none && a_.zero_infinity ? 0 : target.steps; t < a_.steps; ++t)
-      std::memset(gradient + (t * a_.batch + n) * a_.classes, 0, a_.classes * sizeof(T));
+      std::memset(gradient(t, n), 0, a_.classes * sizeof(T));
     if (none && a_.zero_infinity) return;
     mark_skips(target, 2);
     R *now = row_[0], *behind = row_[1];
@@ -129,7 +131,7 @@ class AlignmentKernel {
         store(now + s, beta(ahead, load(y_ + s)));
       }
       for (int64_t s = 0; s < target.positions; ++s) found_[target.label(s)] += posterior_[s];
-      write(gradient + (t * a_.batch + n) * a_.classes, input(t, n), t, n, none ? R(NAN) : g);
+      write(gradient(t, n), input(t, n), t, n, none ? R(NAN) : g);
       for (int64_t s = 0; s < target.positions; ++s) found_[target.label(s)] = 0;
       R* const swap = now;
       now = behind, behind = swap;

@@ -31,7 +31,7 @@ struct Sequence : AlignedTarget {
   __device__ __forceinline__ R* row(int64_t t) const { return static_cast<R*>(a.rows) + t * a.batch + n; }
   __device__ __forceinline__ R x(int64_t t, int64_t k) const {
     if (!in_range(k)) return R(NAN);
-    return widen(static_cast<const T*>(a.input)[(t * a.batch + n) * classes + k]);
+    return widen(static_cast<const T*>(a.input)[t * a.input_strides[0] + n * a.input_strides[1] + k]);
   }
   __device__ __forceinline__ R y(int64_t t, int64_t s) const { return x(t, label(s)) - *row(t); }
   __device__ __forceinline__ R its_likelihood() const {
@@ -163,13 +163,11 @@ __global__ void __launch_bounds__(kRowThreads) gradient_kernel(AlignmentArgs a) 
   using R = acc_t<T>;
   const int64_t row = blockIdx.x, t = row / a.batch;
   const Sequence<T> q(a, row % a.batch);
-  T* const out = static_cast<T*>(a.gradient) + row * a.classes;
+  T* const out = static_cast<T*>(a.gradient) + t * a.gradient_strides[0] + q.n * a.gradient_strides[1];
   const bool none = q.its_likelihood() == -R(INFINITY), counts = t < q.steps && !(none && a.zero_infinity);
   const R g = none ? R(NAN) : static_cast<const R*>(a.upstream)[q.n];
   const R z = a.from_logits ? *q.row(a.steps + t) : R(0);
-  const auto p = [&](int64_t k) {
-    return a.from_logits ? exp(R(widen(static_cast<const T*>(a.input)[row * a.classes + k])) - z) : R(0);
-  };
+  const auto p = [&](int64_t k) { return a.from_logits ? exp(q.x(t, k) - z) : R(0); };
   for (int64_t k = threadIdx.x; k < a.classes; k += kRowThreads) out[k] = narrow<T>(counts ? g * p(k) : R(0));
   const R* const posterior = q.posterior(counts ? t : 0);
   R blank = 0;
