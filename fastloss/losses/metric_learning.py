@@ -312,11 +312,10 @@ def _labelled_rows(embeddings: Tensor, labels: Tensor, distance: str) -> tuple[T
 
 
 def _centred(x: Tensor) -> Tensor:
-    """Return the rows less their mean, in the accumulation type: products of an offset would hide their distances."""
-    acc_dtype = accumulation_dtype(x.dtype)
+    """Return the rows less their mean: products of an offset would hide their distances."""
     x = x.detach()
-    mean = x.mean(0, dtype=torch.float64).to(acc_dtype)
-    return x.to(acc_dtype) - torch.where(mean.isfinite(), mean, 0.0)
+    mean = x.mean(0, dtype=torch.float64).to(x.dtype)
+    return x - torch.where(mean.isfinite(), mean, 0.0)
 
 
 def batch_hard_triplet_loss(
@@ -352,6 +351,7 @@ def batch_hard_triplet_loss(
     """
     check_reduction(reduction)
     x, labels, dtype = _labelled_rows(embeddings, labels, distance)
+    x = x.to(accumulation_dtype(x.dtype))
     positive, negative = _hardest.indices(_centred(x), labels).unbind(0)
     counts = (positive >= 0) & (negative >= 0)
 

@@ -115,7 +115,7 @@ def dpo_loss(
         formula = select("loss_type", kind, FORMULA)
         inputs: tuple[Any, Any, Any, Any] = pc, pr, rc, rr
         if kind == "sft" and n is not None:
-            inputs = pc * n.numel() / n.sum().clamp(min=1), pr, rc, rr
+            inputs = pc * n.numel() / n.sum().clamp(min=1).expand(n.shape), pr, rc, rr
         elif kind in ("ipo", "sigmoid_norm") and n is not None:
             inputs = pc / n.clamp(min=1), pr / m.clamp(min=1), rc / n.clamp(min=1), rr / m.clamp(min=1)
         elif kind == "aot":
