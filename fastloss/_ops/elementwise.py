@@ -68,6 +68,8 @@ def _whole(formula: Callable[..., Tensor], inputs: int, named: abi.Hparams) -> C
             if t.dtype == torch.int64:
                 counted = (t != ignore_index).unsqueeze(-1).expand(shape)
                 t = (t.unsqueeze(-1) == torch.arange(shape[-1], device=t.device)).to(first.dtype)
+            if weight is not None and t.dtype != torch.bool:
+                t = torch.where(weight != 0, t, 0.5)  # what stands at a weight of 0 has no derivative
             columns.append(t)
         loss = formula(*columns, **named.unpack(hparams))
         if weight is not None:

@@ -25,7 +25,7 @@ _TYPES = {
 
 
 def _length(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
-    return 1.0 + draw.index(9, *shape)
+    return 1.0 * draw.index(9, *shape)  # 0 among them
 
 
 def _labels(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:

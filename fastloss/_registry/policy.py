@@ -41,7 +41,16 @@ _DIVERGENCES = {
     for name in KL_TYPES
     if name != "none"
 }
-_WEIGHTS = {"mask": lambda d, s: d.index(3, *s).to(d.dtype)}
+
+
+def _weights(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
+    weights = draw.index(3, *shape).to(draw.dtype)
+    if len(shape) > 1:
+        weights[-1] = 0  # a completion without tokens
+    return weights
+
+
+_WEIGHTS = {"mask": _weights}
 _AGGREGATIONS = {name: {"loss_agg_mode": name, **_WEIGHTS} for name in AGGREGATIONS}
 
 register(

@@ -274,7 +274,8 @@ def contrastive_loss(
     square = pair_sums(a, b)[0][3]
     apart = torch.relu(check_number("margin", margin) - _length(square)).square()
     y = label.to(square.dtype)
-    return reduced(0.5 * ((1 - y) * square + y * apart), reduction, dtype)
+    alike = ((1 - y) * square).masked_fill(y == 1, 0.0)  # of distant pairs the square is infinite
+    return reduced(0.5 * (alike + y * apart), reduction, dtype)
 
 
 def kelp_ranking_loss(
@@ -350,6 +351,13 @@ def _labelled_rows(embeddings: Tensor, labels: Tensor, distance: str) -> tuple[T
     return x, labels.long(), dtype
 
 
+def _centred(x: Tensor) -> Tensor:
+    """Return the rows less their mean: products of an offset would hide their distances."""
+    x = x.detach()
+    mean = x.mean(0, dtype=torch.float64).to(x.dtype)
+    return x - torch.where(mean.isfinite(), mean, 0.0)
+
+
 def batch_hard_triplet_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -361,9 +369,9 @@ def batch_hard_triplet_loss(
     r"""Compute the triplet loss of each row with the farthest row of its class and the nearest of another.
 
     With these two distances :math:`d_p` and :math:`d_n` a row has :math:`\max(0, d_p - d_n + m)`, or without a margin
-    :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the similarity matrix, which is not stored;
-    their distances are then computed from differences. A row without a positive or without a negative has 0 and does
-    not count in the mean.
+    :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the similarity matrix of the rows less their
+    mean, which is not stored; their distances are then computed from differences. A row without a positive or without a
+    negative has 0 and does not count in the mean.
 
     Args:
         embeddings: shape `(B, D)`; float32, float64, bfloat16 or float16.
@@ -383,7 +391,8 @@ def batch_hard_triplet_loss(
     """
     check_reduction(reduction)
     x, labels, dtype = _labelled_rows(embeddings, labels, distance)
-    positive, negative = _hardest.indices(x.detach(), labels).unbind(0)
+    x = x.to(accumulation_dtype(x.dtype))
+    positive, negative = _hardest.indices(_centred(x), labels).unbind(0)
     counts = (positive >= 0) & (negative >= 0)
 
     def distance_from(square: Tensor) -> Tensor:
@@ -392,7 +401,8 @@ def batch_hard_triplet_loss(
         return square if distance == "squared" else _length(square)
 
     others = (x[i.clamp_min(0)] for i in (positive, negative))
-    positive_distance, negative_distance = (distance_from(sums[3]) for sums in pair_sums(x, *others))
+    squares = (sums[3].masked_fill(~counts, 0.0) for sums in pair_sums(x, *others))
+    positive_distance, negative_distance = (distance_from(square) for square in squares)
     gap = (positive_distance - negative_distance).masked_fill(~counts, -torch.inf)
     loss = F.softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
     if reduction == "none":

@@ -102,7 +102,7 @@ def contrastive_loss(
     square = (input1 - input2).square().sum(1)
     apart = torch.relu(margin - length(square)).square()
     y = label.to(square.dtype)
-    return reduced(0.5 * ((1 - y) * square + y * apart), reduction)
+    return reduced(0.5 * (torch.where(y == 1, 0.0, (1 - y) * square) + y * apart), reduction)
 
 
 def kelp_ranking_loss(

@@ -66,6 +66,8 @@ def bradley_terry_loss(
 ) -> Tensor:
     """Compute `fastloss.functional.bradley_terry_loss`."""
     shift: Any = 0.0 if margin is None else margin
+    if weight is not None:  # what stands at a weight of 0 has no derivative
+        chosen, rejected, shift = (torch.where(weight != 0, x, 0) for x in (chosen, rejected, shift))
     loss = bradley_terry_element(chosen, rejected, shift, label_smoothing, center_coefficient)
     if weight is not None:
         loss = torch.where(weight != 0, weight * loss, 0.0)
