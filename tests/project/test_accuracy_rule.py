@@ -34,7 +34,6 @@ def entry(reference: Callable[..., Tensor], *wrt: str) -> Loss:
         shapes=((ROWS, CLASSES),),
         bench_shape=(ROWS, CLASSES),
         traffic=lambda shape, itemsize, backward: 0,
-        forward_arguments=(),
     )
 
 
