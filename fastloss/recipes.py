@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._ops.checks import check_number, check_reduction
+from fastloss._ops.exponentials import softplus
 from fastloss._ops.groups import Groups
 from fastloss.losses.elementwise import huber_loss, mse_loss
 from fastloss.losses.policy import policy_loss, value_loss
@@ -79,7 +80,7 @@ def cringe_loss(
     positive = logits.gather(-1, classes.gather(-1, drawn)) if p.numel() else logits.gather(-1, label)
     if detach_positive:
         positive = positive.detach()
-    loss = torch.where(valid, F.softplus(logits.gather(-1, label) - positive).squeeze(-1), 0.0)
+    loss = torch.where(valid, softplus(logits.gather(-1, label) - positive).squeeze(-1), 0.0)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
