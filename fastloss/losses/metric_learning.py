@@ -22,6 +22,7 @@ from fastloss._ops.checks import (
     real_number,
 )
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.exponentials import softplus
 from fastloss._ops.similarity_losses import HardestOp
 
 __all__ = [
@@ -404,7 +405,7 @@ def batch_hard_triplet_loss(
     squares = (sums[3].masked_fill(~counts, 0.0) for sums in pair_sums(x, *others))
     positive_distance, negative_distance = (distance_from(square) for square in squares)
     gap = (positive_distance - negative_distance).masked_fill(~counts, -torch.inf)
-    loss = F.softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
+    loss = softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
     if reduction == "none":
         return loss.to(dtype)
     return (loss.sum() / (counts.sum().clamp_min(1) if reduction == "mean" else 1)).to(dtype)

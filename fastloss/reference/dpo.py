@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.options import reduced, select
+from fastloss.reference.options import reduced, select, softplus, weighed
 from fastloss.reference.token_statistics import linear_token_stats
 
 __all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
@@ -21,10 +20,6 @@ FORMULA = {
     "sppo_hard": "sppo_hard", "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sft": "sft",
 }  # fmt: skip
 """The types, and the formula of a pair of each."""
-
-
-def softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=1e9)
 
 
 def divergence_map(x: Tensor, divergence: str, alpha: float, top: float) -> Tensor:
@@ -50,7 +45,7 @@ def dpo_element(pc, pr, rc, rr, type, beta, label_smoothing, divergence, alpha, 
 
     def exo_pair() -> Tensor:
         kept, flipped = math.log1p(-smoothing), math.log(smoothing)
-        return torch.sigmoid(u) * (-win - kept) + torch.sigmoid(-u) * (-lose - flipped)
+        return weighed(torch.sigmoid(u), -win - kept) + weighed(torch.sigmoid(-u), -lose - flipped)
 
     def discopop() -> Tensor:
         # e^-u sigmoid(u / tau), of which for u < 0 neither factor may stand alone
@@ -62,12 +57,12 @@ def dpo_element(pc, pr, rc, rr, type, beta, label_smoothing, divergence, alpha, 
         return win * torch.sigmoid(-u / tau) + tail
 
     formula = select("loss_type", type, {
-        "sigmoid": lambda: (1 - smoothing) * win + smoothing * lose,
+        "sigmoid": lambda: weighed(1 - smoothing, win) + weighed(smoothing, lose),
         "hinge": lambda: torch.relu(1 - u),
         "ipo": lambda: (c - r - 1 / (2 * beta)).square(),
         "exo_pair": exo_pair,
         "nca_pair": lambda: softplus(-beta * c) + 0.5 * softplus(beta * c) + 0.5 * softplus(beta * r),
-        "robust": lambda: ((1 - smoothing) * win - smoothing * lose) / (1 - 2 * smoothing),
+        "robust": lambda: (weighed(1 - smoothing, win) - weighed(smoothing, lose)) / (1 - 2 * smoothing),
         "bco_pair": lambda: softplus(-beta * c) + softplus(beta * r),
         "sppo_hard": lambda: (c - 0.5 / beta).square() + (r + 0.5 / beta).square(),
         "apo_zero": lambda: torch.sigmoid(-beta * c) + torch.sigmoid(beta * r),

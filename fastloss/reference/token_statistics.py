@@ -40,12 +40,12 @@ def token_stats(
 ) -> TokenStats:
     """Compute `fastloss.functional.token_stats`."""
     z = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
     counts = None if mask is None else mask != 0
     if counts is not None:
         z = torch.where(counts.unsqueeze(-1), z, 0.0)
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
 
     def kept(v: Tensor) -> Tensor:
         return (
