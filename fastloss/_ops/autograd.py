@@ -550,6 +550,6 @@ def _eager_function(op: Differentiable) -> Any:
         return (*op.gradients(ctx.plan, grads, saved[:n], saved[n:], ctx.options, needed), *none[n:])
 
     # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not
-    Forward.direct = super(Function, Forward).apply
+    Forward.direct = super(Function, Forward).apply  # type: ignore[attr-defined]
     Forward.__name__ = Forward.__qualname__ = f"{op.name}_function"
     return Forward

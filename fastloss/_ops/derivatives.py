@@ -52,7 +52,7 @@ def has_tangent(tensors: Sequence[Any]) -> bool:
     Asked of the tensors, because code that torch.compile made opens a level unknown to `torch.autograd.forward_ad`.
     """
     floating = (t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
-    return any(torch._VF._unpack_dual(t, 0)[1] is not None for t in floating)  # type: ignore[attr-defined]
+    return any(torch._VF._unpack_dual(t, 0)[1] is not None for t in floating)
 
 
 def _alias(t: Tensor) -> Tensor:
@@ -164,30 +164,30 @@ def _forward_function(op: Op) -> type[Function]:
     class Forward(Function):
         @staticmethod
         def forward(ctx, *args):
-            *args, operator, keyset = args
-            results = _below(operator, keyset, args)
+            *inputs, operator, keyset = args
+            results = _below(operator, keyset, inputs)
             outs = as_tuple(results)
             if len(outs) > outputs:
                 ctx.mark_non_differentiable(*outs[outputs:])
             ctx.set_materialize_grads(False)  # else autograd fills zeros of the size of every other result
-            ctx.options = op.options_of(args)
+            ctx.options = op.options_of(inputs)
             ctx.like = [(o.shape, o.dtype, o.device) for o in outs[:outputs]]
-            ctx.save_for_backward(*args[:n], *outs[outputs:][: op.saved])
+            ctx.save_for_backward(*inputs[:n], *outs[outputs:][: op.saved])
             return results
 
         @staticmethod
         def backward(ctx, *grads):
             none = (None,) * len(ctx.needs_input_grad)
-            grads = grads[:outputs]
-            if all(g is None for g in grads):
+            upstream = list(grads[:outputs])
+            if all(g is None for g in upstream):
                 return none
             if not op.takes_no_grad:
-                grads = [
+                upstream = [
                     torch.zeros(shape, dtype=dtype, device=device) if g is None else g
-                    for g, (shape, dtype, device) in zip(grads, ctx.like, strict=True)
+                    for g, (shape, dtype, device) in zip(upstream, ctx.like, strict=True)
                 ]
             saved = ctx.saved_tensors
-            found = backward(op, grads, saved[:n], saved[n:], ctx.options, ctx.needs_input_grad[:n])
+            found = backward(op, upstream, saved[:n], saved[n:], ctx.options, ctx.needs_input_grad[:n])
             return (*found, *none[n:])
 
     Forward.__name__ = Forward.__qualname__ = f"{op.name}_forward"
@@ -203,10 +203,10 @@ def _backward_function(op: Op) -> type[Function]:
     class Backward(Function):
         @staticmethod
         def forward(ctx, *args):
-            *args, ctx.options, operator, keyset = args
+            *inputs, ctx.options, operator, keyset = args
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*args[:free])
-            return _below(operator, keyset, args)
+            ctx.save_for_backward(*inputs[:free])
+            return _below(operator, keyset, inputs)
 
         @staticmethod
         def backward(ctx, *upstream):

@@ -38,15 +38,14 @@ def count(name: str, formula: Callable[..., int]) -> None:
 def count_passes(op: PythonOp) -> None:
     """Register the formulas of both passes of an operator, from its `flops`."""
     tensors, outputs, wrt = op.tensors, op.outputs, op.wrt
-    precomputed = isinstance(op, PrecomputedOp)
 
     def forward(*args: Any) -> int:
-        needed = _of_mask(args[-1], tensors) if precomputed else ()
+        needed = _of_mask(args[-1], tensors) if isinstance(op, PrecomputedOp) else ()
         return op.flops(_shapes(args[:tensors]), needed if any(needed) else ())
 
     def backward(*args: Any) -> int:
         inputs = args[outputs : outputs + tensors]
-        if precomputed and op.is_precomputed(inputs, *args[outputs + tensors :]):
+        if isinstance(op, PrecomputedOp) and op.is_precomputed(inputs, *args[outputs + tensors :]):
             return 0
         needed = _of_mask(args[-1], tensors) if op.masked else [i in wrt for i in range(tensors)]
         return op.flops(_shapes(inputs), needed)
