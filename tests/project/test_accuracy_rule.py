@@ -247,7 +247,7 @@ def test_what_rounds_at_random():
 
 @pytest.mark.parametrize("name", ["sum", "mm"])
 def test_a_chain_rounds_every_sum_so_far(name):
-    """Of n ones the k-th addition is off by up to k units: a variance of n^3 / 9 square units, n^2 of the result's."""
+    """Of n ones the k-th addition is off by up to k units: together a variance of n^3 / 9 units, relatively n / 9."""
     ones, unit = torch.ones(1, 1000, dtype=torch.float64), 2.0**-40
     moved = {(): [], (name,): []}
     for chains, errors in moved.items():
