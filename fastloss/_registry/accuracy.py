@@ -37,9 +37,10 @@ refused 4 times in a million. Of 8 draws the largest is below 1 deviation in one
 times as many refusals by chance.
 
 That a sum rounds each term once holds where it is made in short chains, pairwise, or in a wider type, as float32 sums
-are and have to be. For float64 there is no wider type. There a sum may also be one chain from its first to its last
-term, each addition of which rounds the sum so far: term i is off by the sum of the d of all additions from the i-th on.
-And `exact` is rounded as well, by as much: the distance of the two is held to twice the noise, by the triangle
+are and have to be. A product of matrices adds in its own type, one term after the other, and so may any sum in float64,
+which has no wider type. Of such a chain each addition rounds the sum so far: term i is off by the sum of the d of all
+additions from the i-th on. (Products of half-precision matrices add in float32, where a chain does not show.) In
+float64 `exact` is rounded as well, by as much: the distance of the two is held to twice the noise, by the triangle
 inequality.
 
 The working precision is float32, in which half-precision dtypes are computed before they are rounded once; float64 for
@@ -53,7 +54,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -208,13 +209,18 @@ _EXACT = frozenset({
 # fmt: on
 
 
+_SUMS = ("sum", "mean")
+_PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmv": 1, "baddbmm": 1}
+"""Products of matrices, and which argument is the first matrix."""
+
+
 class RandomRounding(TorchDispatchMode):
     """Multiplies results of operations, and inputs of reductions and GEMMs, by 1 + d, d uniform in [-unit, unit].
 
-    With `chains`, a sum is made from its first to its last term, and each addition rounds.
+    Operations named in `chains` add from their first to their last term, and each addition rounds.
     """
 
-    def __init__(self, unit: float, seed: int, chains: bool = False) -> None:
+    def __init__(self, unit: float, seed: int, chains: Container[str] = ()) -> None:
         super().__init__()
         self.unit, self.generator, self.chains = unit, torch.Generator().manual_seed(seed), chains
 
@@ -243,8 +249,11 @@ class RandomRounding(TorchDispatchMode):
         if op.is_view or name in _EXACT:
             return op(*args, **kwargs)
         in_place = op._schema.is_mutable
-        if self.chains and name in ("sum", "mean") and is_float(args[0]) and args[0].dim():
+        if name in _SUMS and name in self.chains and is_float(args[0]) and args[0].dim():
             args = (self.chained(args[0], args[1] if len(args) > 1 else None), *args[1:])
+        elif name in _PRODUCTS and name in self.chains:
+            i = _PRODUCTS[name]
+            args = (*tree_map(self.rounded, args[:i]), self.chained(args[i], [-1]), *args[i + 1 :])
         elif torch.Tag.pointwise not in op.tags:
             kept = args[:1] if in_place else ()
             args = kept + tree_map(self.rounded, args[len(kept) :])
@@ -372,8 +381,14 @@ class Yardstick:
             yield self._noise[seed]
 
     def _rounded(self, unit: float, seed: int) -> dict[str, Tensor]:
-        with RandomRounding(unit, seed, chains=self.dtype is torch.float64):
+        with RandomRounding(unit, seed, self._chains()):
             return dict(evaluate(self.loss.reference, self.kwargs, self.wrt, self.upstream).parts())
+
+    def _chains(self) -> tuple[str, ...]:
+        """Return the operations that add one term after the other in the working precision."""
+        if self.dtype is torch.float64:
+            return (*_SUMS, *_PRODUCTS)
+        return tuple(_PRODUCTS) if working_precision(self.loss, self.dtype) is torch.float32 else ()
 
     def allowances(self, quantity: str, rounded_once: bool = False) -> Iterator[float]:
         """Yield increasing allowed errors in addition to the last digits, the cheapest to compute first."""

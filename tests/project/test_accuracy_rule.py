@@ -242,3 +242,18 @@ def test_what_rounds_at_random():
             moved = (z - y).abs().max().item()
             assert (moved > 0) == rounds, name
             assert moved < 40 * unit, name
+
+
+@pytest.mark.parametrize("name", ["sum", "mm"])
+def test_a_chain_rounds_every_sum_so_far(name):
+    """Of n ones the k-th addition is off by up to k units: together a variance of n^3 / 9 units, relatively n / 9."""
+    ones, unit = torch.ones(1, 1000, dtype=torch.float64), 2.0**-40
+    moved = {(): [], (name,): []}
+    for chains, errors in moved.items():
+        for seed in range(100):
+            with RandomRounding(unit, seed, chains):
+                result = ones.sum() if name == "sum" else ones @ ones.mT
+            errors.append((result.item() - 1000) / 1000 / unit)
+    once, chained = (torch.tensor(errors).square().mean().sqrt().item() for errors in moved.values())
+    assert once == pytest.approx(math.sqrt(1 / 3), rel=0.25)
+    assert chained == pytest.approx(math.sqrt(1000 / 9), rel=0.25)
