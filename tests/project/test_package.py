@@ -7,6 +7,8 @@ import inspect
 import itertools
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,6 +71,17 @@ def test_docstring(loss):
     assert re.search(r"[=+∑Σ]|sum_|log", text), f"docstring of {loss.name} states no formula"
     assert re.search(r"torch\.|https?://|arXiv|et al", text), f"docstring of {loss.name} names no source"
     assert inspect.getdoc(module_class(loss)), "the module has no docstring"
+
+
+@pytest.mark.parametrize("name", ["distributed", "recipes"])
+def test_modules_on_demand(name):
+    """`import fastloss` brings them along without importing them."""
+    code = f"import sys, fastloss; before = 'fastloss.{name}' in sys.modules; print(before, fastloss.{name}.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", f"fastloss.{name}"]
+    assert name in dir(fastloss)
+    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
+        fastloss.no_such  # noqa: B018
 
 
 def test_every_public_function_is_registered_and_documented():
