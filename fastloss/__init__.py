@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = ["functional", "memory", "nn", "profile", "reference"]
 __version__ = "0.1.0"
-
 _ON_DEMAND = ("distributed", "recipes")
 
+if not TYPE_CHECKING:  # to a type checker any name would be there
 
-def __getattr__(name: str) -> ModuleType:
-    """Import a module of the package at its first use."""
-    if name in _ON_DEMAND:
-        return importlib.import_module(f"fastloss.{name}")
-    raise AttributeError(f"module 'fastloss' has no attribute {name!r}")
+    def __getattr__(name: str) -> ModuleType:
+        """Import a module of the package at its first use."""
+        if name in _ON_DEMAND:
+            return importlib.import_module(f"fastloss.{name}")
+        raise AttributeError(f"module 'fastloss' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

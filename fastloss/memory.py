@@ -3,6 +3,9 @@
 A page fault costs more than the arithmetic that fills the page. Gradients of a megabyte and more on the CPU therefore
 come from buffers that keep their pages when the tensor dies, like torch's caching allocator on CUDA. The cache is
 limited, by default to a quarter of the machine's memory.
+
+The storage of such a gradient cannot be resized, like that of a tensor from numpy. Code that resizes storages, to shard
+or offload gradients, switches the pool off by `set_limit(0)`: gradients are then torch's own allocations.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def empty_cache() -> None:
 
 
 def set_limit(bytes: int) -> None:
-    """Cache at most `bytes` bytes; 0 disables the pool.
+    """Cache at most `bytes` bytes; with 0 there is no pool, and gradients come from torch's allocator.
 
     Raises:
         ValueError: if `bytes` is negative.

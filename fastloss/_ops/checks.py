@@ -121,15 +121,21 @@ def check_integer(name: str, value: Any) -> int:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}") from None
 
 
+def warn(text: str, frames: int) -> None:
+    """Warn of what torch warns of, in its words, so that filters know it.
+
+    The warning is of the line so many frames up: that which calls the public function. Compiled code does not warn.
+    """
+    if not torch.compiler.is_compiling():
+        warnings.warn(text, stacklevel=frames + 1)
+
+
 def legacy_reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
     """Return the reduction that torch's deprecated arguments stand for, if they are given, with torch's warning."""
     if size_average is None and reduce is None:
         return reduction
     reduction = _reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    warnings.warn(
-        f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.",
-        stacklevel=3,
-    )
+    warn(f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.", 3)
     return reduction
 
 
@@ -239,16 +245,16 @@ def values_visible(t: Tensor) -> bool:
     )
 
 
-def broadcast(input: Tensor, target: Tensor, warn: bool) -> tuple[Tensor, ...]:
-    """Return both in their common shape; with `warn`, warn as torch does if that is not the shape of both."""
+def broadcast(input: Tensor, target: Tensor, warns: bool) -> tuple[Tensor, ...]:
+    """Return both in their common shape; with `warns`, warn as torch does if that is not the shape of both."""
     if input.shape == target.shape:
         return input, target
-    if warn:  # what torch says, so that filters know it, of the line that calls the public function
-        warnings.warn(
+    if warns:
+        warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
             "This will likely lead to incorrect results due to broadcasting. "
             "Please ensure they have the same size.",
-            stacklevel=4,
+            4,
         )
     try:
         return torch.broadcast_tensors(input, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +25,7 @@ from fastloss._ops.checks import (
     promoted,
     real_number,
     values_visible,
+    warn,
 )
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss._ops.elementwise import NO_INDEX, ElementOp
@@ -70,7 +70,7 @@ def _together(
     by_weight: bool = False,
     pos_weight: Tensor | None = None,
     wide: bool = False,
-    warn: bool = True,
+    warns: bool = True,
     integers: Sequence[str] = (),
 ) -> Tensor:
     """Check, broadcast and call; with `by_weight` a mean divides by the sum of the weights.
@@ -84,7 +84,7 @@ def _together(
     for name, t in (("input", input), ("target", target)):
         if not t.is_floating_point() and not (name in integers and dtype.is_floating_point):
             check_floating(name, t)
-    x, y = broadcast(input, target, warn)
+    x, y = broadcast(input, target, warns)
     norm = None
     if weight is not None:
         weight = expanded("weight", weight.to(dtype), x)
@@ -462,18 +462,18 @@ def kl_div(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce, reduction)
-    elif reduction == "mean":  # what torch says, so that filters know it
-        warnings.warn(
+    elif reduction == "mean":
+        warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size."
             "'batchmean' divides only by the batch size, and aligns with the KL div math definition."
             "'mean' will be changed to behave the same as 'batchmean' in the next major release.",
-            stacklevel=2,
+            2,
         )
     check_tensors(input, target=target)
     hparams = _kl_div.pack(log_target=float(log_target))
     if reduction != "batchmean":
-        return _together(_kl_div, input, target, reduction, hparams, warn=False)
-    total = _together(_kl_div, input, target, "sum", hparams, warn=False)
+        return _together(_kl_div, input, target, reduction, hparams, warns=False)
+    total = _together(_kl_div, input, target, "sum", hparams, warns=False)
     return total / input.shape[0] if input.dim() else total
 
 

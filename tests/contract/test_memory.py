@@ -119,6 +119,18 @@ def test_limit(loss):
         memory.set_limit("1 GiB")
 
 
+@one_of_each_driver
+def test_storages_of_torch_where_there_is_no_pool(loss):
+    """Of a pool of 0 bytes a gradient is not: it can be resized, as those do who shard and offload."""
+    memory.set_limit(0)
+    large = gradient(loss)
+    assert memory.stats()["in_use_bytes"] == 0
+    size = large.untyped_storage().size()
+    large.untyped_storage().resize_(0)
+    large.untyped_storage().resize_(size)
+    large.resize_(2 * large.shape[0], *large.shape[1:])
+
+
 @one_of_each_family
 def test_nothing_is_taken_without_gradient(loss, pool):
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, shape=large_shape(loss))

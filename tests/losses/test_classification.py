@@ -192,6 +192,36 @@ def test_extras_out_of_range(option, device):
         cross_entropy(x, t, **{name: value})
 
 
+def test_weight_of_a_single_row(device):
+    """Of the shape of the classes, as the weights of more rows are."""
+    x, target, q = draw((5,), device=device)
+    weight = torch.tensor(0.25, dtype=x.dtype, device=device)
+    for y in (target, q):
+        whole = cross_entropy(x, y)
+        for reduction, factor in (("none", 0.25), ("sum", 0.25), ("mean", 1.0)):
+            got = cross_entropy(x, y, reduction=reduction, sample_weight=weight)
+            torch.testing.assert_close(got, factor * whole)
+    with pytest.raises(ValueError, match=r"sample_weight: expected one number for each row, shape \(\)"):
+        cross_entropy(x, target, sample_weight=torch.ones(5, dtype=x.dtype, device=device))
+
+
+def test_class_out_of_bounds():
+    """The same error, which begins with the class, from a call and from compiled code."""
+    x, target = torch.randn(2, 3), torch.tensor([0, 3])
+    for function in (cross_entropy, torch.compile(cross_entropy, backend="aot_eager")):
+        with pytest.raises(IndexError, match=r"^Target 3 is out of bounds"):
+            function(x, target)
+
+
+def test_classes_in_the_last_dimension(device):
+    """As language models have them: refused, with a hint."""
+    x = torch.zeros(2, 4, 7, device=device)
+    with pytest.raises(
+        RuntimeError, match=r"classes are dimension 1 of the input, as after input.movedim\(-1, 1\)"
+    ):
+        cross_entropy(x, torch.zeros(2, 4, dtype=torch.int64, device=device))
+
+
 def test_extras_are_keyword_only(device):
     x, t, _ = draw((4, 7), device=device)
     with pytest.raises(TypeError):

@@ -96,6 +96,36 @@ def test_a_sequence_does_not_depend_on_the_others(device):
         assert same_bits(grad(one.sum(), x)[0][:, n], slope[:, n])
 
 
+@pytest.mark.parametrize("layout", ["batch first", "every second step", "every second class"])
+def test_input_in_any_layout(layout, device):
+    x, targets, inputs, lengths = speech(12, 4, 7, 3, device=device)
+    wide = torch.zeros(24, 4, 14, dtype=x.dtype, device=device)
+    views = {
+        "batch first": lambda: x.detach().transpose(0, 1).contiguous().transpose(0, 1),
+        "every second step": lambda: wide[::2, :, :7].copy_(x.detach()),
+        "every second class": lambda: wide[:12, :, ::2].copy_(x.detach()),
+    }
+    view = views[layout]().requires_grad_()
+    assert view.stride() != x.stride()
+    slopes = [
+        grad(F.ctc_loss(z, targets, inputs, lengths, reduction="sum", from_logits=True), z)[0]
+        for z in (x, view)
+    ]
+    assert same_bits(*slopes)
+    if layout == "batch first":
+        assert slopes[1].stride() == view.stride(), "no copy for what made the logits"
+
+
+def test_batch_first_logits_are_not_copied():
+    """As models make them; nor are contiguous ones. Seen in what is given back during the call."""
+    x, targets, inputs, lengths = speech(20, 4, 500, 3)
+    for logits in (x.detach(), x.detach().transpose(0, 1).contiguous().transpose(0, 1)):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            F.ctc_loss(logits, targets, inputs, lengths, from_logits=True)
+        sizes = [event.cpu_memory_usage for event in profile.events() if event.name == "[memory]"]
+        assert sizes and max(map(abs, sizes)) < logits.nbytes
+
+
 def test_long_inputs_in_float32(device):
     """No further from the truth than torch's, whose logarithms grow with the loss."""
     steps = 400 if device == "cpu" else 60

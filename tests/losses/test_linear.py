@@ -77,6 +77,33 @@ def test_one_row_without_batch(device):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("kind", ["classes", "probabilities", "wider probabilities"])
+def test_sequences(kind, reduction, device):
+    """Hidden states [B, T, H] are as many rows."""
+    x, w, b, classes = problem(12, device=device, dtype=torch.float32)
+    weight = torch.arange(12.0, device=device)
+    target = classes
+    if kind != "classes":
+        wide = torch.float64 if kind == "wider probabilities" else torch.float32
+        target = torch.rand(12, w.shape[0], device=device).softmax(-1).to(wide)
+    options = {"linear_bias": b, "reduction": reduction, "z_loss": 0.1}
+    rows = linear_cross_entropy(x, w, target, sample_weight=weight, **options)
+    (slope,) = gradients(rows, x)
+    together = [t.detach().view(3, 4, *t.shape[1:]) for t in (x, target, weight)]
+    together[0].requires_grad_()
+    for function in (linear_cross_entropy, reference.linear_cross_entropy):
+        got = function(together[0], w, together[1], sample_weight=together[2], **options)
+        assert got.shape == ((3, 4) if reduction == "none" else ())
+        torch.testing.assert_close(got, rows.view_as(got))
+        torch.testing.assert_close(gradients(got, together[0])[0].view_as(x), slope)
+    for wrong in (classes.view(4, 3), classes):
+        with pytest.raises(RuntimeError, match="target: expected"):
+            linear_cross_entropy(together[0], w, wrong)
+    with pytest.raises(ValueError, match="sample_weight"):
+        linear_cross_entropy(together[0], w, together[1], sample_weight=weight)
+
+
 @beside_torchs
 def test_more_dimensions(device):
     x, _, _, _ = problem(5, 6, device=device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 
 from support import (
     every_loss,
@@ -39,6 +41,17 @@ def test_docstring(loss):
         assert re.search(rf"\b{name}\b", text), f"docstring of {loss.name} does not mention {name}"
     assert re.search(r"[=+∑Σ]|sum_|log", text), f"docstring of {loss.name} states no formula"
     assert re.search(r"torch\.|https?://|arXiv|et al", text), f"docstring of {loss.name} names no source"
+
+
+@pytest.mark.parametrize("name", ["distributed", "recipes"])
+def test_modules_on_demand(name):
+    """`import fastloss` brings them along without importing them."""
+    code = f"import sys, fastloss; before = 'fastloss.{name}' in sys.modules; print(before, fastloss.{name}.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", f"fastloss.{name}"]
+    assert name in dir(fastloss)
+    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
+        fastloss.no_such  # noqa: B018
 
 
 def test_every_public_function_is_registered_and_documented():
