@@ -137,10 +137,11 @@ struct Linear {
         right += P::template packed_bytes<false>(a.features, kDepth);
       }
       if (!a.db) continue;
-      R* const db = static_cast<R*>(a.db) + first;
-      if (!a.add) std::memset(db, 0, count * sizeof(R));
+      double sum[kClassBlock] = {};  // of as many terms as there are rows, which may cancel
       for (int64_t r = 0; r < a.rows; ++r)
-        for (int64_t j = 0; j < count; ++j) db[j] += g[r * a.n + j];
+        for (int64_t j = 0; j < count; ++j) sum[j] += g[r * a.n + j];
+      R* const db = static_cast<R*>(a.db) + first;
+      for (int64_t j = 0; j < count; ++j) db[j] = R(a.add ? sum[j] + db[j] : sum[j]);
     }
   }
 
