@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastloss import functional, memory, nn, reference
+from fastloss._ops import autograd, derivatives
 from fastloss.profiler import profile
 
 if TYPE_CHECKING:
@@ -28,3 +29,6 @@ if not TYPE_CHECKING:  # to a type checker any name would be there
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_DEMAND})
+
+
+derivatives.refuse_others(autograd.LIBRARY)

@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare every loss with its float64 reference")
     check.add_argument("--loss", action="append", metavar="NAME", help="only this loss; may be repeated")
     check.add_argument("--device", action="append", choices=("cpu", "cuda"), help="default: all available")
+    check.add_argument("--seed", type=int, default=0, metavar="N", help="of the inputs; default: 0")
     check.add_argument("--verbose", action="store_true", help="print every comparison")
 
     bench = commands.add_parser("bench", help="compare a loss with eager PyTorch and torch.compile")

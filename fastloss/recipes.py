@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
-from fastloss._ops.checks import check_number, check_reduction
+from fastloss._ops.checks import check_number, check_reduction, check_tensor, check_tensors
+from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.groups import Groups
 from fastloss.losses.elementwise import huber_loss, mse_loss
 from fastloss.losses.policy import policy_loss, value_loss
@@ -30,6 +33,18 @@ __all__ = [
 ]
 
 
+def _places(name: str, ids: Tensor, count: int) -> Tensor:
+    """Return which of the numbers are in [0, count); on the CPU, where it costs nothing, raise for others."""
+    check_tensor(name, ids)
+    if ids.dtype != torch.int64:
+        raise RuntimeError(f"{name}: expected int64, got {ids.dtype}")
+    inside = (ids >= 0) & (ids < count)
+    readable = ids.is_cpu and not torch.compiler.is_compiling() and not is_batchedtensor(ids)
+    if readable and not bool(inside.all()):
+        raise IndexError(f"{name}: expected numbers in [0, {count}), got {ids[~inside][0].item()}")
+    return inside
+
+
 def cringe_loss(
     logits: Tensor,
     negative_labels: Tensor,
@@ -48,7 +63,7 @@ def cringe_loss(
     should be generated, with weight 1.
 
     Args:
-        logits: `[..., V]`, V > `top_k`.
+        logits: `[..., V]`, V > `top_k`; of tokens that do not count anything, even NaN.
         negative_labels: `[...]`, int64.
         top_k: how many logits compete for the positive. Default: 1.
         ignore_index: the label of tokens that do not count. Default: -100.
@@ -58,10 +73,13 @@ def cringe_loss(
 
     Raises:
         ValueError, RuntimeError: for labels of another shape, or a vocabulary that is too small.
+        IndexError: on the CPU for a label out of bounds; on CUDA its loss is NaN.
 
     Source: Adolphs et al., https://arxiv.org/abs/2211.05826, and its code in ParlAI.
     """
     check_reduction(reduction)
+    check_tensor("logits", logits)
+    check_tensors(logits, negative_labels=negative_labels)
     if negative_labels.shape != logits.shape[:-1]:
         raise RuntimeError(
             f"negative_labels: expected shape {tuple(logits.shape[:-1])}, got {tuple(negative_labels.shape)}"
@@ -69,20 +87,28 @@ def cringe_loss(
     if not 1 <= top_k < logits.shape[-1]:
         raise ValueError(f"top_k: expected a number from 1 to {logits.shape[-1] - 1}, got {top_k}")
     valid = negative_labels != ignore_index
-    label = torch.where(valid, negative_labels, 0).unsqueeze(-1)
+    label = torch.where(valid, negative_labels, 0)
+    inside = _places("negative_labels", label, logits.shape[-1])
+    label = torch.where(inside, label, 0).unsqueeze(-1)
     best, classes = logits.detach().topk(top_k + 1, -1)
     # drop the negative label, or else the last: sort it to the end and keep the first top_k
     keep = (classes == label).int().argsort(dim=-1, stable=True)[..., :top_k]
     best, classes = best.gather(-1, keep), classes.gather(-1, keep)
-    p = best.float().softmax(-1).reshape(-1, top_k)
+    acc_dtype = accumulation_dtype(logits.dtype)
+    best = torch.where(valid.unsqueeze(-1), best.to(acc_dtype), 0.0)
+    broken = best.isnan().any(-1) | ~inside
+    top = best.amax(-1, keepdim=True)
+    p = torch.where((best == top) | broken.unsqueeze(-1), 1.0, (best - top).exp()).reshape(-1, top_k)
     drawn = torch.multinomial(p, 1, generator=generator).view(label.shape) if p.numel() else label
-    positive = logits.gather(-1, classes.gather(-1, drawn)) if p.numel() else logits.gather(-1, label)
+    both = logits.gather(-1, torch.cat([label, classes.gather(-1, drawn)], -1))
+    negative, positive = torch.where(valid.unsqueeze(-1), both, 0.0).to(acc_dtype).unbind(-1)
     if detach_positive:
         positive = positive.detach()
-    loss = torch.where(valid, F.softplus(logits.gather(-1, label) - positive).squeeze(-1), 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / valid.sum().clamp(min=1)
+    loss = -F.logsigmoid(positive - negative)
+    loss = torch.where(broken, torch.nan, torch.where(valid, loss, 0.0))
+    if reduction != "none":
+        loss = loss.sum() / (valid.sum().clamp(min=1) if reduction == "mean" else 1)
+    return loss.to(logits.dtype)
 
 
 def cringe_hinge_loss(chosen_log_probs: Tensor, rejected_log_probs: Tensor, margin: float = 1.0) -> Tensor:
@@ -111,12 +137,26 @@ def rog_loss(answer_log_probs: Tensor, path_log_probs: Tensor, path_question: Te
         path_log_probs: `[P]`, of all paths.
         path_question: `[P]`, int64, the question in [0, B) that each path belongs to.
 
+    Raises:
+        RuntimeError, TypeError: for tensors of other shapes and types.
+        IndexError: on the CPU for a question out of bounds; on CUDA the loss is NaN.
+
     Source: Luo et al., https://arxiv.org/abs/2310.01061.
     """
+    check_tensor("answer_log_probs", answer_log_probs)
+    check_tensors(answer_log_probs, path_log_probs=path_log_probs, path_question=path_question)
+    if answer_log_probs.dim() != 1:
+        raise RuntimeError(f"answer_log_probs: expected [B], got {tuple(answer_log_probs.shape)}")
     if path_log_probs.shape != path_question.shape:
-        raise RuntimeError(f"path_question: expected shape {path_log_probs.shape}, got {path_question.shape}")
-    questions = Groups(path_question, answer_log_probs.shape[0])
-    return -(answer_log_probs + questions.sums(path_log_probs) / questions.lengths.clamp(min=1)).mean()
+        raise RuntimeError(
+            f"path_question: expected shape {tuple(path_log_probs.shape)}, got {tuple(path_question.shape)}"
+        )
+    inside = _places("path_question", path_question, answer_log_probs.shape[0])
+    questions = Groups(torch.where(inside, path_question, 0), answer_log_probs.shape[0])
+    dtype = torch.promote_types(answer_log_probs.dtype, path_log_probs.dtype)
+    answers, paths = (x.to(accumulation_dtype(dtype)) for x in (answer_log_probs, path_log_probs))
+    loss = -(answers + questions.sums(paths) / questions.lengths.clamp(min=1)).mean()
+    return torch.where(inside.all(), loss, torch.nan).to(dtype)
 
 
 def deep_rag_imitation_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -231,6 +271,10 @@ def q_learning_loss(
     Source: Mnih et al., Nature 518, 2015; van Hasselt et al., https://arxiv.org/abs/1509.06461.
     """
     check_reduction(reduction)
+    check_tensor("q_values", q_values)
+    check_tensors(
+        q_values, actions=actions, rewards=rewards, next_q_values=next_q_values, terminated=terminated
+    )
     if actions.dtype != torch.int64 or actions.shape != q_values.shape[:-1]:
         raise RuntimeError(
             f"actions: expected int64 {tuple(q_values.shape[:-1])}, got {actions.dtype} {tuple(actions.shape)}"
@@ -246,9 +290,13 @@ def q_learning_loss(
             best = next_q_values.amax(-1)
         else:
             best = next_q_values.gather(-1, next_q_online.argmax(-1, keepdim=True)).squeeze(-1)
-        best = check_number("gamma", gamma, 0.0, 1.0) * best
+        if check_number("gamma", gamma, 0.0, 1.0) == 0:
+            best = torch.zeros_like(best)
+        best = gamma * best
         target = rewards + (best if terminated is None else torch.where(terminated.bool(), 0.0, best))
-    value = q_values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    inside = _places("actions", actions, q_values.shape[-1])
+    value = q_values.gather(-1, torch.where(inside, actions, 0).unsqueeze(-1)).squeeze(-1)
+    value = torch.where(inside, value, torch.nan)
     target = target.to(value.dtype)
     if huber_delta is not None:
         return huber_loss(value, target, reduction=reduction, delta=huber_delta)
@@ -318,14 +366,21 @@ class InitialBalance(torch.nn.Module):
         return main + alpha * auxiliary
 
 
+def _norms(parameters: Iterable[Tensor], order: int) -> Tensor:
+    """Return the norm of each parameter, in the accumulation type of the widest."""
+    given = list(parameters)
+    dtype = reduce(torch.promote_types, (accumulation_dtype(p.dtype) for p in given))
+    return torch.stack(torch._foreach_norm(given, order, dtype=dtype))
+
+
 def l1_regularization(parameters: Iterable[Tensor], strength: float) -> Tensor:
     r"""Compute :math:`\lambda \sum |w|` over all elements of all parameters, in one call.
 
     Args:
-        parameters: such as `model.parameters()`; at least one.
+        parameters: such as `model.parameters()`; at least one. Norms of half types are float32.
         strength: :math:`\lambda`.
     """
-    return check_number("strength", strength) * torch.stack(torch._foreach_norm(list(parameters), 1)).sum()
+    return check_number("strength", strength) * _norms(parameters, 1).sum()
 
 
 def l2_regularization(parameters: Iterable[Tensor], strength: float) -> Tensor:
@@ -334,8 +389,7 @@ def l2_regularization(parameters: Iterable[Tensor], strength: float) -> Tensor:
     For plain SGD equivalent to a weight decay of :math:`2 \lambda`, which costs less; for Adam it is not.
 
     Args:
-        parameters: such as `model.parameters()`; at least one.
+        parameters: such as `model.parameters()`; at least one. Norms of half types are float32.
         strength: :math:`\lambda`.
     """
-    norms = torch.stack(torch._foreach_norm(list(parameters), 2))
-    return check_number("strength", strength) * norms.square().sum()
+    return check_number("strength", strength) * _norms(parameters, 2).square().sum()

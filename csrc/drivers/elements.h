@@ -10,6 +10,7 @@
 //                     for many elements before the next: the steps of one element are a dependency chain
 //                     that out-of-order execution cannot hide
 //   F operator()(const F* v, [const F* t,] F* d [, F& u])    the loss of v; d[i] is its derivative by v[i]
+//   kHalfDerivatives  d[i] is half of it: a mean's 1 / n comes before the 2 of a square, which may overflow
 // F is R, or a vector of R. A d that a call does not use costs nothing. The weight, the upstream gradient,
 // the reduction and what it is divided by are the driver's.
 #pragma once
@@ -28,7 +29,8 @@ enum class Source : int {
   element,       // of the call's dtype
   accumulation,  // of its accumulation type
   flag,          // bool: 0 or 1
-  one_hot,       // from classes [n / inner], int64: 1 where i % inner is the element's class, else 0
+  one_hot,       // from classes [n / inner], int64: 1 where i % inner is the element's class, else 0; the
+                 // background is no class, whichever number it has
   not_ignored,   // from the same classes: 0 where they are ignore_index, else 1
 };
 
@@ -46,7 +48,7 @@ struct ElementArgs {
   ElementInput inputs[kMaxInputs];
   ElementInput weight;                     // an element of weight 0 counts nothing, whatever its inputs are
   ElementInput upstream;                   // gradient of the result; absent: 1
-  int64_t ignore_index, background_index;  // classes that match no column
+  int64_t ignore_index, background_index;  // of one_hot and not_ignored
   const void* norm;         // a reduced loss is divided by it: one number of the accumulation type, or null
   double divisor, scale;    // and by this one; 1 / divisor
   void* out;                // [n] losses, or null where they are reduced
@@ -84,6 +86,13 @@ FL_FN void take_steps(const Loss& loss, const F* v, F* t) {
     t[kFrom] = loss.template step<kFrom>(v, t);
     take_steps<kFrom + 1>(loss, v, t);
   }
+}
+// The gradient of an input from the loss's derivative by it.
+template <class Loss, class F>
+FL_FN F gradient_of(F d, F upstream) {
+  const F dx = d * upstream;
+  if constexpr (requires { Loss::kHalfDerivatives; }) return dx + dx;
+  return dx;
 }
 // The loss of v with its steps t; u of a log-sum.
 template <class Loss, class F>

@@ -40,7 +40,7 @@ struct RowLossDefaults {
   static constexpr bool kSoftcap = false;         // supports cap * tanh(z / cap)
   static constexpr bool kSideStreams = false;     // `w` and `q` are read for every class
   static constexpr bool kGradUsesLogit = false;   // `grad` uses z - m
-  static constexpr bool kProportional = false;    // `grad` is p * coef.p
+  static constexpr bool kProportional = false;    // `grad` is p * coef.p; and the loss, to the class weight
   static constexpr bool kNumberTokens = false;    // losses/number_token.h adds a term to some rows
   static constexpr bool kNormCountsRows = false;  // "mean" counts rows, whatever their class weights
 };
@@ -90,14 +90,16 @@ struct NoSums {
   FL_FN void move(Args...) {}
 };
 
-// -log p and 1 - p of a target with e = exp(d), from the sum over the others.
+// -log p and 1 - p of a target with e = exp(d), from the sum over the others. Of 1 - p powers are taken, which
+// multiply its error: it comes from the smaller of the two sums, whose own error is a small part of it.
 template <class R>
 struct TargetProb {
   R nll, one_minus_p;
 };
 template <class R>
 FL_FN TargetProb<R> target_prob(R others, R e, R d, R log_sum) {
-  return {others < e ? log1p(others / e) : log_sum - d, others / (others + e)};
+  const R total = others + e;
+  return {others < e ? log1p(others / e) : log_sum - d, others < e ? others / total : 1 - e / total};
 }
 
 }  // namespace fastloss::inline FL_ISA

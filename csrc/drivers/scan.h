@@ -4,6 +4,7 @@
 
 #include "../math/dtype.h"
 #include "../math/math.h"
+#include "../math/scaled.h"
 #include "names.h"
 
 namespace fastloss {
@@ -30,18 +31,21 @@ namespace fastloss::inline FL_ISA {
 
 // A loss's recursion is affine in a state (u, w) of which u does not see w:
 //   u' = decay_u u + add_u,   w' = decay_w w + mix u + add_w.
-// Such maps compose, so steps may be taken one by one or joined in a tree.
+// A factor of 0 takes nothing of the state, be it NaN. Such maps compose, so steps may be taken one by one or
+// joined in a tree, where a product of small factors stays greater than 0.
 template <class F>
 struct AffineStep {
   F decay_u, add_u, decay_w, mix, add_w;
   static FL_FN AffineStep identity() { return {F{} + 1, F{}, F{} + 1, F{}, F{}}; }
   FL_FN void apply(F& u, F& w) const {
-    w = decay_w * w + (mix * u + add_w);
-    u = decay_u * u + add_u;
+    w = scaled(decay_w, w) + (scaled(mix, u) + add_w);
+    u = scaled(decay_u, u) + add_u;
   }
   FL_FN AffineStep then(const AffineStep& s) const {  // this first, s after it
-    return {s.decay_u * decay_u, s.decay_u * add_u + s.add_u, s.decay_w * decay_w,
-            s.decay_w * mix + s.mix * decay_u, s.decay_w * add_w + (s.mix * add_u + s.add_w)};
+    return {product_of_factors(s.decay_u, decay_u), scaled(s.decay_u, add_u) + s.add_u,
+            product_of_factors(s.decay_w, decay_w),
+            product_of_factors(s.decay_w, mix) + product_of_factors(s.mix, decay_u),
+            scaled(s.decay_w, add_w) + (scaled(s.mix, add_u) + s.add_w)};
   }
 };
 

@@ -10,7 +10,7 @@
 //
 // A pass is a struct over R, float or double, with the numbers of its sums and maxima, add(x, w, sums, tops)
 // for F, which is R or a vector of it, and finish, which brings the state up to date. A sample of weight 0
-// comes as x = 0.
+// comes as x = 0, which may be far from all that count: what is infinite there is selected away.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -287,21 +287,22 @@ struct Moments {
 
   template <class F>
   FL_FN void add(F x, F w, F* sums, F*) const {
+    const auto counts = w != 0;
     add_weight(w, sums[0], sums[1]);
     if (kind == Aggregate::mean) {
       sums[2] += w * x;
     } else if (kind == Aggregate::soft_ad) {
       const F u = (x - theta) / sigma;
       const SoftSlope<F> r = soft_slope(u);
-      sums[2] += w * (u * r.chord);
-      sums[3] += w * r.slope;
+      sums[2] += select(counts, w * (u * r.chord), F{});
+      sums[3] += select(counts, w * r.slope, F{});
     } else if (kind == Aggregate::tilted) {
       const F d = x - centre;
-      sums[2] += w * (t == 0 ? d : near ? expm1(t * d) : exp(t * d));
+      sums[2] += select(counts, w * (t == 0 ? d : near ? expm1(t * d) : exp(t * d)), F{});
     } else {
-      const F e = select(x <= theta, F{}, x - theta), we = w * e;  // NaN stays
+      const F e = select(x <= theta, F{}, x - theta), we = select(counts, w * e, F{});  // NaN stays
       sums[2] += we;
-      sums[3] += we * e;
+      sums[3] += select(counts, we * e, F{});
       add_weight(select(x > theta, w, F{}), sums[4], sums[5]);
       add_weight(select(x == theta, w, F{}), sums[6], sums[7]);
     }
@@ -388,7 +389,7 @@ struct Spread {
 
   template <class F>
   FL_FN void add(F x, F w, F* sums, F*) const {
-    const F d = select(x >= theta, (x - centre) * inverse, F{}), wd = w * d;
+    const F d = select((x >= theta) & (w != 0), (x - centre) * inverse, F{}), wd = w * d;
     sums[0] += wd;
     sums[1] += wd * d;
   }

@@ -48,7 +48,7 @@ struct CrossEntropy : RowLossDefaults {
     FL_FN void add(F, F d, F w, F q, const CrossEntropy& l) {
       const F y_ = alone(w, alone(fill<F>(1 - l.smoothing), q) + l.per_class);
       y += y_;
-      yd += y_ * d;
+      yd += select(y_ == 0, F{}, y_ * d);  // d is -infinity of a logit of -infinity
     }
     FL_FN void move(F shift, F, F) { yd += shift * y; }
   };
@@ -68,6 +68,7 @@ struct CrossEntropy : RowLossDefaults {
       loss += sums.y * row.log_sum - sums.yd;
       row.saved[1] = sums.y;
     }
+    if (z_loss == 0) return loss;
     const R lse = row.m + row.log_sum;
     return loss + t.weight * z_loss * lse * lse;
   }
@@ -76,19 +77,23 @@ struct CrossEntropy : RowLossDefaults {
     R p, y, hard;               // d/dz_j = p softmax_j - y w_j (...) - hard [j is the target]
     R dense_coef, one_minus_p;  // p without the hard target's share; 1 - softmax of the target
   };
+  // An infinite g meets only terms that are there: a mixed-precision step is skipped for what torch skips it.
   FL_FN GradCoef grad_coef(const RowState<R>& row, const Target<R>& t, R g) const {
     GradCoef c{};
-    c.hard = t.hard ? g * t.weight * (1 - smoothing) : 0;
-    c.one_minus_p = t.hard ? row.saved[0] : 0;
-    c.dense_coef = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
+    if (t.hard) {
+      c.hard = g * t.weight * (1 - smoothing);
+      c.one_minus_p = row.saved[0];
+    }
+    if (z_loss != 0) c.dense_coef = g * t.weight * 2 * z_loss * (row.m + row.log_sum);
     if constexpr (kTargets == kSmooth) {
       c.dense_coef += product(g, smoothing);
       c.y = product(g, per_class);
     }
-    if constexpr (kTargets == kSoft) {
-      c.dense_coef += product(g, row.saved[1]);
-      c.y = g;
-    }
+    if constexpr (kTargets == kSoft)
+      if (!t.hard || smoothing != 0) {
+        c.dense_coef += product(g, row.saved[1]);
+        c.y = g;
+      }
     c.p = c.hard + c.dense_coef;
     return c;
   }
@@ -121,9 +126,10 @@ struct CrossEntropyNumbers : CrossEntropy<R, kHard> {
   FL_FN CrossEntropyNumbers(const double* hparams, int64_t n)
       : Base(hparams, n), number_tokens(hparams[H::squared] != 0, hparams[H::reweigh] != 0) {}
 
-  static FL_FN void add(typename Base::GradCoef& c, R more) {
-    c.dense_coef += more;
-    c.p += more;
+  static FL_FN void add(typename Base::GradCoef& c, R g, R dense_coef) {
+    if (dense_coef == 0) return;  // g may be infinite
+    c.dense_coef += g * dense_coef;
+    c.p += g * dense_coef;
   }
 };
 

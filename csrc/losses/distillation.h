@@ -7,6 +7,10 @@
 // and B = sum q v, the loss is a sum of weighted A and B, and its derivatives by the logits are weighted p (u
 // - A) and q (v - B). A mixture is no sum of terms in exp(z - maximum), so that the normalisers come first:
 // two sweeps over a row in cache, and a third for the gradients.
+//
+// A is that u of the teacher's most probable class plus the rest, sum p (u - u of that class), which is small
+// where that class has nearly all the probability: then the derivatives, differences of u and A, are small
+// too, and keep their precision. So is B with the student's.
 #pragma once
 #include "../drivers/rows.h"
 #include "../math/math.h"
@@ -17,7 +21,8 @@ struct DivergenceArgs {
   RowArgs rows;  // x, dx: the student's logits; q: the teacher's; state: kDivergenceState numbers a row
   void* dq;      // [rows, n], contiguous, or null; so is rows.dx
 };
-inline constexpr int64_t kDivergenceState = 7;  // maximum, sum of student and teacher; A, B; row weight
+// maximum, sum of student and teacher; u and v of their most probable classes, the rest of A and B; row weight
+inline constexpr int64_t kDivergenceState = 9;
 
 }  // namespace fastloss
 
@@ -68,20 +73,22 @@ struct LogitDivergence {
   static FL_FN F weighed(F p, F u) {
     return select(p == 0, F{}, p * u);
   }
+  // A log-ratio that others are relative to.
+  static FL_FN R finite(R u) { return abs(u) < R(INFINITY) ? u : 0; }
   FL_FN R loss(R a, R b) const {
     if constexpr (kKind == kForward) return a;
     if constexpr (kKind == kReverse) return b;
     return beta * a + (1 - beta) * b;
   }
   template <class F>
-  FL_FN F by_student(F p, F q, F v, R b, R g) const {
+  FL_FN F by_student(F p, F q, F v, R top_v, R rest, R g) const {
     if constexpr (kKind == kForward) return (q - p) * g;
-    return weighed(q, v - b) * (kKind == kMixture ? (1 - beta) * g : g);
+    return weighed(q, (v - top_v) - rest) * (kKind == kMixture ? (1 - beta) * g : g);
   }
   template <class F>
-  FL_FN F by_teacher(F p, F q, F u, R a, R g) const {
+  FL_FN F by_teacher(F p, F q, F u, R top_u, R rest, R g) const {
     if constexpr (kKind == kReverse) return (p - q) * g;
-    return weighed(p, u - a) * (kKind == kMixture ? beta * g : g);
+    return weighed(p, (u - top_u) - rest) * (kKind == kMixture ? beta * g : g);
   }
 };
 

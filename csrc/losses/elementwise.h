@@ -21,6 +21,11 @@ FL_FN Logistic<F> logistic(F x) {
   const F e = exp_down(-abs(x));
   return logistic(x, e, log1p_of_exp(e));
 }
+// w x; where w is 0 also of an infinite x, whose limit it is. A NaN in x has to show elsewhere.
+template <class F>
+FL_FN F weighed(F w, F x) {
+  return select(w == 0, F{}, w * x);
+}
 // The steps of a loss whose first input is a logit.
 struct OfLogit {
   static constexpr int kSteps = 2;
@@ -30,6 +35,12 @@ struct OfLogit {
     return log1p_of_exp(t[0]);
   }
 };
+
+// The binary cross-entropy of logit x with the weights `yes` and `no` of the classes, without log(1 + e^-|x|).
+template <class F>
+FL_FN F linear_part(F x, F yes, F no) {
+  return weighed(select(x >= 0, no, yes), abs(x));
+}
 
 // a (1 - p_t)^gamma ce, where ce is the binary cross-entropy of logit x and target y in [0, 1], p_t = p y +
 // (1 - p)(1 - y) and a = alpha y + (1 - alpha)(1 - y), or 1 if alpha < 0.
@@ -56,25 +67,31 @@ struct SigmoidFocal : OfLogit {
   FL_FN F operator()(const F* v, const F* t, F* d) const {
     const F x = v[0], y = v[1], no = 1 - y;
     const Logistic<F> s = logistic(x, t[0], t[1]);
-    const F ce = s.l + (y * max(-x, F{}) + no * max(x, F{}));
-    const F m = s.p * no + s.q * y;  // 1 - p_t
-    F power, slope;                  // m^gamma, and ce times its derivative by m
+    const F ce = s.l + linear_part(x, y, no);
+    const F m = s.p * no + s.q * y;    // 1 - p_t
+    const F bend = s.p * s.q;          // the derivative of p
+    const F bent = weighed(bend, ce);  // 0 at infinity
+    F power, slope, by_m;  // m^gamma, and its derivative by m: times ce, and times ce and that of p
     if constexpr (kPower == 0) {
       power = F{} + 1;
-      slope = F{};
+      slope = by_m = F{};
     } else if constexpr (kPower == 2) {
       power = m;
       slope = ce;
+      by_m = bent;
     } else if constexpr (kPower == 3) {
       power = m * m;
       slope = 2 * m * ce;
+      by_m = 2 * m * bent;
     } else {  // as m -> 0, ce / m -> 1 where m^(gamma - 1) may not be finite
       power = kPower == 1 ? sqrt(m) : exp(gamma * log(m));
       slope = select(m > 0, gamma * power * (ce / m), F{});
+      by_m = weighed(bend, slope);
     }
     const F a = of_one * y + of_zero * no;
-    d[0] = a * (power * (s.p * no - s.q * y) + slope * (s.p * s.q) * (no - y));
-    d[1] = (of_one - of_zero) * (power * ce) + a * (slope * (s.q - s.p) - power * x);
+    d[0] = a * (power * (s.p * no - s.q * y) + by_m * (no - y));
+    d[1] = a * (slope * (s.q - s.p) - weighed(power, x));
+    if (of_one != of_zero) d[1] += (of_one - of_zero) * (power * ce);
     return a * (power * ce);
   }
 };
@@ -95,12 +112,13 @@ struct Regression {
 
 template <class R, int>
 struct SquaredError : Regression {
+  static constexpr bool kHalfDerivatives = true;
   FL_FN explicit SquaredError(const double*) {}
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
     const F e = v[0] - v[1];
-    d[0] = e + e;
-    d[1] = -d[0];
+    d[0] = e;
+    d[1] = -e;
     return e * e;
   }
 };
@@ -125,11 +143,11 @@ struct SmoothAbsoluteError : Regression {
   FL_FN explicit SmoothAbsoluteError(const double* hparams) : beta(R(hparams[H::beta])) {}
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
-    const F e = v[0] - v[1], size = abs(e);
+    const F e = v[0] - v[1], size = abs(e), slope = e / beta;
     const auto near = size < beta;
-    d[0] = select(near, e / beta, sign(e));
+    d[0] = select(near, slope, sign(e));
     d[1] = -d[0];
-    return select(near, R(0.5) * e * e / beta, size - R(0.5) * beta);
+    return select(near, R(0.5) * e * slope, size - R(0.5) * beta);
   }
 };
 
@@ -189,7 +207,7 @@ struct BinaryCrossEntropy : Regression {
   }
 };
 
-// The same of a logit x: y max(-x, 0) + (1 - y) max(x, 0) + log(1 + e^-|x|).
+// The same of a logit x.
 template <class R, int>
 struct BinaryCrossEntropyWithLogits : Regression, OfLogit {
   static constexpr int kSteps = 1;
@@ -202,7 +220,7 @@ struct BinaryCrossEntropyWithLogits : Regression, OfLogit {
     const F big = sigmoid_of_exp(u), small = u * big;
     d[0] = no * select(x >= 0, big, small) - y * select(x >= 0, small, big);
     d[1] = -x;
-    return y * max(-x, F{}) + no * max(x, F{});
+    return linear_part(x, y, no);
   }
 };
 
@@ -213,11 +231,11 @@ struct WeightedBinaryCrossEntropyWithLogits : Regression, OfLogit {
   FL_FN explicit WeightedBinaryCrossEntropyWithLogits(const double*) {}
   template <class F>
   FL_FN F operator()(const F* v, const F* t, F* d) const {
-    const F x = v[0], w = v[2], yes = v[1] * w, no = 1 - v[1], up = max(x, F{}), down = max(-x, F{});
+    const F x = v[0], w = v[2], yes = v[1] * w, no = 1 - v[1];
     const Logistic<F> s = logistic(x, t[0], t[1]);
     d[0] = no * s.p - yes * s.q;
-    d[1] = (w * down - up) + (w - 1) * s.l;
-    return (yes * down + no * up) + (yes + no) * s.l;
+    d[1] = linear_part(x, w, F{} - 1) + (w - 1) * s.l;
+    return linear_part(x, yes, no) + (yes + no) * s.l;
   }
 };
 
@@ -235,7 +253,8 @@ struct Hinge : Regression {
   }
 };
 
-// q (log q - x) of a log-probability x, for the target q, or log q (variant 1).
+// q (log q - x) of a log-probability x, for the target q, or log q (variant 1). A class that neither
+// distribution has, or whose q tends to 0 for an infinite log q, adds nothing.
 template <class R, int kLogTarget>
 struct KLDivergence : Regression {
   static constexpr int kVariants = 2;
@@ -246,9 +265,15 @@ struct KLDivergence : Regression {
   FL_FN F operator()(const F* v, F* d) const {
     const F x = v[0], q = kLogTarget ? exp(v[1]) : v[1], log_q = kLogTarget ? v[1] : log(v[1]);
     d[0] = -q;
-    d[1] = kLogTarget ? q * (log_q - x) + q : log_q + 1 - x;
-    if constexpr (kLogTarget) return q * (log_q - x);
-    return select(q == 0, F{}, q * log_q) - q * x;
+    if constexpr (kLogTarget) {
+      const F value = select((q == 0) & (x == x), F{}, q * (log_q - x));
+      d[1] = value + q;
+      return value;
+    } else {
+      const auto nowhere = (q == 0) & (x == -R(INFINITY));
+      d[1] = log_q + 1 - x;
+      return weighed(q, log_q) - select(nowhere, F{}, q * x);
+    }
   }
 };
 

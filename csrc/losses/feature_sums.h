@@ -5,6 +5,7 @@
 
 #include "../math/dtype.h"
 #include "../math/math.h"
+#include "../math/scaled.h"
 
 namespace fastloss {
 
@@ -50,12 +51,13 @@ struct FeatureGradient {
   FL_FN FeatureGradient(const R* grad, int64_t stride)
       : dot(grad[0]), aa(2 * grad[stride]), bb(2 * grad[2 * stride]), dd(2 * grad[3 * stride]) {}
 
-  // Returns the gradient of y and adds that of x to dx, except x * aa, which is the same for all rows b.
+  // Returns the gradient of y and adds that of x to dx, except x * aa, which is the same for all rows b. What
+  // no sum's gradient arrives at counts nothing.
   template <class F>
   FL_FN F by_other(F x, F y, F d, F& dx) const {
-    const F apart = d * dd;
-    dx += y * dot + apart;
-    return x * dot + y * bb - apart;
+    const F apart = scaled(dd, d);
+    dx += scaled(dot, y) + apart;
+    return scaled(dot, x) + scaled(bb, y) - apart;
   }
 };
 

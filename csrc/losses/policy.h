@@ -4,12 +4,13 @@
 
 namespace fastloss::inline FL_ISA {
 
-FL_ENUM(Policy, clip, cispo, sapo, gradient, dro, geometric, bounded_change, bounded_kl)
+FL_ENUM(Policy, clip, cispo, sapo, gradient, dro, geometric, bounded_change, bounded_kl, sequence_clip)
 FL_ENUM(Kl, none, k1, k2, k3, absolute, k1_straight, k3_straight)
 
 // Inputs: log-probabilities l, those of the policy that drew the tokens, advantages A, log-probabilities of
 // the reference model, and entropies. With the ratio rho = exp(l - old):
 //   clip      max(-A min(rho, two_sided), -A clip(rho, 1 - low, 1 + high)); for A < 0 at most -A dual
+//   sequence_clip  the same with the log-ratio of the answer in the place of old; its derivative by l is 1
 //   cispo     -A l clip(rho, 1 - low, 1 + high), the ratio held constant
 //   sapo      -A 4 / t sigmoid(t (rho - 1)), t = high for A > 0, else low
 //   gradient  -A l
@@ -53,12 +54,13 @@ struct PolicyGradient {
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
-    const F l = v[0], a = v[2], zero{}, raw = l - v[1];
+    const F l = v[0], a = v[2], zero{}, raw = type == Policy::sequence_clip ? v[1] : l - v[1];
     const F x = min(zero + top, max(zero - top, raw));
     const F rho = exp(x), slope = select((raw < -top) | (raw > top), zero, rho);  // of rho by l
     F value{}, by_l{};
     switch (type) {
-      case Policy::clip: {
+      case Policy::clip:
+      case Policy::sequence_clip: {
         const F free = -a * min(zero + two_sided, rho),
                 bound = -a * min(zero + (1 + high), max(zero + (1 - low), rho));
         const auto stays = (free < bound) | (rho > two_sided);
@@ -109,7 +111,7 @@ struct PolicyGradient {
           k = square, by = -y;
           break;
         case Kl::absolute:
-          k = abs(y), by = select(y > 0, zero - 1, select(y < 0, zero + 1, zero));
+          k = abs(y), by = select(y > 0, zero - 1, select(y < 0, zero + 1, y));  // 0 or NaN
           break;
         case Kl::k3:
         case Kl::k3_straight: {
@@ -143,10 +145,10 @@ struct ClippedValue {
 
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
-    const F free = v[0] - v[1], bound = min(v[2] + range, max(v[2] - range, v[0])) - v[1];
-    const auto stays = free * free < bound * bound;
-    const F e = select(stays, bound, free);
-    d[0] = select(stays, F{}, e);
+    const F nearest = min(v[2] + range, max(v[2] - range, v[0]));
+    const F free = v[0] - v[1], bound = select(v[2] == v[2], nearest, v[2]) - v[1];
+    const F e = select(free * free >= bound * bound, free, bound);  // NaN if one of them is
+    d[0] = select(free * free < bound * bound, F{}, e);
     return R(0.5) * (e * e);
   }
 };

@@ -15,13 +15,13 @@ template <class F>
 FL_FN PairLoss<F> smooth_pair(F u, scalar_t<F> smoothing) {
   const Logistic<F> s = logistic(u);
   const scalar_t<F> correct = 1 - smoothing;
-  return {s.l + (correct * max(-u, F{}) + smoothing * max(u, F{})), smoothing * s.p - correct * s.q};
+  return {s.l + linear_part(u, fill<F>(correct), fill<F>(smoothing)), smoothing * s.p - correct * s.q};
 }
 template <class F>
 FL_FN PairLoss<F> hinge_pair(F u) {
   const F margin = 1 - u;
-  const auto inside = margin > 0;
-  return {select(inside, margin, F{}), select(inside, F{} - 1, F{})};
+  const auto met = margin <= 0;  // not so for NaN, which stays
+  return {select(met, F{}, margin), select(met, F{}, F{} - 1)};
 }
 
 FL_ENUM(Dpo, sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down,
@@ -69,9 +69,9 @@ struct DirectPreference {
     }
     const R rate = divergence == Divergence::forward_kl ? R(-1) : alpha - 1;
     const F exponent = x * rate;
-    const auto inside = exponent <= top;
-    const F bounded = select(inside, exponent, F{} + top);
-    slope = select(inside, exp(bounded), F{});
+    const auto outside = exponent > top;
+    const F bounded = select(outside, F{} + top, exponent);
+    slope = select(outside, F{}, exp(bounded));
     return expm1(bounded) / rate;
   }
 
@@ -104,8 +104,9 @@ struct DirectPreference {
       case Dpo::exo_pair: {  // the divergence of (p, 1 - p) from (1 - e, e)
         const Logistic<F> s = logistic(u);
         const R log_correct = log1p(-smoothing), log_flipped = log(smoothing);
-        value = s.p * (-max(-u, F{}) - s.l - log_correct) + s.q * (-max(u, F{}) - s.l - log_flipped);
-        by_u = s.p * s.q * (u - (log_correct - log_flipped));
+        value =
+            weighed(s.p, -max(-u, F{}) - s.l - log_correct) + weighed(s.q, -max(u, F{}) - s.l - log_flipped);
+        by_u = weighed(s.p * s.q, u - (log_correct - log_flipped));
         break;
       }
       case Dpo::nca_pair: {
@@ -118,7 +119,7 @@ struct DirectPreference {
       case Dpo::robust: {
         const Logistic<F> s = logistic(u);
         const R correct = (1 - smoothing) / (1 - 2 * smoothing), flipped = smoothing / (1 - 2 * smoothing);
-        value = correct * (s.l + max(-u, F{})) - flipped * (s.l + max(u, F{}));
+        value = (correct - flipped) * s.l + linear_part(u, fill<F>(correct), fill<F>(-flipped));
         by_u = -correct * s.q - flipped * s.p;
         break;
       }
@@ -149,14 +150,14 @@ struct DirectPreference {
         const F tail = exp(select(u >= 0, -u, u * (1 / tau - 1))) / (1 + exp(-size / tau));
         const F nll = s.l + max(-u, F{});
         value = nll * w.q + tail;
-        by_u = -s.q * w.q - nll * bend - tail + tail * w.q / tau;
+        by_u = -s.q * w.q - weighed(bend, nll) - tail + tail * w.q / tau;
         break;
       }
       case Dpo::sft:
         break;
     }
-    d[0] = (by_c + beta * by_u) * slope_c;
-    d[1] = (by_r - beta * by_u) * slope_r;
+    d[0] = weighed(by_c + beta * by_u, slope_c);
+    d[1] = weighed(by_r - beta * by_u, slope_r);
     d[2] = -d[0];
     d[3] = -d[1];
     return value;
@@ -231,8 +232,8 @@ struct ReferenceFree {
       const PairLoss<F> p = type == PairwiseType::hinge ? hinge_pair(u) : smooth_pair(u, smoothing);
       value = p.value, slope = beta * p.slope;
     }
-    d[0] = slope * slope_c;
-    d[1] = -(slope * slope_r);
+    d[0] = weighed(slope, slope_c);
+    d[1] = -weighed(slope, slope_r);
     d[2] = F{} + nll;
     return nll != 0 ? value + nll * v[2] : value;
   }
@@ -286,11 +287,13 @@ struct BradleyTerry {
   template <class F>
   FL_FN F operator()(const F* v, F* d) const {
     const PairLoss<F> p = smooth_pair((v[0] - v[1]) - v[2], smoothing);
+    d[0] = p.slope;
+    d[1] = d[2] = -p.slope;
+    if (center == 0) return p.value;
     const F sum = v[0] + v[1], pull = 2 * center * sum;
-    d[0] = p.slope + pull;
-    d[1] = pull - p.slope;
-    d[2] = -p.slope;
-    return p.value + center * (sum * sum);
+    d[0] += pull;
+    d[1] += pull;
+    return p.value + center * sum * sum;
   }
 };
 

@@ -2,7 +2,8 @@
 // the first to the last; the protocol is in drivers/scan.h:
 //   step, output        s_t = M_t s_{t+1} + c_t, and what is returned of s_t and s_{t+1}
 //   adjoint, gradient   q_t = M_t' (q_{t-1} + gradient arriving at s_t), and the gradients of the inputs
-// A masked step is the identity: it passes the state on, and its outputs are 0.
+// A masked step is the identity: it passes the state on, and its outputs are 0. Behind a terminated step nothing
+// follows: factors of 0 are selected, never multiplied by what another episode holds.
 #pragma once
 #include "../drivers/scan.h"
 
@@ -34,7 +35,8 @@ struct Gae {
   template <class F>
   FL_FN AffineStep<F> step(const ScanStep<F>& x) const {
     const F zero{}, one = zero + 1, n = discount(x), delta = x.in[0] - x.in[1];
-    AffineStep<F> s{zero, x.in[1], trace_decay(x), next ? zero : n, next ? delta + n * x.in[2] : delta};
+    AffineStep<F> s{zero, x.in[1], trace_decay(x), next ? zero : n,
+                    next ? delta + scaled(n, x.in[2]) : delta};
     s.decay_u = x.mask > 0 ? zero : one;
     s.add_u = x.mask > 0 ? s.add_u : zero;
     s.decay_w = x.mask > 0 ? s.decay_w : one;
@@ -53,7 +55,7 @@ struct Gae {
   FL_FN AffineStep<F> adjoint(const ScanStep<F>& x) const {
     const F zero{}, one = zero + 1, a = trace_decay(x), n = next ? zero : discount(x),
                     g = x.grad[0] + x.grad[1];
-    AffineStep<F> s{a, a * g, zero, n, n * g};
+    AffineStep<F> s{a, scaled(a, g), zero, n, scaled(n, g)};
     s.decay_u = x.mask > 0 ? s.decay_u : one;
     s.add_u = x.mask > 0 ? s.add_u : zero;
     s.decay_w = x.mask > 0 ? zero : one;
@@ -66,7 +68,7 @@ struct Gae {
     const F p = u + (x.grad[0] + x.grad[1]);
     out[0] = x.mask > 0 ? p : F{};
     out[1] = x.mask > 0 ? w + (x.grad[1] - p) : F{};
-    out[2] = x.mask > 0 ? discount(x) * p : F{};
+    out[2] = x.mask > 0 ? scaled(discount(x), p) : F{};
   }
 };
 
@@ -90,8 +92,8 @@ struct VTrace {
   template <class F>
   FL_FN AffineStep<F> step(const ScanStep<F>& x) const {
     const F rho = exp(x.in[3]), one = F{} + 1, top = F{} + rho_max;
-    const F weight = x.mask > 0 ? (rho < top ? rho : top) : one,
-            cut = x.mask > 0 ? (rho < one ? rho : one) : one;
+    const F weight = x.mask > 0 ? (rho > top ? top : rho) : one,
+            cut = x.mask > 0 ? (rho > one ? one : rho) : one;
     AffineStep<F> s = gae.step(x);
     s.decay_w *= cut;
     s.mix *= weight;
@@ -103,9 +105,9 @@ struct VTrace {
     const F zero{}, rho = exp(x.in[3]), top = zero + pg_max;
     const F behind = x.terminated + x.truncated > 0 ? zero : w;
     const F next = (gae.next ? x.in[2] : u) + behind;
-    const F delta = x.in[0] + gae.discount(x) * next - x.in[1];
+    const F delta = x.in[0] + scaled(gae.discount(x), next) - x.in[1];
     out[0] = x.mask > 0 ? x.in[1] + w_now : zero;
-    out[1] = x.mask > 0 ? (rho < top ? rho : top) * delta : zero;
+    out[1] = x.mask > 0 ? (rho > top ? top : rho) * delta : zero;
   }
 };
 

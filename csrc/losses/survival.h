@@ -8,6 +8,7 @@
 #include "../drivers/names.h"
 #include "../math/dtype.h"
 #include "../math/math.h"
+#include "../math/scaled.h"
 
 namespace fastloss {
 
@@ -147,7 +148,7 @@ struct Cox : Cohort {
     double decay = 1, sum = 0, tied = 0;
     int64_t first = 0;
     FL_FN Back then(const Back& b) const {
-      return {b.decay == 0 ? 0 : decay * b.decay, (b.decay == 0 ? 0 : sum * b.decay) + b.sum,
+      return {b.decay == 0 ? 0 : decay * b.decay, (sum == 0 ? 0 : scaled(b.decay, sum)) + b.sum,
               (b.first ? 0 : tied) + b.tied, first | b.first};
     }
   };
@@ -157,7 +158,7 @@ struct Cox : Cohort {
     Back s;
     s.first = last || !same_group(p, p + 1);
     s.decay = last ? 0 : (s.first ? decay(group[0] - state(last_of_group(p + 1))[0]) : 1);
-    s.sum = event(p) ? upstream(p) / at_risk(p, group) : 0;
+    s.sum = event(p) && upstream(p) != 0 ? upstream(p) / at_risk(p, group) : 0;
     s.tied = event(p) ? s.sum * fraction_taken(p, group) : 0;
     return s;
   }

@@ -35,6 +35,7 @@ from fastloss._cli.timing import Copy, Products, TimedStep, Timer, cuda_peak, rs
 from fastloss._ops.autograd import HALF_TYPES
 from fastloss._registry import InputSampler, Loss, entries
 from fastloss._registry.accuracy import cast, differentiable, eager_of, errors_of
+from fastloss._registry.inputs import in_place
 
 CHECKED_ELEMENTS, CHECKED_WORK = 2**20, 2**26
 MIN_ROUNDS, MAX_ROUNDS = 3, 300
@@ -73,7 +74,7 @@ def candidates(loss: Loss, spec: BenchSpec) -> dict[str, Callable[..., Tensor]]:
         found["torch.compile"] = torch.compile(eager, dynamic=False)
     found["fastloss"] = loss.function
     if spec.backward and "inplace_backward" in inspect.signature(loss.function).parameters:
-        found["fastloss in place"] = partial(loss.function, inplace_backward=True)
+        found["fastloss in place"] = in_place(loss.function)
     if spec.peers:
         found.update(runpy.run_path(spec.peers)["peers"](loss.name, spec.device))
     return {name: function for name, function in found.items() if name not in spec.skip}

@@ -83,11 +83,11 @@ def comparisons(names: Sequence[str], on: Sequence[str]) -> list[Comparison]:
     ]
 
 
-def run_all(plan: Sequence[Comparison]) -> Iterator[Result]:
+def run_all(plan: Sequence[Comparison], seed: int = 0) -> Iterator[Result]:
     """Make the comparisons, one after the other."""
     for loss, case, shape, dtype, device in plan:
         try:
-            yield compare(loss, case, shape, dtype, device)
+            yield compare(loss, case, shape, dtype, device, seed=seed)
         except Exception as error:  # any error is a failure of this loss; the others still run
             message = f"raised {type(error).__name__}: {error}"
             failed = Finding("call", math.inf, 0.0, math.inf, math.inf, message)
@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     plan = comparisons(args.loss or (), args.device or devices())
     groups: dict[tuple[str, str, str], list[Result]] = {}
-    for result in track(run_all(plan), "checking", len(plan), console=console, transient=True):
+    for result in track(run_all(plan, args.seed), "checking", len(plan), console=console, transient=True):
         groups.setdefault((result.loss, result.device, name_of(result.dtype)), []).append(result)
         if args.verbose:
             console.print(f"{'ok  ' if result.ok else 'FAIL'} {result}", highlight=False, soft_wrap=True)

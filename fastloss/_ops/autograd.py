@@ -8,15 +8,17 @@ over several (`Differentiable`, whose passes are Python). The convention:
 
 The rules:
 
-* The operators differentiate the tensors in `wrt`. Any other tensor that requires a gradient, and every second
-  derivative, goes through the loss's reference, which is plain PyTorch and takes `(*tensors, *options)`.
-* torch.compile and torch.export see the two operators; torch.func and vmap the same functions as eager code.
+* The operators differentiate the tensors in `wrt`. Any other tensor that requires a gradient, every second derivative
+  and every tangent goes through the loss's reference, which is plain PyTorch and takes `(*tensors, *options)`.
+* A plain call, dense tensors and no transform around it, runs the kernels without the dispatcher. For anything else
+  the call is that of the operator `fwd`, whose derivatives are those of `derivatives`.
 * Tensors that autograd may still need are never overwritten.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,9 +27,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
-from fastloss._ops import abi
+from fastloss._ops import abi, derivatives
+from fastloss._ops.derivatives import as_tuple
 
 REDUCTIONS = abi.enum("Reduction")
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -66,102 +69,93 @@ def runs_on_cpu(x: Tensor, operators: Any = None) -> bool:
 profiler: Any = None
 """While `fastloss.profile` is active: a function from an operation and its tensors to the record of this call."""
 
-functorch_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+functorch_active = derivatives.functorch_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+_Parameter, _strided = torch.nn.Parameter, torch.strided
 
 
-def _apply(function: Any, *args: Any) -> Any:
-    if functorch_active():
-        return function.apply(*args)
-    return function.direct(*args)
+def is_observed() -> bool:
+    """Return whether a transform of torch.func, a mode or forward-mode differentiation surrounds the call."""
+    return functorch_active() or _dispatch_modes() != 0 or forward_ad._current_level >= 0
 
 
-def requires_grad(tensors: Sequence[Tensor | None]) -> bool:
-    for t in tensors:  # noqa: SIM110  any() of a generator takes three times as long
-        if t is not None and t.requires_grad:
-            return True
-    return False
+def are_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether kernels can read all tensors: no subclass, layout or bit that the dispatcher resolves."""
+    for t in tensors:
+        if t is not None:
+            kind = type(t)
+            if (kind is not Tensor and kind is not _Parameter) or t.layout is not _strided:
+                return False
+            if t.is_neg() or t._is_zerotensor() or _is_batched(t):
+                return False
+    return True
 
 
-def needs_grad_mask(op: Differentiable, tensors: Sequence[Tensor | None]) -> int:
-    """Return the bit mask of the tensors that need a gradient; inside a transform, of all that can have one."""
-    transformed = not torch.compiler.is_compiling() and functorch_active()
-    return sum(
-        1 << i for i in op.wrt if _differentiable(tensors[i]) and (transformed or tensors[i].requires_grad)
-    )
-
-
-def _differentiable(t: Tensor | None) -> bool:
-    return t is not None and t.is_floating_point()
-
-
-def _tuple(results: Any) -> Sequence[Any]:
-    return (results,) if isinstance(results, Tensor) else results
+def contiguous_like(x: Tensor) -> Tensor:
+    """Return an empty contiguous tensor of the shape of `x`."""
+    return x.new_empty(x.shape)
 
 
 class Plan:
     """The state that forward and backward of one call share."""
 
     fuse = False  # forward writes the gradients
-    inplace = False  # backward writes the gradient over the input
+    inplace: list | None = None  # backward writes the gradient over the input; emptied when it has
     needs_grad_mask = 0  # bit mask of the inputs whose gradients forward computes
     precomputed_grads: Sequence[Tensor] | None = None  # gradients computed in forward
     needed: Sequence[bool] | None = None  # the inputs whose gradients backward must return
     record: Any = None  # the profiler's record of this call
 
-    def __init__(self, operators: SimpleNamespace):
+    def __init__(self, operators: Any):
         self.operators = operators
 
 
 class Differentiable:
-    """A differentiable function of `tensors` tensors (some may be None) and options, by two passes in Python.
+    """A function of `tensors` tensors (some may be None) and options, differentiable once, by two passes in Python.
 
     The first `outputs` results of the forward pass are the function's, the others are state for backward. A function
-    with one output returns a tensor, else a tuple. Without a `reference` it can be differentiated once, and only with
-    respect to the tensors in `wrt`. Compilers do not trace it.
+    with one output returns a tensor, else a tuple. It is differentiated with respect to the tensors in `wrt`. Compilers
+    do not trace it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        reference: Callable[..., Any] | None,
-        *,
-        tensors: int,
-        wrt: Sequence[int] = (0,),
-        outputs: int = 1,
-    ):
-        self.name, self.reference = name, reference
-        self.tensors, self.wrt, self.outputs = tensors, tuple(wrt), outputs
-        self._operators: dict[str, SimpleNamespace] = {}
+    def __init__(self, name: str, *, tensors: int, wrt: Sequence[int] = (0,), outputs: int = 1):
+        self.name, self.tensors, self.wrt, self.outputs = name, tensors, tuple(wrt), outputs
+        self._bits = sum(1 << i for i in self.wrt)
         self._function = _eager_function(self)
-
-    def operators(self) -> SimpleNamespace:
-        """Return the operators of the passes in the namespace in use; `all` is the whole namespace."""
-        found = self._operators.get(_namespace)
-        if found is None:
-            found = self._operators[_namespace] = SimpleNamespace(all=kernels())
-        return found
 
     def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any) -> Any:
         """Apply to `tensors`. `how` goes to `plan`: it changes how gradients are computed, never their values."""
         if torch.compiler.is_compiling():
-            return self._compiled(tensors, options)
+            return torch.compiler.disable(self.__call__)(tensors, options)  # here: it imports the compiler
+        return self._run(SimpleNamespace(all=kernels()), tensors, options, self._needed(tensors), *how)
+
+    @staticmethod
+    def _needed(tensors: Sequence[Tensor | None]) -> int:
+        """Return the bit mask of the tensors that require a gradient."""
+        return sum(1 << i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
+
+    def _run(
+        self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], needed: int, *how: Any
+    ) -> Any:
+        """Run the passes; `needed` is the bit mask of the tensors that require a gradient."""
+        graph = needed != 0 and torch.is_grad_enabled()
         if profiler is not None:
-            return self._profiled(profiler(self, tensors), tensors, options, *how)
-        operators = self.operators()
-        if functorch_active() or (torch.is_grad_enabled() and requires_grad(tensors)):
-            plan = self.plan(operators, tensors, options, *how)
-            return self._unwrap(_apply(self._function, *tensors, *options, plan))
+            return self._profiled(operators, tensors, options, needed if graph else 0, *how)
+        if graph:
+            plan = self.plan(operators, tensors, options, needed, *how)
+            return self._unwrap(self._function.direct(*tensors, *options, plan))
         return self._unwrap(self.run_forward(Plan(operators), tensors, options))
 
     def _profiled(
-        self, record: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any
+        self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], needed: int, *how: Any
     ) -> Any:
-        operators = self.operators()
+        record = profiler(self, tensors)
         with record.forward():
-            if functorch_active() or (torch.is_grad_enabled() and requires_grad(tensors)):
-                plan = record.plan = self.plan(operators, tensors, options, *how)
+            if needed:
+                plan = record.plan = self.plan(operators, tensors, options, needed, *how)
                 plan.record = record
-                return self._unwrap(record.note(_apply(self._function, *tensors, *options, plan)))
+                return self._unwrap(record.note(self._function.direct(*tensors, *options, plan)))
             return self._unwrap(record.note(self.run_forward(Plan(operators), tensors, options)))
 
     def _unwrap(self, results: Any) -> Any:
@@ -169,15 +163,12 @@ class Differentiable:
             return results
         return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
 
-    def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
-        return torch.compiler.disable(self.__call__)(tensors, options)  # here: it imports the compiler
-
     # ---- overridable
 
     def plan(
-        self, operators: SimpleNamespace, tensors: Sequence[Tensor | None], options: Sequence[Any]
+        self, operators: Any, tensors: Sequence[Tensor | None], options: Sequence[Any], needed: int
     ) -> Plan:
-        """Plan a call that is to be differentiated."""
+        """Plan a call that is to be differentiated, with respect to the tensors of the bit mask `needed`."""
         return Plan(operators)
 
     def run_forward(self, plan: Plan, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
@@ -192,23 +183,53 @@ class Differentiable:
         """Return the gradients of the tensors in `wrt`, without a graph of their own."""
         raise NotImplementedError
 
+    def gradients(
+        self, plan: Plan, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], saved: Sequence[Tensor],
+        options: Sequence[Any], needed: Sequence[bool],
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        """Return the gradients of the tensors that are needed."""
+        if torch.is_grad_enabled():
+            self.differentiable_again(plan)
+        plan.needed = needed
+        found: list[Tensor | None] = [None] * self.tensors
+        for i, g in zip(self.wrt, self.run_backward(plan, grads, tensors, saved, options), strict=True):
+            found[i] = g if needed[i] else None
+        return found
+
     def differentiable_again(self, plan: Plan) -> None:
-        """Raise if the gradient cannot be differentiated again."""
+        """Raise: the gradient cannot be differentiated again."""
+        raise NotImplementedError(f"{self.name}: the gradient cannot be differentiated again")
 
     def flops(self, shapes: Sequence[torch.Size | None], needed: Sequence[bool]) -> int:
         """Return the FLOPs of the GEMMs behind the outputs and the gradients that are needed (0 if none)."""
         return 0
 
 
+class Kernels:
+    """The passes of an operator for tensors of one type of device, past the dispatcher."""
+
+    def __init__(self, operators: Any, device: str):
+        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
+
+        def direct(operator: Any) -> Any:
+            return None if operator is None else functools.partial(operator._handle.redispatch_boxed, keyset)
+
+        self.fwd, self.bwd, self.into = (direct(o) for o in (operators.fwd, operators.bwd, operators.into))
+        self.all = operators.all
+
+
 class Op(Differentiable):
     """A differentiable function whose passes are two operators of the dispatcher.
 
-    `fake` computes the results of `fwd` as empty tensors. torch.compile and torch.export see the two operators.
+    `fake` computes the results of `fwd` as empty tensors, `gradient_like` the gradient of a tensor, with the strides
+    that the kernels give it: by default those of the tensor. With `masked` the last option is the bit mask of the
+    tensors of which backward returns the gradients; a call leaves it out.
     """
 
     backward_options: slice = slice(None)
-    traced_extra: tuple = ()  # arguments of forward after the options, for tracers
+    traced_extra: tuple = ()  # arguments of forward after the options, for the dispatcher
     saved: int | None = None  # the number of results after the outputs that backward needs; None: all
+    masked: bool = False
 
     def __init__(
         self,
@@ -219,14 +240,22 @@ class Op(Differentiable):
         tensors: int,
         wrt: Sequence[int] = (0,),
         outputs: int = 1,
+        gradient_like: Callable[[Tensor], Tensor] = torch.empty_like,
     ):
-        super().__init__(name, reference, tensors=tensors, wrt=wrt, outputs=outputs)
-        self.fake = fake
-        self._traced = _traced_function(self)
-        self._plain = self.operators().fwd
-        _register(LIBRARY, self)
+        super().__init__(name, tensors=tensors, wrt=wrt, outputs=outputs)
+        self.reference, self.fake, self.gradient_like = reference, fake, gradient_like
+        self._operators: dict[str, Any] = {}
+        self._kernels: dict[tuple[str, bool], Kernels] = {}
+        operators = self.operators()
+        self._fwd = operators.fwd
+        self.options = len(self._fwd._schema.arguments) - tensors - len(self.traced_extra)
+        self.takes_no_grad = operators.bwd is not None and all(
+            isinstance(a.type, torch.OptionalType) for a in operators.bwd._schema.arguments[:outputs]
+        )
+        derivatives.register(LIBRARY, self)
 
-    def operators(self) -> SimpleNamespace:
+    def operators(self) -> Any:
+        """Return the operators of the passes in the namespace in use; `all` is the whole namespace."""
         found = self._operators.get(_namespace)
         if found is None:
             library = kernels()
@@ -239,42 +268,80 @@ class Op(Differentiable):
             self._operators[_namespace] = found
         return found
 
-    def _compiled(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
-        if requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
-            return self.reference(*tensors, *options)  # the compiler fuses the operations of the reference
-        if not (torch.is_grad_enabled() and requires_grad(tensors)):
-            return self._unwrap(self._plain(*tensors, *options, *self.traced_extra))
-        return self._unwrap(self._traced.apply(*tensors, *options))
+    def options_of(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Return the options among the arguments of `fwd`."""
+        return args[self.tensors : self.tensors + self.options]
 
-    def traced_passes(self) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-        """Return traceable functions without a plan: forward, the selection of saved results, and backward."""
-        operators = self.operators()
-        fwd, bwd, extra, saved_only = operators.fwd, operators.bwd, self.traced_extra, self.saved
-        # two integers, because the compiler of torch 2.11 cannot trace a slice from outside the function
-        first, last = self.backward_options.start, self.backward_options.stop
+    def __call__(self, tensors: Sequence[Tensor | None], options: Sequence[Any], *how: Any) -> Any:
+        if torch.compiler.is_compiling() or is_observed():
+            return self._dispatched(tensors, options, *how)
+        needed, bit = 0, 1
+        for t in tensors:
+            if t is not None:  # as `are_plain`, and which require a gradient
+                kind = type(t)
+                if (kind is not Tensor and kind is not _Parameter) or t.layout is not _strided:
+                    return self._dispatched(tensors, options, *how)
+                if t.is_neg() or t._is_zerotensor():
+                    return self._dispatched(tensors, options, *how)
+                if t.requires_grad:
+                    needed |= bit
+            bit += bit
+        first = tensors[0]
+        operators = self._kernels.get((_namespace, first.is_cpu))
+        if operators is None:
+            if not (first.is_cpu or first.is_cuda):
+                return self._dispatched(tensors, options, *how)
+            operators = self._kernels[_namespace, first.is_cpu] = Kernels(self.operators(), first.device.type)
+        elif not (first.is_cpu or first.is_cuda):
+            return self._dispatched(tensors, options, *how)
+        if self.masked:
+            options = (*options, needed & self._bits)
+        return self._run(operators, tensors, options, needed, *how)
 
-        def forward(*args):
-            return fwd(*args, *extra)
-
-        def save(results, options):
-            return results[:saved_only]
-
-        def backward(grads, tensors, saved, options):
-            return _tuple(bwd(*grads, *tensors, *saved, *options[first:last]))
-
-        return forward, save, backward
+    def _dispatched(self, tensors: Sequence[Tensor | None], options: Sequence[Any]) -> Any:
+        """Call the operator, which sees to its derivatives itself."""
+        if self.masked:
+            options = (*options, 0)
+        fwd = self._fwd if _namespace == LIBRARY else self.operators().fwd
+        return self._unwrap(fwd(*tensors, *options, *self.traced_extra))
 
     def run_forward(self, plan, tensors, options):
         return plan.operators.fwd(*tensors, *options)
 
     def run_backward(self, plan, grads, tensors, saved, options):
-        return _tuple(plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options]))
+        return as_tuple(plan.operators.bwd(*grads, *tensors, *saved, *options[self.backward_options]))
+
+    def gradients(self, plan, grads, tensors, saved, options, needed):
+        if torch.is_grad_enabled() or is_observed() or not (are_plain(grads) and are_plain(tensors)):
+            self.differentiable_again(plan)
+            return derivatives.backward(self, grads, tensors, self.saved_state(saved), options, needed)
+        found: list[Tensor | None] = [None] * self.tensors
+        others = [w and i not in self.wrt for i, w in enumerate(needed)]
+        if any(others):  # before backward, which may overwrite a tensor
+            found = derivatives.reference_gradients(self, tensors, options, grads, others)
+        if any(needed[i] for i in self.wrt):
+            plan.needed = needed
+            for i, g in zip(self.wrt, self.run_backward(plan, grads, tensors, saved, options), strict=True):
+                if needed[i]:
+                    found[i] = g
+        return found
+
+    def saved_state(self, saved: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """Return the state that `bwd` takes, from what `save_for_backward` saved."""
+        return saved
+
+    def differentiable_again(self, plan):
+        pass
+
+    def forward_mask(self, options: Sequence[Any], mask: int) -> int:
+        """Return the mask that `fwd` takes, from that of the tensors that require a gradient."""
+        return mask
 
     def fake_backward(self, *args: Any) -> Any:
         """Return the results of `bwd` as empty tensors, from shapes alone."""
         first = self.outputs
         like = [args[first + i] for i in self.wrt]  # an absent tensor has an empty gradient
-        grads = [args[first].new_empty([0]) if x is None else torch.empty_like(x) for x in like]
+        grads = [args[first].new_empty([0]) if x is None else self.gradient_like(x) for x in like]
         return grads[0] if len(grads) == 1 else tuple(grads)
 
 
@@ -295,13 +362,12 @@ class FusedOp(Op):
         self._expect_unit = threading.local()  # does the upstream gradient tend to be 1?
         super().__init__(*args, **kwargs)
 
-    def plan(self, operators, tensors, options):
+    def plan(self, operators, tensors, options, needed):
         plan = Plan(operators)
         plan.fuse = (
             options[self.reduction] != 0
             and (not tensors[0].is_cpu or getattr(self._expect_unit, "value", True))
-            and not functorch_active()
-            and requires_grad([tensors[i] for i in self.wrt])
+            and needed & self._bits != 0
         )
         return plan
 
@@ -317,12 +383,12 @@ class FusedOp(Op):
         (g,) = grads
         args = (*tensors, *saved, *options[self.backward_options])
         precomputed, plan.precomputed_grads = plan.precomputed_grads, None
-        if options[self.reduction] != 0 and g.is_cpu and type(g) is Tensor and not functorch_active():
+        if options[self.reduction] != 0 and g.is_cpu:
             unit = self._expect_unit.value = g.item() == 1
             if unit and precomputed is not None:
                 return precomputed
         if precomputed is None:
-            return _tuple(plan.operators.bwd(g, *args))
+            return as_tuple(plan.operators.bwd(g, *args))
         plan.operators.into(g, *precomputed, *args, True)
         return precomputed
 
@@ -354,9 +420,9 @@ class PythonOp(Op):
     Outputs: ClassVar[type[Any]]
     State: ClassVar[type[Any] | None] = None
     Gradients: ClassVar[type[Any] | None] = None
-    masked: ClassVar[bool] = False
+    masked = False
 
-    def __init__(self, name: str, reference: Callable[..., Any] | None, *, wrt: Sequence[int] = ()):
+    def __init__(self, name: str, reference: Callable[..., Any], *, wrt: Sequence[int] = ()):
         tensors, outputs = len(self.Inputs._fields), len(self.Outputs._fields)
         attrs = len(self.Attrs._fields) if self.Attrs else 0
         self._last_attr = tensors + attrs
@@ -408,7 +474,11 @@ class PythonOp(Op):
                 grads = self.Outputs(*args[:first])
                 return self.backward(operators, grads, inputs, state, attrs, *args[end_attrs:])
 
-        return torch.no_grad()(run)
+        def below_autograd(*args):
+            with torch._C._AutoDispatchBelowAutograd():
+                return run(*args)
+
+        return below_autograd
 
     # An operator names the arguments of these methods itself, `mask` among them if it is masked.
     def shapes(self, *args: Any, **kwargs: Any) -> Iterable[Tensor]:
@@ -423,7 +493,17 @@ class PythonOp(Op):
         """Return for `operators, grads, inputs, state, attrs[, mask]` the `Gradients`; unneeded ones are empty."""
         raise NotImplementedError
 
-    def operators(self) -> SimpleNamespace:
+    def fake_backward(self, *args):
+        like = args[self.outputs : self.outputs + self.tensors]
+        mask = args[-1] if self.masked else -1
+        grads = [
+            like[0].new_empty([0]) if t is None or not mask >> i & 1 else t.new_empty(t.shape)
+            for i, t in enumerate(like)
+            if i in self.wrt
+        ]
+        return grads[0] if len(grads) == 1 else tuple(grads)
+
+    def operators(self) -> Any:
         found = self._operators.get(_namespace)
         if found is None:
             operators, library = kernels(), torch.library.Library(_namespace, "FRAGMENT")
@@ -439,163 +519,20 @@ class PythonOp(Op):
         return found
 
 
-def _register(namespace: str, op: Op) -> None:
-    """Register fake kernels and batching rules of an operator's two passes."""
-    fwd, bwd = f"{namespace}::{op.name}_fwd", f"{namespace}::{op.name}_bwd"
-    torch.library.register_fake(fwd, op.fake)
-    operators = op.operators()
-    torch.library.register_vmap(fwd, _each_sample(operators.fwd))
-    if operators.bwd is None:
-        return
-    torch.library.register_fake(bwd, op.fake_backward)
-    torch.library.register_vmap(bwd, _each_sample(operators.bwd))
-    if operators.into is not None:
-        torch.library.register_fake(f"{namespace}::{op.name}_bwd_into", lambda *_: None)
-
-
-def _each_sample(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a batching rule that calls the operator once for each sample."""
-
-    def rule(info, in_dims, *args):
-        results = [
-            operator(
-                *(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
-            )
-            for i in range(info.batch_size)
-        ]
-        if isinstance(results[0], Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
-
-    return rule
-
-
-def _traced_function(op: Op) -> type[Function]:
-    """Return the autograd function for tracers: operators, and arithmetic on their results."""
-    run_forward, save, run_backward = op.traced_passes()
-    wrt, tensors, outputs = op.wrt, op.tensors, op.outputs
-
-    class Traced(Function):
-        @staticmethod
-        def forward(*args):
-            return run_forward(*args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            results = (output,) if isinstance(output, Tensor) else output
-            ctx.options = inputs[tensors:]
-            if len(results) > outputs:  # the compiler cannot trace it without arguments
-                ctx.mark_non_differentiable(*results[outputs:])
-            ctx.save_for_backward(*inputs[:tensors], *save(results[outputs:], ctx.options))
-
-        @staticmethod
-        def backward(ctx, *grads):
-            saved = ctx.saved_tensors
-            results = run_backward(grads[:outputs], saved[:tensors], saved[tensors:], ctx.options)
-            full = [None] * (tensors + len(ctx.options))
-            for position, grad in zip(wrt, results):
-                full[position] = grad
-            return tuple(full)
-
-    Traced.__name__ = Traced.__qualname__ = f"{op.name}_traced"
-    return Traced
-
-
-def _eager_function(op: Differentiable) -> type[Function]:
+def _eager_function(op: Differentiable) -> Any:
     n = op.tensors
 
-    def by_reference(tensors, options, needed: Sequence[bool], grads: Sequence[Tensor | None]):
-        """Return the gradients of the `needed` tensors by the reference's differentiable operations."""
-
-        def outputs(*free: Tensor):
-            it = iter(free)
-            values = op.reference(
-                *(next(it) if f else t for t, f in zip(tensors, needed, strict=True)), *options
-            )
-            values = (values,) if isinstance(values, Tensor) else tuple(values)
-            return tuple(v for v, g in zip(values, grads, strict=True) if g is not None)
-
-        values, pull = torch.func.vjp(outputs, *(t for t, f in zip(tensors, needed, strict=True) if f))[:2]
-        it = iter(
-            pull(
-                tuple(g.to(v.dtype) for v, g in zip(values, [g for g in grads if g is not None], strict=True))
-            )
-        )
-        return [next(it) if f else None for f in needed]
-
-    class Gradient(Function):
-        """The gradients of `wrt`, as a function that can be differentiated again."""
-
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args):
-            *flat, options, plan = args
-            grads, tensors, saved = flat[: op.outputs], flat[op.outputs :][:n], flat[op.outputs + n :]
-            return tuple(op.run_backward(plan, grads, tensors, saved, options))
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            *flat, ctx.options, _ = inputs
-            ctx.others = len(inputs) - op.outputs - n
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*flat[: op.outputs + n])
-
-        @staticmethod
-        def backward(ctx, *upstream):
-            free = ctx.saved_tensors
-            if all(u is None for u in upstream):
-                return (None,) * len(ctx.needs_input_grad)
-            needed = ctx.needs_input_grad[: len(free)]
-            differentiated = [i in op.wrt and _differentiable(free[op.outputs + i]) for i in range(n)]
-
-            def first(*some: Tensor):
-                it = iter(some)
-                full = [next(it) if f else t for t, f in zip(free, needed, strict=True)]
-                found = by_reference(full[op.outputs :], ctx.options, differentiated, full[: op.outputs])
-                return tuple(found[i] for i, u in zip(op.wrt, upstream, strict=True) if u is not None)
-
-            _, pull = torch.func.vjp(first, *(t for t, f in zip(free, needed, strict=True) if f))[:2]
-            it = iter(pull(tuple(u for u in upstream if u is not None)))
-            return (*(next(it) if f else None for f in needed), *([None] * ctx.others))
-
-    def gradients(ctx, grads: Sequence[Tensor | None]):
-        grads = grads[: op.outputs]
-        saved = ctx.saved_tensors
-        tensors, saved = saved[:n], saved[n:]
-        needed = ctx.needs_input_grad[:n]
-        found: list[Tensor | None] = [None] * n
-        if all(g is None for g in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        if any(needed[i] for i in op.wrt):
-            ctx.plan.needed = needed
-            if torch.is_grad_enabled():
-                op.differentiable_again(ctx.plan)
-                mine = _apply(Gradient, *grads, *tensors, *saved, ctx.options, ctx.plan)
-            else:
-                mine = op.run_backward(ctx.plan, grads, tensors, saved, ctx.options)
-            for i, g in zip(op.wrt, mine, strict=True):
-                found[i] = g if needed[i] else None
-        others = [f and i not in op.wrt for i, f in enumerate(needed)]
-        if any(others):
-            for i, g in enumerate(by_reference(tensors, ctx.options, others, grads)):
-                found[i] = g if others[i] else found[i]
-        return (*found, *([None] * (len(ctx.needs_input_grad) - n)))
-
     class Forward(Function):
-        generate_vmap_rule = True
-
         @staticmethod
-        def forward(*args):
-            return op.run_forward(args[-1], args[:n], args[n:-1])
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            results = (output,) if isinstance(output, Tensor) else output
-            ctx.options, ctx.plan = inputs[n:-1], inputs[-1]
-            ctx.mark_non_differentiable(*results[op.outputs :])
+        def forward(ctx, *args):
+            tensors, ctx.options, ctx.plan = args[:n], args[n:-1], args[-1]
+            results = op.run_forward(ctx.plan, tensors, ctx.options)
+            found = as_tuple(results)
+            if len(found) > op.outputs:
+                ctx.mark_non_differentiable(*found[op.outputs :])
             ctx.set_materialize_grads(False)  # else autograd fills zeros of the size of every other result
-            ctx.save_for_backward(*inputs[:n], *op.save_for_backward(ctx.plan, results[op.outputs :]))
+            ctx.save_for_backward(*tensors, *op.save_for_backward(ctx.plan, found[op.outputs :]))
+            return results
 
         @staticmethod
         def backward(ctx, *grads):
@@ -604,10 +541,15 @@ def _eager_function(op: Differentiable) -> type[Function]:
             with ctx.plan.record.backward(ctx, grads):
                 return ctx.plan.record.note(gradients(ctx, grads))
 
-    functions: tuple[Any, ...] = (Forward, Gradient)
-    for function in functions:
-        # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not
-        function.direct = super(Function, function).apply
+    def gradients(ctx, grads: Sequence[Tensor | None]):
+        grads = grads[: op.outputs]
+        none = (None,) * len(ctx.needs_input_grad)
+        if all(g is None for g in grads):
+            return none
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:n]
+        return (*op.gradients(ctx.plan, grads, saved[:n], saved[n:], ctx.options, needed), *none[n:])
+
+    # Function.apply inspects the signature of forward on every call (20 us); the C++ method behind it does not
+    Forward.direct = super(Function, Forward).apply  # type: ignore[attr-defined]
     Forward.__name__ = Forward.__qualname__ = f"{op.name}_function"
-    Gradient.__name__ = Gradient.__qualname__ = f"{op.name}_gradient"
     return Forward

@@ -27,6 +27,12 @@ class LinearState(NamedTuple):
     dbias: Tensor
 
 
+class LinearGradients(NamedTuple):
+    input: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
 class LinearOp(PrecomputedOp):
     """A row loss of `linear(input, linear_weight, linear_bias)`, from the chunks of `chunked_linear`.
 
@@ -43,6 +49,7 @@ class LinearOp(PrecomputedOp):
     """
 
     Inputs, Attrs, Outputs, State = LinearInputs, LinearAttrs, LinearOutputs, LinearState
+    Gradients = LinearGradients
     reduction: ClassVar[int] = 1
     row_weight: ClassVar[int] = 5
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastloss._ops import abi, autograd, chunked_linear
@@ -109,15 +108,6 @@ class LinearStatsOp(autograd.PythonOp):
         for shape in ([num_outputs, input.shape[0]], [input.shape[0], _STATE]):
             yield input.new_empty(shape, dtype=accumulation_dtype(input.dtype))
 
-    def fake_backward(self, *args):
-        like, mask = args[1:4], args[-1]
-        return tuple(
-            torch.empty_like(x, memory_format=torch.contiguous_format)
-            if mask >> i & 1
-            else args[1].new_empty([0])
-            for i, x in enumerate(like)
-        )
-
     def forward(self, operators, inputs, attrs, mask):
         input, index = inputs.input, inputs.index
         rows, acc_dtype = input.shape[0], accumulation_dtype(input.dtype)
@@ -175,6 +165,3 @@ class LinearStatsOp(autograd.PythonOp):
     def flops(self, shapes, needed):
         (rows, features), (classes, _) = shapes[:2]
         return 2 * rows * features * classes * (1 + sum(needed[:2]))  # backward makes the logits again
-
-    def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, autograd.needs_grad_mask(self, tensors)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import abi
-from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp, needs_grad_mask
+from fastloss._ops.autograd import HALF_TYPES, REDUCTIONS, FusedOp
 from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 
 NO_INDEX = abi.constant("default_background")  # the operators take the number of classes for it
@@ -21,19 +21,22 @@ class ElementOp(FusedOp):
     Broadcast tensors come expanded and are not copied. A weight of 0 leaves an element out; a reduced loss is divided
     by `norm`.
 
+    At `harmless` the formula has finite derivatives: its inputs where an element is left out.
+
     `options` are `reduction, hparams, ignore_index, background_index, out_fp32`, with `hparams` from `pack`. `formula`,
     the reference of one element's loss, takes the inputs, and by name the hyperparameters.
     """
 
     saved = 0
     reduction = 0
+    masked = True
 
-    def __init__(self, name: str, formula: Callable[..., Tensor]):
+    def __init__(self, name: str, formula: Callable[..., Tensor], harmless: float = -0.5):
         inputs = abi.fact(name, "inputs")
         self.hparams = abi.hparams(name)
         self.hparams.check_taken_by(formula, after=inputs)
         self.pack = self.hparams.pack
-        reference = _whole(formula, inputs, self.hparams)
+        reference = _whole(formula, inputs, self.hparams, harmless)
 
         def fake(*args):
             input, reduction, out_fp32, mask, gradient = args[0], args[inputs + 2], *args[-3:]
@@ -54,28 +57,31 @@ class ElementOp(FusedOp):
         grads = self._empty_gradients(args[1], args[-1])
         return grads[0] if len(grads) == 1 else tuple(grads)
 
-    def __call__(self, tensors, options) -> Tensor:
-        return super().__call__(tensors, (*options, needs_grad_mask(self, tensors)))
 
-
-def _whole(formula: Callable[..., Tensor], inputs: int, named: abi.Hparams) -> Callable[..., Tensor]:
+def _whole(
+    formula: Callable[..., Tensor], inputs: int, named: abi.Hparams, harmless: float
+) -> Callable[..., Tensor]:
     """Return the reference of an `ElementOp` from that of one element."""
 
     def whole(*args):
-        tensors, (weight, norm, reduction, hparams, ignore_index, _, out_fp32) = args[:inputs], args[inputs:]
+        tensors, options = args[:inputs], args[inputs:]
+        weight, norm, reduction, hparams, ignore_index, background_index, out_fp32 = options
         shape, first = tensors[0].shape, tensors[0]
         counted = None
         columns = []
         for t in tensors:
             if t.dtype == torch.int64:
                 counted = (t != ignore_index).unsqueeze(-1).expand(shape)
-                t = (t.unsqueeze(-1) == torch.arange(shape[-1], device=t.device)).to(first.dtype)
+                positive = t.unsqueeze(-1) == torch.arange(shape[-1], device=t.device)
+                t = (positive & (t != background_index).unsqueeze(-1)).to(first.dtype)
             columns.append(t)
-        loss = formula(*columns, **named.unpack(hparams))
         if weight is not None:
-            loss = torch.where(weight != 0, weight * loss, 0.0)
-        elif counted is not None:
-            loss = torch.where(counted, loss, 0.0)
+            counted = weight != 0
+        if counted is not None:
+            columns = [t if t.dtype == torch.bool else torch.where(counted, t, harmless) for t in columns]
+        loss = formula(*columns, **named.unpack(hparams))
+        if counted is not None:
+            loss = torch.where(counted, loss if weight is None else weight * loss, 0.0)
         if reduction != REDUCTIONS["none"]:
             loss = loss.mean() if reduction == REDUCTIONS["mean"] else loss.sum()
         if norm is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastloss._ops.autograd import LIBRARY, PythonOp
+from fastloss._ops.precomputed import PrecomputedOp
 
 _operators = getattr(torch.ops, LIBRARY)
 
@@ -39,13 +40,15 @@ def count_passes(op: PythonOp) -> None:
     tensors, outputs, wrt = op.tensors, op.outputs, op.wrt
 
     def forward(*args: Any) -> int:
-        # without an operator for backward, forward makes the gradients that its mask selects
-        needed = _of_mask(args[-1], tensors) if op.masked and op.Gradients is None else ()
+        needed = _of_mask(args[-1], tensors) if isinstance(op, PrecomputedOp) else ()
         return op.flops(_shapes(args[:tensors]), needed if any(needed) else ())
 
     def backward(*args: Any) -> int:
+        inputs = args[outputs : outputs + tensors]
+        if isinstance(op, PrecomputedOp) and op.is_precomputed(inputs, *args[outputs + tensors :]):
+            return 0
         needed = _of_mask(args[-1], tensors) if op.masked else [i in wrt for i in range(tensors)]
-        return op.flops(_shapes(args[outputs : outputs + tensors]), needed)
+        return op.flops(_shapes(inputs), needed)
 
     count(f"{op.name}_fwd", forward)
     if op.Gradients is not None:

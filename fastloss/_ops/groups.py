@@ -48,13 +48,19 @@ class Groups:
             place = place.cumsum(0) - 1  # 0 for the smallest id, and so on
             self.group = torch.empty_like(place).scatter(0, self.order, place)
         else:
-            self.group, self.order = ids, ids.argsort(stable=True)
-        zeros = ids.new_zeros(ids.shape[0] if count is None else count)
-        self.lengths = zeros.index_add(0, self.group, torch.ones_like(ids))  # of integers: exact in any order
+            self.group = ids
+            place, self.order = ids.sort(stable=True)
+        numbers = torch.arange(ids.shape[0] if count is None else count, device=ids.device)
+        self.ends = torch.searchsorted(place, numbers, right=True)
+        self.lengths = self.ends.diff(prepend=self.ends.new_zeros(1))
 
     def sums(self, x: Tensor) -> Tensor:
         """Return the sum of each group."""
         return _Transfer.apply(x, self.order, self.lengths, self.group, True)
+
+    def firsts(self, x: Tensor) -> Tensor:
+        """Return for each member the first of its group, as a constant."""
+        return x.detach()[self.order][(self.ends - self.lengths)[self.group]]
 
     def of(self, sums: Tensor) -> Tensor:
         """Return for each member the sum of its group."""

@@ -33,10 +33,9 @@ def token_weights(mask, like: Tensor, loss_agg_mode: str, horizon: float | None)
     if loss_agg_mode == "token-mean":
         return m, m.sum().clamp(min=1.0)
     length = m.sum(-1, keepdim=True)
+    completions = (length > 0).sum().to(acc_dtype).clamp(min=1.0)
     if loss_agg_mode == "seq-mean-token-sum-norm":
-        steps = like.shape[-1] if horizon is None else horizon
-        return m, m.new_ones(length.shape).sum().clamp(min=1.0) * steps
-    completions = (length > 0).to(acc_dtype).sum().clamp(min=1.0)
+        return m, completions * (like.shape[-1] if horizon is None else horizon)
     if loss_agg_mode == "seq-mean-token-sum":
         return m, completions
     if loss_agg_mode == "seq-mean-token-mean":
@@ -108,14 +107,14 @@ POLICY_TYPES = {
     "bnpo": PolicyType(),
     "dapo": PolicyType(),
     "dr_grpo": PolicyType("seq-mean-token-sum-norm"),
-    "gspo": PolicyType("seq-mean-token-mean", of_completion=True),
+    "gspo": PolicyType("seq-mean-token-mean", "sequence_clip", of_completion=True),
     "cispo": PolicyType(formula="cispo"),
     "sapo": PolicyType("seq-mean-token-mean", "sapo"),
     "vespo": PolicyType("token-mean", "gradient", vespo_advantages, of_completion=True),
     "topr": PolicyType("seq-mean-token-sum", "gradient", topr_advantages, of_completion=True),
     "gpg": PolicyType(formula="gradient", exponent=False),
     "dro": PolicyType(formula="dro", exponent=False),
-    "luspo": PolicyType("seq-mean-token-sum", of_completion=True),
+    "luspo": PolicyType("seq-mean-token-sum", "sequence_clip", of_completion=True),
     "geo_mean": PolicyType(
         "seq-mean-token-mean", "geometric", geometric_advantages, of_completion=True, exponent=False
     ),

@@ -18,9 +18,6 @@ from fastloss._ops.autograd import (
     Differentiable,
     Plan,
     PythonOp,
-    functorch_active,
-    needs_grad_mask,
-    requires_grad,
     runs_on_cpu,
 )
 from fastloss._ops.dtypes import accumulation_dtype
@@ -28,7 +25,7 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 def scaled(operators: Any, d: Tensor, factor: Tensor, like: Tensor, inplace: bool) -> Tensor:
     """Return `factor * d` in the dtype of `like`; with `inplace` it may be `d` itself, written or left as it is."""
-    if type(d) is not Tensor or not inplace or d.numel() == 1:  # the first covers subclasses and None
+    if not inplace or d.numel() == 1:
         return (d.to(factor.dtype) * factor).to(like.dtype)
     on_cpu = runs_on_cpu(d, operators)
     if d.dtype == like.dtype:
@@ -72,10 +69,10 @@ class Precomputed(Differentiable):
     def _gradients(self) -> Callable[..., list[Tensor | None]]:
         return _gradients_of(self.reduction, self.row_weight, self.wrt, self.factors)
 
-    def plan(self, operators, tensors, options):
+    def plan(self, operators, tensors, options, needed):
         plan = Plan(operators)
-        if options[self.reduction] != REDUCTIONS["none"] and not functorch_active():
-            plan.needs_grad_mask = needs_grad_mask(self, tensors)
+        if options[self.reduction] != REDUCTIONS["none"]:
+            plan.needs_grad_mask = needed & self._bits
         return plan
 
     def run_forward(self, plan, tensors, options):
@@ -87,16 +84,13 @@ class Precomputed(Differentiable):
         return []
 
     def run_backward(self, plan, grads, tensors, saved, options):
-        needed = sum(
-            1 << i for i in self.wrt if tensors[i] is not None and (plan.needed is None or plan.needed[i])
-        )
+        needed = sum(1 << i for i in self.wrt if plan.needed[i])
         precomputed, plan.precomputed_grads = plan.precomputed_grads, None
         if needed & ~plan.needs_grad_mask:
             precomputed = None
-        inplace = not functorch_active()
         found = self._gradients(
             lambda *args: self.evaluate_again(plan.operators, *args),
-            lambda d, factor, like: scaled(plan.operators.all, d, factor, like, inplace),
+            lambda d, factor, like: scaled(plan.operators.all, d, factor, like, inplace=True),
             grads[0], tensors, options, precomputed, needed,
         )  # fmt: skip
         return [tensors[0].new_empty(0) if d is None else d for d in found]
@@ -129,42 +123,50 @@ def _gradients_of(
 
 
 class PrecomputedOp(Precomputed, PythonOp):
-    """A `Precomputed` loss as an operator: `fwd` takes `needs_grad_mask`, and there is no `bwd`."""
+    """A `Precomputed` loss as an operator, of which the last fields of `State` are the gradients of `wrt`.
+
+    `bwd` multiplies them; those that it is not given, because the loss is unreduced or autograd did not save them, it
+    computes.
+    """
 
     masked = True
 
     def evaluate(self, operators, tensors, options, mask):
-        return operators.fwd(*tensors, *options, mask)
+        return operators.fwd(*tensors, *self._attrs(options), mask)
 
-    def _compiled(self, tensors, options):
-        if requires_grad([t for i, t in enumerate(tensors) if i not in self.wrt]):
-            return self.reference(*tensors, *options)
-        mask = needs_grad_mask(self, tensors) if torch.is_grad_enabled() else 0
-        if not mask:
-            return self._plain(*tensors, *options, 0)[0]
-        return self._traced.apply(*tensors, *options, mask)[0]
+    def _attrs(self, options: Sequence[Any]) -> Sequence[Any]:
+        return options[: len(self.Attrs._fields)]
 
-    def traced_passes(self):
-        fwd, at, none = self.operators().fwd, self.tensors + self.reduction, REDUCTIONS["none"]
-        reduction, gradients = self.reduction, self._gradients
+    def forward_mask(self, options, mask):
+        return 0 if options[self.reduction] == REDUCTIONS["none"] else mask
 
-        def forward(*args):
-            return fwd(*args[:-1], 0 if args[at] == none else args[-1])
+    def run_forward(self, plan, tensors, options):
+        return self.evaluate(plan.operators, tensors, options, plan.needs_grad_mask)
 
-        def save(results, options):
-            return () if options[reduction] == none else results
+    def saved_state(self, saved):
+        return [torch.empty(0)] * len(self.State._fields)
+
+    def is_precomputed(self, inputs: Sequence[Tensor | None], *state_and_attrs: Any) -> bool:
+        """Return whether the gradients that `bwd` is asked for are among the state that it is given."""
+        fields = len(self.State._fields)
+        state, (*attrs, mask) = state_and_attrs[:fields], state_and_attrs[fields:]
+        given = zip(self.wrt, state[-len(self.wrt) :], strict=True)
+        return attrs[self.reduction] != REDUCTIONS["none"] and all(
+            d.shape == inputs[i].shape for i, d in given if mask >> i & 1
+        )
+
+    def backward(self, operators, grads, inputs, state, attrs, mask):
+        ready = self.is_precomputed(inputs, *state, *attrs, mask)
 
         def evaluate(tensors, options, mask):
-            return fwd(*tensors, *options, mask)[1:]
+            return self.forward(operators, self.Inputs(*tensors), self.Attrs(*options), mask)[1:]
 
-        def multiply(d, factor, like):
-            return (d.to(factor.dtype) * factor).to(like.dtype)
-
-        def backward(grads, tensors, saved, options):
-            precomputed = saved if len(saved) else None
-            return gradients(evaluate, multiply, grads[0], tensors, options[:-1], precomputed, options[-1])
-
-        return forward, save, backward
+        found = self._gradients(
+            evaluate,
+            lambda d, factor, like: scaled(operators, d, factor, like, inplace=not ready),
+            grads[0], inputs, attrs, state if ready else None, mask,
+        )  # fmt: skip
+        return [inputs[0].new_empty(0) if d is None else d for d in found]
 
 
 torch.library.register_fake(

@@ -6,10 +6,18 @@ import torch
 from torch import Tensor
 
 
+def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
+    """Return the losses times the weights; one of weight 0 adds nothing, not even NaN."""
+    read = torch.where(
+        (weight == 0) & ~loss.isfinite(), 0.0, loss
+    )  # a finite one is the derivative by its weight
+    return read * weight.to(loss.dtype)
+
+
 def reduced(loss: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype) -> Tensor:
     """Weight and reduce the row losses, in `dtype`; a mean is divided by the sum of the weights."""
     if weight is not None:
-        loss = loss * weight.to(loss.dtype)
+        loss = _weighted(loss, weight)
     if reduction == "mean":
         loss = loss.sum() / (loss.shape[0] if weight is None else weight.to(loss.dtype).sum())
     elif reduction == "sum":
@@ -25,7 +33,7 @@ def reduced_over(
     The mean is 0 where that sum is 0.
     """
     if weight is not None:
-        loss = loss * weight.to(loss.dtype)
+        loss = _weighted(loss, weight)
         counts = counts * weight.to(loss.dtype)
     if reduction == "mean":
         total = counts.sum()

@@ -390,15 +390,6 @@ class SimilarityOp(PythonOp):
         # of x with itself both gradients are one product: on the CPU, see `Matrix.run`
         return product * (2 if columns is None else 3)
 
-    def fake_backward(self, *args):
-        tensors = args[self.outputs : self.outputs + self.tensors]
-        return tuple(
-            tensors[0].new_empty([0])
-            if t is None
-            else torch.empty_like(t, memory_format=torch.contiguous_format)
-            for t in (tensors[i] for i in self.wrt)
-        )
-
 
 class SoftmaxInputs(NamedTuple):
     x: Tensor  # [m, features]

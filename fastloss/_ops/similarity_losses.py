@@ -134,6 +134,13 @@ class SigmoidState(NamedTuple):
     dbias: Tensor
 
 
+class SigmoidGradients(NamedTuple):
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
 class SigmoidOp(PrecomputedOp, SimilarityOp):
     """Sum of softplus(-z s) over a row, z = 1 at the target column and -1 at the others, then over rows.
 
@@ -141,6 +148,7 @@ class SigmoidOp(PrecomputedOp, SimilarityOp):
     """
 
     Inputs, Attrs, Outputs, State = SigmoidInputs, SigmoidAttrs, SigmoidOutputs, SigmoidState
+    Gradients = SigmoidGradients
     reduction: ClassVar[int] = 0
     row_weight: ClassVar[int] = 5
 

@@ -1,4 +1,4 @@
-"""The registry of losses, which tests, `check`, `bench`, modules and the README enumerate.
+"""The registry of losses, which tests, `check`, `bench` and the README enumerate.
 
 A family's file here holds the inputs, cases and eager baselines of its losses; the losses themselves know nothing of
 it.

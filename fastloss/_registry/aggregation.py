@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 from torch import Tensor
@@ -23,7 +24,7 @@ def _number(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
 _counted = {"sample_weight": _weights, "mask": lambda d, s: d.index(4, *s) > 0}
 
 
-def _register(function, cases, inputs=(), forward=("losses", "theta", "sample_weight", "mask")):
+def _register(function, cases, inputs=()):
     register(
         Loss(
             name=function.__name__,
@@ -34,8 +35,7 @@ def _register(function, cases, inputs=(), forward=("losses", "theta", "sample_we
                 "losses": draw.normal(*shape).square(),
                 **{name: _number(draw, shape) for name in inputs},
             },
-            wrt=("losses", "theta") if "theta" in forward else ("losses",),
-            forward_arguments=forward,
+            wrt=("losses", "theta") if "theta" in inspect.signature(function).parameters else ("losses",),
             cases=cases,
             shapes=((7, 1), (3, 33), (5, 1000), (2, 4099), (2, 5, 3)),
             bench_shape=(1 << 10, 1 << 10),
@@ -62,10 +62,7 @@ _register(
         "flooded": {"rho": 0.25, "theta": _number, "flood": 50.0, **_counted},
     },
 )
-_without = ("losses", "sample_weight", "mask")
-_register(
-    flooding_loss, {"plain": {"level": 30.0}, "weighted": {"level": 50.0, **_counted}}, forward=_without
-)
+_register(flooding_loss, {"plain": {"level": 30.0}, "weighted": {"level": 50.0, **_counted}})
 _register(
     soft_ad_loss,
     {"plain": {}, "number": {"theta": 0.7}, "weighted": {"sigma": 0.3, "eta": 0.25, **_counted}},
@@ -78,5 +75,4 @@ _register(
         "small": {"t": 1e-5},
         "negative": {"t": -3.0, **_counted},
     },
-    forward=_without,
 )

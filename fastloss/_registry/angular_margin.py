@@ -78,7 +78,6 @@ for _name, (_function, _more, _full) in _WITH_MARGIN.items():
             products=(1, 3),
             inputs=_inputs,
             wrt=("input", "weight"),
-            forward_arguments=("input", "weight", "target", "sample_weight"),
             cases={**_MARGIN_CASES, **_more, "everything": {**_MARGIN_CASES["everything"], **_full}},
             shapes=((3, 5, 7), (5, 33, 2), (7, 64, 130)),
             bench_shape=(2048, 512, 32000),
@@ -95,7 +94,6 @@ register(
         products=(1, 3),
         inputs=_inputs,
         wrt=("input", "weight"),
-        forward_arguments=("input", "weight", "target", "sample_weight"),
         cases={
             "plain": {},
             "everything": {

@@ -33,7 +33,6 @@ def _register(function, eager, cases) -> None:
             eager=eager,
             inputs=_inputs,
             wrt=("input",),
-            forward_arguments=("input", "target"),
             cases=cases,
             shapes=((7, 1), (3, 33), (3, 1030), (2, 17, 3, 5)),
             bench_shape=(65536, 1000),
@@ -52,7 +51,6 @@ register(
         replaces="torch.nn.functional.cross_entropy",
         inputs=_inputs,
         wrt=("input",),
-        forward_arguments=("input", "target", "sample_weight"),
         cases={
             "plain": {},
             "sum": {"reduction": "sum"},

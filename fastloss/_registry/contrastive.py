@@ -39,7 +39,6 @@ register_contrastive(
     related="open_clip.ClipLoss",
     inputs=_images_and_texts,
     wrt=("image_features", "text_features", "logit_scale"),
-    forward_arguments=("image_features", "text_features", "logit_scale", "logit_bias", "sample_weight"),
     cases={
         "plain": {},
         "number": {"logit_scale": 10.0, "reduction": "sum"},
@@ -52,7 +51,6 @@ register_contrastive(
     related="open_clip.SigLipLoss",
     inputs=_images_and_texts,
     wrt=("image_features", "text_features", "logit_scale", "logit_bias"),
-    forward_arguments=("image_features", "text_features", "logit_scale", "logit_bias", "sample_weight"),
     cases={
         "plain": {},
         "bias": {"logit_bias": lambda d, s: d.uniform(low=-5.0, high=-3.0)},
@@ -75,7 +73,6 @@ register_contrastive(
     replaces="info_nce.info_nce",
     inputs=lambda d, s: two_sets("query", "positive_key", d, s),
     wrt=("query", "positive_key", "negative_keys", "temperature"),
-    forward_arguments=("query", "positive_key", "negative_keys", "sample_weight"),
     cases={
         "plain": {"temperature": 0.2},
         "features as they are": {"temperature": drawn_temperature, "normalize": False, "reduction": "none"},

@@ -54,7 +54,6 @@ register(
         eager=_eager_ctc,
         inputs=_speech,
         wrt=("log_probs",),
-        forward_arguments=("log_probs", "targets", "input_lengths", "target_lengths"),
         cases={
             "log_probs": {},
             "zero_infinity": {"zero_infinity": True, "reduction": "sum"},

@@ -79,7 +79,6 @@ for _function, _eager, _cases in (
             inputs=_inputs,
             wrt=("student_logits", "teacher_logits"),
             trained=("student_logits",),
-            forward_arguments=("student_logits", "teacher_logits", "labels", "mask", "sample_weight"),
             cases=_cases,
             shapes=((3, 33), (2, 4099), (2, 5, 7), (3, 1)),
             bench_shape=(1024, 32000),

@@ -25,7 +25,7 @@ _TYPES = {
 
 
 def _length(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
-    return 1.0 + draw.index(9, *shape)
+    return 1.0 * draw.index(9, *shape)  # 0 among them
 
 
 def _labels(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
@@ -66,7 +66,6 @@ register(
         inputs=of_logps(*_INPUTS),
         wrt=_INPUTS,
         trained=_INPUTS[:2],
-        forward_arguments=(*_INPUTS, "chosen_lengths", "rejected_lengths", "weight"),
         cases={
             "sigmoid": {},
             **_TYPES,
@@ -96,9 +95,6 @@ register(
         eager=_eager_from_logits,
         inputs=_completions,
         wrt=("policy_logits",),
-        forward_arguments=(
-            "policy_logits", "labels", "reference_chosen_logps", "reference_rejected_logps",
-        ),
         cases={
             "sigmoid": {},
             **_TYPES,
@@ -147,10 +143,6 @@ register(
         products=(2, 6),
         inputs=_linear_inputs,
         wrt=("chosen_input", "rejected_input", "linear_weight", "linear_bias"),
-        forward_arguments=(
-            "chosen_input", "rejected_input", "linear_weight", "chosen_labels", "rejected_labels",
-            "reference_chosen_logps", "reference_rejected_logps", "linear_bias",
-        ),
         cases={
             "sigmoid": {},
             **_TYPES,

@@ -40,7 +40,7 @@ def _positive(draw, shape):
     return draw.uniform(*shape, low=0.5, high=2.0)
 
 
-def _register(function, inputs, cases, forward=("input", "target"), eager=None):
+def _register(function, inputs, cases, eager=None):
     name = function.__name__
     in_torch = getattr(F, name, None)
     register(
@@ -54,7 +54,6 @@ def _register(function, inputs, cases, forward=("input", "target"), eager=None):
             inputs=inputs,
             wrt=("input", "target"),
             trained=("input",),
-            forward_arguments=forward,
             cases=cases,
             shapes=((7, 1), (3, 33), (2, 4099), (2, 5, 3)),
             bench_shape=(1 << 16, 1 << 10),
@@ -75,17 +74,15 @@ def _eager_log_cosh(input, target, reduction="mean", weight=None):
 
 
 _weighted = {"plain": {}, "weight": {"weight": _positive}}
-_with_weight = ("input", "target", "weight")
-_register(mse_loss, _normal, _weighted, _with_weight)
-_register(rmse_loss, _normal, {"plain": {}, "eps": {"eps": 0.3, "weight": _positive}}, _with_weight)
-_register(l1_loss, _normal, _weighted, _with_weight)
+_register(mse_loss, _normal, _weighted)
+_register(rmse_loss, _normal, {"plain": {}, "eps": {"eps": 0.3, "weight": _positive}})
+_register(l1_loss, _normal, _weighted)
 _register(smooth_l1_loss, _normal, {"plain": {}, "beta": {"beta": 0.3, "reduction": "sum"}})
-_register(huber_loss, _normal, {"plain": {}, "delta": {"delta": 0.7, "weight": _positive}}, _with_weight)
+_register(huber_loss, _normal, {"plain": {}, "delta": {"delta": 0.7, "weight": _positive}})
 _register(
     log_cosh_loss,
     _normal,
     _weighted | {"none": {"reduction": "none"}, "sum": {"reduction": "sum", "weight": _positive}},
-    _with_weight,
     _eager_log_cosh,
 )
 _register(
@@ -99,13 +96,11 @@ _register(
             "pos_weight": lambda d, s: d.uniform(s[-1], low=0.5, high=2.0),
         },
     },
-    ("input", "target", "weight", "pos_weight"),
 )
 _register(
     binary_cross_entropy,
     lambda d, s: {"input": d.uniform(*s, low=0.05, high=0.95), "target": d.uniform(*s)},
     {"plain": {}, "weight": {"weight": _positive, "reduction": "sum"}},
-    _with_weight,
 )
 _register(
     hinge_loss,
@@ -146,7 +141,6 @@ register(
         },
         wrt=("inputs", "targets"),
         trained=("inputs",),
-        forward_arguments=("inputs", "targets", "weight", "num_positives"),
         cases={
             "mean": {"reduction": "mean"},
             "none": {},

@@ -27,7 +27,6 @@ register(
         reference=reference.detailed_balance_loss,
         inputs=_states,
         wrt=("state_flow", "next_flows", "logits"),
-        forward_arguments=("state_flow", "next_flows", "logits", "mask", "chosen", "rewards"),
         cases={
             "all": {},
             "masked": {"mask": lambda d, s: d.index(4, *s) > 0, "reduction": "sum"},

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from fastloss._registry.spec import InputSampler
 
@@ -53,3 +56,28 @@ def drawn_weight(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
 
 def drawn_temperature(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
     return draw.uniform(low=0.2, high=0.4)
+
+
+class _Result(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.data  # no view, which autograd would follow to the leaf
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def in_place(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the loss with `inplace_backward`, called with leaves as if they were results of a model.
+
+    The results lie in the leaves' memory, so that a call takes no more of it than that of a trained model.
+    """
+
+    def call(**kwargs: Any) -> Tensor:
+        results = {
+            k: _Result.apply(v) if isinstance(v, Tensor) and v.requires_grad else v for k, v in kwargs.items()
+        }
+        return function(**results, inplace_backward=True)
+
+    return call

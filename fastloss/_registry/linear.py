@@ -40,7 +40,6 @@ register(
         products=(1, 3),
         inputs=_inputs,
         wrt=("input", "linear_weight", "linear_bias"),
-        forward_arguments=("input", "linear_weight", "target", "linear_bias", "sample_weight"),
         cases={
             "plain": {},
             "none": {"reduction": "none", "target": _some_ignored},

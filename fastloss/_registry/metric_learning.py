@@ -53,7 +53,6 @@ register_metric(
     replaces="torch.nn.functional.cosine_embedding_loss",
     inputs=_pair("target", -1, 2),
     wrt=("input1", "input2"),
-    forward_arguments=("input1", "input2", "target"),
     bench_shape=(65536, 256),
 )
 register_metric(
@@ -66,7 +65,6 @@ register_metric(
     replaces="torch.nn.functional.triplet_margin_loss",
     inputs=_drawn("anchor", "positive", "negative"),
     wrt=("anchor", "positive", "negative"),
-    forward_arguments=("anchor", "positive", "negative"),
     bench_shape=(65536, 256),
 )
 register_metric(
@@ -74,7 +72,6 @@ register_metric(
     {"everything": {"margin": 6.0, "reduction": "none"}},
     inputs=_pair("label", 0, 1),
     wrt=("input1", "input2"),
-    forward_arguments=("input1", "input2", "label"),
     bench_shape=(65536, 256),
 )
 register_metric(
@@ -82,7 +79,6 @@ register_metric(
     {"mean": {"variant": "mean_cosine"}, "everything": {"margin": 0.3, "reduction": "none"}},
     inputs=_drawn("query", "positive", "negative"),
     wrt=("query", "positive", "negative"),
-    forward_arguments=("query", "positive", "negative"),
     bench_shape=(65536, 256),
 )
 
@@ -101,7 +97,6 @@ register_metric(
     related="sentence_transformers.losses.BatchHardTripletLoss",
     inputs=_labelled,
     wrt=("embeddings",),
-    forward_arguments=("embeddings", "labels"),
     products=(1, 1),
     bench_shape=(1024, 128),
 )
@@ -115,6 +110,5 @@ register_metric(
     related="sentence_transformers.losses.BatchAllTripletLoss",
     inputs=_labelled,
     wrt=("embeddings",),
-    forward_arguments=("embeddings", "labels"),
     bench_shape=(256, 128),
 )

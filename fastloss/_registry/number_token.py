@@ -61,7 +61,6 @@ for _function, _reference, _more in (
             reference=_reference,
             inputs=_inputs,
             wrt=("logits",),
-            forward_arguments=("logits", "labels"),
             cases=_CASES | _more,
             shapes=((9, 33), (3, 1030)),
             bench_shape=(4096, 32000),
@@ -79,7 +78,6 @@ register(
             "target": draw.index(shape[1], shape[0], *shape[2:]),
         },
         wrt=("input",),
-        forward_arguments=("input", "target"),
         cases={
             "plain": {},
             "values": {

@@ -41,9 +41,17 @@ _DIVERGENCES = {
     for name in KL_TYPES
     if name != "none"
 }
-_WEIGHTS = {"mask": lambda d, s: d.index(3, *s).to(d.dtype)}
+
+
+def _weights(draw: InputSampler, shape: tuple[int, ...]) -> Tensor:
+    weights = draw.index(3, *shape).to(draw.dtype)
+    if len(shape) > 1:
+        weights[-1] = 0  # a completion without tokens
+    return weights
+
+
+_WEIGHTS = {"mask": _weights}
 _AGGREGATIONS = {name: {"loss_agg_mode": name, **_WEIGHTS} for name in AGGREGATIONS}
-_OPTIONAL = ("mask", "ref_logps", "entropies", "normalizer")
 
 register(
     Loss(
@@ -54,7 +62,6 @@ register(
         related="verl.trainer.ppo.core_algos.compute_policy_loss",
         inputs=_tokens,
         wrt=("logps", "entropies"),
-        forward_arguments=("logps", "old_logps", "advantages", *_OPTIONAL),
         cases={
             "ppo": {},
             **_TYPES,
@@ -85,7 +92,6 @@ register(
         related="verl.trainer.ppo.core_algos.compute_value_loss",
         inputs=lambda d, s: {"values": d.normal(*s), "returns": d.normal(*s)},
         wrt=("values",),
-        forward_arguments=("values", "returns", "old_values", "mask", "normalizer"),
         cases={
             "plain": {},
             **{name: case for name, case in _AGGREGATIONS.items() if name != "token-mean"},

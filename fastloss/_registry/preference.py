@@ -21,7 +21,6 @@ register(
         },
         wrt=("policy_logps", "reference_logps"),
         trained=("policy_logps",),
-        forward_arguments=("policy_logps", "reference_logps", "labels", "kl"),
         cases={
             "plain": {},
             "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired", "reduction": "sum"},
@@ -64,7 +63,6 @@ for _function, _cases in (
             reference=getattr(reference, _function.__name__),
             inputs=of_logps("chosen_logps", "rejected_logps"),
             wrt=_names,
-            forward_arguments=_names,
             cases=_cases,
             shapes=LOGPS_SHAPES,
             bench_shape=LOGPS_BENCH,

@@ -12,7 +12,6 @@ register_contrastive(
     related="sentence_transformers.losses.MultipleNegativesRankingLoss",
     inputs=lambda d, s: two_sets("anchor", "positive", d, s),
     wrt=("anchor", "positive", "negatives", "scale"),
-    forward_arguments=("anchor", "positive", "negatives", "sample_weight"),
     cases={
         "plain": {"scale": 5.0},
         "hard negatives": {

@@ -39,7 +39,6 @@ def _traffic(tensors: int) -> Callable[[tuple[int, ...], int, bool], int]:
 
 _ENDS = {"terminated": _ends, "truncated": _ends, "next_values": lambda d, s: d.normal(*s)}
 _MASKED = {"mask": lambda d, s: d.index(4, *s) > 0, "bootstrap_value": lambda d, s: d.normal(*s[:-1])}
-_MORE = ("terminated", "truncated", "next_values", "bootstrap_value", "mask", "cu_seqlens")
 
 for _function, _inputs, _eager, _count in (
     (gae, _steps, _eager_gae, 4),
@@ -47,7 +46,6 @@ for _function, _inputs, _eager, _count in (
     (discounted_returns, lambda d, s: {"rewards": d.normal(*s)}, None, 3),
     (vtrace, lambda d, s: {"log_rhos": d.normal(*s, scale=0.3), **_steps(d, s)}, None, 5),
 ):
-    _names = tuple(_inputs(InputSampler(), (1, 1)))
     register_estimator(
         Loss(
             name=_function.__name__,
@@ -57,7 +55,6 @@ for _function, _inputs, _eager, _count in (
             eager=_eager,
             inputs=_inputs,
             wrt=(),  # they are targets, called without gradients
-            forward_arguments=(*_names, *_MORE),
             cases={"plain": {}, "masked": _MASKED}
             | ({} if _function is discounted_returns else {"ends": _ENDS}),
             shapes=((1, 1), (3, 33), (2, 3, 5)),
@@ -74,7 +71,6 @@ register_estimator(
         reference=reference.n_step_returns,
         inputs=lambda d, s: {"rewards": d.normal(*s), "values": d.normal(*s)},
         wrt=("rewards", "values"),
-        forward_arguments=("rewards", "values", "terminated", "truncated", "next_values", "bootstrap_value"),
         cases={
             "plain": {"bootstrap_value": lambda d, s: d.normal(*s[:-1])},
             "ends": {

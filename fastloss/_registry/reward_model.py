@@ -24,7 +24,6 @@ register(
         reference=reference.k_way_ranking_loss,
         inputs=_ranked,
         wrt=("rewards",),
-        forward_arguments=("rewards", "ranks", "mask"),
         cases={
             "bradley_terry": {},
             "plackett_luce": {"kind": "plackett_luce", "reduction": "none"},
@@ -43,7 +42,6 @@ register(
         reference=reference.bradley_terry_loss,
         inputs=lambda d, s: {"chosen": d.normal(*s, scale=3.0), "rejected": d.normal(*s, scale=3.0)},
         wrt=("chosen", "rejected", "margin"),
-        forward_arguments=("chosen", "rejected", "margin", "weight"),
         cases={
             "plain": {},
             "everything": {

@@ -1,4 +1,4 @@
-"""The description of a loss and the registry, which tests, `check`, `bench`, modules and the README enumerate."""
+"""The description of a loss and the registry, which tests, `check`, `bench` and the README enumerate."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ Case = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss and what tests, benchmarks, modules and docs need to know about it.
+    """One loss and what tests, benchmarks and docs need to know about it.
 
     `inputs(draw, shape)` gives the required arguments of a call by name. A *case* is a set of further
     arguments; a value that is callable is called with `(draw, shape)` to make a tensor.
@@ -96,8 +96,6 @@ class Loss:
     bench_shape: tuple[int, ...]
     traffic: Callable[[tuple[int, ...], int, bool], int]
     """Minimal traffic in bytes: `(shape, itemsize, backward)`."""
-    forward_arguments: tuple[str, ...]
-    """Arguments of the module's `forward`; all others belong to its constructor."""
     replaces: str = ""
     """The function of another library in whose place this one can be called: same arguments, defaults and results."""
     related: str = ""

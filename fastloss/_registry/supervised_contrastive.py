@@ -20,7 +20,6 @@ def _among_more(name: str):
     return {
         "inputs": lambda d, s: labelled(name, d, s),
         "wrt": (name, "temperature", "keys"),
-        "forward_arguments": (name, "labels", "sample_weight", "keys", "key_labels"),
         "cases": {
             "plain": {"temperature": 0.2},
             "features as they are": {"temperature": 2.0, "normalize": False, "reduction": "sum"},
@@ -41,7 +40,6 @@ register_contrastive(
     "supervised_contrastive",
     inputs=lambda d, s: two_sets("z1", "z2", d, s),
     wrt=("z1", "z2", "temperature"),
-    forward_arguments=("z1", "z2", "sample_weight"),
     cases={
         "plain": {},
         "features as they are": {"normalize": False, "sample_weight": drawn_weight},

@@ -57,7 +57,6 @@ register(
         eager=_eager_log_softmax,
         inputs=lambda d, s: {"logits": _logits(d, s), "index": d.index(s[-1], *s[:-1])},
         wrt=("logits",),
-        forward_arguments=("logits", "index"),
         cases={
             "plain": {},
             "several": {"index": lambda d, s: d.index(s[-1], *s[:-1], 3), "temperature": 0.7},
@@ -76,7 +75,6 @@ register(
         eager=_eager_entropy,
         inputs=lambda d, s: {"logits": _logits(d, s)},
         wrt=("logits",),
-        forward_arguments=("logits", "mask"),
         cases={
             "plain": {},
             "masked": {"mask": lambda d, s: d.index(2, *s[:-1]) > 0, "temperature": 0.5},
@@ -95,7 +93,6 @@ register(
         eager=_eager_sequence,
         inputs=lambda d, s: {"logits": _logits(d, s), "labels": d.index(s[-1], *s[:-1])},
         wrt=("logits",),
-        forward_arguments=("logits", "labels"),
         cases={"plain": {}, "average": {"labels": _some_labels, "average": True}},
         shapes=((3, 4, 33), (2, 2, 1030)),
         bench_shape=(8, 512, 32000),

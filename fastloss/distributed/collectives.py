@@ -181,7 +181,7 @@ def completed(x: Tensor, ranks: Ranks) -> Tensor:
     return _Linear.apply(x, _alias, add_up)
 
 
-def multiplied(x: Tensor, factor: int) -> Tensor:
+def multiplied(x: Tensor, factor: float) -> Tensor:
     """Return `x`, whose gradient is multiplied by `factor`."""
     return _Linear.apply(x, _alias, lambda grad: grad * factor)
 

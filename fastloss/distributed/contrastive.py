@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._ops.checks import (
@@ -18,6 +17,7 @@ from fastloss._ops.checks import (
 )
 from fastloss._ops.checks import number as number_of
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.exponentials import softplus
 from fastloss._ops.reductions import reduced_over
 from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs
 from fastloss.distributed.call import Call
@@ -215,7 +215,7 @@ def nt_xent_loss(
         SoftmaxAttrs(normalize=bool(normalize), temperature=True),
         both,
     )
-    return call.reduced(F.softplus(row), None if weight is None else weight.repeat(2), dtype, both)
+    return call.reduced(softplus(row), None if weight is None else weight.repeat(2), dtype, both)
 
 
 def multiple_negatives_ranking_loss(

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._ops.autograd import REDUCTIONS
 from fastloss._ops.checks import check_reduction, rows_of_features, weight_of_rows
 from fastloss._ops.checks import number as number_of
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.exponentials import softplus
 from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, target_columns
 from fastloss.distributed.call import Call
 from fastloss.distributed.similarities import SigmoidInputs, SigmoidOptions, sigmoid
@@ -112,7 +112,7 @@ def clip_loss(
         SoftmaxAttrs(normalize=bool(normalize), columns=True),
         rows,
     )
-    loss = 0.5 * (F.softplus(row) + F.softplus(col))
+    loss = 0.5 * (softplus(row) + softplus(col))
     if bias is not None:
         loss = loss + 0 * call.number(bias).reshape(()).to(loss.dtype)
     return call.reduced(loss, weight, dtype, rows)

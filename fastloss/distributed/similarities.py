@@ -34,7 +34,7 @@ class _Softmax(Differentiable):
     """The distributed `SoftmaxOp`; its options are those of `SoftmaxOp`, the ranks, and the exchange of columns."""
 
     def __init__(self):
-        super().__init__(contrastive_softmax.name, None, tensors=8, wrt=(0, 1, 2, 3), outputs=3)
+        super().__init__(contrastive_softmax.name, tensors=8, wrt=(0, 1, 2, 3), outputs=3)
 
     def run_forward(self, plan, tensors, options):
         inputs, (*attrs, ranks, exchange) = SoftmaxInputs(*tensors), options
@@ -94,7 +94,7 @@ class _Sigmoid(Precomputed):
     reduction, row_weight = 0, 5
 
     def __init__(self):
-        super().__init__("contrastive_sigmoid", None, tensors=7, wrt=(0, 1, 2, 3, 5))
+        super().__init__("contrastive_sigmoid", tensors=7, wrt=(0, 1, 2, 3, 5))
 
     def evaluate(self, operators, tensors, options, mask):
         inputs, options = SigmoidInputs(*tensors), SigmoidOptions(*options)

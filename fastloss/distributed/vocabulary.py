@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastloss._ops.autograd import REDUCTIONS, Differentiable, Op, needs_grad_mask
+from fastloss._ops.autograd import REDUCTIONS, Differentiable, Op
 from fastloss._ops.checks import (
     check_floating,
     check_integer,
@@ -40,12 +40,12 @@ class _OfSlice(Differentiable):
     """
 
     def __init__(self, op: Op):
-        super().__init__(op.name, None, tensors=op.tensors, wrt=op.wrt)
+        super().__init__(op.name, tensors=op.tensors, wrt=op.wrt)
         self.op = op
 
     def __call__(self, tensors, options, *how):
-        if getattr(self.op, "masked", False):
-            options = (*options, needs_grad_mask(self, tensors))
+        if self.op.masked:
+            options = (*options, self._needed(tensors) & self._bits)
         return super().__call__(tensors, options, *how)
 
     def run_forward(self, plan, tensors, options):
@@ -78,7 +78,7 @@ class _NegativeLogProbability(Differentiable):
     """
 
     def __init__(self):
-        super().__init__("vocabulary_parallel_nll", None, tensors=3, wrt=(0, 1), outputs=2)
+        super().__init__("vocabulary_parallel_nll", tensors=3, wrt=(0, 1), outputs=2)
 
     def run_forward(self, plan, tensors, options):
         (lse, logp, local), (group,) = tensors, options

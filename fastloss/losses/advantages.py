@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss._ops.checks import check_floating, check_number, check_tensor, choice
+from fastloss._ops.checks import check_floating, check_number, check_tensor, check_tensors, choice
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.groups import Groups
 
@@ -24,35 +24,41 @@ def group_advantages(
 
     Args:
         rewards: shape `(N)`; float32, float64, bfloat16 or float16.
-        group_ids: int64 `(N)`, any ids, in any order.
+        group_ids: integers `(N)`, any ids, in any order.
         kind: `"grpo"`, `"dr_grpo"` or `"rloo"`. Default: `"grpo"`.
         epsilon: :math:`\varepsilon \ge 0`. Default: 1e-4, as in TRL (verl: 1e-6).
 
     Returns:
-        Advantages of shape `(N)`, differentiable in the rewards.
+        Advantages of shape `(N)`, differentiable in the rewards. Sums are in float64, of differences from the group's
+        first reward and in the order of the group: where all rewards of a group are equal its advantages are 0, and
+        they depend on nothing else than their group.
 
     Raises:
-        ValueError, TypeError: for unsupported shapes, types and options.
+        ValueError, TypeError: for unsupported shapes, types and options, naming the argument.
 
     Source: https://arxiv.org/abs/2402.03300, https://arxiv.org/abs/2503.20783, https://arxiv.org/abs/2402.14740.
     """
     choice("kind", kind, ("grpo", "dr_grpo", "rloo"))
     epsilon = check_number("epsilon", epsilon, 0.0)
+    check_tensor("rewards", rewards)
+    check_tensors(rewards, group_ids=group_ids)
     check_floating("rewards", rewards)
     if rewards.dim() != 1 or group_ids.shape != rewards.shape:
         raise ValueError(
             "rewards, group_ids: expected the same single dimension, got "
             f"{tuple(rewards.shape)} and {tuple(group_ids.shape)}"
         )
-    if group_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"group_ids: expected int64, got {group_ids.dtype}")
+    if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
+        raise TypeError(f"group_ids: expected integers, got {group_ids.dtype}")
     groups, r = Groups(group_ids), rewards.double()
 
     def of_group(x: Tensor) -> Tensor:
         return groups.of(groups.sums(x))
 
     count = groups.lengths[groups.group].double()
-    centred = r - of_group(r) / count
+    first = groups.firsts(r)
+    gap = r - torch.where(first.isfinite(), first, 0.0)
+    centred = gap - of_group(gap) / count
     others = (count - 1).clamp(min=1)
     if kind == "rloo":
         centred = torch.where(count > 1, centred * (count / others), 0.0)

@@ -18,6 +18,7 @@ from fastloss._ops.checks import (
     weight_of_rows,
 )
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.exponentials import log_sum_exp, softplus
 from fastloss._ops.reductions import reduced
 from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, SoftmaxOp, target_columns
 from fastloss._ops.similarity_losses import SigmoidAttrs, SigmoidInputs, SigmoidOp
@@ -80,7 +81,7 @@ def clip_loss(
         SoftmaxInputs(x, y, scale, target_col=target_columns(x.shape[0], x.shape[0], 0, x)),
         SoftmaxAttrs(normalize=bool(normalize), columns=True),
     )
-    loss = 0.5 * (F.softplus(row) + F.softplus(col))
+    loss = 0.5 * (softplus(row) + softplus(col))
     if logit_bias is not None:
         loss = loss + 0 * number("logit_bias", logit_bias, x).reshape(()).to(loss.dtype)
     return reduced(loss, weight, reduction, dtype)
@@ -213,7 +214,7 @@ def info_nce_rows(
             SoftmaxInputs(q, k, positive_temperature(temperature, q), target_col=target_col),
             SoftmaxAttrs(normalize=bool(normalize), temperature=True),
         )
-        return F.softplus(row), weight, dtype
+        return softplus(row), weight, dtype
     if k.shape != q.shape:
         raise ValueError(f"positive_key: expected shape {tuple(q.shape)}, got {tuple(k.shape)}")
     if check_integer("label_offset", label_offset) != 0:
@@ -226,7 +227,7 @@ def info_nce_rows(
     scale = 1 / temperature
     positive = scale * (q * k).sum(1)
     if paired:
-        row = _paired(q, negative_keys, scale, normalize) - positive
+        row = _paired(q, negative_keys, scale, normalize, positive)
     else:
         negative = negatives[0].to(acc_dtype)
         if normalize:
@@ -235,11 +236,11 @@ def info_nce_rows(
             SoftmaxInputs(q, negative, temperature, base=positive),
             SoftmaxAttrs(normalize=False, temperature=True),
         )
-    return F.softplus(row), weight, dtype
+    return softplus(row), weight, dtype
 
 
-def _paired(q: Tensor, negative: Tensor, scale: Tensor, normalize: bool) -> Tensor:
-    """Return the logsumexp over each query's own negatives, which are not copied."""
+def _paired(q: Tensor, negative: Tensor, scale: Tensor, normalize: bool, positive: Tensor) -> Tensor:
+    """Return the logsumexp over each query's own negatives, which are not copied, less its positive."""
     check_tensors(q, negative_keys=negative)
     check_floating("negative_keys", negative)
     if negative.dim() != 3 or negative.shape[::2] != q.shape:
@@ -250,4 +251,4 @@ def _paired(q: Tensor, negative: Tensor, scale: Tensor, normalize: bool) -> Tens
     s = (negative @ q.unsqueeze(-1)).squeeze(-1)
     if normalize:
         s = s / torch.linalg.vector_norm(negative, dim=-1).clamp_min(1e-12)
-    return (scale * s).logsumexp(1)
+    return log_sum_exp(scale * s - positive.unsqueeze(1), 1)

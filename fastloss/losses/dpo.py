@@ -25,7 +25,7 @@ from fastloss._ops.checks import (
     same_shape,
     smoothing_in,
 )
-from fastloss._ops.dtypes import autocast_to_fp32
+from fastloss._ops.dtypes import accumulation_dtype, autocast_to_fp32
 from fastloss._ops.elementwise import ElementOp, call_elementwise, zeros_like
 from fastloss.losses.token_statistics import label_log_probs, linear_sequence_log_probs, token_stats
 
@@ -74,14 +74,27 @@ def _check_types(kinds: list[str], smoothing: float, divergence: str, lengths: b
             raise ValueError(f"weight: not with {kind}, which takes pairs apart")
 
 
-def _means(name: str, lengths: Tensor, *sums: Tensor) -> list[Tensor]:
-    check_tensors(sums[0], **{name: lengths})
+def _counts(name: str, lengths: Tensor | None, like: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Return the lengths, at least 0, in the accumulation type or a wider one of theirs; 0 of pairs of weight 0."""
+    if lengths is None:
+        return None
+    check_tensors(like, **{name: lengths})
     check_real(**{name: lengths})
-    if lengths.shape != sums[0].shape:
+    if lengths.shape != like.shape:
         raise RuntimeError(
-            f"{name}: expected the shape of the log-probabilities, {tuple(sums[0].shape)}, got {tuple(lengths.shape)}"
+            f"{name}: expected the shape of the log-probabilities, {tuple(like.shape)}, got {tuple(lengths.shape)}"
         )
-    return [x / lengths for x in sums]
+    n = lengths.to(torch.promote_types(accumulation_dtype(like.dtype), lengths.dtype)).clamp(min=0)
+    return n if weight is None else torch.where(weight != 0, n, 0.0)
+
+
+def _of_lengths(kind: str, inputs: list[Tensor], chosen: Tensor, rejected: Tensor | None) -> list[Tensor]:
+    """Divide by the completions' lengths; for sft by their mean: a mean over pairs is then that of all tokens."""
+    if kind == "sft":
+        return [inputs[0] / (chosen.sum().clamp(min=1) / max(chosen.numel(), 1)), *inputs[1:]]
+    means = [x / n.clamp(min=1) for x, n in zip(inputs, (chosen, rejected, chosen, rejected), strict=True)]
+    dtype = torch.promote_types(chosen.dtype, rejected.dtype)
+    return [x.to(dtype) for x in means]
 
 
 def _sorted_pairs(kind: str, pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor) -> list[Tensor]:
@@ -133,7 +146,8 @@ def dpo_loss(
     apo_zero          :math:`\sigma(-\beta c) + \sigma(\beta r)`
     apo_down          :math:`\sigma(\beta c) + \sigma(-u)`
     discopop          :math:`\ell(u)\, \sigma(-u / \tau) + e^{-u} \sigma(u / \tau)`
-    sft               minus the policy's log-probability of the chosen completion, its mean if lengths are given
+    sft               minus the policy's log-probability of the chosen completion; if lengths are given divided by
+                      their mean over the pairs
     aot               sigmoid of sorted :math:`\log` ratios chosen / rejected of the policy and of the reference
     aot_unpaired      sigmoid of sorted :math:`c` and sorted :math:`r`
     ================  ==============================================================================================
@@ -143,6 +157,8 @@ def dpo_loss(
     :math:`(e^{(a - 1) x} - 1) / (a - 1)` (alpha).
     Value and gradients are one kernel each way; they keep their relative precision for all finite arguments.
     Several types at once are added up with their weights (mixed preference optimisation), one kernel each.
+    With lengths the mean of sft over pairs is the mean over the tokens of all chosen completions, as in TRL; `"none"`
+    gives the pairs' shares of it, `"sum"` as many times that mean as there are pairs.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: log-probabilities of the completions, summed over their tokens, of
@@ -158,11 +174,11 @@ def dpo_loss(
         exponent_clamp: bounds the exponent of forward_kl and alpha from above. Default: none.
         discopop_tau: :math:`\tau > 0`. Default: 0.05.
         chosen_lengths, rejected_lengths: numbers of tokens, of the shape of the log-probabilities; for
-            sigmoid_norm (required), ipo and sft. Default: none.
+            sigmoid_norm (required), ipo and sft. No sum is divided by less than 1. Default: none.
         loss_weights: of each type of a sequence. Default: 1 each.
         weight: of each pair, of their shape, without gradient, for example of weighted preference optimisation; pairs
-            of weight 0 are ignored, even if NaN; not with the sorted types. The mean is over the pairs,
-            whatever their weights. Default: 1.
+            of weight 0 are ignored, their lengths too, even if NaN; not with the sorted types. The mean is over the
+            pairs, whatever their weights. Default: 1.
         return_rewards: also give :math:`\beta` times the log-ratios, detached. Default: False.
 
     Returns:
@@ -195,24 +211,22 @@ def dpo_loss(
     w = None if w is None else w.detach()
     rewards = ((beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()) if return_rewards else ()
     dtype = pc.dtype
-    if len(kinds) > 1 or kinds[0] in _SORTED:  # what is added up or sorted outside the kernel is rounded once
+    if len(kinds) > 1 or kinds[0] in _SORTED or lengths:  # what is done outside the kernel is rounded once
         pc, pr, rc, rr = (x.float() if dtype in HALF_TYPES else x for x in (pc, pr, rc, rr))
-    sums = means = [pc, pr, rc, rr]
-    if lengths:
-        (pc, rc), (pr, rr) = (
-            _means("chosen_lengths", chosen_lengths, pc, rc),
-            ((pr, rr) if rejected_lengths is None else _means("rejected_lengths", rejected_lengths, pr, rr)),
-        )
-        of_means = torch.promote_types(pc.dtype, pr.dtype)
-        means = [x.to(of_means) for x in (pc, pr, rc, rr)]
-        if any(k in OF_LENGTHS for k in kinds):
-            for n in (chosen_lengths, chosen_lengths if rejected_lengths is None else rejected_lengths):
-                dtype = torch.promote_types(dtype, n.dtype)
+    sums = [pc, pr, rc, rr]
+    chosen_count = _counts("chosen_lengths", chosen_lengths, pc, w)
+    rejected_count = _counts("rejected_lengths", rejected_lengths, pc, w)
+    if any(k in OF_LENGTHS for k in kinds):
+        for n in (chosen_lengths, rejected_lengths):
+            dtype = dtype if n is None else torch.promote_types(dtype, n.dtype)
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
     loss = None
     for kind, loss_weight in types:
-        inputs = means if kind in OF_LENGTHS else sums
-        inputs = _sorted_pairs(kind, *inputs) if kind in _SORTED else inputs
+        inputs = sums
+        if kind in _SORTED:
+            inputs = _sorted_pairs(kind, *sums)
+        elif chosen_count is not None and kind in OF_LENGTHS:
+            inputs = _of_lengths(kind, sums, chosen_count, rejected_count)
         formula = "sigmoid" if kind in ("sigmoid_norm", *_SORTED) else kind
         hparams = _dpo.pack(
             type=formula, beta=beta, label_smoothing=smoothing, divergence=divergence,
@@ -221,7 +235,7 @@ def dpo_loss(
         one = call_elementwise(_dpo, inputs, hparams, mode, w)
         one = one if loss_weight == 1 else loss_weight * one
         loss = one if loss is None else loss + one
-    if dtype in HALF_TYPES and not autocast_to_fp32(policy_chosen_logps):
+    if dtype in HALF_TYPES and loss.dtype != dtype and not autocast_to_fp32(policy_chosen_logps):
         loss = loss.to(dtype)
     return (loss, *rewards) if return_rewards else loss
 
@@ -252,8 +266,8 @@ def dpo_loss_from_logits(
     The batch is concatenated chosen first, as TRL does: sequence `i` of the first half is the chosen, sequence `i`
     of the second half the rejected completion of pair `i`. The log-probability of a completion is
     :math:`\sum_t \log p_t(y_t)` over its labels that are not ignored; labels are aligned with the logits,
-    `labels[:, t]` is what `policy_logits[:, t]` predicts. ipo, sigmoid_norm and sft divide policy and reference by the
-    numbers of these tokens. Nothing of the logits' size is stored but their gradient.
+    `labels[:, t]` is what `policy_logits[:, t]` predicts. ipo, sigmoid_norm and sft take the numbers of these tokens as
+    lengths. Nothing of the logits' size is stored but their gradient.
 
     Args:
         policy_logits: shape `(2B, T, V)`, chosen completions first; float32, float64, bfloat16 or float16.
@@ -299,17 +313,17 @@ def dpo_loss_from_logits(
     else:
         token_logps = label_log_probs(policy_logits, labels, ignore_index, temperature, "labels")
     count = valid.sum(-1)
-    counted = token_logps if ld_alpha is None else token_logps * _shared_prefix_weights(valid, ld_alpha)
+    counted = token_logps
+    if ld_alpha is not None:
+        tail = ld_alpha * token_logps if ld_alpha else 0.0
+        counted = torch.where(_in_shared_prefix(valid), token_logps, tail)
     chosen, rejected = _halves(counted.sum(-1))
-    lengths = count.clamp(min=1)
     weight = None
     if peak is not None:
-        adjusted = torch.where(valid, token_logps.detach() - peak, 0.0).sum(-1) / lengths
+        adjusted = torch.where(valid, token_logps.detach() - peak, 0.0).sum(-1) / count.clamp(min=1)
         of_chosen, of_rejected = _halves(adjusted)
         weight = (of_chosen + of_rejected).exp().clamp(max=1.0)
-    chosen_lengths, rejected_lengths = (
-        _halves(lengths) if any(k in OF_LENGTHS for k in kinds) else (None, None)
-    )
+    chosen_lengths, rejected_lengths = _halves(count) if any(k in OF_LENGTHS for k in kinds) else (None, None)
     return dpo_loss(
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
         reduction, f_divergence=f_divergence, f_alpha=f_alpha, exponent_clamp=exponent_clamp,
@@ -324,13 +338,13 @@ def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:pairs], x[pairs:]
 
 
-def _shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
-    """Return for tokens [2B, T], chosen first, 1 up to the shorter completion's number of tokens, then `ld_alpha`."""
+def _in_shared_prefix(valid: Tensor) -> Tensor:
+    """Return for tokens [2B, T], chosen first, whether they are among as many as the shorter completion has."""
     place = valid.cumsum(-1)  # from 1 at the first token
     length = place[:, -1:]
     chosen, rejected = _halves(length)
     shorter = torch.minimum(chosen, rejected).repeat(2, 1)
-    return torch.where(place <= shorter, 1.0, ld_alpha)
+    return place <= shorter
 
 
 def _check_logits(policy_logits: Tensor, labels: Tensor) -> None:
@@ -390,8 +404,8 @@ def linear_dpo_loss(
         reference_rejected_logps: `[B]`.
         beta: strength of the reference. Default: 0.1.
         label_smoothing: fraction of the labels taken as swapped. Default: 0.
-        loss_type: one of `dpo_loss`'s. "ipo" and "sigmoid_norm" take means over a completion's tokens. Default:
-            `"sigmoid"`.
+        loss_type: one of `dpo_loss`'s. "ipo", "sigmoid_norm" and "sft" take the numbers of these tokens as lengths.
+            Default: `"sigmoid"`.
         reduction: `"none"`, `"mean"` or `"sum"`.
         linear_bias: `(C)`. Default: none.
         ignore_index: the label of tokens that do not count. Default: -100.
@@ -413,11 +427,8 @@ def linear_dpo_loss(
         linear_weight, linear_bias, ignore_index, temperature, softcap,
     )  # fmt: skip
     lengths: dict[str, Any] = {}
-    if loss_type in ("ipo", "sigmoid_norm"):
-        lengths = {
-            "chosen_lengths": chosen_count.clamp(min=1),
-            "rejected_lengths": rejected_count.clamp(min=1),
-        }
+    if any(kind in OF_LENGTHS for kind, _ in _types(loss_type, None)):
+        lengths = {"chosen_lengths": chosen_count, "rejected_lengths": rejected_count}
     return dpo_loss(  # type: ignore[return-value]  # without rewards it is a tensor
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,
         reduction, **lengths,

@@ -53,7 +53,7 @@ _huber_loss = ElementOp("huber_loss", _formulas.huber)
 _log_cosh_loss = ElementOp("log_cosh_loss", _formulas.log_cosh)
 _hinge_loss = ElementOp("hinge_loss", _formulas.hinge)
 _kl_div = ElementOp("kl_div", _formulas.kl_divergence)
-_binary_cross_entropy = ElementOp("binary_cross_entropy", _formulas.binary)
+_binary_cross_entropy = ElementOp("binary_cross_entropy", _formulas.binary, harmless=0.5)
 _binary = ElementOp("binary_cross_entropy_with_logits", _formulas.binary_with_logits)
 _weighted_binary = ElementOp(
     "weighted_binary_cross_entropy_with_logits", _formulas.weighted_binary_with_logits

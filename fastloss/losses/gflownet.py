@@ -114,13 +114,17 @@ def detailed_balance_loss(
         loss = mse_loss(error, torch.zeros_like(error), reduction="none").sum(-1)
     else:
         taken = torch.arange(r.shape[-1], device=r.device) == chosen.unsqueeze(-1)
+        if there is not None:  # a state whose action does not exist counts nothing, whatever it holds
+            kept = (there | ~taken).all(-1)
+            flow, taken = torch.where(kept, flow, 0.0), taken & there
+            r = torch.where(kept.unsqueeze(-1), r, 0.0)
         ahead = torch.where(taken, ahead, 0.0).sum(-1)
         error = flow - ahead + _minus_log_p(r, chosen)
         bound = None
         if rewards is not None:
-            bound = (rewards > 1) * (flow - 1).square() + (rewards < 1) * (ahead - 1).square()
+            bound = torch.where(rewards > 1, (flow - 1).square(), 0.0)
+            bound = bound + torch.where(rewards < 1, (ahead - 1).square(), 0.0)
         if there is not None:
-            kept = (there | ~taken).all(-1)
             error = torch.where(kept, error, 0.0)
             bound = None if bound is None else torch.where(kept, bound, 0.0)
         loss = mse_loss(error, torch.zeros_like(error), reduction="none")

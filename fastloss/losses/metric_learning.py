@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import Op
+from fastloss._ops.autograd import Op, contiguous_like
 from fastloss._ops.checks import (
     check_floating,
     check_number,
@@ -22,6 +22,7 @@ from fastloss._ops.checks import (
     real_number,
 )
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.exponentials import softplus
 from fastloss._ops.similarity_losses import HardestOp
 
 __all__ = [
@@ -40,6 +41,7 @@ _sums = Op(
     lambda a, b, c, eps: a.new_empty([4 if c is None else 8, a.shape[0]], dtype=accumulation_dtype(a.dtype)),
     tensors=3,
     wrt=(0, 1, 2),
+    gradient_like=contiguous_like,
 )
 
 
@@ -273,7 +275,8 @@ def contrastive_loss(
     square = pair_sums(a, b)[0][3]
     apart = torch.relu(check_number("margin", margin) - _length(square)).square()
     y = label.to(square.dtype)
-    return reduced(0.5 * ((1 - y) * square + y * apart), reduction, dtype)
+    alike = ((1 - y) * square).masked_fill(y == 1, 0.0)  # of distant pairs the square is infinite
+    return reduced(0.5 * (alike + y * apart), reduction, dtype)
 
 
 def kelp_ranking_loss(
@@ -325,6 +328,7 @@ _triplets = Op(
     reference.metric_learning.triplets,
     lambda x, ids, margin, root: x.new_empty([2, x.shape[0]]),
     tensors=2,
+    gradient_like=contiguous_like,
 )
 
 
@@ -348,6 +352,13 @@ def _labelled_rows(embeddings: Tensor, labels: Tensor, distance: str) -> tuple[T
     return x, labels.long(), dtype
 
 
+def _centred(x: Tensor) -> Tensor:
+    """Return the rows less their mean: products of an offset would hide their distances."""
+    x = x.detach()
+    mean = x.mean(0, dtype=torch.float64).to(x.dtype)
+    return x - torch.where(mean.isfinite(), mean, 0.0)
+
+
 def batch_hard_triplet_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -359,9 +370,9 @@ def batch_hard_triplet_loss(
     r"""Compute the triplet loss of each row with the farthest row of its class and the nearest of another.
 
     With these two distances :math:`d_p` and :math:`d_n` a row has :math:`\max(0, d_p - d_n + m)`, or without a margin
-    :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the similarity matrix, which is not stored;
-    their distances are then computed from differences. A row without a positive or without a negative has 0 and does
-    not count in the mean.
+    :math:`\log(1 + e^{d_p - d_n})`. The two rows are found in tiles of the similarity matrix of the rows less their
+    mean, which is not stored; their distances are then computed from differences. A row without a positive or without a
+    negative has 0 and does not count in the mean.
 
     Args:
         embeddings: shape `(B, D)`; float32, float64, bfloat16 or float16.
@@ -381,7 +392,8 @@ def batch_hard_triplet_loss(
     """
     check_reduction(reduction)
     x, labels, dtype = _labelled_rows(embeddings, labels, distance)
-    positive, negative = _hardest.indices(x.detach(), labels).unbind(0)
+    x = x.to(accumulation_dtype(x.dtype))
+    positive, negative = _hardest.indices(_centred(x), labels).unbind(0)
     counts = (positive >= 0) & (negative >= 0)
 
     def distance_from(square: Tensor) -> Tensor:
@@ -390,9 +402,10 @@ def batch_hard_triplet_loss(
         return square if distance == "squared" else _length(square)
 
     others = (x[i.clamp_min(0)] for i in (positive, negative))
-    positive_distance, negative_distance = (distance_from(sums[3]) for sums in pair_sums(x, *others))
+    squares = (sums[3].masked_fill(~counts, 0.0) for sums in pair_sums(x, *others))
+    positive_distance, negative_distance = (distance_from(square) for square in squares)
     gap = (positive_distance - negative_distance).masked_fill(~counts, -torch.inf)
-    loss = F.softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
+    loss = softplus(gap) if margin is None else torch.relu(gap + check_number("margin", margin))
     if reduction == "none":
         return loss.to(dtype)
     return (loss.sum() / (counts.sum().clamp_min(1) if reduction == "mean" else 1)).to(dtype)

@@ -121,12 +121,22 @@ def _distances(values: Tensor, y: Tensor, kind: str, squash_factor: float | None
     return distance, torch.where(several, squash_factor, 1.0).to(distance.dtype)
 
 
+def _mean_of(x: Tensor, logp: Tensor) -> Tensor:
+    """Return the mean of x, [..., D], over the softmax of the number tokens' log-probabilities.
+
+    The sum is over the differences from the x of the most probable token: for a confident row it is small, and so is
+    the rounding error of the gradient, which takes the difference of x and the mean.
+    """
+    pivot = x.gather(-1, logp.argmax(-1, keepdim=True)).detach()
+    return (logp.softmax(-1) * (x - pivot)).sum(-1) + pivot.squeeze(-1)
+
+
 def _number_rows(
     logp: Tensor, y: Tensor, values: Tensor, kind: str, reweigh: bool, squash_factor: float | None
 ) -> Tensor:
     """Return the row losses from the log-probabilities of the number tokens, [..., D]."""
     distance, max_distance = _distances(values, y, kind, squash_factor)
-    loss = (logp.softmax(-1) * distance).sum(-1)
+    loss = _mean_of(distance, logp)
     if kind == "mse":
         loss = loss.square()
     if reweigh:
@@ -140,13 +150,14 @@ def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool
 
     The Wasserstein distance is the area between the distribution functions.
     """
-    difference = logp.softmax(-1) - p
     ascending, order = values.sort()
     max_distance = ascending[-1] - ascending[0]
     if kind == "wasserstein":
+        difference = logp.softmax(-1) - p
         loss = (difference[..., order].cumsum(-1)[..., :-1].abs() * ascending.diff()).sum(-1)
     else:
-        loss, max_distance = (difference * values).sum(-1).square(), max_distance.square()
+        error = _mean_of(values.expand_as(logp), logp) - (p * values).sum(-1)
+        loss, max_distance = error.square(), max_distance.square()
     if reweigh:
         mass = logp.exp().sum(-1)
         loss = loss * mass + 1.01 * max_distance * (1 - mass)

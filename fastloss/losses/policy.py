@@ -38,6 +38,7 @@ __all__ = ["policy_loss", "value_loss"]
 AGGREGATIONS = (
     "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "none",
 )  # fmt: skip
+CLIPPED = ("clip", "sequence_clip")
 _policy = ElementOp("policy_loss", reference.policy.policy_element)
 _value = ElementOp("value_loss", reference.policy.value_element)
 
@@ -61,9 +62,9 @@ def _check_mask(mask: Tensor | None, name: str, like: Tensor) -> None:
 
 
 def _check_bounds(loss_type: str, kind: PolicyType, dual_clip, delta, log_ratio_clamp) -> None:
-    if dual_clip is not None and (kind.formula != "clip" or loss_type == "kl_cov"):
+    if dual_clip is not None and (kind.formula not in CLIPPED or loss_type == "kl_cov"):
         raise ValueError(f"dual_clip is not supported for loss_type={loss_type!r}")
-    if delta is not None and kind.formula != "clip" and not loss_type.startswith("dppo"):
+    if delta is not None and kind.formula not in CLIPPED and not loss_type.startswith("dppo"):
         raise ValueError(f"delta is not supported for loss_type={loss_type!r}")
     if log_ratio_clamp is not None and not kind.exponent:
         raise ValueError(f"log_ratio_clamp: {loss_type} has no such exponent")
@@ -192,11 +193,11 @@ def policy_loss(
     token-sum                 :math:`\sum m \ell`
     seq-mean-token-mean       the mean over completions of their tokens' mean (grpo, gspo, sapo, geo_mean)
     seq-mean-token-sum        the mean over completions of their tokens' sum (luspo, topr, reinforce)
-    seq-mean-token-sum-norm   :math:`\sum m \ell` / (number of completions x `horizon`) (dr_grpo)
+    seq-mean-token-sum-norm   the same, divided by `horizon` (dr_grpo)
     none                      :math:`m \ell`
     ========================  ======================================================================================
 
-    A completion without tokens is not counted in the means over completions, and if there are no tokens at all the
+    A completion without tokens is not counted in any mean over completions, and if there are no tokens at all the
     result is 0 and differentiable.
 
     Args:
@@ -264,7 +265,7 @@ def policy_loss(
         drawn, whole = old, a
         with torch.no_grad():
             if loss_type in ("gspo", "luspo"):
-                old = x - sequence_mean(x - old, mask)
+                old = sequence_mean(x - old, mask).expand(x.shape)  # as it is: every token has this log-ratio
             elif kind.advantages is not None:
                 a = a[..., :1] if per_completion else a
                 a = kind.advantages(x, old, a, mask, low=low, high=high, clamp=clamp).expand(x.shape)
@@ -284,7 +285,7 @@ def policy_loss(
     hparams = _policy.pack(
         type=kind.formula, low=low, high=high, dual=_positive("dual_clip", dual_clip),
         two_sided=two_sided, kl_coef=check_number("kl_coef", kl_coef),
-        kl_type="none" if ref is None else KL_TYPES[kl_type], top=clamp,
+        kl_type="none" if ref is None or not kl_coef else KL_TYPES[kl_type], top=clamp,
         entropy_coef=0.0 if h is None else check_number("entropy_coef", entropy_coef),
     )  # fmt: skip
     inputs = (x, old, a, zeros_like(x) if ref is None else ref, zeros_like(x) if h is None else h)
@@ -344,6 +345,7 @@ def value_loss(
     if horizon is not None and loss_agg_mode != "seq-mean-token-sum-norm":
         raise ValueError(f"horizon is not supported for loss_agg_mode={loss_agg_mode!r}")
     v, r, old = same_shape(values=values, returns=returns, old_values=old_values)
+    old = None if clip_range is None else old
     if v.dim() == 0:
         raise ValueError("values: expected at least one dimension, tokens being the last")
     _check_mask(mask, "values", v)

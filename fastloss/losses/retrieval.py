@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._ops.checks import (
@@ -17,6 +16,7 @@ from fastloss._ops.checks import (
     weight_of_rows,
 )
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.exponentials import log_sum_exp, softplus
 from fastloss._ops.reductions import reduced
 from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, target_columns
 from fastloss.losses.contrastive import contrastive_softmax
@@ -148,7 +148,7 @@ def ranking_rows(
         attrs._replace(columns=both),
     )
     if partition_mode == "per_direction":
-        loss = F.softplus(row) if not both else 0.5 * (F.softplus(row) + F.softplus(col))
+        loss = softplus(row) if not both else 0.5 * (softplus(row) + softplus(col))
         return loss, weight, dtype
     terms = [row, col] if both else [row]
     if "query_to_query" in directions:
@@ -158,7 +158,7 @@ def ranking_rows(
             raise ValueError("ids: not with the direction doc_to_doc")
         own = SoftmaxInputs(d[own_doc], docs, scale, first, row_ids=of_query[own_doc], col_ids=of_query)
         terms.append(softmax(own, attrs)[0])
-    others = torch.stack(terms).logsumexp(0) if len(terms) > 1 else row
+    others = log_sum_exp(torch.stack(terms), 0) if len(terms) > 1 else row
     # with both directions the positive is in the sum twice
-    loss = F.softplus(others - math.log(2)) + math.log(2) if both else F.softplus(others)
+    loss = softplus(others - math.log(2)) + math.log(2) if both else softplus(others)
     return loss, weight, dtype

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss._ops import abi
 from fastloss._ops.autograd import Op
-from fastloss._ops.checks import check_integer, check_number, real_number
+from fastloss._ops.checks import check_integer, check_number, check_tensors, real_number
 
 __all__ = ["discounted_returns", "gae", "n_step_returns", "td_lambda_returns", "vtrace"]
 
@@ -60,6 +62,8 @@ def step_arguments(
             raise TypeError(f"{name}: expected a floating point type, got {x.dtype}")
     if rewards.dim() == 0:
         raise ValueError("rewards: expected at least one dimension, time being the last")
+    given = {"bootstrap_value": bootstrap_value, "cu_seqlens": cu_seqlens}
+    check_tensors(rewards, **{name: x for name, x in {**flags, **given}.items() if x is not None})
     for name, x in {**values, **flags}.items():
         if x is not None and x.shape != rewards.shape:
             raise ValueError(
@@ -103,6 +107,17 @@ def _discounts(gamma: float, lam: float) -> dict[str, float]:
     return {name: check_number(name, x, 0.0, 1.0) for name, x in (("gamma", gamma), ("lam", lam))}
 
 
+def _scan(op: Op, tensors: Sequence[Tensor | None], hparams: list[float]) -> Any:
+    """Call an operator; an error about the offsets is a ValueError."""
+    try:
+        return op(tensors, (hparams,))
+    except RuntimeError as error:
+        _, name, message = str(error).partition("cu_seqlens")
+        if not name:
+            raise
+        raise ValueError(name + message) from None
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -127,7 +142,8 @@ def gae(
     Args:
         rewards: :math:`r`, shape `(..., T)`, time being the last dimension; float32, float64, bfloat16, float16.
         values: :math:`V(s_t)`, of the same shape.
-        terminated: bool, same shape: the episode ended, nothing follows. Default: nowhere.
+        terminated: bool, same shape: the episode ended, nothing follows, whatever the next steps and `next_values`
+            hold. Default: nowhere.
         truncated: bool, same shape: the episode was cut off; its value is bootstrapped, the trace ends. Needs
             `next_values`. Default: nowhere; the last step needs no mark.
         gamma: :math:`\gamma` in [0, 1]. Default: 0.99.
@@ -153,7 +169,7 @@ def gae(
         {"terminated": terminated, "truncated": truncated, "mask": mask},
         bootstrap_value, cu_seqlens,
     )  # fmt: skip
-    return _gae((r, v, n, b, None, term, trunc, m, cu), (_GAE.pack(**_discounts(gamma, lam)),))
+    return _scan(_gae, (r, v, n, b, None, term, trunc, m, cu), _GAE.pack(**_discounts(gamma, lam)))
 
 
 def td_lambda_returns(
@@ -226,7 +242,7 @@ def discounted_returns(
     (r,), b, (term, m), cu = step_arguments(
         {"rewards": rewards}, {"terminated": terminated, "mask": mask}, bootstrap_value, cu_seqlens
     )
-    return _gae((r, None, None, b, None, term, None, m, cu), (_GAE.pack(**_discounts(gamma, 1.0)),))[0]
+    return _scan(_gae, (r, None, None, b, None, term, None, m, cu), _GAE.pack(**_discounts(gamma, 1.0)))[0]
 
 
 def vtrace(
@@ -284,7 +300,7 @@ def vtrace(
     )
     with torch.no_grad():
         r, v, n, b, rho = (None if x is None else x.detach() for x in (r, v, n, b, rho))
-        return _vtrace((r, v, n, b, rho, term, trunc, m, cu), (hparams,))
+        return _scan(_vtrace, (r, v, n, b, rho, term, trunc, m, cu), hparams)
 
 
 def n_step_returns(
@@ -341,32 +357,40 @@ def n_step_returns(
     if after is None:
         end = torch.zeros_like(v[..., :1]) if last is None else last.unsqueeze(-1)
         after = torch.cat([v[..., 1:], end], -1)
-    # step t maps the return x of its successor to add + decay * x
+    # step t maps the return x of its successor to add + decay * x, or where nothing follows to add
+    follows = torch.full_like(r, gamma != 0, dtype=torch.bool)
     decay, add = torch.full_like(r, gamma), r
     if trunc is not None:
-        add = torch.where(trunc, r + gamma * after, r)
-        decay = torch.where(trunc, 0.0, decay)
+        add = torch.where(trunc & follows, r + gamma * after, r)
+    for end in (trunc, term):
+        follows = follows if end is None else follows & ~end
     if term is not None:
-        add, decay = torch.where(term, r, add), torch.where(term, 0.0, decay)
+        add = torch.where(term, r, add)
 
     def later(x: Tensor, count: int, behind: float) -> Tensor:
         """Shift x by one window; the windows behind the last step are empty."""
         return torch.cat([x[..., count:], torch.full_like(x[..., :count], behind)], -1)
 
+    def joined(add, decay, follows, next_add, next_decay, next_follows, count: int):
+        """Return a window of `count` steps and the one behind it as one."""
+        return (
+            add + torch.where(follows, decay * later(next_add, count, 0.0), 0.0),
+            decay * later(next_decay, count, 1.0),
+            follows & later(next_follows, count, True),
+        )
+
     n = min(n, steps)
-    window_decay = window_add = None
+    window = None
     done, size = 0, 1
+    part = (add, decay, follows)
     while True:
         if n & size:
-            if window_decay is None:
-                window_decay, window_add = decay, add
-            else:
-                window_add = window_add + window_decay * later(add, done, 0.0)
-                window_decay = window_decay * later(decay, done, 1.0)
+            window = part if window is None else joined(*window, *part, done)
             done += size
         if done == n:
             break
-        add, decay = add + decay * later(add, size, 0.0), decay * later(decay, size, 1.0)
+        part = joined(*part, *part, size)
         size *= 2
     reached = torch.cat([after[..., n - 1 :], after[..., -1:].expand(*after.shape[:-1], n - 1)], -1)
-    return (window_add + window_decay * reached).to(dtype)
+    add, decay, follows = window
+    return (add + torch.where(follows, decay * reached, 0.0)).to(dtype)

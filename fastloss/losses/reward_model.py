@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops import abi
-from fastloss._ops.autograd import REDUCTIONS, Op
+from fastloss._ops.autograd import REDUCTIONS, Op, contiguous_like
 from fastloss._ops.checks import (
     as_weight,
     check_floating,
@@ -52,7 +52,7 @@ def _fake(rewards, ranks, kind):
     )
 
 
-_ranking = Op("ranking", _of_kind, _fake, tensors=2, outputs=2)
+_ranking = Op("ranking", _of_kind, _fake, tensors=2, outputs=2, gradient_like=contiguous_like)
 
 
 def k_way_ranking_loss(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
@@ -16,6 +15,7 @@ from fastloss._ops.checks import (
     weight_of_rows,
 )
 from fastloss._ops.dtypes import accumulation_dtype
+from fastloss._ops.exponentials import softplus
 from fastloss._ops.reductions import reduced, reduced_over
 from fastloss._ops.similarity import SoftmaxAttrs, SoftmaxInputs, target_columns
 from fastloss._ops.similarity_losses import PairsAttrs, PairsInputs, PairsOp
@@ -212,4 +212,4 @@ def nt_xent_loss(
         SoftmaxInputs(torch.cat([x, y]), None, temperature, target_col=rows.roll(x.shape[0]), row_ids=rows),
         SoftmaxAttrs(normalize=bool(normalize), temperature=True),
     )
-    return reduced(F.softplus(row), None if weight is None else weight.repeat(2), reduction, dtype)
+    return reduced(softplus(row), None if weight is None else weight.repeat(2), reduction, dtype)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastloss import reference
 from fastloss._ops import abi
-from fastloss._ops.autograd import Op
+from fastloss._ops.autograd import Op, contiguous_like
 from fastloss._ops.checks import (
     check_floating,
     check_number,
@@ -50,24 +51,27 @@ def _fake(score, log_time, events, order, group, stratum, kind, efron, alpha, be
     )
 
 
-_survival = Op("survival", _terms, _fake, tensors=6)
+_survival = Op("survival", _terms, _fake, tensors=6, gradient_like=contiguous_like)
 
 
-def _cohort(name: str, score: Tensor, mode: str, **others: Tensor | None) -> Tensor:
-    """Check shapes and dtypes; return the score in the shape of the durations."""
+def _cohort(name: str, score: Tensor, mode: str, **others: Tensor | None) -> tuple[Any, ...]:
+    """Check shapes and dtypes; return the score and the others in one shape `(..., N)`."""
     check_reduction(mode)
     check_tensor(name, score)
     check_tensors(score, **others)
     check_floating(name, score)
+    check_real(**others)
     durations = others["durations"]
     if score.shape == (*durations.shape, 1):
         score = score.squeeze(-1)
-    if score.dim() == 0:
-        raise RuntimeError(f"{name}: expected (..., N), got a tensor without dimensions")
-    check_real(**others)
+    if durations.dim() == 0:
+        raise RuntimeError("durations: expected (..., N), got a tensor without dimensions")
+    check_same_shape("durations", durations, name, score)
     for other, t in others.items():
-        check_same_shape(other, t, name, score)
-    return score
+        check_same_shape(other, t, "durations", durations)
+    if score.dim() > 1 and score.shape[-1] == 1:  # columns: a cohort of one teaches nothing
+        score, others = score.squeeze(-1), {k: t if t is None else t.squeeze(-1) for k, t in others.items()}
+    return score, *others.values()
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -111,7 +115,8 @@ def cox_ph_loss(
 
     Args:
         log_h: :math:`h`, log of the relative hazard, shape `(..., N)`, or `(..., N, 1)` as a network's only output;
-            float32, float64, bfloat16 or float16. Each row of N individuals is a cohort of its own.
+            float32, float64, bfloat16 or float16. Each row of N individuals is a cohort of its own. Where all tensors
+            are columns `(..., N, 1)`, as of a table, the last dimension is dropped: these are cohorts of N too.
         durations: :math:`T`, times of event or of censoring, `(..., N)`, any real type, not NaN.
         events: :math:`\delta`, `(..., N)`: other than 0 where the event was seen, 0 where it was censored.
         ties: `"breslow"` or `"efron"`. Default: `"breslow"`.
@@ -128,7 +133,9 @@ def cox_ph_loss(
     Source: Cox, https://doi.org/10.1111/j.2517-6161.1972.tb00899.x; Breslow 1974; Efron 1977. Names as in pycox
     (`pycox.models.loss.cox_ph_loss`), which neglects ties.
     """
-    log_h = _cohort("log_h", log_h, reduction, durations=durations, events=events, strata=strata)
+    log_h, durations, events, strata = _cohort(
+        "log_h", log_h, reduction, durations=durations, events=events, strata=strata
+    )
     efron = choice("ties", ties, ("breslow", "efron")) == "efron"
     if strata is not None and strata.is_floating_point():
         raise TypeError(f"strata: expected integers, got {strata.dtype}")
@@ -164,7 +171,8 @@ def dart_loss(
 
     Args:
         theta: :math:`\theta`, the predicted log of the time, shape `(..., N)`, or `(..., N, 1)` as a network's only
-            output; float32, float64, bfloat16 or float16. Each row of N individuals is a cohort of its own.
+            output; float32, float64, bfloat16 or float16. Each row of N individuals is a cohort of its own. Where all
+            tensors are columns `(..., N, 1)`, as of a table, the last dimension is dropped: these are cohorts of N too.
         durations: :math:`T > 0`, times of event or of censoring, `(..., N)`, any real type.
         events: :math:`\delta`, `(..., N)`: other than 0 where the event was seen, 0 where it was censored.
         alpha, beta: weights of the mean squares of residuals and predictions. Default: 0.
@@ -179,7 +187,7 @@ def dart_loss(
 
     Source: Lee et al., https://arxiv.org/abs/2307.08044, and its released code.
     """
-    theta = _cohort("theta", theta, reduction, durations=durations, events=events)
+    theta, durations, events = _cohort("theta", theta, reduction, durations=durations, events=events)
     alpha, beta = check_number("alpha", alpha, 0.0), check_number("beta", beta, 0.0)
     scores, log_time = _rows(theta), _rows(durations.detach()).double().log()
     residuals, order = (log_time - scores.detach().double()).sort(dim=-1, stable=True)

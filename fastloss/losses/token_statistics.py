@@ -22,7 +22,7 @@ from fastloss._ops.checks import (
 from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
-from fastloss._ops.rowwise import state_width
+from fastloss._ops.rowwise import like_last_rows, state_width
 from fastloss.losses.classification import cross_entropy_rows
 from fastloss.losses.linear import as_autocast, check_linear
 
@@ -80,7 +80,7 @@ def _fake(logits, index, mask, scale, cap, everything):
     )
 
 
-stats_of_logits = Op("token_stats", _reference, _fake, tensors=3)
+stats_of_logits = Op("token_stats", _reference, _fake, tensors=3, gradient_like=like_last_rows)
 
 
 def _check(logits: Tensor, index: Tensor | None, mask: Tensor | None, index_name: str = "index") -> None:

@@ -14,19 +14,21 @@ def group_advantages(
     rewards: Tensor, group_ids: Tensor, kind: str = "grpo", *, epsilon: float = 1e-4
 ) -> Tensor:
     """Compute `fastloss.functional.group_advantages`."""
-    same = (group_ids.unsqueeze(1) == group_ids.unsqueeze(0)).to(rewards.dtype)
+    same = group_ids.unsqueeze(1) == group_ids.unsqueeze(0)  # [i, j]: j is of the group of i
     count = same.sum(1)
-    mean = (same * rewards).sum(1) / count
+    gap = torch.where(same, rewards.double().unsqueeze(1) - rewards.double(), 0.0)  # r_i - r_j
+    centred = gap.sum(1) / count
 
     def grpo() -> Tensor:
-        variance = (same * (rewards - mean.unsqueeze(1)).square()).sum(1) / (count - 1).clamp(min=1)
+        variance = torch.where(same, centred.square(), 0.0).sum(1) / (count - 1).clamp(min=1)
         deviation = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
-        return torch.where(count > 1, (rewards - mean) / (deviation + epsilon), 0.0)
+        return torch.where(count > 1, centred / (deviation + epsilon), 0.0)
 
     def rloo() -> Tensor:
-        return torch.where(count > 1, (rewards - mean) * count / (count - 1).clamp(min=1), 0.0)
+        return torch.where(count > 1, centred * count / (count - 1).clamp(min=1), 0.0)
 
-    return select("kind", kind, {"grpo": grpo, "dr_grpo": lambda: rewards - mean, "rloo": rloo})()
+    found = select("kind", kind, {"grpo": grpo, "dr_grpo": lambda: centred, "rloo": rloo})()
+    return found.to(rewards.dtype)
 
 
 def ride_reward(

@@ -65,6 +65,13 @@ def _tilted(x: Tensor, w: Tensor | None, t: float) -> Tensor:
     return torch.where(is_small, (top + small) / t, large / t)
 
 
+def _read(x: Tensor, w: Tensor) -> Tensor:
+    """Return the losses, with one that counts in place of those that do not: no sum then meets another extreme."""
+    counts, found = w != 0, x.detach()
+    one = torch.where(counts & found.isfinite(), found, -math.inf).amax() if len(x) else found.sum()
+    return torch.where(counts, x, torch.where(one.isfinite(), one, 0.0))
+
+
 def aggregated(
     losses: Tensor,
     theta: Tensor | None,
@@ -77,7 +84,7 @@ def aggregated(
     """Aggregate losses [n]; `number` is q, rho, sigma or t."""
     x = losses.to(accumulation_dtype(losses.dtype))
     if weight is not None:
-        x = torch.where(weight != 0, x, 0.0)
+        x = _read(x, weight)
 
     def chi2_at() -> Tensor:
         return theta + math.sqrt(1 + 2 * number) * safe_sqrt(_mean(torch.relu(x - theta).square(), weight))

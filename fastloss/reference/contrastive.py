@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastloss.reference.classification import nll_of
 from fastloss.reference.options import accumulation_dtype, select
 from fastloss.reference.options import reduced as reduced_losses
 
@@ -91,6 +92,11 @@ def reduced(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return reduced_losses(loss * weight, reduction, weight.sum())
 
 
+def nll(logits: Tensor, target: Tensor) -> Tensor:
+    """Return -log softmax of each row's target, to full relative precision however far it is ahead."""
+    return nll_of(logits, F.one_hot(target, logits.shape[1]).bool(), 1)
+
+
 # ---- the losses
 
 
@@ -111,8 +117,7 @@ def clip_loss(
     if logit_bias is not None:
         logits = logits + logit_bias
     target = torch.arange(logits.shape[0], device=logits.device)
-    loss = F.cross_entropy(logits, target, reduction="none") / 2
-    loss = loss + F.cross_entropy(logits.t(), target, reduction="none") / 2
+    loss = nll(logits, target) / 2 + nll(logits.t(), target) / 2
     return reduced(loss, sample_weight, reduction)
 
 
@@ -166,4 +171,4 @@ def info_nce(
         negative = negatives(query, negative_keys)
         logits = torch.cat([(query * positive_key).sum(1, keepdim=True), negative], 1)
         target = torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device)
-    return reduced(F.cross_entropy(logits / temperature, target, reduction="none"), sample_weight, reduction)
+    return reduced(nll(logits / temperature, target), sample_weight, reduction)

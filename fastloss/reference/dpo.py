@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.options import reduced, select
+from fastloss.reference.options import reduced, select, softplus, weighed
 from fastloss.reference.token_statistics import linear_token_stats
 
 __all__ = ["dpo_loss", "dpo_loss_from_logits", "linear_dpo_loss"]
@@ -21,10 +20,6 @@ FORMULA = {
     "sppo_hard": "sppo_hard", "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "sft": "sft",
 }  # fmt: skip
 """The types, and the formula of a pair of each."""
-
-
-def softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=1e9)
 
 
 def divergence_map(x: Tensor, divergence: str, alpha: float, top: float) -> Tensor:
@@ -50,7 +45,7 @@ def dpo_element(pc, pr, rc, rr, type, beta, label_smoothing, divergence, alpha, 
 
     def exo_pair() -> Tensor:
         kept, flipped = math.log1p(-smoothing), math.log(smoothing)
-        return torch.sigmoid(u) * (-win - kept) + torch.sigmoid(-u) * (-lose - flipped)
+        return weighed(torch.sigmoid(u), -win - kept) + weighed(torch.sigmoid(-u), -lose - flipped)
 
     def discopop() -> Tensor:
         # e^-u sigmoid(u / tau), of which for u < 0 neither factor may stand alone
@@ -62,12 +57,12 @@ def dpo_element(pc, pr, rc, rr, type, beta, label_smoothing, divergence, alpha, 
         return win * torch.sigmoid(-u / tau) + tail
 
     formula = select("loss_type", type, {
-        "sigmoid": lambda: (1 - smoothing) * win + smoothing * lose,
+        "sigmoid": lambda: weighed(1 - smoothing, win) + weighed(smoothing, lose),
         "hinge": lambda: torch.relu(1 - u),
         "ipo": lambda: (c - r - 1 / (2 * beta)).square(),
         "exo_pair": exo_pair,
         "nca_pair": lambda: softplus(-beta * c) + 0.5 * softplus(beta * c) + 0.5 * softplus(beta * r),
-        "robust": lambda: ((1 - smoothing) * win - smoothing * lose) / (1 - 2 * smoothing),
+        "robust": lambda: (weighed(1 - smoothing, win) - weighed(smoothing, lose)) / (1 - 2 * smoothing),
         "bco_pair": lambda: softplus(-beta * c) + softplus(beta * r),
         "sppo_hard": lambda: (c - 0.5 / beta).square() + (r + 0.5 / beta).square(),
         "apo_zero": lambda: torch.sigmoid(-beta * c) + torch.sigmoid(beta * r),
@@ -102,6 +97,11 @@ def dpo_loss(
     pc, pr = policy_chosen_logps, policy_rejected_logps
     rc, rr = reference_chosen_logps, reference_rejected_logps
     rewards = (beta * (pc - rc)).detach(), (beta * (pr - rr)).detach()
+    n, m = chosen_lengths, rejected_lengths
+    if weight is not None:  # what stands at a weight of 0 has no derivative
+        pc, pr, rc, rr, n, m = (
+            None if x is None else torch.where(weight != 0, x, 0) for x in (pc, pr, rc, rr, n, m)
+        )
     kinds = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     loss_weights = [1.0] * len(kinds) if loss_weights is None else loss_weights
     divergence = "reverse_kl" if f_divergence == "alpha" and f_alpha == 1 else f_divergence
@@ -109,10 +109,10 @@ def dpo_loss(
     for kind, loss_weight in zip(kinds, loss_weights, strict=True):
         formula = select("loss_type", kind, FORMULA)
         inputs: tuple[Any, Any, Any, Any] = pc, pr, rc, rr
-        if kind in ("ipo", "sigmoid_norm", "sft"):
-            n: Any = 1.0 if chosen_lengths is None else chosen_lengths
-            m: Any = 1.0 if rejected_lengths is None else rejected_lengths
-            inputs = pc / n, pr / m, rc / n, rr / m
+        if kind == "sft" and n is not None:
+            inputs = pc * n.numel() / n.sum().clamp(min=1).expand(n.shape), pr, rc, rr
+        elif kind in ("ipo", "sigmoid_norm") and n is not None:
+            inputs = pc / n.clamp(min=1), pr / m.clamp(min=1), rc / n.clamp(min=1), rr / m.clamp(min=1)
         elif kind == "aot":
             inputs = (pc - pr).sort(0)[0], 0.0, (rc - rr).sort(0)[0], 0.0
         elif kind == "aot_unpaired":
@@ -133,12 +133,12 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def shared_prefix_weights(valid: Tensor, ld_alpha: float) -> Tensor:
-    """Return for tokens [2B, T], chosen first, 1 up to the shorter completion's number of tokens, then `ld_alpha`."""
+def in_shared_prefix(valid: Tensor) -> Tensor:
+    """Return for tokens [2B, T], chosen first, whether they are among as many as the shorter completion has."""
     length = valid.sum(-1)
     shorter = torch.stack(halves(length)).min(0).values
     ahead = valid.cumsum(-1) - valid.long()  # tokens that stand before
-    return torch.where(ahead < torch.cat([shorter, shorter]).unsqueeze(-1), 1.0, ld_alpha)
+    return ahead < torch.cat([shorter, shorter]).unsqueeze(-1)
 
 
 def dpo_loss_from_logits(
@@ -168,11 +168,13 @@ def dpo_loss_from_logits(
     every = (logits / temperature).log_softmax(-1)
     tokens = every.gather(-1, torch.where(valid, labels, 0).unsqueeze(-1)).squeeze(-1)
     tokens = torch.where(valid, tokens, 0.0)
-    counted = tokens if ld_alpha is None else tokens * shared_prefix_weights(valid, ld_alpha)
-    length = valid.sum(-1).clamp(min=1)
+    counted = tokens
+    if ld_alpha is not None:
+        counted = torch.where(in_shared_prefix(valid), tokens, ld_alpha * tokens if ld_alpha else 0.0)
+    length = valid.sum(-1)
     weight = None
     if use_weighting:
-        adjusted = torch.where(valid, tokens - (2 * every).logsumexp(-1), 0.0).sum(-1) / length
+        adjusted = torch.where(valid, tokens - (2 * every).logsumexp(-1), 0.0).sum(-1) / length.clamp(min=1)
         first, second = halves(adjusted.detach())
         weight = (first + second).exp().clamp(max=1.0)
     (chosen, rejected), (n, m) = halves(counted.sum(-1)), halves(length)
@@ -210,12 +212,12 @@ def linear_dpo_loss(
             hidden, linear_weight, torch.where(valid, labels, 0), temperature, linear_bias=linear_bias,
             mask=valid, softcap=softcap,
         ).logp  # fmt: skip
-        return logp.sum(-1), valid.sum(-1).clamp(min=1)
+        return logp.sum(-1), valid.sum(-1)
 
     chosen, chosen_lengths = of_sequences(chosen_input, chosen_labels)
     rejected, rejected_lengths = of_sequences(rejected_input, rejected_labels)
     lengths: dict[str, Any] = {}
-    if loss_type in ("ipo", "sigmoid_norm"):
+    if loss_type in ("ipo", "sigmoid_norm", "sft"):
         lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     return dpo_loss(  # type: ignore[return-value]  # without rewards it is a tensor
         chosen, rejected, reference_chosen_logps, reference_rejected_logps, beta, label_smoothing, loss_type,

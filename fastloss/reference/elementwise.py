@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from fastloss.reference.options import one_of, reduced, select
+from fastloss.reference.options import one_of, reduced, select, weighed
 
 __all__ = [
     "binary_cross_entropy",
@@ -68,15 +68,18 @@ def binary(p: Tensor, y: Tensor) -> Tensor:
 
 
 def binary_with_logits(x: Tensor, y: Tensor) -> Tensor:
-    return -(y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+    return -(weighed(y, F.logsigmoid(x)) + weighed(1 - y, F.logsigmoid(-x)))
 
 
 def weighted_binary_with_logits(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
-    return -(w * y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+    return -(weighed(w * y, F.logsigmoid(x)) + weighed(1 - y, F.logsigmoid(-x)))
 
 
 def kl_divergence(x: Tensor, t: Tensor, log_target: float) -> Tensor:
-    return t.exp() * (t - x) if log_target else torch.xlogy(t, t) - t * x
+    if not log_target:
+        return torch.xlogy(t, t) - torch.where((t == 0) & (x == -torch.inf), 0.0, t * x)
+    nowhere = (t == -torch.inf) & ~x.isnan()  # e^t (t - x) tends to 0
+    return torch.where(nowhere, 0.0, t.exp() * torch.where(nowhere, 0.0, t - x))
 
 
 def _floats(**tensors: Tensor | None) -> None:
@@ -99,6 +102,11 @@ def _mode(size_average: bool | None, reduce: bool | None, reduction: str) -> str
     return reduction
 
 
+def read(counts: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors with a number in place of what is not counted, of which every loss has finite derivatives."""
+    return tensors if counts is None else tuple(torch.where(counts != 0, t, 0.5) for t in tensors)
+
+
 def _reduced(loss: Tensor, reduction: str, weight: Tensor | None = None, by_weight: bool = False) -> Tensor:
     if weight is not None:
         loss = torch.where(weight != 0, weight * loss, 0.0)
@@ -115,6 +123,7 @@ def mse_loss(
 ) -> Tensor:
     """Compute `fastloss.functional.mse_loss`."""
     input, target = _promoted(input, target)
+    input, target = read(weight, input, target)
     return _reduced(squared_error(input, target), _mode(size_average, reduce, reduction), weight, True)
 
 
@@ -138,6 +147,7 @@ def l1_loss(
 ) -> Tensor:
     """Compute `fastloss.functional.l1_loss`."""
     input, target = _promoted(input, target)
+    input, target = read(weight, input, target)
     return _reduced(absolute_error(input, target), _mode(size_average, reduce, reduction), weight, True)
 
 
@@ -163,6 +173,7 @@ def huber_loss(
 ) -> Tensor:
     """Compute `fastloss.functional.huber_loss`."""
     input, target = _promoted(input, target)
+    input, target = read(weight, input, target)
     return _reduced(huber(input, target, delta), reduction, weight)
 
 
@@ -171,6 +182,7 @@ def log_cosh_loss(
 ) -> Tensor:
     """Compute `fastloss.functional.log_cosh_loss`."""
     input, target = _promoted(input, target)
+    input, target = read(weight, input, target)
     return _reduced(log_cosh(input, target), reduction, weight, True)
 
 
@@ -184,6 +196,7 @@ def binary_cross_entropy(
 ) -> Tensor:
     """Compute `fastloss.functional.binary_cross_entropy`."""
     _floats(input=input, target=target, weight=weight)
+    input, target = read(weight, input, target)
     return _reduced(binary(input, target), _mode(size_average, reduce, reduction), weight)
 
 
@@ -198,6 +211,7 @@ def binary_cross_entropy_with_logits(
 ) -> Tensor:
     """Compute `fastloss.functional.binary_cross_entropy_with_logits`."""
     _floats(input=input, target=target, weight=weight, pos_weight=pos_weight)
+    input, target = read(weight, input, target)
     if pos_weight is None:
         loss = binary_with_logits(input, target)
     else:
@@ -231,7 +245,7 @@ def kl_div(
 def sigmoid_focal_element(x: Tensor, y: Tensor, alpha: float, gamma: float) -> Tensor:
     """Return the loss of logit x and target y in [0, 1]; every factor keeps its relative precision for large |x|."""
     p, q = torch.sigmoid(x), torch.sigmoid(-x)
-    cross_entropy = -(y * F.logsigmoid(x) + (1 - y) * F.logsigmoid(-x))
+    cross_entropy = binary_with_logits(x, y)
     miss = p * (1 - y) + q * y  # 1 - p_t
     seen = miss > 0  # where it is 0, the loss and its derivatives are too
     power = torch.where(seen, torch.where(seen, miss, 1.0).pow(gamma), 0.0) if gamma else 1.0
@@ -261,11 +275,15 @@ def sigmoid_focal_loss(
     if targets.shape == inputs.shape:
         y, counted, rows = targets.to(dtype), None, None
     elif targets.dtype == torch.int64 and targets.shape == inputs.shape[:-1]:
-        y = (targets.unsqueeze(-1) == torch.arange(inputs.shape[-1], device=inputs.device)).to(inputs.dtype)
+        positive = targets.unsqueeze(-1) == torch.arange(inputs.shape[-1], device=inputs.device)
+        if background_index is not None:
+            positive = positive & (targets != background_index).unsqueeze(-1)
+        y = positive.to(inputs.dtype)
         counted = (targets != ignore_index).unsqueeze(-1)
         rows = counted.sum()
     else:
         raise ValueError(f"targets: expected the shape of inputs, {tuple(inputs.shape)}")
+    inputs, y = read(weight, *read(counted, inputs, y))
     loss = sigmoid_focal_element(inputs, y, alpha, gamma)
     if weight is not None:
         loss = torch.where(weight != 0, weight * loss, 0.0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 
-from fastloss.reference.options import accumulation_dtype, one_of, reduced, select
+from fastloss.reference.options import accumulation_dtype, one_of, reduced, select, softplus
 
 __all__ = [
     "batch_all_triplet_loss",
@@ -102,7 +102,7 @@ def contrastive_loss(
     square = (input1 - input2).square().sum(1)
     apart = torch.relu(margin - length(square)).square()
     y = label.to(square.dtype)
-    return reduced(0.5 * ((1 - y) * square + y * apart), reduction)
+    return reduced(0.5 * (torch.where(y == 1, 0.0, (1 - y) * square) + y * apart), reduction)
 
 
 def kelp_ranking_loss(
@@ -145,7 +145,7 @@ def batch_hard_triplet_loss(
         to_positive = d.masked_fill(~positive, -torch.inf).amax(1)
         to_negative = d.masked_fill(same, torch.inf).amin(1)
     gap = (to_positive - to_negative).masked_fill(~counts, -torch.inf)
-    loss = F.softplus(gap) if margin is None else torch.relu(gap + margin)
+    loss = softplus(gap) if margin is None else torch.relu(gap + margin)
     return reduced(loss, reduction, counts.sum().clamp_min(1))
 
 

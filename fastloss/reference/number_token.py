@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.classification import cross_entropy
+from fastloss.reference.classification import cross_entropy, one_hot
 from fastloss.reference.options import accumulation_dtype, reduced, select
 
 __all__ = ["cross_entropy_with_number_token_loss", "gaussian_cross_entropy", "number_token_loss"]
@@ -146,9 +145,9 @@ def gaussian_cross_entropy(
     classes = z.shape[-1]
     valid = target != ignore_index
     y = torch.where(valid, target, 0)
-    one_hot = F.one_hot(y, classes).to(z.dtype)
+    of_class = one_hot(y, classes).to(z.dtype)
     if sigma == 0:
-        q = one_hot
+        q = of_class
     elif token_ids is None:
         q = (
             (-0.5 * ((torch.arange(classes, device=z.device) - y.unsqueeze(-1)) / sigma) ** 2)
@@ -160,7 +159,7 @@ def gaussian_cross_entropy(
         is_number, value = _numbers(y, token_ids, values)
         of_numbers = (-0.5 * ((values - value.unsqueeze(-1)) / sigma) ** 2).softmax(-1)
         spread = torch.zeros_like(z).scatter(-1, token_ids.expand(of_numbers.shape), of_numbers)
-        q = torch.where(is_number.unsqueeze(-1), spread, one_hot)
+        q = torch.where(is_number.unsqueeze(-1), spread, of_class)
     logp = torch.where(valid.unsqueeze(-1), z, 0.0).log_softmax(-1)
     loss = torch.where(valid, -torch.where(q > 0, q * logp, 0.0).sum(-1), 0.0)
     return reduced(loss, reduction, valid.sum()).to(input.dtype)

@@ -1,4 +1,4 @@
-"""What several references need: options that are one of several names, reductions, the dtype of sums."""
+"""What several references need: options that are one of several names, reductions, softplus, the dtype of sums."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 T = TypeVar("T")
@@ -37,6 +38,17 @@ def reduced(loss: Tensor, reduction: str, divisor: Tensor | float | None = None)
         "sum": lambda: loss.sum(),
     })  # fmt: skip
     return reduce()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Return log(1 + e^x); torch's is x from its threshold on, where float64 must not see the difference."""
+    return F.softplus(x, threshold=80)
+
+
+def weighed(w: Tensor | float, x: Tensor) -> Tensor:
+    """Return w x; 0 where w is 0, also of an infinite x. NaN stays."""
+    w = torch.as_tensor(w, dtype=x.dtype, device=x.device)
+    return w * torch.where((w == 0) & x.isinf(), 0.0, x)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

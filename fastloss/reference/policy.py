@@ -38,13 +38,16 @@ def within_bounds(type: str, lp, old, a, low, high) -> Tensor:
 def policy_element(
     lp, old, a, ref, h, type, low, high, dual, two_sided, kl_coef, kl_type, top, entropy_coef
 ) -> Tensor:
-    raw = lp - old
-    x = raw.clamp(-top, top)
+    raw = old + (lp - lp.detach()) if type == "sequence_clip" else lp - old
+    x = torch.where(raw.abs() > top, raw.detach().clamp(-top, top), raw)
     rho = x.exp()
-    if type == "clip":  # at a tie, as for every ratio inside the bounds, the free branch moves
-        free = -a * torch.where(rho <= two_sided, rho, torch.full_like(rho, two_sided).detach())
+    if type in (
+        "clip",
+        "sequence_clip",
+    ):  # at a tie, as for every ratio inside the bounds, the free branch moves
+        free = -a * torch.where(rho > two_sided, torch.full_like(rho, two_sided), rho)
         inside = -a * torch.where(
-            (rho >= 1 - low) & (rho <= 1 + high), rho, rho.detach().clamp(1 - low, 1 + high)
+            (rho < 1 - low) | (rho > 1 + high), rho.detach().clamp(1 - low, 1 + high), rho
         )
         loss = torch.where(free >= inside, free, inside)
         if math.isfinite(dual):
@@ -66,13 +69,24 @@ def policy_element(
         loss = torch.where(kept, -a * rho.clamp(max=two_sided).detach() * lp, 0.0)
     else:
         raise unknown("type", type, FORMULA.values())
-    if kl_type != "none":
+    if kl_type != "none" and kl_coef:
         y = ref - lp
         k2 = 0.5 * y.square()
         estimates = {"k1": lambda: -y, "k2": lambda: k2, "k3": lambda: torch.expm1(y) - y, "absolute": y.abs}
         value = select("kl_type", kl_type.removesuffix("_straight"), estimates)()
         loss = loss + kl_coef * (straight_through(value, k2) if kl_type.endswith("_straight") else value)
     return loss - entropy_coef * h if entropy_coef else loss
+
+
+def counted(mask, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Return the tensors [..., T] or [..., 1] with 0 at tokens of weight 0: what stands there has no derivative."""
+    if mask is None:
+        return list(tensors)
+    kept = torch.as_tensor(mask) != 0
+    places = {True: kept, False: kept.any(-1, keepdim=True)}
+    return [
+        None if t is None else torch.where(places[t.shape[-1] == kept.shape[-1]], t, 0.0) for t in tensors
+    ]
 
 
 def aggregate(
@@ -86,13 +100,13 @@ def aggregate(
     if loss_agg_mode == "none":
         return loss
     length = m.sum(-1)
+    answers = (length > 0).sum().clamp(min=1)
     divisor = {
         "token-mean": m.sum().clamp(min=1),
         "token-sum": m.new_ones(()),
-        "seq-mean-token-mean": (length > 0).sum().clamp(min=1),
-        "seq-mean-token-sum": (length > 0).sum().clamp(min=1),
-        "seq-mean-token-sum-norm": max(length.numel(), 1)
-        * m.new_full((), loss.shape[-1] if horizon is None else horizon),
+        "seq-mean-token-mean": answers,
+        "seq-mean-token-sum": answers,
+        "seq-mean-token-sum-norm": answers * m.new_full((), loss.shape[-1] if horizon is None else horizon),
     }
     n = divisor[one_of("loss_agg_mode", loss_agg_mode, ("none", *divisor))]
     if normalizer is not None:
@@ -114,7 +128,8 @@ AGGREGATION = {
 FORMULA = {
     "cispo": "cispo", "sapo": "sapo", "vespo": "gradient", "gpg": "gradient", "reinforce": "gradient", "dro": "dro",
     "topr": "gradient", "geo_mean": "geometric", "dppo_tv": "bounded_change", "dppo_kl": "bounded_kl",
-    **dict.fromkeys(("ppo", "grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "clip_cov", "kl_cov"), "clip"),
+    **dict.fromkeys(("ppo", "grpo", "bnpo", "dapo", "dr_grpo", "clip_cov", "kl_cov"), "clip"),
+    **dict.fromkeys(("gspo", "luspo"), "sequence_clip"),
 }  # fmt: skip
 """The formula of a token."""
 RATIO_CAP = 20.0
@@ -211,15 +226,17 @@ def policy_loss(
     one_of("kl_type", kl_type, KL_TYPES)
     published = AGGREGATION[one_of("loss_type", loss_type, AGGREGATION)]
     mode = published if loss_agg_mode is None else loss_agg_mode
-    log_ratio, a = logps - old_logps, torch.as_tensor(advantages)
-    a = (a.unsqueeze(-1) if a.dim() == log_ratio.dim() - 1 else a).detach()
+    a = torch.as_tensor(advantages)
+    a = (a.unsqueeze(-1) if a.dim() == logps.dim() - 1 else a).detach()
     old, ref = old_logps.detach(), None if ref_logps is None else torch.as_tensor(ref_logps).detach()
+    logps, old, a, ref, entropies = counted(mask, logps, old, a, ref, entropies)
+    log_ratio = logps - old
     drawn, given = old, a
     low, high = clip_low, clip_high
     chosen = None
     with torch.no_grad():
         if loss_type in ("gspo", "luspo"):
-            old = logps - sequence_mean(log_ratio, mask)
+            old = sequence_mean(log_ratio, mask)
         elif loss_type == "vespo":
             a = vespo_advantages(
                 logps, old, a, mask, math.inf if log_ratio_clamp is None else log_ratio_clamp
@@ -284,9 +301,10 @@ def value_loss(
     horizon: float | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.value_loss`."""
-    returns = torch.as_tensor(returns).detach()
+    old_values = None if old_values is None else torch.as_tensor(old_values).detach()
+    values, returns, old_values = counted(mask, values, torch.as_tensor(returns).detach(), old_values)
     if old_values is None or clip_range is None:
         loss = 0.5 * (values - returns).square()
     else:
-        loss = value_element(values, returns, torch.as_tensor(old_values).detach(), clip_range)
+        loss = value_element(values, returns, old_values, clip_range)
     return aggregate(loss, mask, loss_agg_mode, horizon, normalizer)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss.reference.dpo import softplus
-from fastloss.reference.options import one_of, reduced, select
+from fastloss.reference.options import one_of, reduced, select, softplus, weighed
 
 __all__ = ["alpha_po_loss", "cpo_loss", "kto_loss", "orpo_loss", "simpo_loss"]
 
@@ -45,7 +44,7 @@ def reference_free_element(c, r, nll, type, beta, margin, label_smoothing, nll_w
         c, r = -torch.expm1(-alpha * c) / alpha, -torch.expm1(-alpha * r) / alpha
     u = beta * (c - r) - margin
     formula = select("loss_type", type, {
-        "sigmoid": lambda: (1 - label_smoothing) * softplus(-u) + label_smoothing * softplus(u),
+        "sigmoid": lambda: weighed(1 - label_smoothing, softplus(-u)) + weighed(label_smoothing, softplus(u)),
         "hinge": lambda: torch.relu(1 - u),
         "ipo": lambda: (c - r - 1 / (2 * beta)).square(),
     })  # fmt: skip

@@ -14,6 +14,13 @@ def _flags(flags: Tensor | None, like: Tensor, default: bool) -> Tensor:
     return torch.full(like.shape, default, device=like.device) if flags is None else flags.bool()
 
 
+def _scaled(factor: float | Tensor, x: Tensor) -> Tensor:
+    """Return the product; a factor of 0 takes nothing of x, whatever it is."""
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 0, 0.0, factor * x)
+    return factor * x if factor else torch.zeros_like(x)
+
+
 def _over_sequences(function, rewards, cu_seqlens, bootstrap_value, *others):
     """`function(rewards, bootstrap_value, *others)` for each packed sequence, put together again."""
     if cu_seqlens is None:
@@ -46,13 +53,13 @@ def _backwards(rewards, bootstrap_value, values, next_values, log_rhos, terminat
         after = value if next_values is None else next_values[..., t]
         going = torch.where(terminated[..., t], zero, after)
         behind = torch.where(terminated[..., t] | truncated[..., t], zero, advantage)
-        delta = rewards[..., t] + gamma * going - values[..., t]
+        delta = rewards[..., t] + _scaled(gamma, going) - values[..., t]
         if log_rhos is None:
-            now, pg = delta + gamma * lam * behind, zero
+            now, pg = delta + _scaled(gamma * lam, behind), zero
         else:
             rho = log_rhos[..., t].exp()
-            now = rho.clamp(max=rho_max) * delta + gamma * lam * rho.clamp(max=1.0) * behind
-            pg = rho.clamp(max=pg_max) * (delta + gamma * behind)
+            now = rho.clamp(max=rho_max) * delta + _scaled(gamma * lam * rho.clamp(max=1.0), behind)
+            pg = rho.clamp(max=pg_max) * (delta + _scaled(gamma, behind))
         here = mask[..., t]
         rows.append((torch.where(here, now, zero), torch.where(here, values[..., t], zero),
                      torch.where(here, pg, zero)))  # fmt: skip
@@ -172,7 +179,7 @@ def n_step_returns(
         for k, s in enumerate(range(t, last + 1)):
             total = total + torch.where(going, gamma**k * rewards[..., s], 0.0)
             stops = truncated[..., s] if s < last else torch.ones_like(going)
-            led_on = going & ~terminated[..., s]
+            led_on = going & ~terminated[..., s] & (gamma != 0)
             total = total + torch.where(led_on & stops, gamma ** (k + 1) * next_values[..., s], 0.0)
             going = led_on & ~stops
         found.append(total)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.reference.dpo import softplus
-from fastloss.reference.options import accumulation_dtype, reduced, select
+from fastloss.reference.options import accumulation_dtype, reduced, select, softplus, weighed
 
 __all__ = ["bradley_terry_loss", "k_way_ranking_loss"]
 
@@ -51,8 +50,8 @@ def k_way_ranking_loss(
 
 def bradley_terry_element(chosen, rejected, margin, label_smoothing, center_coefficient) -> Tensor:
     u = chosen - rejected - margin
-    loss = (1 - label_smoothing) * softplus(-u) + label_smoothing * softplus(u)
-    return loss + center_coefficient * (chosen + rejected).square()
+    loss = weighed(1 - label_smoothing, softplus(-u)) + weighed(label_smoothing, softplus(u))
+    return loss + center_coefficient * (chosen + rejected).square() if center_coefficient else loss
 
 
 def bradley_terry_loss(
@@ -66,6 +65,8 @@ def bradley_terry_loss(
 ) -> Tensor:
     """Compute `fastloss.functional.bradley_terry_loss`."""
     shift: Any = 0.0 if margin is None else margin
+    if weight is not None:  # what stands at a weight of 0 has no derivative
+        chosen, rejected, shift = (torch.where(weight != 0, x, 0) for x in (chosen, rejected, shift))
     loss = bradley_terry_element(chosen, rejected, shift, label_smoothing, center_coefficient)
     if weight is not None:
         loss = torch.where(weight != 0, weight * loss, 0.0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.contrastive import log_sum_exp, reduced
+from fastloss.reference.contrastive import log_sum_exp, nll, reduced
 from fastloss.reference.options import reduced as reduced_losses
 
 __all__ = ["nt_xent_loss", "pair_nt_xent_loss", "sup_con_loss"]
@@ -100,5 +100,5 @@ def nt_xent_loss(
     s = x @ x.t() / temperature
     itself = torch.eye(s.shape[0], dtype=torch.bool, device=s.device)
     target = torch.arange(s.shape[0], device=s.device).roll(z1.shape[0])
-    loss = F.cross_entropy(s.masked_fill(itself, -torch.inf), target, reduction="none")
+    loss = nll(s.masked_fill(itself, -torch.inf), target)
     return reduced(loss, None if sample_weight is None else sample_weight.repeat(2), reduction)

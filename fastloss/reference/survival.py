@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,18 @@ from torch import Tensor
 from fastloss.reference.options import accumulation_dtype, one_of, reduced
 
 __all__ = ["cox_ph_loss", "dart_loss"]
+
+
+def cohorts(score: Tensor, durations: Tensor, events: Tensor, strata: Tensor | None) -> tuple[Any, ...]:
+    """Return all in one shape [..., N], of which columns [..., N, 1] are another way to write it."""
+    if score.shape == (*durations.shape, 1):
+        score = score.squeeze(-1)
+    for name, t in (("durations", durations), ("events", events), ("strata", strata)):
+        if t is not None and t.shape != score.shape:
+            raise RuntimeError(f"{name}: expected shape {tuple(score.shape)}, got {tuple(t.shape)}")
+    if score.dim() > 1 and score.shape[-1] == 1:
+        return tuple(None if t is None else t.squeeze(-1) for t in (score, durations, events, strata))
+    return score, durations, events, strata
 
 
 def cox_terms(log_h: Tensor, durations: Tensor, events: Tensor, strata: Tensor | None, efron: bool) -> Tensor:
@@ -42,11 +55,7 @@ def cox_ph_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Compute `fastloss.functional.cox_ph_loss`."""
-    if log_h.shape == (*durations.shape, 1):
-        log_h = log_h.squeeze(-1)
-    for name, t in (("durations", durations), ("events", events), ("strata", strata)):
-        if t is not None and t.shape != log_h.shape:
-            raise RuntimeError(f"{name}: expected shape {tuple(log_h.shape)}, got {tuple(t.shape)}")
+    log_h, durations, events, strata = cohorts(log_h, durations, events, strata)
     efron = one_of("ties", ties, ("breslow", "efron")) == "efron"
     happened = events.detach() != 0
     loss = cox_terms(log_h, durations.detach(), happened, strata, efron)
@@ -76,10 +85,6 @@ def dart_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """Compute `fastloss.functional.dart_loss`."""
-    if theta.shape == (*durations.shape, 1):
-        theta = theta.squeeze(-1)
-    for name, t in (("durations", durations), ("events", events)):
-        if t.shape != theta.shape:
-            raise RuntimeError(f"{name}: expected shape {tuple(theta.shape)}, got {tuple(t.shape)}")
+    theta, durations, events, _ = cohorts(theta, durations, events, None)
     loss = dart_terms(theta, durations.detach().double().log(), events.detach() != 0, alpha, beta)
     return reduced(loss, reduction, max(loss.numel(), 1)).to(theta.dtype)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.classification import nll_of
+from fastloss.reference.classification import nll_of, one_hot
 from fastloss.reference.linear import logits_from
 
 __all__ = [
@@ -41,12 +40,12 @@ def token_stats(
 ) -> TokenStats:
     """Compute `fastloss.functional.token_stats`."""
     z = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
     counts = None if mask is None else mask != 0
     if counts is not None:
         z = torch.where(counts.unsqueeze(-1), z, 0.0)
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
 
     def kept(v: Tensor) -> Tensor:
         return (
@@ -55,14 +54,16 @@ def token_stats(
             else torch.where(counts.view(counts.shape + (1,) * (v.dim() - counts.dim())), v, 0)
         )
 
-    logp = z.log_softmax(-1)
+    best = torch.arange(z.shape[-1], device=z.device) == z.argmax(-1, keepdim=True)
+    # the likeliest class by what is left to the others: where they have next to nothing, log_softmax is off by it
+    logp = torch.where(best, -nll_of(z, best, -1).unsqueeze(-1), z.log_softmax(-1))
     p = logp.exp()
     entropy = -(p * torch.where(z == -torch.inf, 0.0, logp)).sum(-1)
     of_index = top = None
     if index is not None:
         several = index if index.dim() == z.dim() else index.unsqueeze(-1)
-        one_hots = F.one_hot(several, z.shape[-1]).bool().unbind(-2)
-        found = [-nll_of(z, one_hot, -1) for one_hot in one_hots]
+        of_classes = one_hot(several, z.shape[-1]).unbind(-2)
+        found = [-nll_of(z, of_class, -1) for of_class in of_classes]
         of_index = torch.stack(found, -1) if found else z[..., :0]
         of_index = of_index.view(index.shape)
         top = kept((z.gather(-1, several) == z.amax(-1, keepdim=True)).view(index.shape)).bool()

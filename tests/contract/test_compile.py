@@ -22,6 +22,7 @@ from support import (
     some_dtypes,
     tensors,
 )
+from support.layouts import channels_last, expanded, lay, strided, transposed
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,10 +114,30 @@ def test_opcheck(loss, case, dtype, real_device):
         fused(loss, kwargs, [])
     assert record.calls, "the loss runs none of fastloss's operators"
     for op, args, options in record.calls:
+        differentiated = op.name().endswith("_fwd")  # a gradient is differentiated as that of its loss
         leaves = [
-            a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args
+            a.detach().requires_grad_(a.requires_grad and differentiated)
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in args
         ]
         torch.library.opcheck(op, tuple(leaves), options)
+
+
+@pytest.mark.parametrize("layout", [transposed, strided, channels_last, expanded], ids=lambda f: f.__name__)
+@some_cases
+def test_fake_kernels_in_every_layout(loss, case, layout, real_device):
+    """Fake results have the strides that the kernels' have, on which a compiler relies."""
+    for shape in {small_shape(loss), max(loss.shapes, key=len)}:
+        kwargs = make(loss, case, torch.float32, real_device, shape)
+        names = differentiable(loss, kwargs)
+        laid = requiring({k: lay(v, layout) if is_float(v) else v for k, v in kwargs.items()}, names)
+        with RecordOps() as record:
+            fused(loss, laid, names)
+        assert record.calls or loss.name == "number_token_loss"  # which may take torch's operations
+        for op, args, options in record.calls:
+            plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+            torch.library.opcheck(op, plain, options, test_utils=("test_schema", "test_faketensor"))
 
 
 @some_dtypes

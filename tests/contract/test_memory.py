@@ -294,6 +294,7 @@ def test_memory_from_outside(loss):
         loss,
         """
 from support import differentiable, has_argument, make, requiring
+from fastloss._registry.inputs import in_place
 MEGABYTES = 96
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -303,7 +304,7 @@ def anonymous():  # without the pages of libraries, which the system may drop me
 def peak():
     line, = (l for l in open("/proc/self/status") if l.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
-def extra(wanted, retain_graph=False, **options):
+def extra(wanted, retain_graph=False, function=loss.function, **options):
     shape = test_memory.large_shape(loss, MEGABYTES << 20)
     kwargs = make(loss, next(iter(loss.cases)), torch.float32, shape=shape, **options)
     kwargs = requiring(kwargs, differentiable(loss, kwargs)[:1])
@@ -311,7 +312,7 @@ def extra(wanted, retain_graph=False, **options):
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts from here
     before = resident()
     with torch.set_grad_enabled(wanted):
-        value = loss.function(**kwargs)
+        value = function(**kwargs)
     if wanted:
         value.sum().backward(retain_graph=retain_graph)
     return (peak() - before - value.nbytes / 2**20) / MEGABYTES
@@ -327,7 +328,7 @@ needs = {"gradient": (extra(True), 1), "no gradient": (extra(False), 0), "graph"
 if has_argument(loss, "reduction"):
     needs["none"] = extra(True, reduction="none"), 1
 if has_argument(loss, "inplace_backward"):
-    needs["in place"] = extra(True, inplace_backward=True), 0
+    needs["in place"] = extra(True, function=in_place(loss.function)), 0
 some = make(loss, next(iter(loss.cases)), torch.float32)
 like = some[differentiable(loss, some)[0]].shape
 flags = sum(1.25 for x in some.values() if torch.is_tensor(x) and not x.is_floating_point() and x.shape == like)

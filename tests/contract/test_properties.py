@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from support import (
     requiring,
     tensors,
 )
-from support.layouts import LAYOUTS, lay
+from support.layouts import LAYOUTS, expanded, lay_each
 
 from fastloss._registry import losses
 
@@ -45,12 +47,13 @@ def test_any_call(device, call):
     assume(loss.family != "angular_margin" or shape[1] > 1)
     of_features = ("angular_margin", "contrastive", "supervised_contrastive", "retrieval", "metric_learning")
     assume(loss.family not in of_features or scale > 0)
+    # which tokens have the largest covariance is open where several have the same
+    assume(case != "kl_cov" or (scale > 0 and expanded not in layouts))
     kwargs = make(loss, case, dtype, device, shape, seed, **more)
     first = kwargs[loss.wrt[0]]
     if is_float(first):
         kwargs[loss.wrt[0]] = first.detach() * torch.tensor(scale, dtype=dtype)
-    laid = [lay(x, layout) for x, layout in zip(tensors(kwargs).values(), layouts * 3, strict=False)]
-    kwargs |= dict(zip(tensors(kwargs), laid, strict=True))
+    kwargs |= lay_each(tensors(kwargs), itertools.cycle(layouts))
     kwargs = requiring(kwargs, differentiable(loss, kwargs))
     # at the edge of a domain (a log-probability of 0) the reference's own gradient may be 0 times infinity
     true = exact(loss, kwargs, differentiable(loss, kwargs))

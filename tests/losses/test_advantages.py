@@ -50,6 +50,48 @@ def test_group_advantages(kind):
     same.sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+def test_equal_rewards_are_no_signal(kind, device):
+    """Exactly 0 in every type, in large groups and in small ones; the ids are any integers."""
+    for dtype in DTYPES:
+        for n in (2, 3, 7, 64, 1000):
+            for value in (0.1, 1.1, -1e4):
+                rewards = torch.full((2 * n,), value, dtype=dtype, device=device)
+                rewards[n:] = 3
+                ids = torch.arange(2 * n, device=device) // n * 10**6 - 5
+                for x in (ids, ids.int()):
+                    got = FL.group_advantages(rewards, x, kind, epsilon=1e-12)
+                    assert got.dtype == dtype and got.count_nonzero() == 0, (dtype, n, value)
+
+
+def test_advantages_far_from_0(device):
+    """Rewards in [1000, 1001]: as exact as the differences that they hold."""
+    rewards = 1000 + torch.rand(256, generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.arange(256, device=device) % 2
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        exact = R.group_advantages(rewards.double(), ids, kind)
+        torch.testing.assert_close(
+            FL.group_advantages(rewards, ids, kind), exact.float(), rtol=1e-7, atol=1e-9
+        )
+    rewards[0] = torch.nan  # of its own group alone
+    assert FL.group_advantages(rewards, ids).isnan().nonzero().flatten().tolist() == list(range(0, 256, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda x, i: FL.group_advantages([1.0, 2.0], i), TypeError, "rewards"),
+        (lambda x, i: FL.group_advantages(x, [5, 5]), TypeError, "group_ids"),
+        (lambda x, i: FL.group_advantages(x, i.float()), TypeError, "group_ids"),
+        (lambda x, i: FL.group_advantages(x, i[:1]), ValueError, "group_ids"),
+        (lambda x, i: FL.group_advantages(i, i), NotImplementedError, "rewards"),
+    ],
+)
+def test_group_advantages_names_the_argument(call, error, match):
+    with pytest.raises(error, match=match):
+        call(torch.zeros(2), torch.tensor([5, 5]))
+
+
 def test_groups_of_any_numbers():
     """The values of the group ids, other groups and threads do not change a bit."""
     draw = InputSampler(torch.float32)
@@ -124,6 +166,35 @@ def test_n_step_returns_at_truncated_steps_and_its_ends():
     torch.testing.assert_close(whole, FL.discounted_returns(rewards, bootstrap_value=last))
     one = FL.n_step_returns(rewards, values, n=1, bootstrap_value=last)
     torch.testing.assert_close(one, FL.td_lambda_returns(rewards, values, lam=0.0, bootstrap_value=last))
+
+
+@pytest.mark.parametrize("held", [torch.nan, torch.inf, 1e38])
+def test_n_step_returns_take_nothing_of_another_episode(held):
+    """Rewards and values of the episode behind a terminated step, and next values that nothing bootstraps from."""
+    end = torch.tensor([False, False, True, False, False])
+    for n in (1, 2, 3, 4, 5):
+        found = []
+        for value in (0.25, held):
+            rewards, values = torch.arange(5.0), torch.arange(5.0) / 4
+            rewards[3:] = values[3:] = value
+            after = torch.cat([values[1:], torch.zeros(1)])
+            inputs = [x.requires_grad_() for x in (rewards, values, after)]
+            for given in ({}, {"next_values": after}):
+                got = FL.n_step_returns(rewards, values, end, n=n, **given)[:3]
+                slow = R.n_step_returns(rewards, values, end, n=n, **given)[:3]
+                torch.testing.assert_close(got, slow)
+                found += [
+                    got,
+                    *torch.autograd.grad(got.sum(), inputs, allow_unused=True, materialize_grads=True),
+                ]
+        half = len(found) // 2
+        for x, y in zip(found[:half], found[half:], strict=True):
+            assert x.isfinite().all() and torch.equal(x, y)
+    # far behind, where the discount is too small for float32, NaN still arrives
+    rewards = torch.zeros(3000)
+    rewards[-1] = torch.nan
+    assert FL.n_step_returns(rewards, torch.zeros(3000), n=3000, gamma=0.9)[0].isnan()
+    assert FL.n_step_returns(torch.tensor([1.0, torch.nan]), torch.zeros(2), n=2, gamma=0.0)[0] == 1
 
 
 def test_n_step_returns_cancel_nothing():

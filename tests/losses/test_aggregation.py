@@ -10,6 +10,7 @@ from support import DTYPES, dtype_id, same_bits
 from torch.autograd import grad
 
 import fastloss.functional as FL
+from fastloss import reference
 from fastloss._registry import InputSampler
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -333,3 +334,51 @@ def test_gradient_of_weights(device):
 def test_refuses(call, match):
     with pytest.raises((ValueError, RuntimeError, TypeError), match=match):
         call(torch.zeros(3))
+
+
+# ---- padding of a vector, and samples that are left out, far from all that count
+
+
+@pytest.mark.parametrize("t", [-10.0, -0.5, 1.0, 30.0])
+@every_dtype
+def test_tilted_far_from_zero(t, dtype, device):
+    """Whatever the number of losses is a multiple of, and whichever of them are left out."""
+    for offset in (9.0, -100.0, 3e4, -3e4):
+        for n in (1, 2, 3, 15, 16, 17, 33, 70):
+            x = (torch.rand(n, generator=torch.Generator().manual_seed(n)) + offset).to(device, dtype)
+            wide = x.double()
+            value, dx = value_and_gradient(lambda y: FL.tilted_loss(y, t), x)
+            expected = ((t * wide).logsumexp(0) - math.log(n)) / t
+            torch.testing.assert_close(value, expected.to(dtype))
+            close = {"rtol": 2e-2, "atol": 1e-3} if dtype.itemsize == 2 else {"rtol": 1e-4, "atol": 1e-6}
+            torch.testing.assert_close(dx.double(), (t * wide).softmax(0), **close)
+            flags = torch.arange(n, device=device) % 2 == 0
+            masked, dx = value_and_gradient(lambda y, flags=flags: FL.tilted_loss(y, t, mask=flags), x)
+            alone = value_and_gradient(lambda y: FL.tilted_loss(y, t), x[flags])
+            torch.testing.assert_close(masked, alone[0])
+            torch.testing.assert_close(dx[flags], alone[1])
+            assert not dx[~flags].any()
+
+
+@every_loss
+def test_left_out_next_to_losses_far_from_zero(loss, device):
+    """A sample of weight 0 is no extreme, in the reference and its second derivatives neither."""
+    for offset in (-1e4, 1e4):
+        x = InputSampler(torch.float64, "cpu").normal(9) + offset
+        flags = torch.arange(9) % 3 > 0
+        twice = []
+        for call in (lambda y, flags=flags: loss(y, mask=flags), lambda y, flags=flags: loss(y[flags])):
+            leaf = x.clone().requires_grad_()
+            value = call(leaf)
+            (first,) = grad(value, leaf, create_graph=True)
+            second = grad(first.sin().sum(), leaf)[0] if first.requires_grad else torch.zeros_like(x)
+            twice.append((value.detach(), first.detach(), second))
+        for masked, alone in zip(*twice, strict=True):
+            torch.testing.assert_close(masked, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_reference_of_tilted_where_the_least_is_left_out():
+    x = torch.tensor([-134.0, 68.0], requires_grad=True)
+    value = reference.tilted_loss(x, -50.0, sample_weight=torch.tensor([0.0, 1.0]))
+    assert value == 68
+    assert grad(value, x)[0].tolist() == [0, 1]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastloss
+from fastloss import reference
 from fastloss.functional import cross_entropy
 
 EPS = {torch.float32: 2**-23, torch.float64: 2**-52, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -177,3 +178,34 @@ def test_mean_over_many_rows(dtype, device):
     exact = F.cross_entropy(x[:1].double(), t[:1]).item()
     got = cross_entropy(x.to(device), t.to(device)).item()
     assert got == pytest.approx(exact, rel=max(EPS[dtype] / 2, 4 * EPS[torch.float32]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_classes_without_probability_and_without_logit(dtype, device):
+    """A masked class of which the target distribution has nothing adds nothing."""
+    g = torch.Generator().manual_seed(0)
+    x, q = torch.randn(3, 40, generator=g), torch.rand(3, 40, generator=g)
+    x[:, 20:], q[:, 20:] = -math.inf, 0
+    q = q / q.sum(1, keepdim=True)
+    x, q = x.to(device, dtype), q.to(device, dtype)
+    value, grad = run(cross_entropy, x, q)
+    kept, kept_grad = run(cross_entropy, x[:, :20], q[:, :20])
+    torch.testing.assert_close(value, kept)
+    torch.testing.assert_close(grad[:, :20], kept_grad)
+    assert not grad[:, 20:].any()
+    wide = x.double().cpu().requires_grad_()
+    of_reference = reference.cross_entropy(wide, q.double().cpu())
+    torch.testing.assert_close(value.double().cpu(), of_reference.detach(), rtol=4 * EPS[dtype], atol=0)
+    (first,) = torch.autograd.grad(of_reference, wide, create_graph=True)
+    assert torch.autograd.grad(first.sin().sum(), wide)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"softcap": 30.0}, {"z_loss": 0.0}, {"label_smoothing": 0.0}], ids=str
+)
+def test_gradient_scaler_meets_infinity(option, device):
+    """The gradients that overflow are infinite; none is NaN for the sake of a term that is switched off."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(device).half().requires_grad_()
+    (cross_entropy(x, torch.arange(3, device=device), **option) * 65536).backward()
+    assert x.grad.isinf().all()
+    assert (x.grad.diagonal() < 0).all()

@@ -84,3 +84,22 @@ def test_alpha_and_background(device):
         softmax_focal_loss(x, y, background_class=0)
     with pytest.raises(ValueError, match="gamma"):
         softmax_focal_loss(x, y, gamma=-1.0)
+
+
+@pytest.mark.parametrize("gamma", [2.0, 5.0])
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_powers_do_not_multiply_an_error(classes, gamma, device):
+    """Of an improbable target 1 - p is exact to the last digit, and so is its power."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2000, classes, generator=generator) * 3).to(device)
+    y = torch.randint(classes, (2000,), generator=generator).to(device)
+    loss, grad = step(x, y, gamma=gamma, reduction="none")
+    wide = x.cpu().double().requires_grad_()
+    exact = reference.softmax_focal_loss(wide, y.cpu(), gamma, reduction="none")
+    (exact_grad,) = torch.autograd.grad(exact.sum(), wide)
+    improbable = wide.detach().softmax(1).gather(1, y.cpu()[:, None]).squeeze(1) < 0.5
+    eps = torch.finfo(torch.float32).eps
+    value_error = ((loss.cpu() - exact).abs() / exact)[improbable].max()
+    assert value_error < (gamma / 2 + 3) * eps, value_error / eps
+    grad_error = ((grad.cpu() - exact_grad).abs().amax(1) / exact_grad.abs().amax(1))[improbable].max()
+    assert grad_error < (gamma / 2 + 4) * eps, grad_error / eps

@@ -346,3 +346,51 @@ def test_shape_of_blocks():
                 assert cols == n or cols % 8 == 0
                 rows, cols = similarity.block_shape(m, n, itemsize, True)
                 assert cols == n and 1 <= rows <= m
+
+
+def test_far_apart_in_float64(device):
+    """log(1 + e^d) where d is 20 and more: torch's own softplus leaves e^-d out, which float64 sees."""
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    y = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    for scale in (19.0, 21.0, 30.0, 100.0):
+        beyond = math.log1p(math.exp(-scale))
+        for value in (
+            F.info_nce(x, y, temperature=1 / scale, reduction="none")[1],
+            F.info_nce(x[1:], y[1:], y[:1], 1 / scale, "none")[0],
+            F.info_nce(x, y, y.flip(0).unsqueeze(1), 1 / scale, "none", "paired")[1],
+            F.multiple_negatives_ranking_loss(x, y, scale=scale, reduction="none")[1],
+            reference.info_nce(x, y, temperature=1 / scale, reduction="none")[1],
+        ):
+            assert value.item() - scale == pytest.approx(beyond, abs=4e-15 * scale)
+        both = F.clip_loss(x, y, scale, reduction="none")[1].item()
+        assert both == pytest.approx(0.5 * (scale + beyond) + 0.5 * math.log(2), rel=1e-15)
+        points = torch.tensor([[0.0], [scale], [0.0], [scale]], dtype=torch.float64)
+        gap = F.batch_hard_triplet_loss(points, torch.tensor([0, 0, 1, 1]), None)
+        assert gap.item() - scale == pytest.approx(beyond, abs=4e-15 * scale)
+
+
+def test_paired_negatives_at_a_low_temperature():
+    """Logits of some hundred: the gradient has the error of their differences, not of their logsumexp."""
+    generator = torch.Generator().manual_seed(0)
+    worst = {"ours": 0.0, "eager": 0.0}
+    for _ in range(40):
+        q, k = (torch.randn(8, 16, generator=generator) for _ in range(2))
+        negatives = torch.randn(8, 5, 16, generator=generator)
+
+        def gradient(call, dtype, q=q, k=k, negatives=negatives):
+            leaf = q.to(dtype).requires_grad_()
+            loss = call(leaf, k.to(dtype), negatives.to(dtype), 0.005, "sum", "paired")
+            return torch.autograd.grad(loss, leaf)[0].double()
+
+        exact = gradient(reference.info_nce, torch.float64)
+        for name, call in (("ours", F.info_nce), ("eager", eager_info_nce)):
+            worst[name] += (gradient(call, torch.float32) - exact).abs().max().item()
+    assert worst["ours"] < 1.5 * worst["eager"]
+
+
+def eager_info_nce(query, positive_key, negative_keys, temperature, reduction, negative_mode):
+    """As info-nce-pytorch has it."""
+    q, k, negatives = (TF.normalize(x, dim=-1) for x in (query, positive_key, negative_keys))
+    of_negatives = (negatives @ q.unsqueeze(-1)).squeeze(-1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), of_negatives], 1) / temperature
+    return TF.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction=reduction)

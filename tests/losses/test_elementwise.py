@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from support import every_dtype, same_bits
 
 import fastloss.functional
+from fastloss import reference
 from fastloss.functional import log_cosh_loss, sigmoid_focal_loss
 
 EXTREMES = [1e4, -1e4, 88.0, -88.0, 0.0, 20.0, -20.0, 1e-3]
@@ -276,3 +277,78 @@ def test_log_cosh_weight_and_broadcasting(device):
     assert same_bits(log_cosh_loss(x, (5 * y).long()), log_cosh_loss(x, (5 * y).trunc()))
     with pytest.raises(NotImplementedError, match="target"):
         log_cosh_loss(x, y > 0)
+
+
+@pytest.mark.parametrize("background", [0, 1, 2])
+def test_sigmoid_focal_loss_of_a_background_among_the_columns(background, real_device):
+    """It is negative in every column, its own too, whichever way the loss is computed."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 3, generator=draw, dtype=torch.float64).to(real_device).requires_grad_()
+    classes = torch.tensor([0, 1, 2, 2, 1, 0, -100], device=real_device)
+    found = classes.masked_fill(classes == background, 3)
+    one_hot = F.one_hot(found.clamp(min=0), 4)[:, :3].double()
+    counts = (classes != -100).double().unsqueeze(1).expand_as(x)
+    expected = sigmoid_focal_loss(x, one_hot, weight=counts)
+    for function in (sigmoid_focal_loss, reference.sigmoid_focal_loss):
+        got = function(x, classes, background_index=background)
+        torch.testing.assert_close(got, expected)
+    first = [torch.autograd.grad(loss.square().sum(), x, create_graph=True)[0] for loss in (got, expected)]
+    second = [torch.autograd.grad(g.sin().sum(), x)[0] for g in first]
+    torch.testing.assert_close(first[0], first[1])
+    torch.testing.assert_close(second[0], second[1])
+    fused = sigmoid_focal_loss(x, classes, background_index=background)
+    (first,) = torch.autograd.grad(fused.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(first.sin().sum(), x)[0], second[1])
+
+
+@every_dtype
+def test_infinite_logits_that_are_right_cost_nothing(dtype, device):
+    """No 0 * infinity: the loss of a hard target is 0 or infinite, its gradient finite."""
+    inf = torch.inf
+    x = torch.tensor([inf, -inf, inf, -inf], dtype=dtype).requires_grad_()
+    y = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=dtype)
+    for gamma in (0, 0.5, 1, 2, 3.5):
+        value = sigmoid_focal_loss(x, y, alpha=-1, gamma=gamma)
+        (grad,) = torch.autograd.grad(value.sum(), x)
+        assert value.tolist() == [0, 0, inf, inf]
+        assert grad.tolist() == [0, 0, 1, -1]
+    for more in ({}, {"pos_weight": torch.tensor(2.0, dtype=dtype)}):
+        w = more.get("pos_weight", 1)
+        value = fastloss.functional.binary_cross_entropy_with_logits(x, y, reduction="none", **more)
+        (grad,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+        assert value.tolist() == [0, 0, inf, inf]
+        assert grad.tolist() == [0, 0, 1, -w]
+        assert torch.autograd.grad(grad.sum(), x)[0].tolist() == [0, 0, 0, 0]
+
+
+@every_dtype
+def test_kl_div_of_classes_without_probability(dtype, device):
+    """They add nothing, given as 0 or as the logarithm of it."""
+    log_q = torch.tensor([-torch.inf, -torch.inf, 0.0], dtype=dtype)
+    x = torch.tensor([-torch.inf, -2.0, 0.0], dtype=dtype).requires_grad_()
+    for target, log_target in ((log_q, True), (log_q.exp(), False)):
+        value = fastloss.functional.kl_div(x, target, reduction="sum", log_target=log_target)
+        assert value == 0
+        assert torch.autograd.grad(value, x)[0].tolist() == [0, 0, -1]
+    x = torch.full((3,), torch.nan, dtype=dtype)
+    for target, log_target in ((log_q, True), (log_q.exp(), False)):
+        each = fastloss.functional.kl_div(x, target, reduction="none", log_target=log_target)
+        assert each.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mean_of_errors_as_large_as_the_type(dtype, device):
+    """1 / n comes before the 2 of the derivative, and beta divides before the second factor."""
+    top = torch.finfo(dtype).max
+    e = torch.tensor([0.75 * top, 1.0], dtype=dtype).requires_grad_()
+    y = torch.zeros(2, dtype=dtype).requires_grad_()
+    for weight in (None, torch.ones(2, dtype=dtype)):
+        grads = torch.autograd.grad(fastloss.functional.mse_loss(e, y, weight=weight), (e, y))
+        torch.testing.assert_close(grads[0], e.detach())
+        torch.testing.assert_close(grads[1], -e.detach())
+    e = torch.tensor([1e30, 3.0], dtype=dtype)
+    got = fastloss.functional.smooth_l1_loss(e, torch.zeros_like(e), beta=1e31, reduction="none")
+    torch.testing.assert_close(got, (0.5 * e.double() * e.double() / 1e31).to(dtype))
+    x = torch.full((3,), 0.9 * top, dtype=dtype).requires_grad_()
+    value = sigmoid_focal_loss(x, torch.tensor([1.0, 0.0, 1.0], dtype=dtype), alpha=-1, reduction="none")
+    assert torch.autograd.grad(value.sum(), x)[0].tolist() == [0, 1, 0]

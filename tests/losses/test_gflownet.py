@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.autograd import grad
 
 import fastloss.functional as F
+from fastloss import reference
 
 
 def states(device, shape=(5, 4), seed=0):
@@ -58,6 +61,46 @@ def test_mask_leaves_actions_out(variant, device):
     got = F.detailed_balance_loss(flow, ahead, logits, mask, variant=variant, reduction="none", **more)
     assert got[4] == 0
     assert all(g.isfinite().all() for g in grad(got.sum(), (flow, ahead, logits)))
+
+
+@pytest.mark.parametrize("variant", ["all", "chosen"])
+def test_actions_that_do_not_exist_do_not_matter(variant, device):
+    """Whatever they hold, and a state without its action too: value, gradients and second derivatives."""
+    results = []
+    for held in (0.5, math.nan, math.inf, -math.inf, 1e38):
+        flow, ahead, logits, chosen = (x.detach() for x in states(device, (6, 5)))
+        mask = (torch.arange(5, device=device) < 3).expand(6, 5).clone()
+        mask[4] = False
+        ahead[~mask], logits[~mask] = held, held
+        flow[4] = held
+        chosen = chosen.clamp(max=2)
+        more = (
+            {"chosen": chosen, "rewards": torch.arange(6, device=device) / 2} if variant == "chosen" else {}
+        )
+        inputs = [x.requires_grad_() for x in (flow, ahead, logits)]
+        loss = F.detailed_balance_loss(*inputs, mask, variant=variant, **more)
+        first = grad(loss, inputs, create_graph=True)
+        second = grad(sum(g.square().sum() for g in first), inputs)
+        results.append((loss, *first, *second))
+        slow = reference.detailed_balance_loss(*inputs, mask, variant=variant, **more)
+        torch.testing.assert_close(slow, loss)
+        for a, b in zip(grad(slow, inputs), first, strict=True):
+            torch.testing.assert_close(a, b)
+        for x, y in zip(results[0], results[-1], strict=True):
+            assert y.isfinite().all() and torch.equal(x, y), held
+
+
+def test_boundary_terms_that_do_not_count(device):
+    """A flow whose square is infinite, at a state whose reward asks for no such term."""
+    flow = torch.tensor([1e30], device=device)
+    zero = torch.zeros(1, 2, device=device)
+    chosen = torch.zeros(1, dtype=torch.int64, device=device)
+    for rewards, held in ((0.5, flow), (1.5, zero[:, 0])):
+        loss = F.detailed_balance_loss(
+            held, held.unsqueeze(-1) + zero, zero, variant="chosen", chosen=chosen, reduction="none",
+            rewards=torch.full((1,), rewards, device=device),
+        )  # fmt: skip
+        assert not loss.isnan()
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,58 @@ def test_hardest_rows_are_found(device):
     assert got[11] == 0
 
 
+@pytest.mark.parametrize("distance", ["euclidean", "squared", "cosine"])
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0])
+def test_hardest_rows_are_found_at_any_offset(offset, distance, device):
+    """The choice loses nothing to what all rows have in common: gradients are those of the exact choice."""
+    x = (rows(24, 16) + offset).to(device)
+    labels = torch.arange(24, device=device) // 3
+    wide, x = x.double().requires_grad_(), x.requires_grad_()
+    unit = torch.nn.functional.normalize(wide) if distance == "cosine" else wide
+    d = (unit.unsqueeze(1) - unit).square().sum(-1)
+    d = {"euclidean": d.clamp(min=1e-300).sqrt(), "squared": d, "cosine": d / 2}[distance]
+    same = labels.unsqueeze(1) == labels
+    gap = d.masked_fill(~same, -1.0).amax(1) - d.masked_fill(same, torch.inf).amin(1)
+    want = torch.relu(gap + 1).mean()
+    got = F.batch_hard_triplet_loss(x, labels, 1.0, distance=distance)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    if distance == "cosine" and offset:
+        tolerance = {"rtol": 1e-4, "atol": 2e-6}  # float32 rounds the rows of length 1
+    torch.testing.assert_close(got.double(), want, **tolerance)
+    if distance != "cosine":
+        (exact,) = torch.autograd.grad(want, wide)
+        torch.testing.assert_close(torch.autograd.grad(got, x)[0].double(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_nan_rows_are_not_hidden(device):
+    """Every row of another class, or of the same, has it as one of its two."""
+    x = rows(12).to(device)
+    x[5, 2] = torch.nan
+    labels = torch.arange(12, device=device) // 3
+    for distance in ("euclidean", "squared", "cosine"):
+        each = F.batch_hard_triplet_loss(x, labels, distance=distance, reduction="none")
+        assert each.isnan().all()
+
+
+def test_pairs_that_are_far_apart(device):
+    """Whose squared distance is infinite: apart by more than the margin, no loss and no gradient."""
+    x = torch.full((1, 4), 1e30, device=device, requires_grad=True)
+    loss = F.contrastive_loss(x, torch.zeros_like(x), torch.ones(1, device=device))
+    assert loss == 0
+    assert torch.autograd.grad(loss, x)[0].count_nonzero() == 0
+
+
+def test_rows_without_a_triplet_do_not_count(device):
+    """One class alone, and what a row holds: no gradient."""
+    for held in (torch.nan, torch.inf, 1e38):
+        x = rows(4).to(device)
+        x[1] = held
+        x.requires_grad_()
+        loss = F.batch_hard_triplet_loss(x, torch.zeros(4, dtype=torch.long, device=device))
+        assert loss == 0
+        assert torch.equal(torch.autograd.grad(loss, x)[0], torch.zeros_like(x))
+
+
 def all_triplets(x, labels, margin):
     """One anchor after the other: sum over its triplets, how many count, and the mean's gradient."""
     x = x.double().requires_grad_()

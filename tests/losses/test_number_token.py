@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastloss import reference
 from fastloss._registry import InputSampler
 from fastloss.functional import (
     cross_entropy_with_number_token_loss,
@@ -207,3 +208,31 @@ def test_logits_on_the_device_are_picked_as_on_the_cpu():
     assert outside.isnan().all(0).tolist() == [True, False, True]
     outside[:, 1].sum().backward()
     assert x.grad.sum(0).tolist() == [5.0] + [0.0] * 11
+
+
+@pytest.mark.parametrize("function", [number_token_loss, cross_entropy_with_number_token_loss])
+def test_gradient_of_large_values(function, device):
+    """Of numbers of some thousands, unevenly spaced: each gradient is as exact as its own terms allow."""
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.rand(7, generator=generator) * 4000 + torch.rand(7, generator=generator) ** 4 * 3000).to(
+        device
+    )
+    ids = torch.randperm(20, generator=generator)[:7].to(device)
+    logits = (torch.randn(300, 20, generator=generator) * 5).to(device).requires_grad_()
+    labels = ids[torch.randint(7, (300,), generator=generator).to(device)]
+    name = "number_token_loss" if function is number_token_loss else "cross_entropy_with_number_token_loss"
+    more = {} if function is number_token_loss else {"ntl_weight": 1.0}
+    loss = function(logits, labels, ids, values, kind="mse", reduction="sum", **more)
+    (got,) = torch.autograd.grad(loss, logits)
+    wide = logits.detach().cpu().double().requires_grad_()
+    exact = getattr(reference, name)(
+        wide, labels.cpu(), ids.cpu(), values.cpu().double(), kind="mse", reduction="sum", **more
+    )
+    (exact,) = torch.autograd.grad(exact, wide)
+    # the mean's distance from the label, a factor, cancels by as much as the values are larger
+    q = wide.detach()[:, ids.cpu()].softmax(-1)
+    y = (values.cpu().double() * (labels.cpu().unsqueeze(-1) == ids.cpu())).sum(-1)
+    factor = (q * values.cpu().double()).sum(-1) - y
+    lost = 1e-6 * (1 + values.max().item() / factor.abs())
+    error = (got.cpu().double() - exact).abs().amax(-1)
+    assert (error <= lost * exact.abs().amax(-1) + 1e-5).all(), (error / exact.abs().amax(-1) / lost).max()

@@ -7,21 +7,12 @@ import math
 import pytest
 import torch
 from support import DTYPES, dtype_id
+from support.completions import tokens
 from torch.autograd import grad
 
 import fastloss.functional as FL
-from fastloss._registry import InputSampler
 
 LOW, HIGH = 0.2, 0.28
-
-
-def tokens(dtype=torch.float64, shape=(5, 23), device="cpu", spread=0.4):
-    draw = InputSampler(dtype, device, 3)
-    logps = draw.uniform(*shape, low=-4.0, high=-0.1)
-    old, ref = (logps + draw.normal(*shape, scale=spread) for _ in range(2))
-    mask = draw.index(4, *shape) > 0
-    mask[1] = False
-    return logps.requires_grad_(), old, draw.normal(*shape), ref, mask
 
 
 def clip(rho):
@@ -234,7 +225,7 @@ def aggregate(loss, mask, mode):
         "token-sum": total.sum(),
         "seq-mean-token-mean": (total / length.clamp(min=1)).sum() / some,
         "seq-mean-token-sum": total.sum() / some,
-        "seq-mean-token-sum-norm": total.sum() / mask.numel(),
+        "seq-mean-token-sum-norm": total.sum() / some / mask.shape[-1],
     }[mode]
 
 

@@ -41,7 +41,7 @@ def test_cringe_draws_among_the_top_k_without_the_negative():
     labels = torch.full((4000,), 1)
     generator = torch.Generator().manual_seed(0)
     losses = recipes.cringe_loss(logits, labels, top_k=2, reduction="none", generator=generator)
-    against = F.softplus(torch.tensor([4.0 - 5.0, 4.0 - 3.0]))
+    against = -F.logsigmoid(torch.tensor([5.0 - 4.0, 3.0 - 4.0]))
     assert torch.isin(losses, against).all()
     fraction = (losses == against[0]).double().mean()
     assert abs(fraction - torch.tensor([5.0, 3.0]).softmax(0)[0]) < 0.02
@@ -57,6 +57,49 @@ def test_cringe_detaches_the_positive():
         recipes.cringe_loss(logits, torch.tensor([0, 1, 2]), top_k=5)
 
 
+def test_cringe_of_tokens_that_do_not_count():
+    """What stands at ignored tokens matters nowhere; NaN at others is not hidden, nor is it an error."""
+    labels = torch.tensor([1, -100, 0])
+    results = []
+    for held in (0.0, math.nan, math.inf, -math.inf, 1e38):
+        logits = draw(3, 5).float()
+        logits[1] = held
+        logits.requires_grad_()
+        loss = recipes.cringe_loss(logits, labels, top_k=1)
+        (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+        results.append((loss, grad, torch.autograd.grad(grad.square().sum(), logits)[0]))
+        assert all(torch.equal(x, y) for x, y in zip(results[0], results[-1], strict=True)), held
+    logits = draw(3, 5)
+    logits[0, 2] = math.nan
+    assert recipes.cringe_loss(logits, labels, 2, reduction="none").isnan().tolist() == [True, False, False]
+
+
+def test_cringe_adds_up_in_single_precision():
+    """65504 is the largest float16: their sum is too large for it, their mean is not."""
+    logits = torch.tensor([[60000.0, 0.0, 0.0]], dtype=torch.float16).expand(4, 3)
+    assert recipes.cringe_loss(logits, torch.zeros(4, dtype=torch.int64)).item() == 60000.0
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda i: recipes.cringe_loss(torch.zeros(2, 3), i), "negative_labels"),
+        (lambda i: recipes.rog_loss(torch.zeros(3), torch.zeros(2), i), "path_question"),
+        (
+            lambda i: recipes.q_learning_loss(torch.zeros(2, 3), i, torch.zeros(2), torch.zeros(2, 3)),
+            "actions",
+        ),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(call, name):
+    call(torch.tensor([0, 2]))
+    for bad in ([0, 3], [-1, 0]):
+        with pytest.raises(IndexError, match=rf"{name}: expected numbers in \[0, 3\)"):
+            call(torch.tensor(bad))
+    with pytest.raises(TypeError, match=name):
+        call([0, 1])
+
+
 def test_cringe_hinge():
     chosen, rejected = torch.tensor([-1.0, -5.0]), torch.tensor([-4.0, -4.5])
     torch.testing.assert_close(recipes.cringe_hinge_loss(chosen, rejected), torch.tensor(1.5 / 2))
@@ -70,6 +113,16 @@ def test_rog_averages_the_paths_of_each_question():
     grads = torch.autograd.grad(recipes.rog_loss(answers, paths, owner), (answers, paths))
     torch.testing.assert_close(grads[0], torch.full((3,), -1 / 3, dtype=torch.float64))
     torch.testing.assert_close(grads[1], torch.tensor([-1 / 9, -1 / 3, -1 / 9, -1 / 9], dtype=torch.float64))
+
+
+def test_rog_adds_up_in_double_precision():
+    """Sums of paths in order, as exact as their rounded mean; of half types too."""
+    paths = 1000 + draw(3000).float()
+    owner = torch.arange(3000) % 3
+    for dtype in (torch.float32, torch.bfloat16):
+        x = paths.to(dtype)
+        got = recipes.rog_loss(torch.zeros(3, dtype=dtype), x, owner)
+        torch.testing.assert_close(got, -x.double().mean().to(dtype), rtol=0, atol=0)
 
 
 def test_deep_rag():
@@ -148,6 +201,13 @@ def test_initial_balance_is_fixed_by_the_first_call():
     restored = recipes.InitialBalance()
     restored.load_state_dict(balance.state_dict())
     assert restored(torch.tensor(1.0), torch.tensor(5.0)).item() == 16.0
+
+
+def test_regularization_of_half_types():
+    """A sum of absolute values past the largest float16, and bits that bfloat16 does not have."""
+    ones = [torch.ones(70001, dtype=torch.float16), torch.ones(300, dtype=torch.bfloat16)]
+    assert recipes.l1_regularization(ones, 1.0).item() == 70301.0
+    torch.testing.assert_close(recipes.l2_regularization(ones, 1.0).item(), 70301.0)
 
 
 def test_regularization():

@@ -219,5 +219,101 @@ def test_errors_name_the_argument(change, match):
 
 @pytest.mark.parametrize("ends", [[0, 4], [1, 7], [0, 8], [0, 5, 3, 7]])
 def test_offsets_are_checked(ends):
-    with pytest.raises(RuntimeError, match="cu_seqlens"):
-        FL.gae(torch.zeros(7), torch.zeros(7), cu_seqlens=torch.tensor(ends))
+    """A ValueError that begins with the argument, of every function that takes offsets."""
+    x, ends = torch.zeros(7), torch.tensor(ends)
+    for function, arguments in (
+        (FL.gae, (x, x)), (FL.td_lambda_returns, (x, x)), (FL.discounted_returns, (x,)), (FL.vtrace, (x, x, x)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^cu_seqlens: expected"):
+            function(*arguments, cu_seqlens=ends)
+
+
+@pytest.mark.parametrize("name", ["terminated", "mask", "bootstrap_value", "cu_seqlens"])
+def test_lists_are_named(name):
+    with pytest.raises(TypeError, match=name):
+        FL.gae(torch.zeros(7), torch.zeros(7), **{name: [0] * 7})
+
+
+def terminated_episodes(kind, held, dtype, steps, device):
+    """Rows that end at every place, and what stands behind the end; `kept` are the steps up to it."""
+    place = torch.arange(steps, device=device)
+    last = place.unsqueeze(1)
+    end, kept = place == last, place <= last
+    draw = InputSampler(dtype, device, 1)
+    inputs = {"rewards": draw.normal(steps, steps), "values": draw.normal(steps, steps)}
+    inputs = {k: v.masked_fill(~kept, held) for k, v in inputs.items()}
+    kwargs = {"terminated": end}
+    if kind == "next_values":
+        inputs["next_values"] = draw.normal(steps, steps).masked_fill(place >= last, held)
+        kwargs["truncated"] = draw.index(4, steps, steps) == 0
+    if kind == "bootstrap_value":
+        inputs["bootstrap_value"] = torch.full((steps,), held, dtype=dtype, device=device)
+    if kind == "mask":
+        kwargs["mask"] = mask = draw.index(4, steps, steps) > 0
+        inputs = {k: v.masked_fill(~mask, held) for k, v in inputs.items()}
+        kept, kwargs["mask"] = kept & (mask | end), mask | end
+        for x in inputs.values():
+            x[end] = 0.5
+    return {k: v.requires_grad_() for k, v in inputs.items()}, kwargs, kept
+
+
+@pytest.mark.parametrize("steps", [1, 5, 40])
+@pytest.mark.parametrize("kind", ["plain", "next_values", "bootstrap_value", "mask"])
+def test_behind_a_terminated_step_nothing_follows(kind, steps, device):
+    """NaN, infinities and 1e38 there change no bit of results, gradients and second derivatives before it."""
+    for dtype in (torch.float32, torch.float64):
+        results = []
+        for held in (0.25, torch.nan, torch.inf, 1e38):
+            inputs, kwargs, kept = terminated_episodes(kind, held, dtype, steps, device)
+            got = FL.gae(**inputs, **kwargs)
+            up = [InputSampler(dtype, device, s).normal(steps, steps).requires_grad_() for s in (2, 3)]
+            first = grad(
+                got, list(inputs.values()), [torch.where(kept, u, 0.0) for u in up], create_graph=True
+            )
+            second = grad(sum(g.square().sum() for g in first), up)
+            v, pg = FL.vtrace(inputs["rewards"].detach().nan_to_num().clamp(-1, 1), **inputs, **kwargs)
+            slow = R.gae(**inputs, **kwargs)
+            for a, b in zip(got, slow, strict=True):
+                torch.testing.assert_close(a[kept], b[kept])
+            for a, b in zip(
+                grad(slow, list(inputs.values()), [torch.where(kept, u, 0.0) for u in up]), first
+            ):
+                torch.testing.assert_close(a, b)
+            each = [x[kept] for x in (*got, v, pg)]
+            if kind in ("plain", "mask"):
+                rewards, end = inputs["rewards"], kwargs["terminated"]
+                each.append(FL.discounted_returns(rewards, end, mask=kwargs.get("mask"))[kept])
+            results.append([*each, *first, *second])
+            for a, b in zip(results[0], results[-1], strict=True):
+                assert b.isfinite().all(), held
+                assert torch.equal(a, b), held
+
+
+def test_gradients_from_another_episode_do_not_arrive(device):
+    """An upstream gradient of NaN at one episode reaches nothing of the next."""
+    inputs = [InputSampler(torch.float32, device, s).normal(6).requires_grad_() for s in range(3)]
+    end = torch.tensor([False, False, True, False, False, False], device=device)
+    got, _ = FL.gae(*inputs[:2], end, next_values=inputs[2])
+    up = torch.tensor([torch.nan] * 3 + [1.0] * 3, device=device)
+    for g in grad(got, inputs, up):
+        assert g[3:].isfinite().all()
+    assert grad(FL.gae(*inputs[:2], end, next_values=inputs[2])[0], inputs[2], up)[0][2] == 0
+
+
+def test_nan_of_an_episode_stays(device):
+    """However far behind, past where a product of discounts underflows; an importance ratio of NaN is none of 1."""
+    for steps in (3, 40, 3000):
+        rewards = torch.zeros(steps, device=device)
+        rewards[-1] = torch.nan
+        values = torch.zeros_like(rewards)
+        assert FL.gae(rewards, values, gamma=0.9, lam=0.5)[0].isnan().all()
+        v, pg = FL.vtrace(torch.zeros_like(rewards), rewards, values, gamma=0.5)
+        assert v.isnan().all() and pg.isnan().all()
+    rhos = torch.tensor([0.0, torch.nan, 0.0], device=device)
+    for x, y in zip(
+        FL.vtrace(rhos, torch.ones_like(rhos), torch.ones_like(rhos)),
+        R.vtrace(rhos, torch.ones_like(rhos), torch.ones_like(rhos)),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y, equal_nan=True)
+        assert x[1].isnan() and not x[2].isnan()

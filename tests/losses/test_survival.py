@@ -154,6 +154,50 @@ def test_output_of_a_network(device):
         assert same_bits(function(h, durations.long(), events.bool()), expected)
 
 
+def test_columns_are_one_cohort(device):
+    """(N, 1) of all, as of a table, is not N cohorts of one, of which each loss is 0."""
+    h, durations, events = cohort(12, device, 5)
+    strata = torch.arange(12, device=device) % 2
+    for function, more in (
+        (F.cox_ph_loss, {"strata": strata}),
+        (F.cox_ph_loss, {}),
+        (F.dart_loss, {"alpha": 0.1}),
+    ):
+        columns = {k: v.unsqueeze(-1) if isinstance(v, torch.Tensor) else v for k, v in more.items()}
+        for reduction in ("none", "mean", "sum"):
+            expected = function(h, durations, events, reduction=reduction, **more)
+            given = [x.unsqueeze(-1) for x in (h, durations, events)]
+            got = function(*given, reduction=reduction, **columns)
+            assert expected.abs().sum() > 0
+            assert same_bits(got, expected)
+            assert same_bits(grad(got.sum(), h)[0], grad(expected.sum(), h)[0])
+            slow = getattr(reference, function.__name__)(*given, reduction=reduction, **columns)
+            torch.testing.assert_close(slow, expected)
+    for bad in ((h, durations[:, None], events), (h[:, None], durations[:, None], events)):
+        with pytest.raises(RuntimeError, match="durations"):
+            F.cox_ph_loss(*bad)
+
+
+@pytest.mark.parametrize("held", [math.nan, math.inf, -math.inf, 1e38])
+@every_ties
+def test_who_is_never_at_risk_does_not_matter(held, ties, device):
+    """Censored before the first event: value, gradient and second derivative are those of any number."""
+    results = []
+    for value in (0.0, held):
+        h, durations, events = cohort(20, device, 7, torch.float32)
+        durations, events = durations + 5, events.clone()
+        durations[[3, 11]], events[[3, 11]] = 1, 0
+        h = h.detach()
+        h[[3, 11]] = value
+        h.requires_grad_()
+        loss = F.cox_ph_loss(h, durations, events, ties=ties)
+        (first,) = grad(loss, h, create_graph=True)
+        results.append((loss, first, grad(first.square().sum(), h)[0]))
+    for x, y in zip(*results, strict=True):
+        assert x.isfinite().all()
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support import same_bits
@@ -106,6 +108,21 @@ def test_confident_classes_keep_their_relative_precision(margin, dtype, device):
     torch.testing.assert_close(-logp[0, 0].double().cpu(), nll, rtol=1e-6, atol=0.0)
     (grad,) = torch.autograd.grad(logp[0, 0], x)
     torch.testing.assert_close(grad[0, 1].double().cpu(), nll, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("margin", [1.0, 30.0, 60.0, 80.0])
+@pytest.mark.parametrize(
+    "entropy", [entropy_from_logits, reference.entropy_from_logits], ids=["", "reference"]
+)
+def test_entropy_of_confident_rows_keeps_its_relative_precision(entropy, margin, device):
+    """Of two classes, q = sigmoid(-margin): softplus(-margin) + q margin; the gradient is -p q margin."""
+    logits = torch.tensor([margin, 0.0], dtype=torch.float64, device=device).requires_grad_()
+    q = 1 / (1 + math.exp(margin))
+    value = entropy(logits)
+    (grad,) = torch.autograd.grad(value, logits)
+    assert value.item() == pytest.approx(math.log1p(math.exp(-margin)) + q * margin, rel=1e-13, abs=0)
+    of_best = -(1 - q) * q * margin
+    assert grad.tolist() == pytest.approx([of_best, -of_best], rel=1e-13, abs=0)
 
 
 def test_half_types_are_as_good_as_float32(device):

@@ -103,6 +103,20 @@ def test_exit_code_of_check(function, code, monkeypatch, capsys):
     assert ("FAIL" in capsys.readouterr().out) == bool(code)
 
 
+def test_check_draws_the_inputs_of_its_seed(monkeypatch, capsys):
+    drawn = []
+
+    def inputs(draw, shape):
+        drawn.append(draw.seed)
+        return LOSS.inputs(draw, shape)
+
+    monkeypatch.setitem(_registry.spec._losses, LOSS.name, replace(LOSS, inputs=inputs, shapes=(SHAPE,)))
+    for arguments, seed in (([], 0), (["--seed", "7"], 7)):
+        drawn.clear()
+        assert main(["check", "--loss", LOSS.name, "--device", "cpu", *arguments]) == 0
+        assert set(drawn) == {seed}
+
+
 def test_check_goes_on_after_a_loss_that_raises(monkeypatch, capsys):
     def raises(**kwargs):
         raise RuntimeError("planted")

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "_ops": {"_ops", "memory"},
     "losses": {"losses", "_ops", "reference"},
     "distributed": {"distributed", "losses", "_ops", "reference"},
+    "nn": {"nn", "functional", "distributed", "_ops"},
     "_registry": {"_registry", "losses", "_ops", "reference"},
 }
 LONGEST = 400

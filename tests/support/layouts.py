@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -59,3 +59,15 @@ def lay(x: Tensor, layout: Callable[[Tensor], Tensor]) -> Tensor:
     """`x` in that layout; tensors without elements or dimensions have only one."""
     with torch.no_grad():
         return layout(x.detach()) if x.ndim and x.numel() else x.detach()
+
+
+EACH_ONCE = ("token_ids",)
+"""Arguments whose elements must differ, so that they cannot be expanded."""
+
+
+def lay_each(given: Mapping[str, Tensor], layouts: Iterable[Callable[[Tensor], Tensor]]) -> dict[str, Tensor]:
+    """Each of these arguments in the layout in its place."""
+    return {
+        name: x if layout is expanded and name in EACH_ONCE else lay(x, layout)
+        for (name, x), layout in zip(given.items(), layouts, strict=False)
+    }

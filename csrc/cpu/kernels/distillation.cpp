@@ -44,6 +44,7 @@ class DivergenceKernel {
     const T* x;
     R* e;  // exp(z - m)
     R m, sum, log_sum, inv_sum;
+    R other;  // the other row's logit of this one's most probable class
 
     FL_FN void set(R sum_) {
       sum = sum_;
@@ -57,7 +58,7 @@ class DivergenceKernel {
     const bool backward = a_.pass == RowPass::backward;
     T* dx = a_.dx ? static_cast<T*>(a_.dx) + r * n_ : nullptr;
     T* dq = dq_ ? dq_ + r * n_ : nullptr;
-    R k = backward ? state[6] : a_.row_weight ? static_cast<const R*>(a_.row_weight)[r] : 1;
+    R k = backward ? state[8] : a_.row_weight ? static_cast<const R*>(a_.row_weight)[r] : 1;
     if (k == 0) {
       if (!backward) {
         for (int64_t i = 0; i < kDivergenceState; ++i) state[i] = 0;
@@ -67,38 +68,41 @@ class DivergenceKernel {
       if (dq) std::memset(dq, 0, n_ * sizeof(T));
       return;
     }
-    Side student{static_cast<const T*>(a_.x) + a_.x_layout.start(r), e_q_, state[0], 0, 0, 0};
-    Side teacher{static_cast<const T*>(a_.q) + a_.q_layout.start(r), e_p_, state[2], 0, 0, 0};
-    R a = state[4], b = state[5], g = 1;
+    Side student{static_cast<const T*>(a_.x) + a_.x_layout.start(r), e_q_, state[0], 0, 0, 0, 0};
+    Side teacher{static_cast<const T*>(a_.q) + a_.q_layout.start(r), e_p_, state[2], 0, 0, 0, 0};
+    R top_u = state[4], top_v = state[5], a = state[6], b = state[7], g = 1;
     if (backward) {
       student.set(state[1]);
       teacher.set(state[3]);
       g = static_cast<const R*>(a_.upstream)[r * a_.upstream_stride];
     } else {
-      normalise(student);
-      normalise(teacher);
-      value(student, teacher, a, b);
-      static_cast<R*>(a_.loss)[r] = k * loss_.loss(a, b);
+      normalise(student, teacher.x);
+      normalise(teacher, student.x);
+      top_u = loss_.finite(log_ratios(student, teacher, fill<F>(teacher.m), fill<F>(teacher.other)).u[0]);
+      top_v = loss_.finite(log_ratios(student, teacher, fill<F>(student.other), fill<F>(student.m)).v[0]);
+      value(student, teacher, top_u, top_v, a, b);
+      static_cast<R*>(a_.loss)[r] = k * loss_.loss(top_u + a, top_v + b);
       if (a_.norm) k /= *static_cast<const R*>(a_.norm);
-      const R kept[kDivergenceState] = {student.m, student.sum, teacher.m, teacher.sum, a, b, k};
+      const R kept[kDivergenceState] = {student.m, student.sum, teacher.m, teacher.sum, top_u, top_v,
+                                        a,         b,           k};
       std::memcpy(state, kept, sizeof kept);
     }
     g *= k * scale_;
     if (dx)
       gradient(student, teacher, dx, [&](F p, F q, F, F v) __attribute__((always_inline)) {
-        return loss_.by_student(p, q, v, b, g);
+        return loss_.by_student(p, q, v, top_v, b, g);
       });
     if (dq)
       gradient(student, teacher, dq, [&](F p, F q, F u, F) __attribute__((always_inline)) {
-        return loss_.by_teacher(p, q, u, a, g);
+        return loss_.by_teacher(p, q, u, top_u, a, g);
       });
   }
 
   FL_FN F logits(const T* x, int64_t j) const {
     return (j + W <= n_ ? load(x + j) : load_part(x + j, n_ - j, -R(INFINITY))) * scale_;
   }
-  FL_NOINLINE void normalise(Side& s) const {
-    F top[kUnroll], sum[kUnroll] = {};
+  FL_NOINLINE void normalise(Side& s, const T* other) const {
+    F top[kUnroll], sum[kUnroll] = {}, of_top = fill<F>(-INFINITY);
     for (F& t : top) t = fill<F>(-INFINITY);
     int64_t j = 0;
     for (; j + kUnroll * W <= n_; j += kUnroll * W)
@@ -106,26 +110,34 @@ class DivergenceKernel {
     for (; j < n_; j += W) top[0] = max(logits(s.x, j), top[0]);
     const R m = horizontal_max(max(max(top[0], top[1]), max(top[2], top[3])));
     s.m = softmax_base(m);
-    const auto add = [&](int64_t at, F z, F& to) __attribute__((always_inline)) {
+    const auto add = [&](int64_t at, F z, F z_other, F& to) __attribute__((always_inline)) {
       const F e = exp_down(z - s.m);
+      of_top = select(z == s.m, max(z_other, of_top), of_top);
       to += e;
       store(s.e + at, e);
     };
     for (j = 0; j + kUnroll * W <= n_; j += kUnroll * W)
-      for (int i = 0; i < kUnroll; ++i) add(j + i * W, load(s.x + j + i * W) * scale_, sum[i]);
-    for (; j < n_; j += W) add(j, logits(s.x, j), sum[0]);
+      for (int i = 0; i < kUnroll; ++i)
+        add(j + i * W, load(s.x + j + i * W) * scale_, load(other + j + i * W) * scale_, sum[i]);
+    for (; j < n_; j += W) add(j, logits(s.x, j), logits(other, j), sum[0]);
+    s.other = horizontal_max(of_top);
     s.set(horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
-  FL_FN auto log_ratios(const Side& student, const Side& teacher, int64_t j) const {
+  FL_FN auto log_ratios(const Side& student, const Side& teacher, F z_teacher, F z_student) const {
     const R apart = (teacher.m - student.m) + (teacher.log_sum - student.log_sum);
-    return loss_.log_ratios((logits(teacher.x, j) - logits(student.x, j)) - apart);
+    return loss_.log_ratios((z_teacher - z_student) - apart);
   }
-  FL_NOINLINE void value(const Side& student, const Side& teacher, R& a, R& b) const {
+  FL_FN auto log_ratios(const Side& student, const Side& teacher, int64_t j) const {
+    return log_ratios(student, teacher, logits(teacher.x, j), logits(student.x, j));
+  }
+  FL_NOINLINE void value(const Side& student, const Side& teacher, R top_u, R top_v, R& a, R& b) const {
     F sum_a[kUnroll] = {}, sum_b[kUnroll] = {};
     for (int64_t j = 0, i = 0; j < n_; j += W, i = (i + 1) % kUnroll) {
       const auto s = log_ratios(student, teacher, j);
-      if constexpr (kKind != kReverse) sum_a[i] += loss_.weighed(load(teacher.e + j) * teacher.inv_sum, s.u);
-      if constexpr (kKind != kForward) sum_b[i] += loss_.weighed(load(student.e + j) * student.inv_sum, s.v);
+      if constexpr (kKind != kReverse)
+        sum_a[i] += loss_.weighed(load(teacher.e + j) * teacher.inv_sum, s.u - top_u);
+      if constexpr (kKind != kForward)
+        sum_b[i] += loss_.weighed(load(student.e + j) * student.inv_sum, s.v - top_v);
       if (kKind == kMixture && a_.pass == RowPass::forward_gradient) {
         store(u_ + j, s.u);
         store(v_ + j, s.v);

@@ -65,7 +65,7 @@ FL_NOINLINE void map_block(const double* hparams, const Block<R>& b) {
       const F g = (b.upstream ? k * load_pair(b.upstream + i) : k) * w;
       for (int j = 0; j < Loss::kInputs; ++j)
         if ((kGrad >> j & 1) && b.dx[j]) {
-          const F dx = d[j] * g;
+          const F dx = gradient_of<Loss>(d[j], g);
           store(b.dx[j] + i, b.weight ? select(w != 0, dx, F{}) : dx);
         }
     }
@@ -236,7 +236,8 @@ class ElementKernel {
       const bool here = x.source == Source::not_ignored && classes[row] != a_.ignore_index;
       for (int64_t i = from; i < to_end; ++i) to[i] = here ? 1 : 0;
       const int64_t hit = first + classes[row];
-      if (x.source == Source::one_hot && classes[row] >= 0 && hit >= from && hit < to_end) to[hit] = 1;
+      const bool positive = x.source == Source::one_hot && classes[row] != a_.background_index;
+      if (positive && classes[row] >= 0 && hit >= from && hit < to_end) to[hit] = 1;
     }
   }
 

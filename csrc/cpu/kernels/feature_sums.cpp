@@ -58,7 +58,7 @@ struct FeaturePairs {
     for (int64_t j = 0; j < args.n; j += W) {
       const int64_t left = args.n - j;
       const F x = get(a + j, left);
-      F dx = x * of_a;
+      F dx = scaled(of_a, x);
       for (int o = 0; o < kOthers; ++o) {
         const F y = get(b[o] + j, left);
         put(db[o] + j, g[o].by_other(x, y, x - y + R(args.eps), dx), left, past_cache);

@@ -60,23 +60,26 @@ class RowExtras : protected RowReader<Loss, T> {
     if (weight == 0) return 0;
     const int64_t count = a_.num_number_tokens;
     const R* distance = distances_of_label(r);
-    R top = -INFINITY;
+    R top = -INFINITY, pivot = distance[0];
     for (int64_t k = 0; k < count; ++k) {
       number_logits_[k] = logit(fill<F>(widen(row.x[a_.number_ids[k]])))[0];
-      top = max(number_logits_[k], top);
+      if (number_logits_[k] > top) {
+        top = number_logits_[k];
+        pivot = distance[k];
+      }
     }
     for (int64_t k = count; k % W; ++k) number_logits_[k] = -INFINITY;
     const R base = softmax_base(top);
-    F total{}, weighted_distance{};
+    F total{}, rest{};
     for (int64_t k = 0; k < count; k += W) {
       const F e = exp(load(number_logits_ + k) - base);
       total += e;
-      weighted_distance += e * distances_part(distance, k);
+      rest += e * (distances_part(distance, k) - pivot);
     }
     const R sum = horizontal_sum(total);
-    row.number = loss_.number_tokens.term(weight, *static_cast<const R*>(a_.number_max_distance),
-                                          horizontal_sum(weighted_distance) / sum, base, sum, row.state.m,
-                                          row.state.log_sum);
+    row.number =
+        loss_.number_tokens.term(weight, *static_cast<const R*>(a_.number_max_distance), pivot,
+                                 horizontal_sum(rest) / sum, base, sum, row.state.m, row.state.log_sum);
     return row.number.value;
   }
   // Overwrites the gradient of the number tokens' classes: `coef` covers all classes, self_term is added for

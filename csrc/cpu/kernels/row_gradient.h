@@ -39,7 +39,7 @@ class RowGradient : protected RowExtras<Loss, T> {
     } else {
       now.coef = loss_.grad_coef(row.state, row.target, g * to_x);
     }
-    if constexpr (Loss::kNumberTokens) loss_.add(now.coef, g * scale_ * row.number.dense_coef);
+    if constexpr (Loss::kNumberTokens) loss_.add(now.coef, g * scale_, row.number.dense_coef);
     now.p_target = exp(row.target.d - row.state.log_sum);
     now.target_slope = capped && a_.target ? slope(fill<F>(widen(row.x[row.t])))[0] : 1;
     return now;

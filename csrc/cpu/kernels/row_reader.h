@@ -36,6 +36,8 @@ class RowReader {
 
   FL_FN R row_weight(int64_t r, int64_t t) const {
     if (a_.target && t == a_.ignore_index) return 0;
+    if constexpr (Loss::kProportional)
+      if (a_.target && class_weight(t) == 0) return 0;
     return a_.row_weight ? static_cast<const R*>(a_.row_weight)[r] : 1;
   }
   FL_FN R class_weight(int64_t j) const {

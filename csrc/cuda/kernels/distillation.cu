@@ -11,13 +11,28 @@ namespace {
 
 constexpr int kBlockTeam = 512;  // threads for a long row
 
-// Of student and teacher.
+// Of student and teacher; `other` is the other row's logit of a row's most probable class, the largest of several.
 template <class R>
 struct Normalisers {
   OnlineSoftmax<R> of[2];
+  R other[2] = {-INFINITY, -INFINITY};
+
+  __device__ __forceinline__ void take(int i, R top, R z) {
+    if (top > of[i].top || (top == of[i].top && z > other[i])) other[i] = z;
+  }
+  template <class Exp>
+  __device__ __forceinline__ void push(R student, R teacher, Exp exp_of) {
+    take(0, student, teacher);
+    take(1, teacher, student);
+    of[0].push(student, exp_of);
+    of[1].push(teacher, exp_of);
+  }
   __device__ __forceinline__ void merge(const Normalisers& o) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) of[i].merge(o.of[i]);
+    for (int i = 0; i < 2; ++i) {
+      take(i, o.of[i].top, o.other[i]);
+      of[i].merge(o.of[i]);
+    }
   }
 };
 template <class R>
@@ -60,7 +75,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
   const bool backward = a.pass == RowPass::backward, leader = lane == 0;
   const R scale = R(a.logit_scale);
   const LogitDivergence<R, kKind> loss(a.hparams);
-  R k = backward ? state[6] : a.row_weight ? static_cast<const R*>(a.row_weight)[r] : R(1);
+  R k = backward ? state[8] : a.row_weight ? static_cast<const R*>(a.row_weight)[r] : R(1);
   if (k == 0) {
     if (leader && !backward) {
       for (int i = 0; i < kDivergenceState; ++i) state[i] = 0;
@@ -72,28 +87,32 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
     }
     return;
   }
-  R m[2], sum[2], sum_a, sum_b, g = 1;  // of student and teacher
+  R m[2], sum[2], top_u, top_v, rest_a, rest_b, g = 1;  // of student and teacher
   const auto prob = [&](int side, T v) {
     return full_exp(rounded(widen(v) * scale) - m[side]) * (1 / sum[side]);
   };
-  const auto log_ratios = [&](T student, T teacher) {
+  const auto of_logits = [&](R student, R teacher) {
     const R apart = (m[1] - m[0]) + (log(sum[1]) - log(sum[0]));
-    return loss.log_ratios((rounded(widen(teacher) * scale) - rounded(widen(student) * scale)) - apart);
+    return loss.log_ratios((teacher - student) - apart);
+  };
+  const auto log_ratios = [&](T student, T teacher) {
+    return of_logits(rounded(widen(student) * scale), rounded(widen(teacher) * scale));
   };
   if (backward) {
     m[0] = state[0];
     sum[0] = state[1];
     m[1] = state[2];
     sum[1] = state[3];
-    sum_a = state[4];
-    sum_b = state[5];
+    top_u = state[4];
+    top_v = state[5];
+    rest_a = state[6];
+    rest_b = state[7];
     g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
   } else {
     Normalisers<R> o;
     const auto full = [](R z) { return full_exp(z); };
     each_class<T, kTeam>(x, q, n, lane, [&](int64_t, T student, T teacher) {
-      o.of[0].push(widen(student) * scale, full);
-      o.of[1].push(widen(teacher) * scale, full);
+      o.push(rounded(widen(student) * scale), rounded(widen(teacher) * scale), full);
     });
     o = block_reduce<kTeam>(o, Merge{});
 #pragma unroll
@@ -101,16 +120,18 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
       m[i] = o.of[i].base();
       sum[i] = o.of[i].sum;
     }
+    top_u = loss.finite(of_logits(o.other[1], m[1]).u);
+    top_v = loss.finite(of_logits(m[0], o.other[0]).v);
     TwoSums<R> sums;
     each_class<T, kTeam>(x, q, n, lane, [&](int64_t, T student, T teacher) {
       const auto s = log_ratios(student, teacher);
-      if constexpr (kKind != kReverse) sums.a += loss.weighed(prob(1, teacher), s.u);
-      if constexpr (kKind != kForward) sums.b += loss.weighed(prob(0, student), s.v);
+      if constexpr (kKind != kReverse) sums.a += loss.weighed(prob(1, teacher), s.u - top_u);
+      if constexpr (kKind != kForward) sums.b += loss.weighed(prob(0, student), s.v - top_v);
     });
     sums = block_reduce<kTeam>(sums, Merge{});
-    sum_a = sums.a;
-    sum_b = sums.b;
-    const R value = k * loss.loss(sum_a, sum_b);
+    rest_a = sums.a;
+    rest_b = sums.b;
+    const R value = k * loss.loss(top_u + rest_a, top_v + rest_b);
     if (a.norm) k /= *static_cast<const R*>(a.norm);
     if (leader) {
       static_cast<R*>(a.loss)[r] = value;
@@ -118,9 +139,11 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
       state[1] = sum[0];
       state[2] = m[1];
       state[3] = sum[1];
-      state[4] = sum_a;
-      state[5] = sum_b;
-      state[6] = k;
+      state[4] = top_u;
+      state[5] = top_v;
+      state[6] = rest_a;
+      state[7] = rest_b;
+      state[8] = k;
     }
   }
   if (!dx && !dq) return;
@@ -128,8 +151,8 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
   each_class<T, kTeam>(x, q, n, lane, [&](int64_t j, T student, T teacher) {
     const R p = prob(1, teacher), q_ = prob(0, student);
     const auto s = log_ratios(student, teacher);
-    if (dx) dx[j] = narrow<T>(loss.by_student(p, q_, s.v, sum_b, g));
-    if (dq) dq[j] = narrow<T>(loss.by_teacher(p, q_, s.u, sum_a, g));
+    if (dx) dx[j] = narrow<T>(loss.by_student(p, q_, s.v, top_v, rest_b, g));
+    if (dq) dq[j] = narrow<T>(loss.by_teacher(p, q_, s.u, top_u, rest_a, g));
   });
 }
 

@@ -34,7 +34,7 @@ __device__ __forceinline__ acc_t<T> element(const ElementArgs& a, const ElementI
     if (x.source == Source::not_ignored) return c == a.ignore_index ? R(0) : R(1);
     // a class that does not exist gives NaN and is never used as an index
     if ((c < 0 || c >= x.inner) && c != a.ignore_index && c != a.background_index) return R(NAN);
-    return c == i - row * x.inner ? R(1) : R(0);
+    return c == i - row * x.inner && c != a.background_index ? R(1) : R(0);
   }
   const int64_t at = row < x.period ? row : row % x.period;
   if (x.source == Source::flag) return static_cast<const uint8_t*>(x.p)[at] ? R(1) : R(0);
@@ -113,7 +113,7 @@ struct ElementThread {
       sum += value[e];
 #pragma unroll
       for (int j = 0; j < Loss::kInputs; ++j)
-        if (Loss::kWrt >> j & 1) v[j][e] = counts ? d[j] * factor : R(0);
+        if (Loss::kWrt >> j & 1) v[j][e] = counts ? gradient_of<Loss>(d[j], factor) : R(0);
     }
     if (a.out) {
       if (!a.out_acc) {

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kFeatureThreads) features_kernel(FeatureArgs a
   }
   for (int64_t j = lane; j < args.n; j += 32) {
     const R x = widen(a[j]);
-    R dx = x * of_a;
+    R dx = scaled(of_a, x);
 #pragma unroll
     for (int o = 0; o < kOthers; ++o) {
       const R y = widen(b[o][j]), dy = g[o].by_other(x, y, x - y + eps, dx);

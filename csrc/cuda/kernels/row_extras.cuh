@@ -25,19 +25,23 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
     constexpr int kStep = kTeam < 32 ? kTeam : 32;
     const unsigned mask = team_mask<kTeam>();
     const R* distance = distances_of_label();
-    R top = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &weighted_distance = sums[1];
+    R top = -INFINITY, pivot = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &rest = sums[1];
     for (int64_t k = lane % kStep; k < a.num_number_tokens; k += kStep)
       top = max(logit_of_class(a.number_ids[k]), top);
     top = warp_reduce<kStep>(top, Max{}, mask);
+    for (int64_t k = lane % kStep; k < a.num_number_tokens; k += kStep)
+      if (logit_of_class(a.number_ids[k]) == top) pivot = max(distance[k], pivot);
+    pivot = warp_reduce<kStep>(pivot, Max{}, mask);
+    if (pivot == -INFINITY) pivot = 0;  // all logits are NaN
     top = softmax_base(top);
     for (int64_t k = lane % kStep; k < a.num_number_tokens; k += kStep) {
       const R e = exp(logit_of_class(a.number_ids[k]) - top);
       total += e;
-      weighted_distance += e * distance[k];
+      rest += e * (distance[k] - pivot);
     }
     warp_reduce_all<kStep>(sums, Sum{}, mask);
-    number = loss.number_tokens.term(weight, *static_cast<const R*>(a.number_max_distance),
-                                     weighted_distance / total, top, total, row.m, row.log_sum);
+    number = loss.number_tokens.term(weight, *static_cast<const R*>(a.number_max_distance), pivot,
+                                     rest / total, top, total, row.m, row.log_sum);
     return number.value;
   }
   // Overwrites the gradient of the number tokens' classes.

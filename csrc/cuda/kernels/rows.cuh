@@ -55,6 +55,8 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       t = -1;
       if (k != 0) k = NAN;
     }
+    if constexpr (Loss::kProportional && !kBackward)
+      if (a.target && inside && a.class_weight && static_cast<const R*>(a.class_weight)[t] == 0) k = 0;
     if (k == 0) {
       if (!kBackward && leader) {
         for (int64_t i = 0; i < a.state_width; ++i) state()[i] = 0;
@@ -144,7 +146,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       write_index_gradient(s, dx);
     } else {
       Slope s{loss.grad_coef(row, target, g * k * scale), row.m, row.log_sum, top, unit.kept(row.log_sum)};
-      if constexpr (Loss::kNumberTokens) loss.add(s.coef, g * k * scale * number.dense_coef);
+      if constexpr (Loss::kNumberTokens) loss.add(s.coef, g * k * scale, number.dense_coef);
       write_row(s, dx, held, write_held, kept);
       if constexpr (Loss::kNumberTokens)
         if (number.total != 0) number_gradient(s, number, g * k * scale, dx);
