@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from support import (
     every_loss,
 )
