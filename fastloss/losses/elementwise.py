@@ -358,12 +358,11 @@ def binary_cross_entropy(
     check_floating("input", input)
     if target.dtype != input.dtype:
         raise RuntimeError(f"target: found dtype {target.dtype} but expected {input.dtype}, that of input")
-    if values_visible(input) and values_visible(target):
+    if values_visible(input) and values_visible(target) and input.numel():
         for name, t in (("input", input), ("target", target)):
-            if t.numel():
-                low, high = torch.aminmax(t.detach())
-                if low < 0 or high > 1:
-                    raise RuntimeError(f"all elements of {name} should be between 0 and 1")
+            low, high = (t.detach() if t.requires_grad else t).aminmax()
+            if low.item() < 0 or high.item() > 1:
+                raise RuntimeError(f"all elements of {name} should be between 0 and 1")
     mode = legacy_reduction(size_average, reduce, reduction)
     return _together(_binary_cross_entropy, input, target, mode, None, weight)
 
