@@ -145,7 +145,7 @@ struct ClippedValue {
   FL_FN F operator()(const F* v, F* d) const {
     const F free = v[0] - v[1], bound = min(v[2] + range, max(v[2] - range, v[0])) - v[1];
     const auto stays = free * free < bound * bound;
-    const F e = select(stays | (bound != bound), bound, free);  // NaN stays
+    const F e = select(stays, bound, free);
     d[0] = select(stays, F{}, e);
     return R(0.5) * (e * e);
   }
