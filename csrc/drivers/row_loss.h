@@ -40,9 +40,12 @@ struct RowLossDefaults {
   static constexpr bool kSoftcap = false;         // supports cap * tanh(z / cap)
   static constexpr bool kSideStreams = false;     // `w` and `q` are read for every class
   static constexpr bool kGradUsesLogit = false;   // `grad` uses z - m
-  static constexpr bool kProportional = false;    // `grad` is p * coef.p; and the loss, to the class weight
+  static constexpr bool kProportional = false;    // `grad` is p * coef.p
   static constexpr bool kNumberTokens = false;    // losses/number_token.h adds a term to some rows
   static constexpr bool kNormCountsRows = false;  // "mean" counts rows, whatever their class weights
+
+  // Whether a row is weighed by its target's class alone: of weight 0, it does not count, whatever it holds.
+  FL_FN bool weighed_by_class() const { return false; }
 };
 
 // The outputs of one row, stored as a structure of arrays [num_outputs, rows]: output i is first[i *

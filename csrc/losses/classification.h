@@ -28,6 +28,7 @@ struct CrossEntropy : RowLossDefaults {
     if (a.q || a.softcap > 0 || (a.class_weight && smooth)) return kSoft;
     return smooth ? kSmooth : kHard;
   }
+  FL_FN bool weighed_by_class() const { return smoothing == 0; }
   FL_FN CrossEntropy(const double* hparams, int64_t n)
       : smoothing(R(hparams[H::label_smoothing])),
         z_loss(R(hparams[H::z_loss])),
@@ -68,7 +69,6 @@ struct CrossEntropy : RowLossDefaults {
       loss += sums.y * row.log_sum - sums.yd;
       row.saved[1] = sums.y;
     }
-    if (z_loss == 0) return loss;
     const R lse = row.m + row.log_sum;
     return loss + t.weight * z_loss * lse * lse;
   }
@@ -142,6 +142,7 @@ struct LossOfTargetProb : RowLossDefaults {
   template <class>
   using Sums = NoSums;
   static int variant(const RowArgs&) { return 0; }
+  FL_FN bool weighed_by_class() const { return true; }
 
   struct GradCoef {
     R p, one_minus_p;

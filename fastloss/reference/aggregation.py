@@ -91,7 +91,7 @@ def aggregated(
 
     def soft_ad() -> Tensor:
         u = (x - theta) / number
-        return eta * theta + number**2 * _mean(u * (u / (1 + (1 + u * u).sqrt())), weight)
+        return eta * theta + number**2 * _mean(u * (u / (1 + torch.hypot(u, torch.ones_like(u)))), weight)
 
     formula = select("kind", kind, {
         "mean": lambda: _mean(x, weight),

@@ -83,6 +83,7 @@ def cross_entropy(
     if target.is_floating_point():
         smoothed = (1 - label_smoothing) * target + label_smoothing / classes
         loss = weighed(per_class * smoothed, lse.unsqueeze(dim) - z).sum(dim)
+        loss = torch.where(lse == -torch.inf, torch.nan, loss)  # of no class, as in torch
         row = torch.ones_like(lse)
         loss = loss + square
     else:

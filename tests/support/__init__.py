@@ -62,13 +62,11 @@ _COMPOSED = (
     "it is put together from two losses and torch's operations, whose results are tensors of the input's size"
 )
 _ROW_STATE = "what its rows save, a quarter of the input, is taken from the C library, which keeps it"
-_HINGE_OF_NAN = "max(1 - u, 0) in the kernel compares u with 1, which NaN is not below: the loss is 0"
 _SEVERAL_TYPES = "several operators in one graph of unknown sizes trip an assertion of the compiler"
 EXCEPTIONS = {
     "test_half_types_are_rounded_once[*-kl_div-batchmean]": "the sum is rounded before it is divided by the batch",
     "test_half_types_are_rounded_once[*-triplet_margin_loss-swap]": _SWAPPED,
     "test_half_types_are_rounded_once[*-triplet_margin_loss-everything]": _SWAPPED,
-    "test_nan_inputs_are_not_hidden[*-hinge-*]": _HINGE_OF_NAN,
     "test_opcheck[*-number_token_loss-plain-*]": (
         "the logits of the number tokens are few: torch's operations on them are all there is"
     ),

@@ -76,10 +76,14 @@ class DivergenceKernel {
       teacher.set(state[3]);
       g = static_cast<const R*>(a_.upstream)[r * a_.upstream_stride];
     } else {
-      normalise(student, teacher.x);
-      normalise(teacher, student.x);
-      top_u = loss_.finite(log_ratios(student, teacher, fill<F>(teacher.m), fill<F>(teacher.other)).u[0]);
-      top_v = loss_.finite(log_ratios(student, teacher, fill<F>(student.other), fill<F>(student.m)).v[0]);
+      normalise<kKind != kForward>(student, teacher.x);
+      normalise<kKind != kReverse>(teacher, student.x);
+      F z_teacher = fill<F>(teacher.m), z_student = fill<F>(teacher.other);
+      z_teacher[1] = student.other;
+      z_student[1] = student.m;
+      const auto at_tops = log_ratios(student, teacher, z_teacher, z_student);
+      top_u = loss_.finite(at_tops.u[0]);
+      top_v = loss_.finite(at_tops.v[1]);
       value(student, teacher, top_u, top_v, a, b);
       static_cast<R*>(a_.loss)[r] = k * loss_.loss(top_u + a, top_v + b);
       if (a_.norm) k /= *static_cast<const R*>(a_.norm);
@@ -101,6 +105,7 @@ class DivergenceKernel {
   FL_FN F logits(const T* x, int64_t j) const {
     return (j + W <= n_ ? load(x + j) : load_part(x + j, n_ - j, -R(INFINITY))) * scale_;
   }
+  template <bool kOther>
   FL_NOINLINE void normalise(Side& s, const T* other) const {
     F top[kUnroll], sum[kUnroll] = {}, of_top = fill<F>(-INFINITY);
     for (F& t : top) t = fill<F>(-INFINITY);
@@ -110,17 +115,19 @@ class DivergenceKernel {
     for (; j < n_; j += W) top[0] = max(logits(s.x, j), top[0]);
     const R m = horizontal_max(max(max(top[0], top[1]), max(top[2], top[3])));
     s.m = softmax_base(m);
-    const auto add = [&](int64_t at, F z, F z_other, F& to) __attribute__((always_inline)) {
-      const F e = exp_down(z - s.m);
-      of_top = select(z == s.m, max(z_other, of_top), of_top);
+    const auto add = [&](int64_t at, bool whole, F& to) __attribute__((always_inline)) {
+      const F z = whole ? load(s.x + at) * scale_ : logits(s.x, at), e = exp_down(z - s.m);
+      if constexpr (kOther) {
+        const F here = whole ? load(other + at) * scale_ : logits(other, at);
+        of_top = select(z == s.m, max(here, of_top), of_top);
+      }
       to += e;
       store(s.e + at, e);
     };
     for (j = 0; j + kUnroll * W <= n_; j += kUnroll * W)
-      for (int i = 0; i < kUnroll; ++i)
-        add(j + i * W, load(s.x + j + i * W) * scale_, load(other + j + i * W) * scale_, sum[i]);
-    for (; j < n_; j += W) add(j, logits(s.x, j), logits(other, j), sum[0]);
-    s.other = horizontal_max(of_top);
+      for (int i = 0; i < kUnroll; ++i) add(j + i * W, true, sum[i]);
+    for (; j < n_; j += W) add(j, false, sum[0]);
+    if constexpr (kOther) s.other = horizontal_max(of_top);
     s.set(horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
   FL_FN auto log_ratios(const Side& student, const Side& teacher, F z_teacher, F z_student) const {

@@ -36,10 +36,11 @@ class RowReader {
 
   FL_FN R row_weight(int64_t r, int64_t t) const {
     if (a_.target && t == a_.ignore_index) return 0;
-    if constexpr (Loss::kProportional)
-      if (a_.target && class_weight(t) == 0) return 0;
+    if (a_.target && a_.class_weight && loss_.weighed_by_class() && class_weight(t) == 0 && norm() != 0)
+      return 0;
     return a_.row_weight ? static_cast<const R*>(a_.row_weight)[r] : 1;
   }
+  FL_FN R norm() const { return a_.norm ? *static_cast<const R*>(a_.norm) : 1; }
   FL_FN R class_weight(int64_t j) const {
     return a_.class_weight ? static_cast<const R*>(a_.class_weight)[j] : 1;
   }

@@ -55,8 +55,10 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       t = -1;
       if (k != 0) k = NAN;
     }
-    if constexpr (Loss::kProportional && !kBackward)
-      if (a.target && inside && a.class_weight && static_cast<const R*>(a.class_weight)[t] == 0) k = 0;
+    if constexpr (!kBackward)
+      if (a.target && inside && a.class_weight && loss.weighed_by_class() &&
+          static_cast<const R*>(a.class_weight)[t] == 0 && !(a.norm && *static_cast<const R*>(a.norm) == 0))
+        k = 0;
     if (k == 0) {
       if (!kBackward && leader) {
         for (int64_t i = 0; i < a.state_width; ++i) state()[i] = 0;
