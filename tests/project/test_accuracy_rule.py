@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss._registry import Loss, accuracy
-from fastloss._registry.accuracy import Answer, RandomRounding, Yardstick
+from fastloss._registry.accuracy import Answer, Yardstick
+from fastloss._registry.rounding import RandomRounding
 
 SEEDS = range(20)
 FEW_SEEDS = SEEDS[::4]  # to refuse takes all draws of the noise
