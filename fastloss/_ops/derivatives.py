@@ -51,6 +51,8 @@ def has_tangent(tensors: Sequence[Any]) -> bool:
 
     Asked of the tensors, because code that torch.compile made opens a level unknown to `torch.autograd.forward_ad`.
     """
+    if not torch._C._is_fwd_grad_enabled():
+        return False
     floating = (t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
     return any(torch._VF._unpack_dual(t, 0)[1] is not None for t in floating)
 
