@@ -13,7 +13,7 @@ from __future__ import annotations
 from types import ModuleType
 
 try:
-    from fastloss import _C  # compiled
+    from fastloss import _C  # type: ignore[attr-defined, unused-ignore]  # compiled
 except ImportError:  # built for another Python: the losses work, the statistics do not
     _C = None
 
