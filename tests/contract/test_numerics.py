@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -11,19 +10,15 @@ from support import (
     Answer,
     Yardstick,
     assert_right,
-    assert_same_bits,
     copied,
     differentiable,
-    dtype_id,
     every_case,
     every_case_of_a_number,
     every_dtype,
     every_loss,
     exact,
     fused,
-    has_argument,
     has_reductions,
-    is_float,
     make,
     requiring,
     same_bits,
@@ -31,12 +26,8 @@ from support import (
     some_cases,
     some_dtypes,
     tensors,
-    tiny_shape,
 )
 from support.layouts import LAYOUTS, expanded, lay_each
-
-from fastloss._registry import losses
-from fastloss._registry.accuracy import eager
 
 
 @every_dtype
@@ -177,180 +168,3 @@ def test_registered_cases_cover_both_kinds(loss):
     assert not any("inplace_backward" in case for case in loss.cases.values()), "the tests add it themselves"
     assert any(len(shape) > 1 and min(shape) > 1 for shape in loss.shapes)
     assert isinstance(fused(loss, make(loss, next(iter(loss.cases))), []), Answer)
-
-
-# ---- what does not count, what is large, what is infinite -----------------------------------------------
-
-# Whose elements or rows are computed on their own, and may be left out. Of others, a row of weight 0 is still one that
-# the other rows are compared with.
-OF_SEPARATE_ROWS = (
-    "classification", "token_statistics", "number_token", "distillation", "elementwise", "aggregation",
-)  # fmt: skip
-SEPARATE = [
-    loss
-    for loss in losses()
-    if loss.family in OF_SEPARATE_ROWS or loss.name in ("dpo_loss", "bradley_terry_loss")
-]
-JUNK = (torch.nan, torch.inf, -torch.inf, 1e38, -1e38)
-
-
-def ways_to_leave_out(loss, kwargs):
-    """Calls that leave every second row or element out, one for each argument that can; and which, by input."""
-    names = differentiable(loss, kwargs)
-    first = kwargs[names[0]]
-    labels = next(
-        (n for n in ("target", "targets", "labels") if n in kwargs and not is_float(kwargs[n])), None
-    )
-    if labels:  # of the others all shall count
-        ignored = kwargs[labels] == kwargs.get("ignore_index", -100)
-        kwargs = kwargs | {labels: kwargs[labels].masked_fill(ignored, 0)}
-    classes_at = 1 if loss.family == "classification" and first.dim() > 1 else first.dim() - 1
-    rows = kwargs[labels].shape if labels else first.shape[:classes_at] + first.shape[classes_at + 1 :]
-    places = (torch.arange(math.prod(rows), device=first.device) % 2 == 0).view(rows)
-    elements = (torch.arange(first.numel(), device=first.device) % 2 == 0).view(first.shape)
-
-    def junk_at(off):
-        whole = off
-        if off.shape != first.shape:
-            whole = off.unsqueeze(-1 if off.shape == first.shape[:-1] else 1).expand(first.shape)
-        return {n: whole for n in names if kwargs[n].shape == first.shape}
-
-    if labels and has_argument(loss, "ignore_index"):
-        yield (
-            "ignored",
-            kwargs | {labels: torch.where(places, kwargs.get("ignore_index", -100), kwargs[labels])},
-            junk_at(places),
-        )
-    of_classes = loss.family == "classification"
-    of_elements = loss.family not in OF_SEPARATE_ROWS or loss.family in ("elementwise", "aggregation")
-    off = elements if of_elements else places
-    for name in ("sample_weight", "mask", "weight"):
-        if not has_argument(loss, name) or (of_classes and name == "weight"):
-            continue
-        given = kwargs.get(name)
-        one = torch.ones(off.shape, dtype=first.dtype, device=first.device) if given is None else given
-        yield name, kwargs | {name: torch.where(off, 0, one.expand(off.shape))}, junk_at(off)
-    weight = {"softmax_focal_loss": "alpha"}.get(loss.name, "weight")
-    if of_classes and labels and not kwargs.get("label_smoothing") and has_argument(loss, weight):
-        one = torch.ones(first.shape[1], dtype=first.dtype, device=first.device)
-        without = kwargs | {
-            weight: one.index_fill(0, kwargs[labels].flatten()[:1], 0.0),
-            "background_class": None,
-        }
-        without = {n: v for n, v in without.items() if has_argument(loss, n)}
-        yield "class", without, junk_at(kwargs[labels] == kwargs[labels].flatten()[0])
-
-
-def filled(kwargs, places, value, names):
-    """The call with a value, or the largest of the type, where something is left out."""
-
-    def of(x, off):
-        top = torch.finfo(x.dtype).max
-        bounded = min(max(value, -top), top) if math.isfinite(value) else value
-        return x.detach().masked_fill(off, bounded)
-
-    return requiring(kwargs | {name: of(kwargs[name], off) for name, off in places.items()}, names)
-
-
-separate_cases = pytest.mark.parametrize(
-    ("loss", "case"),
-    [
-        pytest.param(loss, case, id=f"{loss.name}-{case}")
-        for loss in SEPARATE
-        for case in loss.cases
-        if not case.startswith("aot")  # which sorts them, and takes no weights
-    ],
-)
-
-
-@some_dtypes
-@separate_cases
-def test_what_does_not_count_may_hold_anything(loss, case, dtype, device):
-    """Value and gradients are those of the same call with zeros there, bit for bit."""
-    kwargs = make(loss, case, dtype, device)
-    names = differentiable(loss, kwargs)
-    for how, call, places in ways_to_leave_out(loss, kwargs):
-        expected = fused(loss, filled(call, places, 0.0, names), names)
-        for junk in JUNK:
-            got = fused(loss, filled(call, places, junk, names), names)
-            assert_same_bits(got, expected, f"{how}, {junk}")
-        for name, off in places.items():
-            assert not expected.grads[name][off].any(), f"{how}: gradient of {name}"
-
-
-@separate_cases
-def test_what_does_not_count_has_no_second_derivative(loss, case, real_device):
-    kwargs = make(loss, case, torch.float64, real_device, tiny_shape(loss))
-    names = differentiable(loss, kwargs)
-
-    def second(call):
-        inputs = [call[n] for n in names]
-        value = loss.function(**call).sum()
-        first = torch.autograd.grad(value, inputs, create_graph=True)
-        along = sum(
-            (g * (1 + torch.arange(g.numel(), device=g.device).view(g.shape) % 3)).sum() for g in first
-        )
-        return torch.autograd.grad(along, inputs, allow_unused=True) if along.requires_grad else ()
-
-    for how, call, places in ways_to_leave_out(loss, kwargs):
-        expected = second(filled(call, places, 0.0, names))
-        for junk in JUNK:
-            for name, g, like in zip(
-                names, second(filled(call, places, junk, names)), expected, strict=False
-            ):
-                assert g is None or torch.equal(g, like), f"{how}, {junk}: {name}"
-
-
-OF_PROBABILITIES = ("binary_cross_entropy", "kl_div")
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=dtype_id)
-@pytest.mark.parametrize(
-    ("loss", "case"),
-    [
-        pytest.param(loss, case, id=f"{loss.name}-{case}")
-        for loss in losses()
-        if loss.family
-        in ("elementwise", "classification", "aggregation", "distillation", "dpo", "preference")
-        and not (loss.multiplies or loss.name in OF_PROBABILITIES)
-        for case in loss.cases
-    ],
-)
-def test_as_far_as_the_type_reaches(loss, case, dtype, device):
-    """What is finite in plain PyTorch for an input near the largest number of the type is finite."""
-    kwargs = make(loss, case, dtype, device)
-    names = [n for n in differentiable(loss, kwargs) if kwargs[n].dim()]
-    if has_reductions(loss) and "reduction" not in loss.cases[case]:
-        kwargs["reduction"] = "mean"
-    of_two_classes = "sigmoid" in loss.name or "binary" in loss.name  # their targets are probabilities
-    for name in names[:1] if of_two_classes else names:
-        large = torch.finfo(dtype).max * 0.6 * kwargs[name].detach().sign()
-        spoiled = requiring(kwargs | {name: large}, names)
-        got, plain = fused(loss, spoiled, names), eager(loss, spoiled, names)
-        for (part, x), (_, y) in zip(got.parts(), plain.parts(), strict=True):
-            if of_two_classes and part == "gradient of targets":
-                continue  # twice the logit and more
-            assert not (y.isfinite() & ~x.isfinite()).any(), f"{part}: {x}, in plain PyTorch {y}"
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=dtype_id)
-@pytest.mark.parametrize(
-    ("loss", "case"),
-    [
-        pytest.param(loss, case, id=f"{loss.name}-{case}")
-        for loss in losses()
-        if loss.family in ("classification", "token_statistics")
-        or loss.name == "cross_entropy_with_number_token_loss"
-        for case in loss.cases
-    ],
-)
-def test_infinite_upstream_gradient(loss, case, dtype, device):
-    """As a scaled loss has that overflows: no gradient is NaN that the reference has otherwise."""
-    kwargs = make(loss, case, dtype, device)
-    names = differentiable(loss, kwargs)
-    upstream = torch.full((), torch.inf)
-    got, true = fused(loss, kwargs, names, upstream), exact(loss, kwargs, names, upstream)
-    for name in names:
-        x, y = got.grads[name].cpu(), true.grads[name]
-        assert not (x.isnan() & ~y.isnan()).any(), f"{name}: {x}, reference {y}"
-        assert torch.equal(x.isfinite(), y.isfinite()) or y.isnan().any(), f"{name}: {x}, reference {y}"

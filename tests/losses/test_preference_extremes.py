@@ -1,4 +1,4 @@
-"""Preference heads at NaN and infinity, and where their terms overflow."""
+"""Preference heads of NaN, of answers without probability, and far from zero."""
 
 from __future__ import annotations
 
