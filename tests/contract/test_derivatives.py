@@ -113,7 +113,7 @@ def test_tangent_of_the_gradient(loss, case):
         )
 
 
-@some_cases
+@fullest_case
 def test_gradient_of_the_tangent(loss, case):
     """Reverse over forward."""
     function, inputs, directions = problem(loss, case)
@@ -124,7 +124,7 @@ def test_gradient_of_the_tangent(loss, case):
     assert_all_close(along(*inputs), products)
 
 
-@some_cases
+@fullest_case
 def test_linearize(loss, case):
     function, inputs, directions = problem(loss, case)
     value, product = torch.func.linearize(function, *inputs)
@@ -135,7 +135,7 @@ def test_linearize(loss, case):
 # ---- batched gradients ----------------------------------------------------------------------------------
 
 
-@some_cases
+@fullest_case
 def test_jacobians_and_hessians_of_every_strategy(loss, case):
     kwargs = make(loss, case, shape=tiny_shape(loss))
     names = differentiable(loss, kwargs)[:1]
@@ -271,7 +271,7 @@ def test_exported_program_trains(loss, case):
     assert_all_close([p.grad for p in program.parameters()], gradient(function, inputs))
 
 
-@some_cases
+@fullest_case
 def test_traced_with_its_gradient(loss, case):
     function, inputs, _ = problem(loss, case)
 
