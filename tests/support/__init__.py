@@ -62,7 +62,6 @@ _COMPOSED = (
     "it is put together from two losses and torch's operations, whose results are tensors of the input's size"
 )
 _ROW_STATE = "what its rows save, a quarter of the input, is taken from the C library, which keeps it"
-_SEVERAL_TYPES = "several operators in one graph of unknown sizes trip an assertion of the compiler"
 EXCEPTIONS = {
     "test_half_types_are_rounded_once[*-kl_div-batchmean]": "the sum is rounded before it is divided by the batch",
     "test_half_types_are_rounded_once[*-triplet_margin_loss-swap]": _SWAPPED,
@@ -79,11 +78,6 @@ EXCEPTIONS = {
     "test_buffer_is_used_again[detailed_balance_loss]": _COMPOSED,
     "test_nothing_is_taken_without_gradient[detailed_balance_loss]": _COMPOSED,
     "test_memory_from_outside[cox_ph_loss]": _SORTED,
-    "test_one_graph_serves_every_size[*-dpo_loss-mixed]": _SEVERAL_TYPES,
-    "test_one_graph_serves_every_size[*-dpo_loss_from_logits-everything]": _SEVERAL_TYPES,
-    "test_one_graph_serves_every_size[*-gaussian_cross_entropy-plain]": (
-        "the window's size is computed from sigma, which the compiler cannot follow"
-    ),
 }
 
 
@@ -103,16 +97,9 @@ some_dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), 
 every_case = _cases(lambda loss: True)
 # the plainest and the fullest case: for what the machinery around a loss promises, not its formula
 some_cases = _cases(lambda loss: True, few=True)
-# the fullest case, and those of which an exception says that they fail
 fullest_case = pytest.mark.parametrize(
     ("loss", "case"),
-    [
-        pytest.param(loss, case, id=f"{loss.name}-{case}")
-        for loss in losses()
-        for case in loss.cases
-        if case == list(loss.cases)[-1]
-        or f"test_one_graph_serves_every_size[*-{loss.name}-{case}]" in EXCEPTIONS
-    ],
+    [pytest.param(loss, list(loss.cases)[-1], id=f"{loss.name}-{list(loss.cases)[-1]}") for loss in losses()],
 )
 # the plainest case in bfloat16 and the fullest in float32; both, where there is only one: for what takes long
 some_cases_in_one_dtype = pytest.mark.parametrize(
