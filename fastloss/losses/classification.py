@@ -140,7 +140,8 @@ def _class_weights(
     classes = input.shape[min(input.dim() - 1, 1)]
     weight = torch.full((classes,), alpha, dtype=input.dtype, device=input.device)
     if background_class is not None:
-        weight[background_class] = 1 - alpha
+        background = torch.arange(classes, device=input.device) == background_class
+        weight = weight.masked_fill(background, 1 - alpha)
     return weight
 
 

@@ -401,7 +401,7 @@ def batch_hard_triplet_loss(
             return square / 2
         return square if distance == "squared" else _length(square)
 
-    others = (x[i.clamp_min(0)] for i in (positive, negative))
+    others = (x.index_select(0, i.clamp_min(0)) for i in (positive, negative))
     squares = (sums[3].masked_fill(~counts, 0.0) for sums in pair_sums(x, *others))
     positive_distance, negative_distance = (distance_from(square) for square in squares)
     gap = (positive_distance - negative_distance).masked_fill(~counts, -torch.inf)

@@ -45,7 +45,7 @@ def _of_operator(
     plain = reference.cross_entropy(z, target, ignore_index=ignore_index, reduction="none")
     counts = number_weight != 0
     z = torch.where(counts.unsqueeze(-1), z.movedim(dim, -1), 0.0)
-    logp = z.log_softmax(-1)[..., ids]
+    logp = z.log_softmax(-1).index_select(-1, ids)
     loss = (logp.softmax(-1) * table[position]).sum(-1)
     if squared:
         loss = loss.square()
@@ -154,7 +154,7 @@ def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool
     max_distance = ascending[-1] - ascending[0]
     if kind == "wasserstein":
         difference = logp.softmax(-1) - p
-        loss = (difference[..., order].cumsum(-1)[..., :-1].abs() * ascending.diff()).sum(-1)
+        loss = (difference.index_select(-1, order).cumsum(-1)[..., :-1].abs() * ascending.diff()).sum(-1)
     else:
         error = _mean_of(values.expand_as(logp), logp) - (p * values).sum(-1)
         loss, max_distance = error.square(), max_distance.square()

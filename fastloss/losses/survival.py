@@ -80,10 +80,9 @@ def _rows(t: Tensor) -> Tensor:
 
 def _numbered(*keys: Tensor) -> Tensor:
     """Return the index of the run of equal keys that each element belongs to, along the last dimension."""
-    new = torch.zeros_like(keys[0], dtype=torch.bool)
-    for key in keys:
-        new[..., 1:] |= key[..., 1:] != key[..., :-1]
-    return new.cumsum(-1)
+    first = torch.zeros_like(keys[0][..., :1], dtype=torch.bool)
+    new = [torch.cat([first, key[..., 1:] != key[..., :-1]], -1) for key in keys]
+    return torch.stack(new).any(0).cumsum(-1)
 
 
 def _reduced(loss: Tensor, mode: str, count: Tensor | int, score: Tensor) -> Tensor:

@@ -86,8 +86,11 @@ def aggregated(
     if weight is not None:
         x = _read(x, weight)
 
+    def excess() -> Tensor:
+        return torch.where(x <= theta, 0.0, x - theta)  # NaN stays
+
     def chi2_at() -> Tensor:
-        return theta + math.sqrt(1 + 2 * number) * safe_sqrt(_mean(torch.relu(x - theta).square(), weight))
+        return theta + math.sqrt(1 + 2 * number) * safe_sqrt(_mean(excess().square(), weight))
 
     def soft_ad() -> Tensor:
         u = (x - theta) / number
@@ -96,14 +99,17 @@ def aggregated(
     formula = select("kind", kind, {
         "mean": lambda: _mean(x, weight),
         "cvar": lambda: _tail(x, weight, number),
-        "cvar_at": lambda: theta + _mean(torch.relu(x - theta), weight) / (1 - number),
+        "cvar_at": lambda: theta + _mean(excess(), weight) / (1 - number),
         "chi2": lambda: _ball(x, weight, number),
         "chi2_at": chi2_at,
         "soft_ad": soft_ad,
         "tilted": lambda: _tilted(x, weight, number),
     })  # fmt: skip
     value = _mean(x, weight) if len(x) == 0 and theta is None else formula()
-    return value if math.isnan(flood) else (value - flood).abs() + flood
+    if math.isnan(flood):
+        return value
+    e = value - flood
+    return e * e.detach().sgn() + flood
 
 
 def _whole(

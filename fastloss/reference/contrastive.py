@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.classification import nll_of
+from fastloss.reference.classification import nll_of, one_hot
 from fastloss.reference.options import accumulation_dtype, select
 from fastloss.reference.options import reduced as reduced_losses
 
@@ -41,6 +41,12 @@ def entries(
     return in_target, equal
 
 
+def on_diagonal(s: Tensor, offset: int) -> Tensor:
+    """Return which entries lie on the diagonal that begins in the column `offset`."""
+    rows, columns = (torch.arange(n, device=s.device) for n in s.shape)
+    return rows.unsqueeze(1) + offset == columns
+
+
 def log_sum_exp(s: Tensor, counted: Tensor, dim: int) -> Tensor:
     """Return the logarithms of sums of what counts: -inf where nothing does, and no gradient there."""
     there = counted.any(dim, keepdim=True)
@@ -62,7 +68,7 @@ def softmax_rows(inputs, attrs):
         row = log_sum_exp(s, counted, 1) - (t if inv_num_positives is None else t * inv_num_positives)
         row = row if inputs.base is None else row - inputs.base
     if attrs.columns:
-        col = log_sum_exp(s, counted, 0)[inputs.target_col] - t
+        col = log_sum_exp(s, counted, 0).index_select(0, inputs.target_col) - t
     return row, col, t
 
 
@@ -94,7 +100,7 @@ def reduced(loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
 
 def nll(logits: Tensor, target: Tensor) -> Tensor:
     """Return -log softmax of each row's target, to full relative precision however far it is ahead."""
-    return nll_of(logits, F.one_hot(target, logits.shape[1]).bool(), 1)
+    return nll_of(logits, one_hot(target, logits.shape[1]), 1)
 
 
 # ---- the losses
@@ -140,7 +146,7 @@ def siglip_loss(
         logits = logits + logit_bias
     z = torch.full_like(logits, -1)
     if label_offset is not None:
-        z.diagonal(label_offset).fill_(1)
+        z = torch.where(on_diagonal(logits, label_offset), 1.0, z)
     return reduced(-F.logsigmoid(z * logits).sum(1), sample_weight, reduction)
 
 

@@ -38,16 +38,16 @@ def ctc_rows(
     y = log_probs.to(accumulation_dtype(log_probs.dtype))
     if from_logits:
         y = y.log_softmax(-1)
-    steps, batch, classes = y.shape
+    steps, batch, _ = y.shape
     width = targets.shape[1]
     inside = torch.arange(width, device=y.device) < target_lengths.unsqueeze(1)
-    if bool((inside & ((targets < 0) | (targets >= classes))).any()):
-        raise RuntimeError(f"targets: expected classes in [0, {classes})")
     labels = torch.where(inside, targets.long(), blank)
-    positions = torch.full((batch, 2 * width + 1), blank, device=y.device)
-    positions[:, 1::2] = labels
-    skips = torch.zeros_like(positions, dtype=torch.bool)
-    skips[:, 3::2] = labels[:, 1:] != labels[:, :-1]
+    blanks = torch.full_like(labels, blank)
+    positions = torch.stack([blanks, labels], -1).flatten(1)
+    positions = torch.cat([positions, positions.new_full((batch, 1), blank)], 1)
+    differ = labels[:, 1:] != labels[:, :-1]
+    skips = torch.stack([differ, torch.zeros_like(differ)], -1).flatten(1)
+    skips = torch.cat([skips.new_zeros((batch, 3)), skips], 1)[:, : 2 * width + 1]
     place = torch.arange(2 * width + 1, device=y.device)
     alpha = (
         torch.where(place == 0, 0.0, -math.inf).to(y).expand(batch, -1) + y[:0].sum()
@@ -103,6 +103,9 @@ def ctc_loss(
         raise RuntimeError(f"input_lengths: expected numbers in [0, {steps}]")
     if bool(((labels < 0) | (labels > targets.shape[1])).any()):
         raise RuntimeError(f"target_lengths: expected numbers in [0, {targets.shape[1]}]")
+    inside = torch.arange(targets.shape[1], device=targets.device) < labels.unsqueeze(1)
+    if bool((inside & ((targets < 0) | (targets >= classes))).any()):
+        raise RuntimeError(f"targets: expected classes in [0, {classes})")
     loss = ctc_rows(log_probs, targets, inputs, labels, blank, from_logits, zero_infinity)
     reduce = select("reduction", reduction, {
         "none": lambda: loss.squeeze(0) if single else loss,

@@ -19,7 +19,7 @@ def _numbers(labels: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tenso
 
 def _reweighed(loss: Tensor, z: Tensor, ids: Tensor, max_loss: Tensor) -> Tensor:
     """Return the loss where the number tokens have all the mass; the other mass has 1.01 of the largest loss."""
-    mass = z.softmax(-1)[..., ids].sum(-1)
+    mass = z.softmax(-1).index_select(-1, ids).sum(-1)
     return loss * mass + 1.01 * max_loss * (1 - mass)
 
 
@@ -33,7 +33,7 @@ def _number_rows(
     squash_factor: float | None,
 ) -> Tensor:
     _, y = _numbers(labels, ids, values)
-    q = z[..., ids].softmax(-1)
+    q = z.index_select(-1, ids).softmax(-1)
     gaps = (values.unsqueeze(0) - values.unsqueeze(1)).abs()
 
     def wasserstein() -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def _number_rows(
 
 
 def _soft_rows(z: Tensor, p: Tensor, ids: Tensor, values: Tensor, kind: str, reweigh: bool) -> Tensor:
-    q, max_gap = z[..., ids].softmax(-1), values.max() - values.min()
+    q, max_gap = z.index_select(-1, ids).softmax(-1), values.max() - values.min()
 
     def wasserstein() -> tuple[Tensor, Tensor]:
         points = values.sort().values

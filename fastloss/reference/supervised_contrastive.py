@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.contrastive import log_sum_exp, nll, reduced
+from fastloss.reference.contrastive import log_sum_exp, nll, on_diagonal, reduced
 from fastloss.reference.options import reduced as reduced_losses
 
 __all__ = ["nt_xent_loss", "pair_nt_xent_loss", "sup_con_loss"]
@@ -27,9 +27,7 @@ def _of_pairs(
     if normalize:
         x, keys = F.normalize(x), F.normalize(keys)
     equal = labels.unsqueeze(1) == key_labels
-    itself = torch.zeros_like(equal)
-    if offset is not None:
-        itself.diagonal(offset).fill_(True)
+    itself = torch.zeros_like(equal) if offset is None else on_diagonal(equal, offset)
     return x @ keys.t() / temperature, equal & ~itself, ~equal & ~itself
 
 
