@@ -225,8 +225,9 @@ def _backward_function(op: Op) -> type[Function]:
                 first = reference_gradients(op, own[outputs:], ctx.options, own[:outputs], wanted)
                 asked = [u is not None and wanted[i] for i, u in zip(op.wrt, upstream, strict=True)]
                 values = _selected([first[i] for i in op.wrt], asked)
-                found = _gradients(values, _selected(own, needed), _selected(upstream, asked), create_graph)
-            it = iter(found)
+                mine = _selected(own, needed)
+                found = _gradients(values, mine, _selected(upstream, asked), create_graph)
+            it = iter(torch.zeros_like(x) if g is None else g for x, g in zip(mine, found, strict=True))
             return (*(next(it) if w else None for w in needed), *none[free:])
 
     Backward.__name__ = Backward.__qualname__ = f"{op.name}_backward"

@@ -321,6 +321,20 @@ def log_cosh_loss(
     return _together(_log_cosh_loss, input, target, reduction, None, weight, True, integers=BOTH)
 
 
+def _check_probabilities(weight: Tensor | None, **tensors: Tensor) -> None:
+    """Raise if a number that counts lies outside of [0, 1]."""
+    for name, t in tensors.items():
+        t = t.detach() if t.requires_grad else t
+        low, high = t.aminmax()
+        if low.item() >= 0 and high.item() <= 1:
+            continue
+        wrong = (t < 0) | (t > 1)
+        if weight is not None and isinstance(weight, Tensor):
+            wrong = wrong & (weight.detach() != 0)
+        if wrong.any():
+            raise RuntimeError(f"all elements of {name} should be between 0 and 1")
+
+
 def binary_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -359,10 +373,7 @@ def binary_cross_entropy(
     if target.dtype != input.dtype:
         raise RuntimeError(f"target: found dtype {target.dtype} but expected {input.dtype}, that of input")
     if values_visible(input) and values_visible(target) and input.numel():
-        for name, t in (("input", input), ("target", target)):
-            low, high = (t.detach() if t.requires_grad else t).aminmax()
-            if low.item() < 0 or high.item() > 1:
-                raise RuntimeError(f"all elements of {name} should be between 0 and 1")
+        _check_probabilities(weight, input=input, target=target)
     mode = legacy_reduction(size_average, reduce, reduction)
     return _together(_binary_cross_entropy, input, target, mode, None, weight)
 
