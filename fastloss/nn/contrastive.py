@@ -218,6 +218,7 @@ class SigLipLoss(LossModule):
                 normalize=self.normalize,
                 label_offset=self.label_offset,
                 exchange="ring" if self.dist_impl in ("bidir", "shift") else "gather",
+                for_ddp=False,
             )
             loss = of_this_rank(rows, sample_weight, self.reduction)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -62,6 +62,9 @@ def cross_entropy(
     dim = 0 if input.dim() == 1 else 1
     if input.dim() == 1 and not target.is_floating_point():
         target = target.reshape(())
+    if target.is_floating_point():
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(dtype), target.to(dtype)
     classes = max(input.shape[dim], 1)
     valid = torch.ones((), dtype=torch.bool, device=input.device)
     y = torch.zeros_like(target, dtype=torch.int64)
