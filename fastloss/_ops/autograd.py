@@ -71,6 +71,7 @@ profiler: Any = None
 
 functorch_active = derivatives.functorch_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_profiled = torch._C._autograd._profiler_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _Parameter, _strided = torch.nn.Parameter, torch.strided
 
@@ -206,13 +207,20 @@ class Differentiable:
 
 
 class Kernels:
-    """The passes of an operator for tensors of one type of device, past the dispatcher."""
+    """The passes of an operator for tensors of one type of device, past the dispatcher.
 
-    def __init__(self, operators: Any, device: str):
+    While torch's profiler runs they are called by the dispatcher, which tells it their names.
+    """
+
+    def __init__(self, operators: Any, device: str, profiled: bool):
         keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device.upper()))
 
         def direct(operator: Any) -> Any:
-            return None if operator is None else functools.partial(operator._handle.redispatch_boxed, keyset)
+            if operator is None:
+                return None
+            if profiled:
+                return derivatives.without_autograd(operator)
+            return functools.partial(operator._handle.redispatch_boxed, keyset)
 
         self.fwd, self.bwd, self.into = (direct(o) for o in (operators.fwd, operators.bwd, operators.into))
         self.all = operators.all
@@ -245,7 +253,7 @@ class Op(Differentiable):
         super().__init__(name, tensors=tensors, wrt=wrt, outputs=outputs)
         self.reference, self.fake, self.gradient_like = reference, fake, gradient_like
         self._operators: dict[str, Any] = {}
-        self._kernels: dict[tuple[str, bool], Kernels] = {}
+        self._kernels: dict[tuple[str, bool, bool], Kernels] = {}
         operators = self.operators()
         self._fwd = operators.fwd
         self.options = len(self._fwd._schema.arguments) - tensors - len(self.traced_extra)
@@ -287,11 +295,12 @@ class Op(Differentiable):
                     needed |= bit
             bit += bit
         first = tensors[0]
-        operators = self._kernels.get((_namespace, first.is_cpu))
+        key = _namespace, first.is_cpu, _is_profiled()
+        operators = self._kernels.get(key)
         if operators is None:
             if not (first.is_cpu or first.is_cuda):
                 return self._dispatched(tensors, options, *how)
-            operators = self._kernels[_namespace, first.is_cpu] = Kernels(self.operators(), first.device.type)
+            operators = self._kernels[key] = Kernels(self.operators(), first.device.type, key[-1])
         elif not (first.is_cpu or first.is_cuda):
             return self._dispatched(tensors, options, *how)
         if self.masked:
@@ -474,11 +483,7 @@ class PythonOp(Op):
                 grads = self.Outputs(*args[:first])
                 return self.backward(operators, grads, inputs, state, attrs, *args[end_attrs:])
 
-        def below_autograd(*args):
-            with torch._C._AutoDispatchBelowAutograd():
-                return run(*args)
-
-        return below_autograd
+        return derivatives.without_autograd(run)
 
     # An operator names the arguments of these methods itself, `mask` among them if it is masked.
     def shapes(self, *args: Any, **kwargs: Any) -> Iterable[Tensor]:

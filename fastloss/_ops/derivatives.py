@@ -126,6 +126,16 @@ def _below(operator: Any, keyset: Any, args: Sequence[Any]) -> Any:
             return operator.redispatch(keyset & _after_autograd, *args)
 
 
+def without_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with autograd off for the operators that it calls."""
+
+    def call(*args: Any) -> Any:
+        with _below_autograd():
+            return function(*args)
+
+    return call
+
+
 @contextlib.contextmanager
 def _options_of(options: Sequence[Any]) -> Iterator[None]:
     before = getattr(_backward_of, "options", None)
