@@ -16,7 +16,6 @@ from support import (
     fullest_case,
     make,
     of_tensors,
-    one_of_each_driver,
     requiring,
     small_shape,
     some_cases,
@@ -28,6 +27,7 @@ from torch.autograd import functional
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastloss.functional as F
+from fastloss._registry import losses
 
 
 @pytest.fixture(autouse=True)
@@ -217,7 +217,7 @@ def test_compiled_transforms(loss, case):
         assert_all_close(compiled(*inputs), expected[which])
 
 
-@one_of_each_driver
+@pytest.mark.parametrize("loss", losses("cross_entropy", "mse_loss"), ids=lambda loss: loss.name)
 @pytest.mark.slow
 def test_transforms_compiled_by_inductor(loss):
     function, inputs, directions = problem(loss, next(iter(loss.cases)))
