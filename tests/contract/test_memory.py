@@ -319,8 +319,12 @@ def extra(wanted, retain_graph=False, function=loss.function, **options):
 
 gradient(); memory.empty_cache()
 before = anonymous()
-gradient(megabytes=MEGABYTES)
-assert anonymous() - before > 0.8 * MEGABYTES
+for _ in range(3):  # another process may take the memory meanwhile
+    gradient(megabytes=MEGABYTES)
+    kept = anonymous() - before
+    if kept > 0.8 * MEGABYTES:
+        break
+assert kept > 0.8 * MEGABYTES, kept
 memory.empty_cache()
 assert anonymous() - before < 0.2 * MEGABYTES
 
