@@ -274,6 +274,8 @@ class Op(Differentiable):
                 all=library,
             )
             self._operators[_namespace] = found
+            if _namespace != LIBRARY:  # another build of the kernels is differentiated in the same way
+                derivatives.register_autograd(_namespace, self, found)
         return found
 
     def options_of(self, args: Sequence[Any]) -> Sequence[Any]:
@@ -521,6 +523,8 @@ class PythonOp(Op):
                 setattr(found, kind, getattr(operators, name).default)
             found.library = library  # registrations live as long as the library object
             self._operators[_namespace] = found
+            if _namespace != LIBRARY:  # another build of the kernels is differentiated in the same way
+                derivatives.register_autograd(_namespace, self, found)
         return found
 
 

@@ -334,17 +334,23 @@ def _implement(namespace: str, name: str, kernel: Callable[..., Any]) -> None:
     _libraries[namespace].impl(name, kernel, "Autograd", with_keyset=True)
 
 
+def register_autograd(namespace: str, op: Op, operators: Any) -> None:
+    """Register the derivatives of an operator's passes."""
+    _implement(namespace, f"{op.name}_fwd", _forward_kernel(op, operators.fwd))
+    if operators.bwd is not None:
+        _implement(namespace, f"{op.name}_bwd", _backward_kernel(op, operators.bwd))
+
+
 def register(namespace: str, op: Op) -> None:
     """Register the derivatives, fake kernels and batching rules of an operator's passes."""
     operators = op.operators()
     fwd, bwd = f"{namespace}::{op.name}_fwd", f"{namespace}::{op.name}_bwd"
     torch.library.register_fake(fwd, op.fake)
     torch.library.register_vmap(fwd, _each_sample(operators.fwd))
-    _implement(namespace, f"{op.name}_fwd", _forward_kernel(op, operators.fwd))
+    register_autograd(namespace, op, operators)
     if operators.bwd is not None:
         torch.library.register_fake(bwd, op.fake_backward)
         torch.library.register_vmap(bwd, _each_sample(operators.bwd))
-        _implement(namespace, f"{op.name}_bwd", _backward_kernel(op, operators.bwd))
     if operators.into is not None:
         torch.library.register_fake(f"{namespace}::{op.name}_bwd_into", lambda *_: None)
 
