@@ -297,14 +297,12 @@ class Op(Differentiable):
                     needed |= bit
             bit += bit
         first = tensors[0]
+        if not (first.is_cpu or first.is_cuda):
+            return self._dispatched(tensors, options, *how)
         key = _namespace, first.is_cpu, _is_profiled()
         operators = self._kernels.get(key)
         if operators is None:
-            if not (first.is_cpu or first.is_cuda):
-                return self._dispatched(tensors, options, *how)
             operators = self._kernels[key] = Kernels(self.operators(), first.device.type, key[-1])
-        elif not (first.is_cpu or first.is_cuda):
-            return self._dispatched(tensors, options, *how)
         if self.masked:
             options = (*options, needed & self._bits)
         return self._run(operators, tensors, options, needed, *how)

@@ -117,13 +117,13 @@ def _apply(function: Any, *args: Any) -> Any:
         return function.direct(*args)
 
 
-def _below(operator: Any, keyset: Any, args: Sequence[Any]) -> Any:
+def _below(operator: Any, keyset: Any, args: Sequence[Any], **kwargs: Any) -> Any:
     """Run the operator without autograd; transforms of torch.func around this one still differentiate it."""
     with _below_autograd():
         if not functorch_active():
-            return operator.redispatch(keyset & _after_autograd, *args)
+            return operator.redispatch(keyset & _after_autograd, *args, **kwargs)
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # off inside an autograd function
-            return operator.redispatch(keyset & _after_autograd, *args)
+            return operator.redispatch(keyset & _after_autograd, *args, **kwargs)
 
 
 def without_autograd(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,8 +305,7 @@ def _refusal(operator: Any) -> Callable[..., Any]:
             raise RuntimeError(
                 f"{operator.name()}: has no derivative; detach its arguments, or call the loss"
             )
-        with _below_autograd():
-            return operator.redispatch(keyset & _after_autograd, *args, **kwargs)
+        return _below(operator, keyset, args, **kwargs)
 
     return kernel
 

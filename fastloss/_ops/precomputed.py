@@ -132,16 +132,10 @@ class PrecomputedOp(Precomputed, PythonOp):
     masked = True
 
     def evaluate(self, operators, tensors, options, mask):
-        return operators.fwd(*tensors, *self._attrs(options), mask)
-
-    def _attrs(self, options: Sequence[Any]) -> Sequence[Any]:
-        return options[: len(self.Attrs._fields)]
+        return operators.fwd(*tensors, *options[: len(self.Attrs._fields)], mask)
 
     def forward_mask(self, options, mask):
         return 0 if options[self.reduction] == REDUCTIONS["none"] else mask
-
-    def run_forward(self, plan, tensors, options):
-        return self.evaluate(plan.operators, tensors, options, plan.needs_grad_mask)
 
     def saved_state(self, saved):
         return [torch.empty(0)] * len(self.State._fields)
