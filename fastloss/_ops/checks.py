@@ -361,7 +361,7 @@ def number(name: str, value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def positive_temperature(value: float | Tensor, like: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
+    if not (isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())):
         value = real_number("temperature", value)
         if not value > 0:
             raise ValueError(f"temperature: expected a positive number, got {value}")
@@ -372,12 +372,7 @@ def weight_of_rows(weight: Tensor | None, x: Tensor) -> Tensor | None:
     if weight is None:
         return None
     check_tensors(x, sample_weight=weight)
-    weight = check_weight("sample_weight", weight, x)
-    if weight.shape != x.shape[:1]:
-        raise ValueError(
-            f"sample_weight: expected one number for each of {x.shape[0]} rows, got shape {tuple(weight.shape)}"
-        )
-    return weight
+    return check_row_weight(weight, x, x.shape[:1])
 
 
 def labels_of_rows(labels: Tensor, x: Tensor, name: str = "labels") -> Tensor:

@@ -70,7 +70,7 @@ EXCEPTIONS = {
         "the logits of the number tokens are few: torch's operations on them are all there is"
     ),
     "test_as_far_as_the_type_reaches[simt-dpo_loss_from_logits-weighted-float32]": (
-        "the CUDA kernel forms infinity minus infinity for logits near the largest number"
+        "the CUDA kernel gives NaN gradients for logits near the largest number; why is not known yet"
     ),
     "test_buffer_is_used_again[cosine_embedding_loss]": _TWICE,
     "test_memory_from_outside[cosine_embedding_loss]": _TWICE,
