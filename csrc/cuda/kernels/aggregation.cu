@@ -85,9 +85,10 @@ __device__ __forceinline__ void sum_tile(const AggregateArgs& a, int64_t tile, d
   __syncthreads();
 }
 
-// All passes, by one block over one tile.
+// All passes, by one block over one tile. __launch_bounds__, here and below: without a minimum of blocks the
+// compiler uses so few registers that it spills, and with a large one it spills too.
 template <class T>
-__global__ void __launch_bounds__(kAggregateThreads) aggregate_kernel(AggregateArgs a) {
+__global__ void __launch_bounds__(kAggregateThreads, 1) aggregate_kernel(AggregateArgs a) {
   FL_SHARED(double, totals, kTotals);
   for (int i = 0; i < a.passes; ++i) {
     with_pass<acc_t<T>>(a.plan[i], [&]<class Pass> {
@@ -98,8 +99,6 @@ __global__ void __launch_bounds__(kAggregateThreads) aggregate_kernel(AggregateA
   }
 }
 
-// __launch_bounds__: without a minimum of blocks the compiler uses too few registers, with a large one it
-// spills.
 template <class T>
 constexpr int kSumBlocks = sizeof(T) == 8 ? 1 : 2;
 
