@@ -11,6 +11,8 @@
 //   grad             g * d loss / d z_j for every class, from p = softmax(z)_j
 //   grad_at_target   the same for the target's class, where p - 1 would cancel
 #pragma once
+#include <limits>
+
 #include "../math/math.h"
 
 namespace fastloss::inline FL_ISA {
@@ -85,6 +87,13 @@ struct Target {
   R d;        // z - m of the target's class
   R weight;   // its class weight
 };
+
+// How far the maximum moved, as `move` takes it: from -1e38 to 3e38 is farther than float32 reaches, and
+// -infinity times a sum that is still 0 would be NaN.
+template <class R>
+FL_FN R finite_shift(R shift) {
+  return max(shift, std::numeric_limits<R>::lowest());
+}
 
 struct NoSums {
   template <class... Args>

@@ -39,7 +39,7 @@ struct TokenStats : RowLossDefaults {
     FL_FN void move(F shift, F factor, F s) {
       others = (others + top) * factor;
       top = F{};
-      ed = (ed + shift * s) * factor;
+      ed = (ed + bounded(shift) * s) * factor;
     }
   };
   template <class F>

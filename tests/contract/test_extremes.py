@@ -176,6 +176,35 @@ def test_as_far_as_the_type_reaches(loss, case, dtype, device):
             assert not (y.isfinite() & ~x.isfinite()).any(), f"{part}: {x}, in plain PyTorch {y}"
 
 
+@pytest.mark.parametrize(
+    ("loss", "case"),
+    [
+        pytest.param(loss, case, id=f"{loss.name}-{case}")
+        for loss in losses()
+        if loss.family in ("classification", "token_statistics", "distillation") and not loss.multiplies
+        for case in loss.cases
+    ],
+)
+def test_maximum_farther_up_than_the_type_reaches(loss, case, device):
+    """From the lowest numbers of a row, over several blocks of it, to the largest, in its last classes."""
+    kwargs = make(loss, case, torch.float32, device, (2, 20000))
+    names = [n for n in differentiable(loss, kwargs) if kwargs[n].dim()]
+    low = torch.arange(20000, device=kwargs[names[0]].device) < 19990
+    target = kwargs.get("target")
+    if is_float(target):
+        kwargs["target"] = target.detach().masked_fill(low, 0).softmax(1).masked_fill(low, 0)
+    elif target is not None:
+        kwargs["target"] = target.clamp(min=19990)
+    for name in names:
+        if kwargs[name].shape != low.expand(2, -1).shape or name == "target":
+            continue
+        top = torch.finfo(torch.float32).max * 0.6
+        spoiled = requiring(kwargs | {name: torch.where(low, -top, top).expand(2, -1).clone()}, names)
+        got, plain = fused(loss, spoiled, names), eager(loss, spoiled, names)
+        for (part, x), (_, y) in zip(got.parts(), plain.parts(), strict=True):
+            assert not (y.isfinite() & ~x.isfinite()).any(), f"{part}: {x}, in plain PyTorch {y}"
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=dtype_id)
 @pytest.mark.parametrize(
     ("loss", "case"),

@@ -69,9 +69,6 @@ EXCEPTIONS = {
     "test_opcheck[*-number_token_loss-plain-*]": (
         "the logits of the number tokens are few: torch's operations on them are all there is"
     ),
-    "test_as_far_as_the_type_reaches[simt-dpo_loss_from_logits-weighted-float32]": (
-        "the CUDA kernel gives NaN gradients for logits near the largest number; why is not known yet"
-    ),
     "test_buffer_is_used_again[cosine_embedding_loss]": _TWICE,
     "test_memory_from_outside[cosine_embedding_loss]": _TWICE,
     "test_other_rows_of_the_batch[*-number_token_loss-soft-float32]": _SOFT,

@@ -44,7 +44,6 @@ class DivergenceKernel {
     const T* x;
     R* e;  // exp(z - m)
     R m, sum, log_sum, inv_sum;
-    R other;  // the other row's logit of this one's most probable class
 
     FL_FN void set(R sum_) {
       sum = sum_;
@@ -68,22 +67,16 @@ class DivergenceKernel {
       if (dq) std::memset(dq, 0, n_ * sizeof(T));
       return;
     }
-    Side student{static_cast<const T*>(a_.x) + a_.x_layout.start(r), e_q_, state[0], 0, 0, 0, 0};
-    Side teacher{static_cast<const T*>(a_.q) + a_.q_layout.start(r), e_p_, state[2], 0, 0, 0, 0};
+    Side student{static_cast<const T*>(a_.x) + a_.x_layout.start(r), e_q_, state[0], 0, 0, 0};
+    Side teacher{static_cast<const T*>(a_.q) + a_.q_layout.start(r), e_p_, state[2], 0, 0, 0};
     R top_u = state[4], top_v = state[5], a = state[6], b = state[7], g = 1;
     if (backward) {
       student.set(state[1]);
       teacher.set(state[3]);
       g = static_cast<const R*>(a_.upstream)[r * a_.upstream_stride];
     } else {
-      normalise<kKind != kForward>(student, teacher.x);
-      normalise<kKind != kReverse>(teacher, student.x);
-      F z_teacher = fill<F>(teacher.m), z_student = fill<F>(teacher.other);
-      z_teacher[1] = student.other;
-      z_student[1] = student.m;
-      const auto at_tops = log_ratios(student, teacher, z_teacher, z_student);
-      top_u = loss_.finite(at_tops.u[0]);
-      top_v = loss_.finite(at_tops.v[1]);
+      normalise(student);
+      normalise(teacher);
       value(student, teacher, top_u, top_v, a, b);
       static_cast<R*>(a_.loss)[r] = k * loss_.loss(top_u + a, top_v + b);
       if (a_.norm) k /= *static_cast<const R*>(a_.norm);
@@ -105,9 +98,8 @@ class DivergenceKernel {
   FL_FN F logits(const T* x, int64_t j) const {
     return (j + W <= n_ ? load(x + j) : load_part(x + j, n_ - j, -R(INFINITY))) * scale_;
   }
-  template <bool kOther>
-  FL_NOINLINE void normalise(Side& s, const T* other) const {
-    F top[kUnroll], sum[kUnroll] = {}, of_top = fill<F>(-INFINITY);
+  FL_NOINLINE void normalise(Side& s) const {
+    F top[kUnroll], sum[kUnroll] = {};
     for (F& t : top) t = fill<F>(-INFINITY);
     int64_t j = 0;
     for (; j + kUnroll * W <= n_; j += kUnroll * W)
@@ -115,40 +107,52 @@ class DivergenceKernel {
     for (; j < n_; j += W) top[0] = max(logits(s.x, j), top[0]);
     const R m = horizontal_max(max(max(top[0], top[1]), max(top[2], top[3])));
     s.m = softmax_base(m);
-    const auto add = [&](int64_t at, bool whole, F& to) __attribute__((always_inline)) {
-      const F z = whole ? load(s.x + at) * scale_ : logits(s.x, at), e = exp_down(z - s.m);
-      if constexpr (kOther) {
-        const F here = whole ? load(other + at) * scale_ : logits(other, at);
-        of_top = select(z == s.m, max(here, of_top), of_top);
-      }
+    const auto add = [&](int64_t at, F z, F& to) __attribute__((always_inline)) {
+      const F e = exp_down(z - s.m);
       to += e;
       store(s.e + at, e);
     };
     for (j = 0; j + kUnroll * W <= n_; j += kUnroll * W)
-      for (int i = 0; i < kUnroll; ++i) add(j + i * W, true, sum[i]);
-    for (; j < n_; j += W) add(j, false, sum[0]);
-    if constexpr (kOther) s.other = horizontal_max(of_top);
+      for (int i = 0; i < kUnroll; ++i) add(j + i * W, load(s.x + j + i * W) * scale_, sum[i]);
+    for (; j < n_; j += W) add(j, logits(s.x, j), sum[0]);
     s.set(horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
-  FL_FN auto log_ratios(const Side& student, const Side& teacher, F z_teacher, F z_student) const {
-    const R apart = (teacher.m - student.m) + (teacher.log_sum - student.log_sum);
-    return loss_.log_ratios((z_teacher - z_student) - apart);
-  }
   FL_FN auto log_ratios(const Side& student, const Side& teacher, int64_t j) const {
-    return log_ratios(student, teacher, logits(teacher.x, j), logits(student.x, j));
+    const R apart = (teacher.m - student.m) + (teacher.log_sum - student.log_sum);
+    return loss_.log_ratios((logits(teacher.x, j) - logits(student.x, j)) - apart);
   }
-  FL_NOINLINE void value(const Side& student, const Side& teacher, R top_u, R top_v, R& a, R& b) const {
+  // The log-ratios of a mixture, kept from the first sweep.
+  FL_FN auto kept_ratios(const Side& student, const Side& teacher, int64_t j) const {
+    auto s = decltype(log_ratios(student, teacher, j)){};
+    if constexpr (kKind != kMixture) return log_ratios(student, teacher, j);
+    s.u = load(u_ + j);
+    s.v = load(v_ + j);
+    return s;
+  }
+  // First the log-ratios at the most probable classes, whose e is 1, then the sums relative to them. A row
+  // without a class that has more than half of the probability needs no such care; the logarithms of a mixture
+  // are computed in the first sweep anyway.
+  FL_NOINLINE void value(const Side& student, const Side& teacher, R& top_u, R& top_v, R& a, R& b) const {
+    F u = fill<F>(-INFINITY), v = u;
+    const bool one_class = (kKind != kReverse && teacher.sum < 2) || (kKind != kForward && student.sum < 2);
+    for (int64_t j = 0; (kKind == kMixture || one_class) && j < n_; j += W) {
+      const auto s = log_ratios(student, teacher, j);
+      if constexpr (kKind != kReverse) u = select(load(teacher.e + j) == 1, max(s.u, u), u);
+      if constexpr (kKind != kForward) v = select(load(student.e + j) == 1, max(s.v, v), v);
+      if constexpr (kKind == kMixture) {
+        store(u_ + j, s.u);
+        store(v_ + j, s.v);
+      }
+    }
+    top_u = loss_.finite(horizontal_max(u));
+    top_v = loss_.finite(horizontal_max(v));
     F sum_a[kUnroll] = {}, sum_b[kUnroll] = {};
     for (int64_t j = 0, i = 0; j < n_; j += W, i = (i + 1) % kUnroll) {
-      const auto s = log_ratios(student, teacher, j);
+      const auto s = kept_ratios(student, teacher, j);
       if constexpr (kKind != kReverse)
         sum_a[i] += loss_.weighed(load(teacher.e + j) * teacher.inv_sum, s.u - top_u);
       if constexpr (kKind != kForward)
         sum_b[i] += loss_.weighed(load(student.e + j) * student.inv_sum, s.v - top_v);
-      if (kKind == kMixture && a_.pass == RowPass::forward_gradient) {
-        store(u_ + j, s.u);
-        store(v_ + j, s.v);
-      }
     }
     a = horizontal_sum((sum_a[0] + sum_a[1]) + (sum_a[2] + sum_a[3]));
     b = horizontal_sum((sum_b[0] + sum_b[1]) + (sum_b[2] + sum_b[3]));
@@ -160,8 +164,7 @@ class DivergenceKernel {
       const F e_p = kept ? load(teacher.e + j) : exp_down(logits(teacher.x, j) - teacher.m);
       const F e_q = kept ? load(student.e + j) : exp_down(logits(student.x, j) - student.m);
       const F p = e_p * teacher.inv_sum, q = e_q * student.inv_sum;
-      if (kKind == kMixture && kept) return slope(p, q, load(u_ + j), load(v_ + j));
-      const auto s = log_ratios(student, teacher, j);
+      const auto s = kept ? kept_ratios(student, teacher, j) : log_ratios(student, teacher, j);
       return slope(p, q, s.u, s.v);
     };
     int64_t j = 0;

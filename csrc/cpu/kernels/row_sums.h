@@ -125,7 +125,7 @@ class RowSums : protected RowGradient<Loss, T> {
       const int64_t end = begin + kBlock < n_ ? begin + kBlock : n_;
       const R before = base;
       if (raise(base, block_max(row.x, begin, end)) && before != -INFINITY) {
-        const R shift = before - base;
+        const R shift = finite_shift(before - base);
         const F factor = fill<F>(exp(shift));
         for (Accumulator& a : total) {
           a.extra.move(fill<F>(shift), factor, a.s);

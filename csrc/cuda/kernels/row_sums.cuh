@@ -44,7 +44,8 @@ struct Online {
   __device__ __forceinline__ void follow(R top, const Unit<R>& unit) {
     if (!(top > m)) return;
     if (m != -INFINITY) {
-      const R shift = unit.distance(m - top), factor = kFields ? exp(shift) : unit.exp_of(m - top);
+      const R shift = finite_shift(unit.distance(m - top));
+      const R factor = kFields ? exp(shift) : unit.exp_of(m - top);
       if constexpr (kHasTotal) {
         extra.move(shift, factor, extra.total());
       } else {
