@@ -10,7 +10,7 @@
 //
 // A is that u of the teacher's most probable class plus the rest, sum p (u - u of that class), which is small
 // where that class has nearly all the probability: then the derivatives, differences of u and A, are small
-// too, and keep their precision. So is B with the student's.
+// too, and keep their precision. So is B with the student's. In other rows 0 may stand for u of that class.
 #pragma once
 #include "../drivers/rows.h"
 #include "../math/math.h"
@@ -52,12 +52,13 @@ struct LogitDivergence {
   struct LogRatios {
     F u, v;  // log(p / m), log(q / m), see above
   };
-  // From d = log(p / q): the difference of the logits less that of the normalisers, so that the rounding of
-  // these moves all classes alike, which no gradient sees. With size = |d|, w the weight of the smaller of p
-  // and q, m over the larger is 1 + w (e^-size - 1) = (1 - w) (1 + w / (1 - w) e^-size): the first is right
-  // for small sizes, the second for large ones.
+  // From the logits less the maximum of their row, exact near it, and the difference of the logarithms of the
+  // sums, whose rounding moves all classes alike, which no gradient sees: d = log(p / q). With size = |d|, w
+  // the weight of the smaller of p and q, m over the larger is 1 + w (e^-size - 1) = (1 - w) (1 + w / (1 - w)
+  // e^-size): the first is right for small sizes, the second for large ones.
   template <class F>
-  FL_FN LogRatios<F> log_ratios(F d) const {
+  FL_FN LogRatios<F> log_ratios(F student, F teacher, R log_sums) const {
+    const F d = (teacher - student) - log_sums;
     if constexpr (kKind == kForward) return {d, F{}};
     if constexpr (kKind == kReverse) return {F{}, -d};
     const F size = abs(d);

@@ -85,7 +85,10 @@ class _Chunks:
         for begin in range(0, self.total, self.step):
             end = min(begin + self.step, self.total)
             pick = slice(begin, end) if self.counted is None else self.counted[begin:end]
-            x = self.input[pick].to(self.product.row_type).contiguous()
+            x = self.input[pick].to(self.product.row_type)
+            if self.mask is not None:  # 0 times what it holds may be NaN in the weight's gradient
+                x = x.masked_fill(~self.mask[pick].unsqueeze(1), 0)
+            x = x.contiguous()
             logits = workspace[: end - begin]
             self.product.logits(logits, x)
             yield pick, x, logits

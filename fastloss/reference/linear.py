@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss.reference.classification import cross_entropy
+from fastloss.reference.classification import cross_entropy, of_weight_0, without_unread
 
 __all__ = ["linear_cross_entropy"]
 
@@ -34,14 +34,15 @@ def linear_cross_entropy(
     sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.linear_cross_entropy`; `options`, which tell how to compute, change nothing here."""
-    logits = logits_from(input, linear_weight, linear_bias)
+    ignored = -100 if ignore_index is None else ignore_index
+    off = of_weight_0(target, ignored, weight, sample_weight, label_smoothing)
+    logits = logits_from(without_unread(input, off), linear_weight, linear_bias)
     if input.dim() > 2:
         logits, target = (
             logits.movedim(-1, 1),
             target.movedim(-1, 1) if target.is_floating_point() else target,
         )
     return cross_entropy(
-        logits, target, weight, reduction=reduction,
-        ignore_index=-100 if ignore_index is None else ignore_index, label_smoothing=label_smoothing,
+        logits, target, weight, reduction=reduction, ignore_index=ignored, label_smoothing=label_smoothing,
         logit_scale=logit_scale, softcap=softcap, z_loss=z_loss, sample_weight=sample_weight,
     )  # fmt: skip

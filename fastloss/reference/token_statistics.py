@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss.reference.classification import nll_of, one_hot
+from fastloss.reference.classification import nll_of, one_hot, without_unread
 from fastloss.reference.linear import logits_from
 
 __all__ = [
@@ -113,5 +113,7 @@ def linear_token_stats(
     softcap: float | None = None,
 ) -> TokenStats:
     """Compute `fastloss.functional.linear_token_stats`."""
+    if mask is not None:
+        input = without_unread(input, mask == 0)
     logits = logits_from(input, linear_weight, linear_bias)
     return token_stats(logits, index, temperature, mask=mask, softcap=softcap)

@@ -21,7 +21,8 @@ from support import (
     tiny_shape,
 )
 
-from fastloss._registry import losses
+import fastloss
+from fastloss._registry import InputSampler, losses
 from fastloss._registry.accuracy import eager
 
 # Whose elements or rows are computed on their own, and may be left out. Of others, a row of weight 0 is still one that
@@ -142,6 +143,81 @@ def test_what_does_not_count_has_no_second_derivative(loss, case, real_device):
                 names, second(filled(call, places, junk, names)), expected, strict=False
             ):
                 assert g is None or torch.equal(g, like), f"{how}, {junk}: {name}"
+
+
+HIDDEN = ("linear_cross_entropy", "arcface_loss", "cosface_loss", "harmonic_loss")
+
+
+def _without_rows(loss, kwargs):
+    """Calls whose rows 1 and 2 of the input do not count, one for each argument that can say so."""
+    rows, target = len(kwargs["input"]), kwargs["target"]
+    off = torch.arange(rows, device=target.device).remainder(3) != 0
+    if not is_float(target):
+        yield "ignored", kwargs | {"target": torch.where(off, -100, target)}, off
+    weight = torch.where(off, 0.0, 1.0).to(kwargs["input"].dtype)
+    yield "sample_weight", kwargs | {"sample_weight": weight}, off
+    if loss.name == "linear_cross_entropy" and not is_float(target) and not kwargs.get("label_smoothing"):
+        classes = torch.ones_like(kwargs["linear_weight"][:, 0]).index_fill(0, target[:1].clamp(min=0), 0.0)
+        yield "class", kwargs | {"weight": classes.detach()}, target == target[0].clamp(min=0)
+
+
+@some_dtypes
+@pytest.mark.parametrize(
+    ("loss", "case"),
+    [pytest.param(loss, case, id=f"{loss.name}-{case}") for loss in losses(*HIDDEN) for case in loss.cases],
+)
+def test_hidden_states_that_do_not_count_may_hold_anything(loss, case, dtype, device):
+    """The weight's gradient has no term 0 times NaN of them, nor have the second derivatives."""
+    kwargs = make(loss, case, dtype, device, (7, 40, 9) if "linear" in loss.name else (7, 9, 40))
+    names = differentiable(loss, kwargs)
+
+    def derivatives(call, value):
+        call = requiring(call | {"input": call["input"].detach().masked_fill(places, value)}, names)
+        inputs = [call[n] for n in names]
+        value = loss.function(**call).float().sum()
+        first = torch.autograd.grad(value, inputs, create_graph=True)
+        along = sum(g.float().square().sum() for g in first)
+        return [value, *first, *torch.autograd.grad(along, inputs, allow_unused=True)]
+
+    for how, call, off in _without_rows(loss, kwargs):
+        places = off.unsqueeze(1)
+        expected = derivatives(call, 0.5)
+        for junk in JUNK:
+            got = derivatives(call, max(min(junk, torch.finfo(dtype).max), torch.finfo(dtype).min))
+            for i, (x, y) in enumerate(zip(got, expected, strict=True)):
+                assert x is None or torch.equal(x, y), f"{how}, {junk}: {i}"
+
+
+@some_dtypes
+def test_masked_hidden_states_may_hold_anything(dtype, device):
+    """As above, of the statistics of tokens and of the losses made of them."""
+    draw = InputSampler(dtype, device, 0)
+    hidden, weight, bias = draw.normal(2, 4, 40), draw.normal(9, 40), draw.normal(9)
+    labels = draw.index(9, 2, 4)
+    kept = torch.arange(8, device=labels.device).remainder(3).view(2, 4) == 0
+
+    def of_statistics(h, w, b):
+        found = fastloss.functional.linear_token_stats(h, w, labels, linear_bias=b, mask=kept)
+        return sum(getattr(found, name).float().sum() for name in ("logp", "entropy", "lse", "mean_logit"))
+
+    def of_preference(h, w, b):
+        of = torch.where(kept, labels, -100)
+        zero = labels.new_zeros(2, dtype=torch.float32)
+        return fastloss.functional.linear_dpo_loss(h, h.flip(0), w, of, of.flip(0), zero, zero, linear_bias=b)
+
+    for function in (of_statistics, of_preference):
+        found = []
+        for value in (0.0, *JUNK):
+            value = max(min(value, torch.finfo(dtype).max), torch.finfo(dtype).min)
+            filled = torch.where(kept.unsqueeze(-1), hidden, value)
+            inputs = [t.detach().requires_grad_() for t in (filled, weight, bias)]
+            loss = function(*inputs)
+            first = torch.autograd.grad(loss, inputs, create_graph=True)
+            along = sum(g.float().square().sum() for g in first)
+            found.append([loss, *first, *torch.autograd.grad(along, inputs)])
+        for junk, got in zip(JUNK, found[1:], strict=True):
+            for i, (x, y) in enumerate(zip(got, found[0], strict=True)):
+                assert torch.equal(x, y), f"{function.__name__}, {junk}: {i}"
 
 
 OF_PROBABILITIES = ("binary_cross_entropy", "kl_div")

@@ -11,7 +11,10 @@ from fastloss._ops.dtypes import accumulation_dtype
 
 
 class RowByRow:
-    """Products that know one row at a time, as no result of a row may depend on its neighbours."""
+    """Products that know one row at a time, as no result of a row may depend on its neighbours.
+
+    Each row is copied first: the bits of a BLAS's result depend on how far from a multiple of 64 bytes it lies.
+    """
 
     def __init__(self, operators: Any, weight: Tensor, bias: Tensor | None):
         self.weight_acc = weight.to(accumulation_dtype(weight.dtype))
@@ -20,11 +23,11 @@ class RowByRow:
 
     def logits(self, out: Tensor, x: Tensor) -> None:
         for row, to in zip(x.to(self.weight_acc.dtype), out, strict=True):
-            to.copy_(torch.mv(self.weight_acc, row) + self.bias)
+            to.copy_(torch.mv(self.weight_acc, row.clone()) + self.bias)
 
     def input_gradient(self, out: Tensor, g: Tensor) -> None:
         for row, to in zip(g.to(self.weight_acc.dtype), out, strict=True):
-            to.copy_(torch.mv(self.weight_acc.t(), row))
+            to.copy_(torch.mv(self.weight_acc.t(), row.clone()))
 
     def weight_gradient(
         self, out: Tensor | None, bias_out: Tensor | None, g: Tensor, x: Tensor, add: bool

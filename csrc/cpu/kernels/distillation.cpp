@@ -118,8 +118,8 @@ class DivergenceKernel {
     s.set(horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
   FL_FN auto log_ratios(const Side& student, const Side& teacher, int64_t j) const {
-    const R apart = (teacher.m - student.m) + (teacher.log_sum - student.log_sum);
-    return loss_.log_ratios((logits(teacher.x, j) - logits(student.x, j)) - apart);
+    return loss_.log_ratios(logits(student.x, j) - student.m, logits(teacher.x, j) - teacher.m,
+                            teacher.log_sum - student.log_sum);
   }
   // The log-ratios of a mixture, kept from the first sweep.
   FL_FN auto kept_ratios(const Side& student, const Side& teacher, int64_t j) const {

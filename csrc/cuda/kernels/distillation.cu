@@ -92,8 +92,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
     return full_exp(rounded(widen(v) * scale) - m[side]) * (1 / sum[side]);
   };
   const auto of_logits = [&](R student, R teacher) {
-    const R apart = (m[1] - m[0]) + (log(sum[1]) - log(sum[0]));
-    return loss.log_ratios((teacher - student) - apart);
+    return loss.log_ratios(student - m[0], teacher - m[1], log(sum[1]) - log(sum[0]));
   };
   const auto log_ratios = [&](T student, T teacher) {
     return of_logits(rounded(widen(student) * scale), rounded(widen(teacher) * scale));
