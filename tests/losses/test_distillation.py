@@ -189,3 +189,22 @@ def test_gradients_of_confident_rows(classes, beta, device):
     ours = gradients(lambda s, t: js_div_logits(s, t, beta), torch.float32, device)
     for got, eager, want in zip(ours, plain, exact, strict=True):
         assert (got - want).abs().amax(-1).sum() < 1.1 * (eager - want).abs().amax(-1).sum()
+
+
+@pytest.mark.parametrize("far", ["scaled", "moved"])
+@pytest.mark.parametrize("beta", [0.0, 0.7, 1.0])
+def test_gradients_of_logits_far_from_zero(beta, far, device):
+    """No difference is taken of two large numbers: the error is no more than that of two log_softmax."""
+    student, teacher = draw(50, 7, scale=2.0)
+    student = (student.detach() * 300 if far == "scaled" else student.detach() + 3000).float()
+    teacher = teacher.detach().float()
+    labels = torch.zeros(50, dtype=torch.int64)
+
+    def gradients(function, dtype, device="cpu"):
+        pair = [x.to(device, dtype).requires_grad_() for x in (student, teacher)]
+        value = function(*pair, beta=beta, temperature=1.0, labels=labels.to(device))
+        return [g.double().cpu() for g in torch.autograd.grad(value, pair)]
+
+    true, plain = gradients(trl, torch.float64), gradients(trl, torch.float32)
+    for got, eager, exact in zip(gradients(js_div_logits, torch.float32, device), plain, true, strict=True):
+        assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-9
