@@ -148,38 +148,39 @@ class LinearAttrs(NamedTuple):
     chunk: int  # rows of a chunk at most; 0: as many as fit
 
 
-def of_weight_0(target: Tensor, weight: Tensor | None, row_weight: Tensor | None) -> Tensor | None:
-    """Return whether the weight of the class or of the row is 0; None without weights."""
+def unweighted_rows(
+    target: Tensor, weight: Tensor | None, row_weight: Tensor | None, ignore_index: int
+) -> Tensor | None:
+    """Return which rows are ignored, of a class of weight 0 or of weight 0 themselves; None if none can be."""
     off = None
-    if weight is not None and weight.shape[0] and not target.is_floating_point():
-        off = (weight == 0)[target.clamp(0, weight.shape[0] - 1).long()]
+    if not target.is_floating_point():
+        off = target == ignore_index
+        if weight is not None and weight.shape[0]:
+            off = off | (weight == 0)[target.clamp(0, weight.shape[0] - 1).long()]
     if row_weight is not None:
         off = row_weight == 0 if off is None else off | (row_weight == 0)
     return off
 
 
-def without_unused(
+def without_unweighted(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
     row_weight: Tensor | None,
     ignore_index: int,
 ) -> Tensor:
-    """Return the input [..., D] with 0 in rows that are ignored, and in extreme ones of weight 0.
+    """Return the input [..., D] with 0 in rows that do not count, where 0 times what they hold might be NaN.
 
-    Else the gradients have terms 0 times NaN. A row of weight 0 without NaN or infinity stays: its loss is the
-    derivative by its weight.
+    A row of weight 0 that is not extreme stays: its loss is the derivative by its weight.
     """
-
-    def of_rows(off: Tensor) -> Tensor:
-        return off.flatten(input.dim() - 1).all(-1) if off.dim() >= input.dim() else off
-
-    off = None if target.is_floating_point() else of_rows(target == ignore_index)
-    unweighted = of_weight_0(target, weight, row_weight)
-    if unweighted is not None:
-        extreme = of_rows(unweighted) & ~(input.detach().abs() < 1e15).all(-1)
-        off = extreme if off is None else off | extreme
-    return input if off is None else torch.where(off.unsqueeze(-1), 0.0, input)
+    off = unweighted_rows(target, weight, row_weight, ignore_index)
+    if off is None:
+        return input
+    if off.dim() >= input.dim():  # a row counts if one of its losses does
+        off = off.flatten(input.dim() - 1).all(-1)
+    if weight is not None or row_weight is not None:
+        off = off & ~(input.detach().abs() < 1e15).all(-1)
+    return torch.where(off.unsqueeze(-1), 0.0, input)
 
 
 def forward(
@@ -210,23 +211,20 @@ def forward(
     row_weight = None if row_weight is None else row_weight.to(acc_dtype)
 
     counted = None  # the rows that count, where some do not
-    if on_cpu and hard:
-        _check_targets(target, attrs.ignore_index, transform.classes(classes) if transform else classes)
-    unused = of_weight_0(target, None, row_weight)
-    if hard:
-        ignored = target == attrs.ignore_index
-        unused = ignored if unused is None else unused | ignored
-    if on_cpu and unused is not None:
-        if unused.any():
-            counted = (~unused).nonzero().squeeze(1)
-        unused = None
-    smoothing = hparams[abi.fact(row_loss, "hparams").index("label_smoothing")]
-    if (
-        weight is not None and not smoothing
-    ):  # rows of such a class are not left out: a mean of them alone is 0 / 0
-        of_class = of_weight_0(target, weight, None)
-        if of_class is not None and not (on_cpu and not of_class.any()):
-            unused = of_class if unused is None else unused | of_class
+    smoothed = hparams[abi.fact(row_loss, "hparams").index("label_smoothing")] != 0
+    class_weight = weight if hard and not smoothed else None
+    unweighted = unweighted_rows(target, class_weight, row_weight, attrs.ignore_index)
+    if on_cpu:
+        if hard:
+            _check_targets(target, attrs.ignore_index, transform.classes(classes) if transform else classes)
+        # rows of a class of weight 0 are not left out: a mean of them alone is 0 / 0
+        left_out = unweighted
+        if class_weight is not None:
+            left_out = unweighted_rows(target, None, row_weight, attrs.ignore_index)
+        if left_out is not None and left_out.any():
+            counted = (~left_out).nonzero().squeeze(1)
+        if class_weight is None or not unweighted.any():
+            unweighted = None
 
     def result(*shape: int) -> Tensor:
         return operators.scratch(input, shape)
@@ -261,8 +259,8 @@ def forward(
             pick = counted[begin : begin + size]
             part_loss = loss.new_empty(size)
         x = input[pick].to(product.row_type)
-        if unused is not None:  # 0 times what it holds may be NaN in the weight's gradient
-            x = x.masked_fill(unused[pick].unsqueeze(1), 0)
+        if unweighted is not None:  # 0 times what they hold may be NaN in the weight's gradient
+            x = x.masked_fill(unweighted[pick].unsqueeze(1), 0)
         if on_cpu:
             x = x.contiguous()
         g = workspace[:size]

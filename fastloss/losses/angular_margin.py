@@ -18,7 +18,7 @@ from fastloss._ops.checks import (
     check_rows,
     check_tensors,
 )
-from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, without_unused
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, without_unweighted
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.logit_transforms import AngularMargin, Harmonic
 from fastloss.losses.linear import as_autocast
@@ -115,7 +115,7 @@ def _margin_loss(
     half = not autocast and dtype in HALF_TYPES
     if half:  # lengths may exceed the range of float16, in which the eps of normalize is 0
         input, weight = input.float(), weight.float()
-    unit = F.normalize(without_unused(input, target, None, sample_weight, ignore_index))
+    unit = F.normalize(without_unweighted(input, target, None, sample_weight, ignore_index))
     centre = F.normalize(weight.reshape(-1, weight.shape[-1]))
     if half and runs_on_cpu(input):  # the CPU multiplies unit vectors unrounded
         sample_weight = None if sample_weight is None else sample_weight.float()
@@ -292,7 +292,7 @@ def harmonic_loss(
     if dtype in HALF_TYPES:
         input, weight = input.float(), weight.float()
         sample_weight = None if sample_weight is None else sample_weight.float()
-    input = without_unused(input, target, None, sample_weight, ignore_index)
+    input = without_unweighted(input, target, None, sample_weight, ignore_index)
     # the squared distance as one GEMM
     x = torch.cat([-2 * input, torch.ones_like(input[:, :1]), input.square().sum(1, keepdim=True)], 1)
     w = torch.cat([weight, weight.square().sum(1, keepdim=True), torch.ones_like(weight[:, :1])], 1)

@@ -17,7 +17,7 @@ from fastloss._ops.checks import (
     check_tensors,
     real_number,
 )
-from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, without_unused
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, without_unweighted
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss.losses import classification
@@ -204,7 +204,7 @@ def linear_cross_entropy(
     chunk = _chunk_rows(options, input.dtype)
     soft = target.is_floating_point()
     if len(classes) > 1 or (soft and target.dtype != input.dtype):
-        input = without_unused(input, target, None if label_smoothing else weight, sample_weight, ignored)
+        input = without_unweighted(input, target, None if label_smoothing else weight, sample_weight, ignored)
         made = F.linear(input, linear_weight.reshape(-1, linear_weight.shape[-1])).view(logits.shape)
         loss = classification.cross_entropy(
             made if linear_bias is None else made + linear_bias, target, weight, ignore_index=ignored,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.reference.classification import cross_entropy, of_weight_0, without_unread
+from fastloss.reference.classification import cross_entropy, hidden_without_unweighted, unweighted_rows
 from fastloss.reference.options import one_of
 
 __all__ = ["arcface_loss", "cosface_loss", "harmonic_loss"]
@@ -71,7 +71,7 @@ def _margin_loss(
 ):  # fmt: skip
     weight, target = chosen(weight, target, classes, ignore_index)
     centres = weight.shape[1] if weight.dim() == 3 else 1
-    input = without_unread(input, of_weight_0(target, ignore_index, None, sample_weight))
+    input = hidden_without_unweighted(input, unweighted_rows(target, ignore_index, None, sample_weight))
     unit = F.normalize(weight.reshape(-1, weight.shape[-1]))
     cosines = nearest(F.normalize(input) @ unit.t(), centres)
     return cross_entropy(
@@ -139,7 +139,7 @@ def harmonic_loss(
     if dtype in (torch.bfloat16, torch.float16):
         input, weight = input.float(), weight.float()
         sample_weight = None if sample_weight is None else sample_weight.float()
-    input = without_unread(input, of_weight_0(target, ignore_index, None, sample_weight))
+    input = hidden_without_unweighted(input, unweighted_rows(target, ignore_index, None, sample_weight))
     squares = (input.unsqueeze(1) - weight).square().sum(-1) + eps
     n = math.sqrt(input.shape[1]) if n is None else n
     return cross_entropy(

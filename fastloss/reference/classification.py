@@ -40,7 +40,7 @@ def without_unweighted(x: Tensor, unweighted: Tensor, dim: int) -> Tensor:
     return torch.where((unweighted & extreme).unsqueeze(dim), 0.0, x)
 
 
-def of_weight_0(
+def unweighted_rows(
     target: Tensor,
     ignore_index: int,
     weight: Tensor | None,
@@ -56,7 +56,7 @@ def of_weight_0(
     return off if sample_weight is None else off | (sample_weight == 0)
 
 
-def without_unread(hidden: Tensor, unweighted: Tensor) -> Tensor:
+def hidden_without_unweighted(hidden: Tensor, unweighted: Tensor) -> Tensor:
     """Return hidden states [..., D] with 0 in rows of weight 0 whose logits might not be finite."""
     if unweighted.dim() >= hidden.dim():  # a row counts if one of its losses does
         unweighted = unweighted.flatten(hidden.dim() - 1).all(-1)
@@ -95,7 +95,7 @@ def cross_entropy(
     if not target.is_floating_point():
         valid = target != ignore_index
         y = torch.where(valid, target, 0)
-    unweighted = of_weight_0(target, ignore_index, weight, sample_weight, label_smoothing)
+    unweighted = unweighted_rows(target, ignore_index, weight, sample_weight, label_smoothing)
     z = logits_of(without_unweighted(input, unweighted, dim), logit_scale, softcap)
     top = z.detach().amax(dim, keepdim=True) if input.shape[dim] else z.new_zeros(())
     top = torch.where(top.isfinite(), top, 0.0)
@@ -131,7 +131,7 @@ def nll_of_classes(
     target = target.reshape(()) if dim == 0 else target
     valid = target != ignore_index
     y = torch.where(valid, target, 0)
-    read = without_unweighted(input, of_weight_0(target, ignore_index, weight, None), dim)
+    read = without_unweighted(input, unweighted_rows(target, ignore_index, weight, None), dim)
     return nll_of(read, one_hot(y, input.shape[dim]).movedim(-1, dim), dim), y, valid
 
 

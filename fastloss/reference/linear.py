@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss.reference.classification import cross_entropy, of_weight_0, without_unread
+from fastloss.reference.classification import cross_entropy, hidden_without_unweighted, unweighted_rows
 
 __all__ = ["linear_cross_entropy"]
 
@@ -35,8 +35,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Compute `fastloss.functional.linear_cross_entropy`; `options`, which tell how to compute, change nothing here."""
     ignored = -100 if ignore_index is None else ignore_index
-    off = of_weight_0(target, ignored, weight, sample_weight, label_smoothing)
-    logits = logits_from(without_unread(input, off), linear_weight, linear_bias)
+    off = unweighted_rows(target, ignored, weight, sample_weight, label_smoothing)
+    logits = logits_from(hidden_without_unweighted(input, off), linear_weight, linear_bias)
     if input.dim() > 2:
         logits, target = (
             logits.movedim(-1, 1),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss.reference.classification import nll_of, one_hot, without_unread
+from fastloss.reference.classification import hidden_without_unweighted, nll_of, one_hot
 from fastloss.reference.linear import logits_from
 
 __all__ = [
@@ -114,6 +114,6 @@ def linear_token_stats(
 ) -> TokenStats:
     """Compute `fastloss.functional.linear_token_stats`."""
     if mask is not None:
-        input = without_unread(input, mask == 0)
+        input = hidden_without_unweighted(input, mask == 0)
     logits = logits_from(input, linear_weight, linear_bias)
     return token_stats(logits, index, temperature, mask=mask, softcap=softcap)

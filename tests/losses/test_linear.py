@@ -184,6 +184,22 @@ def test_all_rows_ignored(dtype, device):
     assert all(g.eq(0).all() for g in gradients(value, x, w, b))
 
 
+@pytest.mark.parametrize("soft", [False, True], ids=["classes", "probabilities"])
+def test_classes_of_weight_0(soft, device):
+    x, w, b, target = problem(device=device)
+    target = torch.where(target % 2 == 0, 1, target)
+    if soft:
+        target = F.one_hot(target, w.shape[0]).to(x.dtype) * 0.5 + 0.5 / w.shape[0]
+    weight = torch.ones(w.shape[0], dtype=x.dtype, device=x.device).index_fill(
+        0, target.new_ones(1).long(), 0
+    )
+    ours = linear_cross_entropy(x, w, target, linear_bias=b, weight=weight)
+    theirs = F.cross_entropy(F.linear(x, w, b), target, weight)
+    torch.testing.assert_close(ours, theirs)
+    for a, e in zip(gradients(ours, x, w, b), gradients(theirs, x, w, b), strict=True):
+        torch.testing.assert_close(a, e)
+
+
 def test_small_gradients_of_float16_survive(device):
     """The loss of many rows, scaled up as mixed precision does: probabilities / rows alone would be 0."""
     x, w, _, target = problem(2000, 8, 300, torch.float16, device)

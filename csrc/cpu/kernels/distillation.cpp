@@ -121,13 +121,13 @@ class DivergenceKernel {
     return loss_.log_ratios(logits(student.x, j) - student.m, logits(teacher.x, j) - teacher.m,
                             teacher.log_sum - student.log_sum);
   }
-  // The log-ratios of a mixture, kept from the first sweep.
+  // The same in later sweeps; of a mixture they are kept from the first.
   FL_FN auto kept_ratios(const Side& student, const Side& teacher, int64_t j) const {
-    auto s = decltype(log_ratios(student, teacher, j)){};
-    if constexpr (kKind != kMixture) return log_ratios(student, teacher, j);
-    s.u = load(u_ + j);
-    s.v = load(v_ + j);
-    return s;
+    if constexpr (kKind == kMixture) {
+      return decltype(log_ratios(student, teacher, j)){load(u_ + j), load(v_ + j)};
+    } else {
+      return log_ratios(student, teacher, j);
+    }
   }
   // First the log-ratios at the most probable classes, whose e is 1, then the sums relative to them. A row
   // without a class that has more than half of the probability needs no such care; the logarithms of a mixture
@@ -135,7 +135,8 @@ class DivergenceKernel {
   FL_NOINLINE void value(const Side& student, const Side& teacher, R& top_u, R& top_v, R& a, R& b) const {
     F u = fill<F>(-INFINITY), v = u;
     const bool one_class = (kKind != kReverse && teacher.sum < 2) || (kKind != kForward && student.sum < 2);
-    for (int64_t j = 0; (kKind == kMixture || one_class) && j < n_; j += W) {
+    const int64_t searched = kKind == kMixture || one_class ? n_ : 0;
+    for (int64_t j = 0; j < searched; j += W) {
       const auto s = log_ratios(student, teacher, j);
       if constexpr (kKind != kReverse) u = select(load(teacher.e + j) == 1, max(s.u, u), u);
       if constexpr (kKind != kForward) v = select(load(student.e + j) == 1, max(s.v, v), v);
