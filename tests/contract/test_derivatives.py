@@ -16,6 +16,7 @@ from support import (
     fullest_case,
     make,
     of_tensors,
+    one_of_each_driver,
     requiring,
     small_shape,
     some_cases,
@@ -27,7 +28,6 @@ from torch.autograd import functional
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastloss.functional as F
-from fastloss._registry import losses
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_tangent_of_the_gradient(loss, case):
         )
 
 
-@fullest_case
+@some_cases
 def test_gradient_of_the_tangent(loss, case):
     """Reverse over forward."""
     function, inputs, directions = problem(loss, case)
@@ -124,7 +124,7 @@ def test_gradient_of_the_tangent(loss, case):
     assert_all_close(along(*inputs), products)
 
 
-@fullest_case
+@some_cases
 def test_linearize(loss, case):
     function, inputs, directions = problem(loss, case)
     value, product = torch.func.linearize(function, *inputs)
@@ -135,7 +135,7 @@ def test_linearize(loss, case):
 # ---- batched gradients ----------------------------------------------------------------------------------
 
 
-@fullest_case
+@some_cases
 def test_jacobians_and_hessians_of_every_strategy(loss, case):
     kwargs = make(loss, case, shape=tiny_shape(loss))
     names = differentiable(loss, kwargs)[:1]
@@ -217,7 +217,7 @@ def test_compiled_transforms(loss, case):
         assert_all_close(compiled(*inputs), expected[which])
 
 
-@pytest.mark.parametrize("loss", losses("cross_entropy", "mse_loss"), ids=lambda loss: loss.name)
+@one_of_each_driver
 @pytest.mark.slow
 def test_transforms_compiled_by_inductor(loss):
     function, inputs, directions = problem(loss, next(iter(loss.cases)))
@@ -271,7 +271,7 @@ def test_exported_program_trains(loss, case):
     assert_all_close([p.grad for p in program.parameters()], gradient(function, inputs))
 
 
-@fullest_case
+@some_cases
 def test_traced_with_its_gradient(loss, case):
     function, inputs, _ = problem(loss, case)
 

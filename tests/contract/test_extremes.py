@@ -229,6 +229,9 @@ def test_masked_hidden_states_may_hold_anything(dtype, device):
 
 
 OF_PROBABILITIES = ("binary_cross_entropy", "kl_div")
+FAR_REACHING = (
+    "elementwise", "classification", "aggregation", "distillation", "dpo", "preference", "reward_model",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=dtype_id)
@@ -237,9 +240,7 @@ OF_PROBABILITIES = ("binary_cross_entropy", "kl_div")
     [
         pytest.param(loss, case, id=f"{loss.name}-{case}")
         for loss in losses()
-        if loss.family
-        in ("elementwise", "classification", "aggregation", "distillation", "dpo", "preference")
-        and not (loss.multiplies or loss.name in OF_PROBABILITIES)
+        if loss.family in FAR_REACHING and not (loss.multiplies or loss.name in OF_PROBABILITIES)
         for case in loss.cases
     ],
 )

@@ -188,7 +188,10 @@ def test_gradients_of_confident_rows(classes, beta, device):
     plain = gradients(lambda s, t: trl(s, t, labels, beta, 1.0), torch.float32)
     ours = gradients(lambda s, t: js_div_logits(s, t, beta), torch.float32, device)
     for got, eager, want in zip(ours, plain, exact, strict=True):
-        assert (got - want).abs().amax(-1).sum() < 1.1 * (eager - want).abs().amax(-1).sum()
+        error = (got - want).abs().amax(-1)
+        assert error.sum() < 1.1 * (eager - want).abs().amax(-1).sum()
+        if beta < 1:  # for 1 the teacher's is a difference of two probabilities
+            assert (error <= 3e-5 * want.abs().amax(-1) + 1e-9 / len(want)).all()
 
 
 @pytest.mark.parametrize("far", ["scaled", "moved"])
