@@ -28,12 +28,12 @@ inline constexpr int64_t kDivergenceState = 9;
 
 namespace fastloss::inline FL_ISA {
 
-// Differences of two distributions see the error of a GPU's approximate exponential.
+// Differences of two distributions see the error of a GPU's approximate exponential. x <= 0
 template <class F>
 FL_FN F full_exp(F x) {
   return exp(x);
 }
-FL_FN float full_exp(float x) { return ::expf(x); }
+FL_FN float full_exp(float x) { return exp_down(x); }
 
 enum DivergenceKind { kForward, kReverse, kMixture };
 

@@ -36,7 +36,18 @@ FL_FN float exp(float x) {
 #endif
 }
 FL_FN double exp(double x) { return ::exp(x); }
-FL_FN float exp_down(float x) { return ::expf(x); }  // for x <= 0; the vectors' is cheaper than exp
+// For x <= 0, to 3 ulp; cheaper than exp for vectors, and on a GPU than expf, of which it needs five of eight
+// instructions. Results below 2^-126 are 0 there.
+FL_FN float exp_down(float x) {
+#if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
+  const float t = x * kLog2e<float>, y = cuda::exp2_approx(t);
+  // what the rounding of t left of x; 1 (any finite number) where t is infinite and y is 0
+  const float rest = ::fminf(::fmaf(t, -0.693147181f, x), 1.f);
+  return ::fmaf(y, rest, y);
+#else
+  return ::expf(x);
+#endif
+}
 FL_FN double exp_down(double x) { return ::exp(x); }
 FL_FN float log(float x) { return ::logf(x); }
 FL_FN double log(double x) { return ::log(x); }
