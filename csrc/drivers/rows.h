@@ -54,8 +54,10 @@ struct RowArgs {
   int64_t state_width;
   void* loss;                   // [rows] in the accumulation type; not divided by norm
   double* partial;              // CUDA: [kRowPartials] for the sums over rows, or null: one block adds all
+  bool narrow_result;           // CUDA: row_reduce leaves its result in dtype
   const void* upstream;         // backward: gradient of the result, in the accumulation type,
   int64_t upstream_stride;      //   0 for one number or 1 for one a row
+  bool narrow_upstream;         // CUDA: it is one number of dtype
   bool skip_unit_upstream;      // backward: do nothing if upstream[0] is 1
   bool past_cache;              // CPU: dx is too large for the caches, write around them
   double logit_scale, softcap;  // softcap 0: none

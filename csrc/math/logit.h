@@ -27,21 +27,6 @@ FL_FN float sigmoid_of_exp(float e) {
   return 1 / (1 + e);
 #endif
 }
-FL_FN float log1p_of_exp(float e) {
-#if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
-  float p = 5.126102361828089e-3f;  // of log(1 + e) / e, within 4e-8
-  p = ::fmaf(p, e, -2.9074065387248993e-2f);
-  p = ::fmaf(p, e, 7.75160863995552e-2f);
-  p = ::fmaf(p, e, -1.3602247834205627e-1f);
-  p = ::fmaf(p, e, 1.9076880812644958e-1f);
-  p = ::fmaf(p, e, -2.483539879322052e-1f);
-  p = ::fmaf(p, e, 3.331812024116516e-1f);
-  p = ::fmaf(p, e, -4.999944567680359e-1f);
-  return ::fmaf(p * e, e, e);
-#else
-  return log1p_unit(e);
-#endif
-}
 #endif
 
 }  // namespace fastloss::inline FL_ISA

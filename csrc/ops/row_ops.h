@@ -168,26 +168,33 @@ Tensor reduced_as(const TokenLoss& loss, Call& call, Reduction reduction) {
   reduce(call.args, static_cast<R*>(result.mutable_data_ptr()));
   return result;
 }
-inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, Reduction reduction) {
+// In the type of the logits, or with out_fp32 in the accumulation type: no kernel of its own converts it.
+inline Tensor reduced_on_cuda(const TokenLoss& loss, Call& call, Reduction reduction, bool out_fp32) {
   RowArgs& a = call.args;
+  a.narrow_result = !out_fp32 && call.x.scalar_type() != call.accumulation;
   const int64_t number = a.dtype == DType::f64 ? sizeof(double) : sizeof(float);
   const int64_t partials = a.rows > kRowsOfBlock ? kRowPartials * sizeof(double) / number : 0;
-  // the result, the norm and partial sums, in memory of the kernels' device
+  // the result, of either type, the norm and partial sums, in memory of the kernels' device
   const int64_t size[] = {2 + partials};
   Tensor totals = empty(call.x, size, call.accumulation);
   char* result = static_cast<char*>(totals.mutable_data_ptr());
   void* norm = result + number;
   if (partials) a.partial = reinterpret_cast<double*>(result + 2 * number);
+  Tensor narrow;
+  if (a.narrow_result) {
+    narrow = empty(call.x, {}, call.x.scalar_type());
+    result = static_cast<char*>(narrow.mutable_data_ptr());
+  }
   if (reduction == Reduction::mean) a.norm = norm;
   const DeviceScope scope(call.x);
   if (a.norm) scope.launch(FASTLOSS_CUDA_FUNCTION(row_norm), a, norm);
   if (a.rows) scope.launch(loss.cuda_kernel, a);
   scope.launch(FASTLOSS_CUDA_FUNCTION(row_reduce), a, result);
-  return torch::stable::select(totals, 0, 0);
+  return a.narrow_result ? narrow : torch::stable::select(totals, 0, 0);
 }
 // Runs the loss and reduces it over the rows.
-inline Tensor reduced(const TokenLoss& loss, Call& call, Reduction reduction) {
-  if (on_cuda(call.x)) return reduced_on_cuda(loss, call, reduction);
+inline Tensor reduced(const TokenLoss& loss, Call& call, Reduction reduction, bool out_fp32) {
+  if (on_cuda(call.x)) return reduced_on_cuda(loss, call, reduction, out_fp32);
   if (call.args.dtype == DType::f64) return reduced_as<double>(loss, call, reduction);
   return reduced_as<float>(loss, call, reduction);
 }
@@ -209,7 +216,7 @@ inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind,
   if (reduction == Reduction::none) {
     run(kind, call);
   } else {
-    loss = reduced(kind, call, reduction);
+    loss = reduced(kind, call, reduction, out_fp32);
   }
   if (!out_fp32) loss = call.as_dtype(loss);
   return {loss, state, dx};
@@ -218,7 +225,11 @@ inline std::tuple<Tensor, Tensor, Tensor> forward_results(const TokenLoss& kind,
 inline void write_gradient(const TokenLoss& loss, Call& call, const Tensor& upstream, const Tensor& state,
                            const Tensor& dx, bool skip_unit) {
   RowArgs& a = call.args;
-  const Tensor g = contiguous_as(upstream, call.accumulation);
+  // one number is read as it is on CUDA: no kernel of its own converts it
+  a.narrow_upstream = on_cuda(call.x) && upstream.numel() == 1 &&
+                      upstream.scalar_type() == call.x.scalar_type() &&
+                      call.x.scalar_type() != call.accumulation;
+  const Tensor g = a.narrow_upstream ? upstream : contiguous_as(upstream, call.accumulation);
   FL_CHECK(g.numel() == 1 || g.numel() == a.rows, "grad: expected 1 or ", a.rows, " numbers");
   a.upstream = g.const_data_ptr();
   a.upstream_stride = g.dim() == 0 || a.rows == 1 ? 0 : 1;

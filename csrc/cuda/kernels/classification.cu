@@ -29,7 +29,6 @@ __device__ __forceinline__ double sum_of_range(int64_t begin, int64_t end, Load 
 // A row's terms of the norm, and of the result.
 template <class R>
 struct NormOfRow {
-  using Type = R;
   struct Loaded {
     int64_t target;
     R weight;
@@ -47,17 +46,25 @@ struct NormOfRow {
       w *= double(static_cast<const R*>(a.class_weight)[row.target]);
     return w;
   }
-  static __device__ __forceinline__ double total(const RowArgs&, double sum) { return sum; }
+  static __device__ __forceinline__ void write(const RowArgs&, void* out, double sum) {
+    *static_cast<R*>(out) = static_cast<R>(sum);
+  }
 };
 template <class R>
 struct LossOfRow {
-  using Type = R;
   static __device__ __forceinline__ R load(const RowArgs& a, int64_t r) {
     return r >= 0 ? static_cast<const R*>(a.loss)[r] : R(0);
   }
   static __device__ __forceinline__ double value(const RowArgs&, R loss) { return double(loss); }
-  static __device__ __forceinline__ double total(const RowArgs& a, double sum) {
-    return a.norm ? sum / double(*static_cast<const R*>(a.norm)) : sum;
+  static __device__ __forceinline__ void write(const RowArgs& a, void* out, double sum) {
+    const R result = static_cast<R>(a.norm ? sum / double(*static_cast<const R*>(a.norm)) : sum);
+    if (!a.narrow_result) {
+      *static_cast<R*>(out) = result;
+    } else if (a.dtype == DType::bf16) {
+      *static_cast<__nv_bfloat16*>(out) = narrow<__nv_bfloat16>(float(result));
+    } else {
+      *static_cast<__half*>(out) = narrow<__half>(float(result));
+    }
   }
 };
 template <class Row>
@@ -68,9 +75,9 @@ __device__ __forceinline__ double sum_of_rows(const RowArgs& a, int64_t begin, i
 
 // All rows, by one block.
 template <class Row>
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(RowArgs a, typename Row::Type* out) {
+__global__ void __launch_bounds__(kSumThreads) sum_kernel(RowArgs a, void* out) {
   const double sum = sum_of_rows<Row>(a, 0, a.rows);
-  if (threadIdx.x == 0) *out = static_cast<typename Row::Type>(Row::total(a, sum));
+  if (threadIdx.x == 0) Row::write(a, out, sum);
 }
 // Each block adds a part of the rows.
 template <class Row>
@@ -80,21 +87,19 @@ __global__ void __launch_bounds__(kSumThreads) partial_kernel(RowArgs a) {
   if (threadIdx.x == 0) a.partial[blockIdx.x] = sum;
 }
 template <class Row>
-__global__ void __launch_bounds__(kSumThreads)
-    total_kernel(RowArgs a, int64_t partials, typename Row::Type* out) {
+__global__ void __launch_bounds__(kSumThreads) total_kernel(RowArgs a, int64_t partials, void* out) {
   const double sum = sum_of_range(
       0, partials, [&](int64_t i) { return i >= 0 ? a.partial[i] : 0.0; }, [](double x) { return x; });
-  if (threadIdx.x == 0) *out = static_cast<typename Row::Type>(Row::total(a, sum));
+  if (threadIdx.x == 0) Row::write(a, out, sum);
 }
 
 template <class Row>
 void sum_rows(const RowArgs& a, void* out, cudaStream_t stream) {
-  auto* const to = static_cast<typename Row::Type*>(out);
-  if (!a.partial) return launch_1d<&sum_kernel<Row>>(1, kSumThreads, 0, stream, a, to);
+  if (!a.partial) return launch_1d<&sum_kernel<Row>>(1, kSumThreads, 0, stream, a, out);
   const int64_t wish = (a.rows + kSumThreads - 1) / kSumThreads;
   const int64_t partials = wish < kRowPartials ? wish : kRowPartials;
   launch_1d<&partial_kernel<Row>>(partials, kSumThreads, 0, stream, a);
-  launch_1d<&total_kernel<Row>>(1, kSumThreads, 0, stream, a, partials, to);
+  launch_1d<&total_kernel<Row>>(1, kSumThreads, 0, stream, a, partials, out);
 }
 
 }  // namespace

@@ -8,6 +8,8 @@
 
 namespace fastloss::cuda {
 
+constexpr int kThreads = 128;  // of a block with several teams
+
 // Threads resident on a multiprocessor: 64 registers each suffice where a gradient is a multiple of p.
 template <class Loss>
 constexpr int kResident = Loss::kProportional && !Loss::kNumberTokens ? 1024 : 512;
@@ -32,6 +34,11 @@ constexpr bool kStays =
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr int kKept = kStays<Loss, T, kTeam, kBackward> && !Loss::kOutputs ? 2 * 1024 / kResident<Loss> : 0;
 
+// Whether a block may bring the rows of its threads, of one thread each, to shared memory and take their
+// gradients from there. Not for losses that read logits again after their gradients are written.
+template <class Loss, int kTeam>
+constexpr bool kTiles = kTeam == 1 && !Loss::kOutputs && !Loss::kNumberTokens;
+
 template <class Loss, class T, int kTeam, bool kBackward>
 struct RowReader {
   using R = acc_t<T>;
@@ -52,12 +59,20 @@ struct RowReader {
   bool flip;  // the scale is negative, and u is -x; only with teams of one thread
   // Shared memory for the first vectors of the row, filled by asynchronous copies. As soon as a slot has
   // been read for the last time, the next row's vector is copied into it. A slot is filled and read by the
-  // same thread, so that no barrier is needed.
+  // same thread, so that no barrier is needed. With kTiles x is a column of a tile, overwritten by the gradient.
   Vec<T>* cache;
   int slots;     // vectors in cache; 0: none
   bool more;     // this block has another row,
   int64_t next;  //   which starts so many elements further on
 
+  __device__ __forceinline__ bool in_tile() const { return kTiles<Loss, kTeam> && slots; }
+  // From one class to the next.
+  __device__ __forceinline__ int64_t x_stride() const {
+    return in_tile() ? kThreads : a.x_layout.class_stride;
+  }
+  __device__ __forceinline__ int64_t dx_stride() const {
+    return in_tile() ? kThreads : a.dx_layout.class_stride;
+  }
   __device__ __forceinline__ bool capped() const { return Loss::kSoftcap && cap > 0; }
   // Rounded, so that z - m is the same wherever it is computed, and exactly 0 at the maximum.
   __device__ __forceinline__ R logit(R v) const {
@@ -175,11 +190,11 @@ struct RowReader {
     }
   }
   __device__ __forceinline__ void write_zeros(T* dx) const {
-    for (int64_t j = lane; j < a.n; j += kTeam) dx[j * a.dx_layout.class_stride] = narrow<T>(R(0));
+    for (int64_t j = lane; j < a.n; j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
   }
   // NaN for a class that does not exist
   __device__ __forceinline__ R logit_of_class(int64_t j) const {
-    return j >= 0 && j < a.n ? logit(widen(x[j * a.x_layout.class_stride])) : R(NAN);
+    return j >= 0 && j < a.n ? logit(widen(x[j * x_stride()])) : R(NAN);
   }
 };
 

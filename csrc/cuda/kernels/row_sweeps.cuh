@@ -10,7 +10,8 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   using Base = HeldRow<Loss, T, kTeam, kBackward>;
   using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit;
   using Base::N, Base::kInFlight, Base::kHold, Base::kStay, Base::u_of, Base::add_one, Base::add_vector;
-  using Base::sweep_kept, Base::write_kept, Base::grad, Base::grads, Base::put, Base::write;
+  using Base::x_stride, Base::dx_stride, Base::sweep_kept, Base::write_kept, Base::grad, Base::grads,
+      Base::put, Base::write;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
   // kAligned: the row starts on 16 bytes. A branch at every load would keep the next load from being issued.
@@ -46,7 +47,7 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
     o.m = known.m;
     if constexpr (kPart == 1) {
 #pragma unroll 1
-      for (int64_t j = begin; j < end; ++j) add_one(o, j, x[j * a.x_layout.class_stride]);
+      for (int64_t j = begin; j < end; ++j) add_one(o, j, x[j * x_stride()]);
     } else {
 #pragma unroll 1
       for (; begin < end; begin += kPart) {
@@ -83,7 +84,7 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
       Online<Loss, R> again;
       again.m = o.m;
       for (int64_t j = lane; j < a.n; j += kTeam)
-        if (j != t) again.s += exp(unit.distance(u_of(widen(x[j * a.x_layout.class_stride])) - o.m) + kLower);
+        if (j != t) again.s += exp(unit.distance(u_of(widen(x[j * x_stride()])) - o.m) + kLower);
       if constexpr (kTeam > 32) __syncthreads();  // hazard: the shared memory of the first team_sum is reused
       o.s = team_sum<kTeam>(again).s * R(1.603810890548638e-28);  // e^-64
     }
@@ -106,7 +107,7 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
       put(dx + j, grads(s, j, kAligned ? load16(x + j) : load16_any(x + j, x, x + a.n)));
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx, const Kept& kept) const {
-    const int64_t n = a.n, from = a.x_layout.class_stride, to = a.dx_layout.class_stride;
+    const int64_t n = a.n, from = x_stride(), to = dx_stride();
     if (kTeam == 1 || from != 1 || to != 1) {
       for (int64_t j = lane; j < n; j += kTeam) dx[j * to] = grad(s, j, x[j * from]);
       return;

@@ -1,7 +1,8 @@
 // Losses of rows of logits on CUDA: a team of threads for each row, value and gradient in one kernel.
 //
 // Device memory is read once and written once. A team is one thread where classes are strided (neighbouring
-// threads then read neighbouring rows), 8 threads or a warp for short rows, a block for long ones. The most
+// threads then have neighbouring rows; if the rows are short a tile of them is brought to shared memory, 16
+// bytes at a time, and its gradient from there), 8 threads or a warp for short rows, a block for long ones. The most
 // common losses hold a row of up to 32 KB in registers. Longer rows go to persistent blocks: what fits of a
 // row stays in shared memory, a little in registers, and while its gradient is written asynchronous copies
 // bring the next row into the slots that become free; only what does not fit is read twice, the second time
@@ -21,22 +22,24 @@
 
 namespace fastloss::cuda {
 
-constexpr int kThreads = 128;  // of a block with several teams
-
 template <class Loss, class T, int kTeam, bool kBackward>
 struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
   using Base = RowWithExtras<Loss, T, kTeam, kBackward>;
   using Base::a, Base::loss, Base::x, Base::r, Base::t, Base::lane, Base::scale, Base::slots, Base::unit;
   using Base::add_small, Base::write_row, Base::write_zeros, Base::number_term, Base::number_gradient;
+  using Base::in_tile, Base::x_stride, Base::outputs, Base::upstream, Base::write_index_logps,
+      Base::write_index_gradient, Base::refill_all;
   using Base::kHold, Base::kStay, Base::u_of, Base::hold, Base::sums_of, Base::sums_in_turn, Base::sweep;
-  using Base::outputs, Base::upstream, Base::write_index_logps, Base::write_index_gradient, Base::refill_all;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
   __device__ __forceinline__ R
   m_of(R top) const {  // rounded as `logit` is: a class in index may be the maximum
     return product(top, unit.of_z);
   }
-  __device__ __forceinline__ T* gradient() const { return static_cast<T*>(a.dx) + a.dx_layout.start(r); }
+  __device__ __forceinline__ T* gradient() const {
+    if (in_tile()) return const_cast<T*>(x);
+    return static_cast<T*>(a.dx) + a.dx_layout.start(r);
+  }
   // Computed where it is needed: an address kept for later would take two registers.
   __device__ __forceinline__ R* state() const { return static_cast<R*>(a.state) + r * a.state_width; }
   __device__ __forceinline__ void run() {
@@ -83,7 +86,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
     Target<R> target{a.target != nullptr, 0, 1};
     R ut = 0, top = 0;
     if (a.target && inside) {
-      ut = u_of(widen(x[t * a.x_layout.class_stride]));
+      ut = u_of(widen(x[t * x_stride()]));
       if (a.class_weight) target.weight = static_cast<const R*>(a.class_weight)[t];
     }
     RowState<R> row;
@@ -97,7 +100,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       row.m = m_of(top);
       target.d = unit.distance(ut - top);
       if constexpr (Loss::kNumberTokens) number_term(row, number);
-      if constexpr (!Loss::kOutputs) g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
+      if constexpr (!Loss::kOutputs) g = upstream_of<T>(a, r);
     } else {
       Online<Loss, R> o;
       bool merged = kTeam == 1;
@@ -162,26 +165,41 @@ constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward> ? (kTeam > 32 ? 640 / k
                         : kTeam > 32                     ? kResident<Loss> / kTeam
                                                          : 4;
 
+// A tile of kThreads rows that are neighbours in memory, with their classes one after the other: from `rows` to
+// shared memory, or back. 16 bytes are several rows of one class.
+template <class T, class Move>
+__device__ __forceinline__ void each_of_tile(Vec<T>* tile, const RowArgs& a, const RowLayout& l,
+                                             int64_t first, Move move) {
+  constexpr int N = Vec<T>::kSize, kAcross = kThreads / N;
+  const int column = threadIdx.x % kAcross;
+  const int64_t r = first + column * N;
+  if (r >= a.rows) return;  // rows come in whole vectors
+  const int64_t start = l.start(r);
+#pragma unroll 1
+  for (int64_t j = threadIdx.x / kAcross; j < a.n; j += N)
+    move(tile + j * kAcross + column, start + j * l.class_stride);
+}
+
 // With `slots` > 0 blocks are persistent: each takes another row as soon as it has written one.
 template <class Loss, class T, int kTeam, bool kBackward>
 __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T, kTeam, kBackward>)
     rows_kernel(RowArgs a, int slots) {
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
-  if (kBackward && a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;
+  if (kBackward && a.skip_unit_upstream && upstream_of<T>(a, 0) == 1) return;
   FL_DYN_SHARED(Vec<T>, cache);
   const int lane = threadIdx.x % kTeam;
   const T* const all = static_cast<const T*>(a.x);
   const R scale = R(a.logit_scale);
   const bool capped = Loss::kSoftcap && a.softcap > 0;
   const Unit<R> unit(capped ? R(1) : scale < 0 ? -scale : scale);
-  const auto team = [&](int64_t r, int64_t step) {
+  const auto team = [&](int64_t r, int64_t step, const T* x) {
     const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
     return RowTeam<Loss, T, kTeam, kBackward>{a,
                                               Loss(a.hparams, a.n),
                                               lane,
                                               r,
-                                              all + a.x_layout.start(r),
+                                              x,
                                               q,
                                               -1,
                                               scale,
@@ -203,10 +221,28 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
         __pipeline_memcpy_async(cache + slot, all + a.x_layout.start(r) + int64_t{slot} * Vec<T>::kSize, 16);
       __pipeline_commit();
     }
+  constexpr bool kTile = kTiles<Loss, kTeam>;
 #pragma unroll 1
-  for (; r < a.rows; r += step) {  // for whole teams
-    team(r, step).run();
-    if constexpr (kStay) __syncthreads();  // hazard: run() reuses its shared memory
+  for (; (kTile ? r - threadIdx.x : r) < a.rows;
+       r += step) {  // for whole teams, with a tile for whole blocks
+    const T* x = all + a.x_layout.start(r);
+    if constexpr (kTile)
+      if (slots) {
+        each_of_tile(cache, a, a.x_layout, r - threadIdx.x,
+                     [&](Vec<T>* to, int64_t at) { __pipeline_memcpy_async(to, all + at, 16); });
+        __pipeline_commit();
+        __pipeline_wait_prior(0);
+        __syncthreads();
+        x = reinterpret_cast<const T*>(cache) + threadIdx.x;
+      }
+    if (!kTile || r < a.rows) team(r, step, x).run();
+    if constexpr (kTile)
+      if (slots && a.dx) {
+        __syncthreads();
+        each_of_tile(cache, a, a.dx_layout, r - threadIdx.x,
+                     [&](const Vec<T>* from, int64_t at) { store16(static_cast<T*>(a.dx) + at, *from); });
+      }
+    if constexpr (kStay || (kTile && kBackward)) __syncthreads();  // hazard: shared memory is reused
     if constexpr (!kBackward && !kStay) return;
   }
 }
@@ -219,6 +255,8 @@ constexpr int kSmallTeam = 8;
 // Threads of a launch with skip_unit_upstream, whose blocks first read whether there is anything to do: as
 // many as a large GPU holds at once, so that skipping costs little.
 constexpr int64_t kSkipThreads = 132 * 2048;
+// The largest tile of kThreads rows, for 4 blocks on a multiprocessor.
+constexpr int64_t kTileBytes = 48 << 10;
 // Bytes of a multiprocessor's shared memory that its blocks need for other things than rows.
 constexpr int64_t kSharedReserved = 3 << 10;
 
@@ -228,6 +266,15 @@ bool on_vectors(const void* start, const RowLayout& l) {
   constexpr int64_t N = Vec<T>::kSize;
   return reinterpret_cast<uintptr_t>(start) % 16 == 0 && l.class_stride == 1 && l.outer_stride % N == 0 &&
          l.inner_stride % N == 0;
+}
+
+// Whether 16 bytes of a class are neighbouring rows, throughout.
+template <class T>
+bool rows_on_vectors(const void* start, const RowLayout& l, int64_t rows) {
+  constexpr int64_t N = Vec<T>::kSize;
+  const bool neighbours = l.inner == 1 ? l.outer_stride == 1 && rows % N == 0
+                                       : l.inner_stride == 1 && l.inner % N == 0 && l.outer_stride % N == 0;
+  return neighbours && reinterpret_cast<uintptr_t>(start) % 16 == 0 && l.class_stride % N == 0;
 }
 
 template <class Loss, class T, int kTeam, bool kBackward>
@@ -242,6 +289,12 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
     slots = (row < capacity ? row : capacity) / kTeam * kTeam;
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
     if (slots && blocks > stay) blocks = stay;
+  }
+  if constexpr (kTiles<Loss, kTeam>) {
+    const int64_t tile = a.n * (kThreads / Vec<T>::kSize);
+    if (tile <= kTileBytes / 16 && rows_on_vectors<T>(a.x, a.x_layout, a.rows) &&
+        (!a.dx || rows_on_vectors<T>(a.dx, a.dx_layout, a.rows)))
+      slots = tile;
   }
   const size_t shared =
       16 * static_cast<size_t>(slots > 0 ? slots : 1);  // at least one: 0 bytes have no address
