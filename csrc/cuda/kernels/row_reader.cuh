@@ -10,14 +10,16 @@ namespace fastloss::cuda {
 
 constexpr int kThreads = 128;  // of a block with several teams
 
-// Threads resident on a multiprocessor: 64 registers each suffice where a gradient is a multiple of p.
-template <class Loss>
-constexpr int kResident = Loss::kProportional && !Loss::kNumberTokens ? 1024 : 512;
+// Threads resident on a multiprocessor: 64 registers each suffice where a gradient is a multiple of p, and where
+// none is written.
+template <class Loss, bool kBackward>
+constexpr int kResident =
+    (Loss::kProportional && !Loss::kNumberTokens) || (Loss::kOutputs && !kBackward) ? 1024 : 512;
 
 // Vectors of a short row that each thread of a team holds in its registers, so that nothing is read again for
 // the gradient. Not where a logit is expensive to compute twice, nor for the rarer losses.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kHeld = kBackward || kTeam == 1 || 4 * kTeam > kResident<Loss> ||
+constexpr int kHeld = kBackward || kTeam == 1 || 4 * kTeam > kResident<Loss, kBackward> ||
                               sizeof(T) == 8 || Loss::kSoftcap || Loss::kSideStreams || Loss::kOutputs
                               || Loss::kNumberTokens
                           ? 0
@@ -25,14 +27,15 @@ constexpr int kHeld = kBackward || kTeam == 1 || 4 * kTeam > kResident<Loss> ||
                                    : 4;
 
 // Whether blocks are persistent: each takes another row when it is done with one, and keeps in shared memory
-// what fits of it. Not for capped logits, which are expensive and rare.
+// what fits of it. Not for capped logits, which are expensive and rare, nor with kOutputs: no forward pass writes
+// a gradient, so that nothing is read a second time.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr bool kStays =
-    !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 && !Loss::kSoftcap;
+constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 &&
+                        !Loss::kSoftcap && !Loss::kOutputs;
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
-// multiprocessor. With kOutputs no forward pass writes a gradient: nothing is read a second time.
+// multiprocessor.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kKept = kStays<Loss, T, kTeam, kBackward> && !Loss::kOutputs ? 2 * 1024 / kResident<Loss> : 0;
+constexpr int kKept = kStays<Loss, T, kTeam, kBackward> ? 2 * 1024 / kResident<Loss, kBackward> : 0;
 
 // Whether a block may bring the rows of its threads, of one thread each, to shared memory and take their
 // gradients from there. Not for losses that read logits again after their gradients are written.
@@ -183,7 +186,7 @@ struct RowReader {
   }
   // The gradient of the longest rows is evicted from L2 first: L2 holds the logits that are read again.
   __device__ __forceinline__ static void put(T* to, const Vec<T>& v) {
-    if constexpr (kStay && kTeam == kResident<Loss>) {
+    if constexpr (kStay && kTeam == kResident<Loss, kBackward>) {
       store16_first_out(to, v);
     } else {
       store16(to, v);

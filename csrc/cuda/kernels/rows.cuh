@@ -142,6 +142,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
         for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) saved[i] = 0;
       }
     }
+    if constexpr (Loss::kOutputs && !kBackward) return;  // a backward pass alone writes a gradient
     if (!a.dx) return;
     T* dx = gradient();
     if constexpr (Loss::kOutputs) {
@@ -162,7 +163,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
 // Minimum of resident blocks on a multiprocessor, for __launch_bounds__.
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward> ? (kTeam > 32 ? 640 / kTeam : 6)
-                        : kTeam > 32                     ? kResident<Loss> / kTeam
+                        : kTeam > 32                     ? kResident<Loss, kBackward> / kTeam
                                                          : 4;
 
 // A tile of kThreads rows that are neighbours in memory, with their classes one after the other: from `rows` to
@@ -285,7 +286,7 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
   if (kStays<Loss, T, kTeam, kBackward> && on_vectors<T>(a.x, a.x_layout) &&
       (!a.dx || on_vectors<T>(a.dx, a.dx_layout))) {
     const int64_t row = a.n / Vec<T>::kSize,
-                  capacity = (max_shared() - kSharedReserved) * kTeam / kResident<Loss> / 16;
+                  capacity = (max_shared() - kSharedReserved) * kTeam / kResident<Loss, kBackward> / 16;
     slots = (row < capacity ? row : capacity) / kTeam * kTeam;
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
     if (slots && blocks > stay) blocks = stay;
@@ -306,7 +307,7 @@ void launch_pass(const RowArgs& a, cudaStream_t stream) {
   if (a.x_layout.class_stride != 1 || a.logit_scale < 0) return launch_team<Loss, T, 1, kBackward>(a, stream);
   if constexpr (sizeof(T) < 8) {  // float64 is for accuracy: a warp for any length
     const int64_t bytes = a.n * int64_t{sizeof(T)};
-    constexpr int kMaxTeam = kResident<Loss>;
+    constexpr int kMaxTeam = kResident<Loss, kBackward>;
     constexpr auto held = [](int team, int vectors) { return int64_t{16} * team * vectors; };
     constexpr int kOfTeam = kHeld<Loss, T, 128, kBackward>, kOfWarp = kHeld<Loss, T, 32, kBackward>;
     if constexpr (kBackward) {  // one class at a time: more kernels are not worth their compile time
