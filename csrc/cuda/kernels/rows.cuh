@@ -2,7 +2,7 @@
 //
 // Device memory is read once and written once. A team is one thread where classes are strided (neighbouring
 // threads then have neighbouring rows; if the rows are short a tile of them is brought to shared memory, 16
-// bytes at a time, and its gradient from there), 8 threads or a warp for short rows, a block for long ones. The most
+// bytes at a time, and its gradient from there), 8 to 32 threads for short rows, a block for long ones. The most
 // common losses hold a row of up to 32 KB in registers. Longer rows go to persistent blocks: what fits of a
 // row stays in shared memory, a little in registers, and while its gradient is written asynchronous copies
 // bring the next row into the slots that become free; only what does not fit is read twice, the second time
@@ -248,11 +248,9 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
   }
 }
 
-// The longest rows, in bytes, for a warp, and for a block of half a multiprocessor's threads; longer ones
-// get a block of all its threads.
-constexpr int64_t kWarpRowBytes = 4 << 10, kHalfRowBytes = 128 << 10;
-// Threads for the shortest rows, if they hold them.
-constexpr int kSmallTeam = 8;
+// The longest rows, in bytes, for a warp, a block of 128 threads, and one of half a multiprocessor's threads,
+// where rows are not held; longer ones get a block of all its threads.
+constexpr int64_t kWarpRowBytes = 4 << 10, kBlockRowBytes = 16 << 10, kHalfRowBytes = 128 << 10;
 // Threads of a launch with skip_unit_upstream, whose blocks first read whether there is anything to do: as
 // many as a large GPU holds at once, so that skipping costs little.
 constexpr int64_t kSkipThreads = 132 * 2048;
@@ -302,32 +300,39 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
   launch_1d<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a,
                                                      static_cast<int>(slots));
 }
+// The smallest team of kTeams whose registers hold the row, if there is one.
+template <class Loss, class T, int... kTeams>
+bool launch_held(const RowArgs& a, cudaStream_t stream) {
+  const auto launched = [&]<int kTeam>() {
+    if constexpr (constexpr int kVectors = kHeld<Loss, T, kTeam, false>; kVectors > 0)
+      if (a.n * int64_t{sizeof(T)} <= int64_t{16} * kTeam * kVectors) {
+        launch_team<Loss, T, kTeam, false>(a, stream);
+        return true;
+      }
+    return false;
+  };
+  return (launched.template operator()<kTeams>() || ...);
+}
 template <class Loss, class T, bool kBackward>
 void launch_pass(const RowArgs& a, cudaStream_t stream) {
   if (a.x_layout.class_stride != 1 || a.logit_scale < 0) return launch_team<Loss, T, 1, kBackward>(a, stream);
   if constexpr (sizeof(T) < 8) {  // float64 is for accuracy: a warp for any length
     const int64_t bytes = a.n * int64_t{sizeof(T)};
     constexpr int kMaxTeam = kResident<Loss, kBackward>;
-    constexpr auto held = [](int team, int vectors) { return int64_t{16} * team * vectors; };
-    constexpr int kOfTeam = kHeld<Loss, T, 128, kBackward>, kOfWarp = kHeld<Loss, T, 32, kBackward>;
-    if constexpr (kBackward) {  // one class at a time: more kernels are not worth their compile time
-      if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
-    } else {
+    if constexpr (!kBackward) {
+      if (launch_held<Loss, T, 8, 16, 32, 64, 128, 256>(a, stream)) return;
       if (bytes > kHalfRowBytes) return launch_team<Loss, T, kMaxTeam, kBackward>(a, stream);
-      if constexpr (Loss::kSoftcap) {  // rare
-        if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
-      }
-      if (bytes > (kOfTeam && kMaxTeam == 1024 ? held(256, kOfTeam) : held(128, 8)))
-        return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
-      if constexpr (kOfTeam && kMaxTeam == 1024)
-        if (bytes > held(128, kOfTeam)) return launch_team<Loss, T, 256, kBackward>(a, stream);
-      if (bytes > (kOfWarp ? held(32, kOfWarp) : kWarpRowBytes))
-        return launch_team<Loss, T, 128, kBackward>(a, stream);
     }
-    if constexpr (kOfWarp > 0)
-      if (bytes <= held(kSmallTeam, kOfWarp)) return launch_team<Loss, T, kSmallTeam, kBackward>(a, stream);
+    // backward there is one class at a time, and softcap is rare: more kernels are not worth their compile time
+    constexpr bool kTwo = kBackward || Loss::kSoftcap, kIsHeld = kHeld<Loss, T, 32, kBackward> > 0;
+    if (kIsHeld || bytes > (kTwo ? kWarpRowBytes : kBlockRowBytes))
+      return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
+    if constexpr (!kTwo && !kIsHeld)
+      if (bytes > kWarpRowBytes) return launch_team<Loss, T, 128, kBackward>(a, stream);
+    if constexpr (!kIsHeld) launch_team<Loss, T, 32, kBackward>(a, stream);
+  } else {
+    launch_team<Loss, T, 32, kBackward>(a, stream);
   }
-  launch_team<Loss, T, 32, kBackward>(a, stream);
 }
 template <class Loss, class T>
 void launch_rows(const RowArgs& a, cudaStream_t stream) {
