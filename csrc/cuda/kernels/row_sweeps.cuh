@@ -46,8 +46,18 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
     Online<Loss, R> o;
     o.m = known.m;
     if constexpr (kPart == 1) {
+      int64_t j = begin;
 #pragma unroll 1
-      for (int64_t j = begin; j < end; ++j) add_one(o, j, x[j * x_stride()]);
+      for (; j + kInFlight <= end; j += kInFlight) {
+        R u[kInFlight];
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) u[k] = widen(x[(j + k) * x_stride()]);
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) u[k] = u_of(u[k]);
+        add(o, j, u);
+      }
+#pragma unroll 1
+      for (; j < end; ++j) add_one(o, j, x[j * x_stride()]);
     } else {
 #pragma unroll 1
       for (; begin < end; begin += kPart) {
