@@ -120,7 +120,7 @@ struct RowPair {
 template <class A>
 constexpr int kCountOf = std::extent_v<std::remove_reference_t<A>>;
 
-// A row of a gradient.
+// A row of a gradient. It is evicted from L2 first: L2 holds the logits that are read again.
 template <class T>
 struct GradientRow {
   T* to;  // null: not wanted
@@ -130,7 +130,7 @@ struct GradientRow {
   template <int kCount>
   __device__ __forceinline__ void write(int64_t j, const acc_t<T> (&g)[kCount]) const {
     if constexpr (kCount > 1) {
-      if (on_vector) return store16(to + j, narrow_all<T>(g));
+      if (on_vector) return store16_first_out(to + j, narrow_all<T>(g));
     }
 #pragma unroll
     for (int k = 0; k < kCount; ++k) to[j + k] = narrow<T>(g[k]);
