@@ -32,8 +32,9 @@ from . import loops, nvcc, sass
 
 FILE = Path(__file__).with_name("budgets.txt")
 SLACK = 1.05
-# Warps of every other kernel, at least: of a quarter of a multiprocessor's slots, of float64 an eighth.
+# Warps of every kernel, at least: a quarter of a multiprocessor's slots, for float64 an eighth; and exceptions.
 WARPS, WARPS_FLOAT64 = 16, 8
+FEWER_WARPS = {"aggregation: aggregate_kernel<": 8}  # a single block
 
 
 @dataclass
@@ -135,6 +136,9 @@ def family_of(name: str) -> Family | None:
 
 def warps_of(name: str) -> int:
     """The least that may be resident of any kernel."""
+    for part, warps in FEWER_WARPS.items():
+        if part in name:
+            return warps
     return WARPS_FLOAT64 if sass.element_size(name) == 8 else WARPS
 
 

@@ -15,6 +15,7 @@ REGISTER = re.compile(r"(?<![A-Z])R(\d+)(\.64)?")
 WIDTH = re.compile(r"\.[US]?(8|16|32|64|128)\b")
 TABLE = re.compile(r"c\[0x2\]\[(R\d+)(?:\+(0x[0-9a-f]+))?\]")
 ENDS = ("BRA", "EXIT", "RET", "BRX", "CALL", "KILL", "BPT")
+FUNCTION = 100  # instructions that a call stands for where paths are compared
 Graph = dict[int, list[int]]
 
 
@@ -217,7 +218,7 @@ def find_path(
             sum(i.name == "STG" and i.width() == store for i in block),
             0 if header is not None else sum(i.name == "MUFU" for i in block),
             0 if header is not None or any(map(is_funnel, block)) else wide,
-            -sum(i.name != "NOP" for i in block),
+            -sum(FUNCTION if i.name == "CALL" else i.name != "NOP" for i in block),
         )
 
     start = 0 if header is None else header
@@ -265,9 +266,7 @@ class Elements:
     size: int  # bytes
     streams: int = 1  # arrays of which each element has one
     of_iteration: int = 0  # given where loads do not tell
-    heaviest: bool = (
-        False  # several reading loops are several sweeps: the heaviest is meant, else the lightest
-    )
+    heaviest: bool = False  # reading loops are several sweeps: the heaviest is meant; else the lightest
 
 
 @dataclass
@@ -310,10 +309,10 @@ def hot(code: list[Instruction], tables: list[int], count: Elements) -> Hot:
         reading, writing, loading = [], held, held
 
     def instructions(found: list[Path]) -> float:
-        return round(
-            sum(len(p.body) / (count.of_iteration or p.elements(count.size) / count.streams) for p in found),
-            1,
-        )
+        of_each = [
+            len(p.body) / (count.of_iteration or p.elements(count.size) / count.streams) for p in found
+        ]
+        return round(sum(of_each), 1)
 
     return Hot(
         max((max(p.widths("LDG", "LDGSTS"), default=0) for p in (*reading, *writing, *loading)), default=0),

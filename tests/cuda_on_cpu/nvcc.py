@@ -6,12 +6,15 @@ NVIDIA's cuobjdump, which unpacks the machine code of an object file, compressed
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import io
 import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +83,15 @@ def tool(name: str) -> str:
     return found
 
 
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """For what two workers of pytest would do twice, in the same files."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def compiled(source: Path, nvcc: str) -> tuple[str, Path]:
     """What `ptxas -v` says of one file, and its object file or cubin; here it is compiled if it has changed."""
     from ninja import BIN_DIR
@@ -92,7 +104,6 @@ def compiled(source: Path, nvcc: str) -> tuple[str, Path]:
         if built.stat().st_mtime > newest and log.exists() and f"for '{ARCH}'" in log.read_text():
             return log.read_text(), built
 
-    OUT.mkdir(parents=True, exist_ok=True)
     text, out = io.StringIO(), f"{source.stem}.cubin"
     n = Writer(text, width=110)
     n.rule(
@@ -103,10 +114,11 @@ def compiled(source: Path, nvcc: str) -> tuple[str, Path]:
     )
     n.build(out, "nvcc", str(source))
     file = OUT / f"{source.stem}.ninja"
-    file.write_text(text.getvalue())
-    made = subprocess.run(
-        [str(Path(BIN_DIR, "ninja")), "-f", file.name], cwd=OUT, capture_output=True, text=True
-    )
+    with one_at_a_time():
+        file.write_text(text.getvalue())
+        made = subprocess.run(
+            [str(Path(BIN_DIR, "ninja")), "-f", file.name], cwd=OUT, capture_output=True, text=True
+        )
     assert made.returncode == 0, made.stdout
     return (OUT / f"{out}.log").read_text(), OUT / out
 
@@ -115,14 +127,10 @@ def image_of(path: Path) -> bytes:
     """The cubin for ARCH: the file itself, or what an object file contains."""
     if path.suffix == ".cubin":
         return path.read_bytes()
-    folder = OUT / "cubins" / path.stem
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    subprocess.run(
-        [tool("cuobjdump"), "-xelf", f".{ARCH}.", str(path)], cwd=folder, capture_output=True, check=True
-    )
-    images = [p.read_bytes() for p in folder.iterdir()]
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [tool("cuobjdump"), "-xelf", f".{ARCH}.", str(path)]
+        subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        images = [p.read_bytes() for p in Path(folder).iterdir()]
     assert len(images) <= 1, f"{path}: {len(images)} images for {ARCH}"
     return images[0] if images else b""
 

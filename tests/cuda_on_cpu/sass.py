@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -89,12 +88,10 @@ def measure(batch: list[Work]) -> list[loops.Hot]:
 
 def hot_loops(work: Sequence[Work]) -> list[loops.Hot]:
     """Figures of hot loops; only code that is new is disassembled."""
-    nvcc.OUT.mkdir(parents=True, exist_ok=True)
     version = Path(loops.__file__).read_bytes()
     keys = [key_of(w, version) for w in work]
     file = nvcc.OUT / "hot_loops.json"
-    with open(nvcc.OUT / "hot_loops.lock", "w") as lock:  # two workers of pytest would do the same
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with nvcc.one_at_a_time():
         known = json.loads(file.read_text()) if file.exists() else {}
         missing = {key: w for key, w in zip(keys, work, strict=True) if key not in known}
         batches: list[list[str]] = [[]]
