@@ -31,10 +31,11 @@ __global__ void __launch_bounds__(128) rare(const float* x, int64_t* y, int n, i
     y[i] = v;
   }
 }
-// The same division in every iteration.
-__global__ void __launch_bounds__(128) division(const int64_t* x, int64_t* y, int n, int64_t d) {
+// A call in every iteration.
+__noinline__ __device__ float called(float v) { return v > 0 ? __expf(v) : v * v; }
+__global__ void __launch_bounds__(128) calls(const float* x, float* y, int n) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += 128) y[i] = x[i] / d;
+  for (int i = threadIdx.x; i < n; i += 128) y[i] = called(x[i]);
 }
 // A local array that is indexed by a variable.
 __global__ void local_array(const float* x, float* y, const int* at) {

@@ -23,9 +23,9 @@ def kernels() -> dict[str, tuple[nvcc.Kernel, list[loops.Instruction]]]:
     return {k.name.split(": ")[1]: (k, c) for k, c in zip(found, code, strict=True)}
 
 
-def hot(kernel: nvcc.Kernel, code: list[loops.Instruction], size: int = 4) -> loops.Hot:
+def hot(kernel: nvcc.Kernel, code: list[loops.Instruction]) -> loops.Hot:
     tables = list(struct.unpack(f"<{len(kernel.tables) // 4}I", kernel.tables))
-    return loops.hot(code, tables, loops.Elements(size))
+    return loops.hot(code, tables, loops.Elements(4))
 
 
 def test_loads_of_a_loop_are_counted(kernels):
@@ -44,7 +44,7 @@ def test_a_load_that_needs_the_last_one_is_alone(kernels):
 
 
 def test_what_is_rare_does_not_count(kernels):
-    rare, always = hot(*kernels["rare"]), hot(*kernels["division"], size=8)
+    rare, always = hot(*kernels["rare"]), hot(*kernels["calls"])
     assert rare.calls == 0 and rare.write < 25
     assert always.calls == 1
     assert len(kernels["rare"][1]) > 150  # the division is there
