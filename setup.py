@@ -137,11 +137,14 @@ class NinjaBuild(build_ext):
             version = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[
                 1
             ]
+            # By itself nvcc compresses only some files. The smaller format needs a driver that every user of CUDA 13
+            # has, and not every one of CUDA 12.
+            smallest = int(version.split(".")[0]) >= 13
+            compression = "-compress-mode=size" if smallest else "-Xfatbin=-compress-all"
             n.rule(
                 "nvcc",
                 f"{nvcc} -MMD -MF $out.d -O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden "
-                # by itself nvcc compresses only some files; a quarter of the size
-                f"-Xptxas -v -Xfatbin=-compress-all {' '.join(gencode(archs))} -c $in -o $out > $out.log 2>&1 "
+                f"-Xptxas -v {compression} {' '.join(gencode(archs))} -c $in -o $out > $out.log 2>&1 "
                 "|| (cat $out.log; false)",
                 depfile="$out.d",
                 deps="gcc",
