@@ -12,11 +12,11 @@ SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
 CPP_FILES := find csrc tests '(' -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' ')' -print0
 
-.PHONY: help env build demo test test-quick gpu gpu-dry gpu-pack check bench lint format clean
+.PHONY: help env build demo test test-quick test-oldest gpu gpu-dry gpu-pack check bench lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "ARGS=... is passed on: make test ARGS='-k cross_entropy', make demo ARGS='--text my.txt --steps 500'"
 
 env: $(VENV)/.env ## create .venv with torch and the build dependencies
@@ -52,6 +52,38 @@ test: $(VENV)/.built $(VENV)/.extra-test ## run the whole test suite
 test-quick: $(VENV)/.built $(VENV)/.extra-test ## run one dtype and one case of every family, without sanitizers
 	$(PYTEST) --quick --durations=20 $(ARGS)
 
+# The oldest torch that pyproject.toml allows has an environment of its own. If the package index does not give it, that passes.
+OLDEST := $(VENV)-oldest
+OLDEST_TORCH := $(or $(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml),$(error no torch in pyproject.toml))
+OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check --quiet
+OLDEST_RUN := OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m
+OLDEST_PYTEST := $(OLDEST_RUN) pytest -n 2 --dist worksteal
+OLDEST_CHECKED := cross_entropy linear_cross_entropy clip_loss ctc_loss mse_loss dpo_loss_from_logits gae
+
+$(OLDEST)/.torch-$(OLDEST_TORCH): | $(VENV)/.env
+	$(BIN)/python -m venv --clear $(OLDEST)
+	@echo "downloading torch $(OLDEST_TORCH)"
+	@if said=$$($(OLDEST_PIP) download --dest $(OLDEST)/wheels $(TORCH_INDEX) torch==$(OLDEST_TORCH) 2>&1); then \
+	  set -ex; \
+	  $(OLDEST_PIP) install --no-index --find-links $(OLDEST)/wheels torch==$(OLDEST_TORCH); \
+	  $(OLDEST_PIP) install numpy pytest pytest-xdist hypothesis rich matplotlib; \
+	  touch $@; \
+	else \
+	  echo "$$said" | tail -n 5; \
+	  case "$$said" in *"No space left"* | *"Permission denied"*) exit 1 ;; esac; \
+	  echo "torch $(OLDEST_TORCH) could not be downloaded, so nothing was tested under it."; \
+	fi
+	@rm -rf $(OLDEST)/wheels
+
+test-oldest: $(VENV)/.built $(OLDEST)/.torch-$(OLDEST_TORCH) ## run a part of the suite under the oldest supported torch
+	@if test -e $(OLDEST)/.torch-$(OLDEST_TORCH); then \
+	  set -ex; \
+	  $(OLDEST_RUN) fastloss info; \
+	  $(OLDEST_RUN) fastloss check --device cpu $(OLDEST_CHECKED:%=--loss %); \
+	  $(OLDEST_PYTEST) --quick -k "not compiled_transforms" tests/contract tests/losses tests/project/test_profile.py; \
+	  $(OLDEST_PYTEST) --devices cpu -k "as_one_graph or opcheck" tests/contract/test_compile.py; \
+	fi
+
 gpu: ## on a machine with a GPU: times, numerics, counters, sanitizers in nine minutes; PYTHON needs a torch with CUDA
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
@@ -79,7 +111,7 @@ format: $(VENV)/.built $(VENV)/.extra-dev ## fix formatting: ruff, clang-format,
 	$(CPP_FILES) | xargs -0 $(BIN)/clang-format -i
 	$(BIN)/python -m fastloss losses --write README.md
 
-clean: ## remove everything generated, except .venv
+clean: ## remove everything generated, except .venv and .venv-oldest
 	rm -rf build dist demo-out bench-out gpu-out gpu-pack *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache $(VENV)/.built
 	rm -f fastloss/*.so
 	find fastloss tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

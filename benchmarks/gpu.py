@@ -13,9 +13,9 @@ tests       the tests that ask something of kernels, on CUDA
 peers       eager, torch.compile and installed peers on the first rows of the table
 
 A folder gets at most eight files, each written as results come, so that whatever ends the run takes nothing along:
-results.jsonl (a line a result), log.txt, counters.csv, tests.txt, sanitizer.txt, and report.md at the end, which
-`--report FOLDER` writes again. `--stages` runs some of them, `--device cpu` rehearses all of them in small where
-there is no GPU.
+results.jsonl (a line a result), log.txt, counters.csv, tests.txt, sanitizer.txt, and report.md after every stage.
+`python -m fastloss bench --from FOLDER` writes the report again and plots the times, on any machine. `--stages` runs
+some of the stages, `--device cpu` rehearses all of them in small where there is no GPU.
 
 A library that was carried along, `gpu-pack/_library.so.xz` (`make gpu-pack`), is unpacked where none is built.
 """
@@ -28,6 +28,7 @@ import json
 import lzma
 import os
 import queue
+import runpy
 import shutil
 import signal
 import subprocess
@@ -319,47 +320,10 @@ def pack(beside: Path | None) -> int:
     return subprocess.run([sys.executable, "-m", "pip", "install", *target, *peers]).returncode
 
 
-def report(folder: Path) -> str:
-    """Return a summary of the results of one folder as Markdown."""
-    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-    def of(stage: str) -> list[dict[str, Any]]:
-        return [r for r in records if r["stage"] == stage]
-
-    lines = ["# What a GPU showed", ""]
-    for r in of("start"):
-        lines += [f"* {key}: {value}" for key, value in r.items() if key != "stage"]
-    for r in of("ceilings"):
-        if "ceiling" in r:
-            rate = f"{r['GB_per_s']:.0f} GB/s" if "GB_per_s" in r else f"{r['TFLOP_per_s']:.0f} TFLOP/s"
-            lines.append(f"* {r['ceiling']} {r.get('dtype', '')}: {rate}")
-    lines += ["", "| stage | ended | seconds |", "|---|---|---|"]
-    lines += [f"| {r['stage']} | {r['ended']} | {r['seconds']} |" for r in records if "ended" in r]
-
-    smoke, checked = of("smoke"), [r for r in of("numbers") if "comparisons" in r]
-    lines += [
-        "",
-        f"{sum(r['calls'] for r in smoke if 'calls' in r)} calls, {sum('failed' in r for r in smoke)} failed. "
-        f"{sum(r['comparisons'] for r in checked)} comparisons of {len(checked)} functions with float64, "
-        f"{sum(r['failures'] for r in checked)} failed.",
-    ]
-    failed = [r for r in smoke + of("numbers") if "failed" in r]
-    lines += ["", *(f"* {r['stage']}: {r['failed']} {r.get('error', '')}" for r in failed)]
-    timed = [r for r in of("times") + of("peers") if "candidate" in r]
-    lines += ["", "| row | candidate | ms | of ceiling | extra MiB |", "|---|---|---|---|---|"]
-    order = list(dict.fromkeys(json.dumps(r["row"], sort_keys=True) for r in timed))
-    for r in sorted(timed, key=lambda r: order.index(json.dumps(r["row"], sort_keys=True))):
-        row = r["row"]
-        name = f"{row['loss']} {'x'.join(map(str, row['shape']))} {row['dtype']}"
-        name += f" ({row['case']})" if "case" in row else ""
-        name += ", forward" if row.get("forward_only") else ""
-        who = r["candidate"] + (f" ({r['tree']})" if r.get("tree") else "")
-        if "ms" in r:
-            fraction = f"{r['of_ceiling']:.0%} of {r['ceiling']}" if "of_ceiling" in r else "-"
-            lines.append(f"| {name} | {who} | {r['ms']:.4g} | {fraction} | {r.get('extra_MiB', '-')} |")
-        else:
-            lines.append(f"| {name} | {who} | {r.get('failed', '')} | - | - |")
-    return "\n".join(lines) + "\n"
+def write_report(folder: Path) -> None:
+    """Write report.md from results.jsonl; the file that does it is run by its path, as fastloss may not load here."""
+    made = runpy.run_path(str(ROOT / "fastloss" / "_cli" / "gpu_report.py"))
+    (folder / "report.md").write_text(made["markdown"](made["read"](folder)))
 
 
 def main() -> int:
@@ -372,12 +336,8 @@ def main() -> int:
     parser.add_argument("--stages", help="comma-separated; default: all")
     parser.add_argument("--beside", metavar="FOLDER", help="folder of another fastloss, timed for comparison")
     parser.add_argument("--note", default="", help="a sentence for the report")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only write report.md of these results")
     parser.add_argument("--pack", action="store_true", help="only make gpu-pack, which travels to the GPU")
     args = parser.parse_args()
-    if args.report:
-        (args.report / "report.md").write_text(report(args.report))
-        return 0
     if args.pack:
         return pack(Path(args.beside) if args.beside else None)
 
@@ -397,7 +357,7 @@ def main() -> int:
             good = False
             continue
         good &= run_stage(stage, until, results)
-        (args.out / "report.md").write_text(report(args.out))
+        write_report(args.out)
     return int(not good)
 
 

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         dest="again",
-        help="measure nothing: write the report and plot of DIR/results.json again",
+        help="measure nothing: write report and plot from the results in DIR, of --out or of `make gpu`",
     )
 
     profile = commands.add_parser("profile", help="profile the fastloss calls of a script")

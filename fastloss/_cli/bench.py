@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastloss._cli import report
+from fastloss._cli import gpu_report, report
 from fastloss._cli.bench_worker import BenchSpec, summary
 from fastloss._registry import Loss, entries, estimators
 
@@ -181,10 +181,30 @@ def write(folder: Path, results: dict[str, Any]) -> None:
         plot.draw(results["rows"], folder / report.PLOT)
 
 
+def write_again(folder: Path) -> None:
+    """Write report and plot from the results in the folder, those of `bench --out` or of `make gpu`."""
+    from fastloss._cli import plot
+
+    if (folder / report.RESULTS).is_file():
+        write(folder, json.loads((folder / report.RESULTS).read_text()))
+    elif (folder / gpu_report.RESULTS).is_file():
+        records = gpu_report.read(folder)
+        rows = {name: [r for r in group if "ms" in r] for name, group in gpu_report.timed(records).items()}
+        if any(rows.values()):
+            plot.draw_gpu({name: group for name, group in rows.items() if group}, folder / report.PLOT)
+        link = report.PLOT if any(rows.values()) else None
+        (folder / "report.md").write_text(gpu_report.markdown(records, link))
+    else:
+        raise FileNotFoundError(
+            f"{folder} holds no results: {report.RESULTS}, which `bench --out` writes, "
+            f"or {gpu_report.RESULTS}, which `make gpu` writes"
+        )
+
+
 def main(args: argparse.Namespace) -> int:
     """Run `python -m fastloss bench`; return 1 if a candidate of fastloss was skipped or failed."""
     if args.again:
-        write(args.again, json.loads((args.again / "results.json").read_text()))
+        write_again(args.again)
         return 0
 
     from rich.console import Console

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 
 NO_GPU = "none can exist: torch sees no GPU"
+DRIVERS = {12: 525, 13: 580}
+"""The oldest NVIDIA driver by the major version of CUDA."""
 
 
 def cpu_model() -> str:
@@ -37,6 +40,31 @@ def gpus() -> list[dict[str, Any]]:
     ]
 
 
+def cuda_of_driver() -> str | None:
+    """Return the newest CUDA version that the NVIDIA driver supports, or None where there is no driver."""
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def driver_is_too_old(nvcc: str | None, driver: str | None) -> str | None:
+    """Return a sentence if the CUDA runtime of an nvcc, linked statically, cannot run on the driver.
+
+    A runtime runs on the drivers of its own major version, also of an older minor one, and on newer drivers.
+    """
+    if not nvcc or not driver or int(driver.split(".")[0]) >= int(nvcc.split(".")[0]):
+        return None
+    major = int(nvcc.split(".")[0])
+    needed = f"CUDA {major}" + (f" ({DRIVERS[major]} or newer)" if major in DRIVERS else "")
+    return (
+        f"an error: built with nvcc {nvcc}, whose runtime needs a driver for {needed}, but the driver is for CUDA "
+        f"{driver}; install a newer driver, or rebuild with an nvcc of CUDA {driver.split('.')[0]}"
+    )
+
+
 def extension() -> Any | None:
     """Return the compiled module, or None where it was not built."""
     try:
@@ -56,6 +84,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_cuda": torch.version.cuda,
+        "driver_cuda": cuda_of_driver(),
         "python": platform.python_version(),
         "system": platform.system(),
         "gpus": gpus(),
@@ -68,7 +97,10 @@ def will_use(built: dict[str, Any] | None, here: dict[str, Any]) -> dict[str, st
         unknown = "fastloss kernels; which ones is unknown, fastloss._C not being built for this Python"
         return {"cpu tensors": unknown, "cuda tensors": unknown if here["gpus"] else NO_GPU}
     cpu = f"{here['kernels_for']} kernels, {here['threads']} threads"
-    if not here["gpus"]:
+    too_old = driver_is_too_old(built.get("nvcc"), here["driver_cuda"])
+    if too_old:
+        cuda = too_old
+    elif not here["gpus"]:
         cuda = NO_GPU
     elif built.get("cuda"):
         cuda = "CUDA kernels"

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 
+from fastloss._cli.gpu_report import Record, candidate
 from fastloss._cli.report import CEILINGS, Row, measurements, number, title
 
 matplotlib.use("Agg")
@@ -17,6 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans"]  # an SVG repeats the list at every word
+
+
+SHORT = {"copy": "copy", "product": "GEMM"}
+"""The ceilings of `make gpu` as labels."""
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -82,6 +87,58 @@ def panel(axes: Axes, rows: Sequence[Row]) -> None:
     order = f"; upper bar {regimes[0]}, lower {regimes[1]}" if len(regimes) > 1 else ""
     limits = " / ".join(number(ceiling["times"][regime]["ms"]) for regime in regimes)
     axes.set_title(f"{title(ceiling)}\ndashed: {what}, {limits} ms{order}", fontsize=8, loc="left")
+
+
+def draw_gpu(rows: Mapping[str, Sequence[Record]], path: Path) -> None:
+    """Draw the rows of `make gpu`: a dot at every candidate's time, a line at the ceiling's; bars of its share."""
+    names = sorted({candidate(r) for group in rows.values() for r in group}, key=order_of)
+    lines = sum(map(len, rows.values())) + 0.5 * len(rows)
+    figure, (left, right) = plt.subplots(
+        1, 2, sharey=True, figsize=(12.0, 1.2 + 0.17 * lines), width_ratios=(3, 2), layout="constrained"
+    )
+    ticks, y = [], 0.0
+    for group in rows.values():
+        ticks.append(y + (len(group) - 1) / 2)
+        for r in sorted(group, key=lambda r: order_of(candidate(r))):
+            who = candidate(r)
+            color = color_of(names.index(who), who)
+            left.plot(r["ms"], y, "o", color=color, markersize=5, clip_on=False)
+            label = f"{number(r['ms'])}  {who}" if len(names) > 1 else number(r["ms"])
+            left.annotate(label, (r["ms"], y), (6, 0), textcoords="offset points", va="center", fontsize=7)
+            if "of_ceiling" in r:
+                best = r["ms"] * r["of_ceiling"]
+                left.plot([best, r["ms"]], [y, y], color=color, linewidth=1, zorder=1)
+                left.plot(best, y, "|", color="black", markersize=8)
+                right.barh(y, 100 * r["of_ceiling"], 0.8, color=color)
+                text = f"{100 * r['of_ceiling']:.0f}% of {SHORT.get(r['ceiling'], r['ceiling'])}"
+                right.annotate(text, (100 * r["of_ceiling"], y), (3, 0), textcoords="offset points",
+                               va="center", fontsize=7)  # fmt: skip
+            y += 1.0
+        y += 0.5
+    left.set_yticks(ticks, list(rows), fontsize=8)
+    left.set(xscale="log", ylim=(y - 0.5, -1.0))
+    left.set_title("ms, and the ceiling's time as a line", fontsize=9, loc="left")
+    right.set_title("% of the ceiling", fontsize=9, loc="left")
+    most = max((100 * r.get("of_ceiling", 0.0) for group in rows.values() for r in group), default=0.0)
+    right.set(xlim=(0, max(118.0, 1.18 * most)), xticks=range(0, 101, 20))
+    for axes in (left, right):
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", linewidth=0.3)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    save(figure, path)
+
+
+def order_of(who: str) -> tuple[bool, bool, str]:
+    """Sort fastloss before others, its tree "beside" after "this"."""
+    return not who.startswith("fastloss"), "beside" in who, who
+
+
+def color_of(i: int, who: str) -> str:
+    """Return orange for fastloss, a paler one for the tree beside it, grey for eager, others by number."""
+    if who.startswith("fastloss"):
+        return "moccasin" if "beside" in who else "tab:orange"
+    return "tab:gray" if who == "eager" else f"C{(i + 2) % 10}"
 
 
 def roofline(groups: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float], path: Path) -> None:

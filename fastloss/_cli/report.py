@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+RESULTS = "results.json"
+"""The numbers in the folder of a report."""
 PLOT = "times.svg"
 """The plot in the folder of a report."""
 
@@ -147,7 +149,7 @@ EXPLANATION = (
 
 def write_folder(folder: Path, report: dict[str, Any]) -> None:
     """Write `results.json`, and `report.md` with a table of every measurement and a link to their plot."""
-    write_json(folder / "results.json", report)
+    write_json(folder / RESULTS, report)
     machine = report["machine"]
     gpus = ", ".join(g["name"] for g in machine["gpus"])
     text = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastloss.__main__ import main
+from fastloss._cli import gpu_report
 from fastloss._cli.check import compare
 from fastloss._registry import losses
 
@@ -148,3 +151,81 @@ def test_a_stage_of_a_gpu_run_ends_at_its_limit(tmp_path):
     assert "1 x stopped at its limit" in ended["ended"]
     assert "1 x not begun" in ended["ended"]
     assert (tmp_path / "own.txt").read_text().startswith("words\n")
+
+
+ROW = {"loss": "mse_loss", "shape": [64, 1024], "dtype": "float32"}
+FORWARD = {**ROW, "dtype": "bfloat16", "case": "weight", "forward_only": True}
+SHARE = {"ceiling": "copy", "of_ceiling": 0.5, "extra_MiB": 3.0}
+RECORDS = [
+    {"stage": "start", "card": "a card", "note": ""},
+    {"stage": "ceilings", "ceiling": "copy", "GB_per_s": 1234.5},
+    {"stage": "smoke", "calls": 8, "failures": 0},
+    {"stage": "times", "tree": "this", "row": ROW, "candidate": "fastloss", "ms": 0.25, **SHARE},
+    {"stage": "times", "tree": "this", "row": FORWARD, "candidate": "fastloss", "ms": 0.125, **SHARE},
+    {"stage": "times", "tree": "beside", "row": ROW, "candidate": "fastloss", "ms": 0.75, **SHARE},
+    {"stage": "times", "ended": "2 x passed", "seconds": 3.0},
+    {"stage": "peers", "tree": "", "row": ROW, "candidate": "Liger", "failed": "RuntimeError: none"},
+    {"stage": "peers", "tree": "", "row": ROW, "candidate": "eager", "ms": 2.0, "how": "events"},
+]
+
+
+def folder_of(folder, records):
+    (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def test_a_gpu_run_is_reported_and_plotted_afterwards(tmp_path):
+    """A tree beside is another candidate; what failed is in the table and not in the plot."""
+    assert main(["bench", "--from", str(folder_of(tmp_path, RECORDS))]) == 0
+    report = (tmp_path / "report.md").read_text()
+    assert "![times](times.svg)" in report
+    lines = report.splitlines()
+    first = lines.index("| row | candidate | ms | of ceiling | extra MiB |")
+    assert lines[first + 2 :] == [
+        "| mse_loss 64x1024 float32 | fastloss (this) | 0.25 | 50% of copy | 3.0 |",
+        "| mse_loss 64x1024 float32 | fastloss (beside) | 0.75 | 50% of copy | 3.0 |",
+        "| mse_loss 64x1024 float32 | Liger | RuntimeError: none | - | - |",
+        "| mse_loss 64x1024 float32 | eager | 2 | - | - |",
+        "| mse_loss 64x1024 bfloat16 (weight), forward | fastloss (this) | 0.125 | 50% of copy | 3.0 |",
+    ]
+    plot = (tmp_path / "times.svg").read_text()
+    for text in (
+        "0.250  fastloss (this)",
+        "0.750  fastloss (beside)",
+        "2.00  eager",
+        "bfloat16 (weight), forward",
+    ):
+        assert text in plot
+    assert plot.count("50% of copy") == 3
+    assert "Liger" not in plot
+
+
+def test_a_gpu_run_without_times_has_no_plot(tmp_path):
+    assert main(["bench", "--from", str(folder_of(tmp_path, RECORDS[:3]))]) == 0
+    assert "8 calls, 0 failed" in (tmp_path / "report.md").read_text()
+    assert "times.svg" not in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "times.svg").exists()
+
+
+def test_a_folder_without_results_is_told_what_it_lacks(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "none"):
+        assert main(["bench", "--from", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert all(name in error for name in (str(folder), "results.json,", "results.jsonl,", "make gpu"))
+    (tmp_path / "results.jsonl").write_text('{"stage": "start"}\n{"stage": "ti')
+    assert main(["bench", "--from", str(tmp_path)]) == 2
+    assert "line 2 of" in capsys.readouterr().err
+
+
+def test_the_report_of_a_gpu_run_needs_no_package():
+    """gpu.py writes it on machines where fastloss is not built yet, or does not load."""
+    for node in ast.walk(ast.parse(Path(gpu_report.__file__).read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+
+
+def test_a_gpu_run_writes_its_report(tmp_path):
+    write_report = runpy.run_path(str(BENCHMARKS / "gpu.py"))["write_report"]
+    write_report(folder_of(tmp_path, RECORDS))
+    assert (tmp_path / "report.md").read_text() == gpu_report.markdown(RECORDS)

@@ -14,11 +14,11 @@ import torch
 
 from fastloss import _registry
 from fastloss.__main__ import main
-from fastloss._cli import bench_worker, check
+from fastloss._cli import bench_worker, check, info
 from fastloss._registry import accuracy, losses
 
 ROOT = Path(__file__).parents[2]
-RESULTS = [path.parent for path in sorted(ROOT.glob("benchmarks/results/*/*/results.json"))]
+RESULTS = sorted(ROOT.glob("benchmarks/results/*/*/results.json*"))
 LOSS = losses()[0]
 CASE = next(iter(LOSS.cases))
 SHAPE = next(s for s in LOSS.shapes if len(s) == 2 and min(s) > 1)
@@ -230,14 +230,15 @@ def test_bench_of_a_table(tmp_path, capsys):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"report.md", "results.json", "times.svg"}
 
 
-@pytest.mark.parametrize("folder", RESULTS, ids=lambda p: "/".join(p.parts[-2:]))
+@pytest.mark.parametrize("results", RESULTS, ids=lambda p: "/".join(p.parts[-3:]))
 @pytest.mark.slow
-def test_committed_reports_are_those_of_their_numbers(folder, tmp_path):
-    (tmp_path / "results.json").write_bytes((folder / "results.json").read_bytes())
+def test_committed_reports_are_those_of_their_numbers(results, tmp_path):
+    (tmp_path / results.name).write_bytes(results.read_bytes())
     assert main(["bench", "--from", str(tmp_path)]) == 0
-    for name in ("results.json", "report.md"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-    assert (folder / "times.svg").is_file()
+    for name in (results.name, "report.md"):
+        assert (tmp_path / name).read_bytes() == (results.parent / name).read_bytes()
+    assert (tmp_path / "times.svg").is_file()
+    assert (results.parent / "times.svg").is_file()
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("benchmarks/*.json")), ids=lambda p: p.stem)
@@ -269,3 +270,50 @@ def test_info(capsys):
     assert facts["built"]["cpu_capabilities"]
     assert main(["info"]) == 0
     assert torch.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "driver", "needed"),
+    [
+        ("13.0", "12.4", "CUDA 13 (580 or newer)"),
+        ("12.8", "11.8", "CUDA 12 (525 or newer)"),
+        ("14.1", "13.2", "CUDA 14"),
+        ("13.2", "13.0", None),
+        ("12.8", "13.0", None),
+        ("13.0", None, None),
+        (None, "12.4", None),
+    ],
+)
+def test_info_tells_of_a_driver_that_is_too_old(nvcc, driver, needed):
+    """A library runs on drivers of its CUDA's major version and on newer ones."""
+    built = {"nvcc": nvcc, "cuda": nvcc is not None}
+    here = {"kernels_for": "avx2", "threads": 2, "gpus": [{"name": "a card"}], "driver_cuda": driver}
+    said = info.will_use(built, here)["cuda tensors"]
+    if needed is None:
+        assert "driver" not in said
+        return
+    assert f"needs a driver for {needed}, but the driver is for CUDA {driver};" in said
+    assert f"an nvcc of CUDA {driver.split('.')[0]}" in said
+
+
+@pytest.mark.parametrize(
+    ("reported", "failed", "version"), [(12040, 0, "12.4"), (13000, 0, "13.0"), (0, 3, None)]
+)
+def test_info_asks_the_driver(reported, failed, version, monkeypatch):
+    class Library:
+        @staticmethod
+        def cuDriverGetVersion(where):
+            where._obj.value = reported
+            return failed
+
+    monkeypatch.setattr(info.ctypes, "CDLL", lambda name: Library)
+    assert info.cuda_of_driver() == version
+
+
+def test_info_without_a_driver(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(info.ctypes, "CDLL", missing)
+    assert info.cuda_of_driver() is None
+    assert info.machine()["driver_cuda"] is None
