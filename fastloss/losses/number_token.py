@@ -27,6 +27,7 @@ from fastloss._ops.checks import (
     check_tensors,
 )
 from fastloss._ops.dtypes import autocast_to_fp32
+from fastloss._ops.reductions import running_sums
 from fastloss._ops.rowwise import NumberOp
 from fastloss.losses.token_statistics import log_probs_of
 
@@ -154,7 +155,8 @@ def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool
     max_distance = ascending[-1] - ascending[0]
     if kind == "wasserstein":
         difference = logp.softmax(-1) - p
-        loss = (difference.index_select(-1, order).cumsum(-1)[..., :-1].abs() * ascending.diff()).sum(-1)
+        areas = running_sums(difference.index_select(-1, order)[..., :-1]).abs() * ascending.diff()
+        loss = areas.sum(-1)
     else:
         error = _mean_of(values.expand_as(logp), logp) - (p * values).sum(-1)
         loss, max_distance = error.square(), max_distance.square()
