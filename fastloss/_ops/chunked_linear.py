@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import abi
-from fastloss._ops.autograd import LIBRARY, REDUCTIONS
+from fastloss._ops.autograd import LIBRARY, REDUCTIONS, runs_on_cpu
+from fastloss._ops.checks import check_integer
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import LogitTransform
 
 BUDGET = 116 << 20
 MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 1025 << 20, 4096
 """On CUDA: bytes and rows of a chunk where the weight is larger than `BUDGET`."""
+RESERVE = 12 << 20
+"""On the CPU: bytes of a call beside those of a chunk, among them the packed panels of a GEMM."""
 DIRECT = 1 << 24
 """Elements of a weight from which its gradient is written as bfloat16 at once: cuBLAS does not split its sums."""
 INPUT, WEIGHT, BIAS = 1, 2, 4
@@ -92,10 +95,33 @@ def products_for(operators: Any, x: Tensor) -> type:
     return PRODUCTS[operators.name, "cuda" if x.is_cuda else "cpu"]
 
 
+def _bytes_of_row(width: int, features: int, itemsize: int) -> int:
+    """Return what a row of a chunk needs: `width` numbers, and the row itself, copied, packed, and its gradient."""
+    return (width + 4 * features) * itemsize + 64
+
+
+def rows_within(max_extra_bytes: int | None, input: Tensor, linear_weight: Tensor, width: int) -> int:
+    """Return the most rows of a chunk for which a call needs at most so many bytes beyond its gradients; 0: no limit.
+
+    `width` is how many numbers of the logits' dtype a row needs. A number too small for one row is an error.
+    """
+    if max_extra_bytes is None:
+        return 0
+    limit = check_integer("max_extra_bytes", max_extra_bytes)
+    on_cpu = runs_on_cpu(input)
+    dtype = accumulation_dtype(input.dtype) if on_cpu else input.dtype
+    row, rest = _bytes_of_row(width, linear_weight.shape[-1], dtype.itemsize), RESERVE if on_cpu else 0
+    if limit < rest + row:
+        raise ValueError(
+            f"max_extra_bytes: expected at least {rest + row}, which one row of {linear_weight.shape[0]} logits needs "
+            f"here, got {limit}"
+        )
+    return (limit - rest) // row
+
+
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, limit: int) -> int:
     """Return how many rows the budget allows, in whole panels where it allows one; a function of sizes alone."""
-    # on the CPU also the row itself, packed, and its gradient
-    row = (classes + (4 * features if cpu else 0)) * logits.itemsize + 64
+    row = _bytes_of_row(classes, features if cpu else 0, logits.itemsize)
     rows = max(1, BUDGET // row)
     if cpu:
         # more would gain little: the weight is packed once per chunk
