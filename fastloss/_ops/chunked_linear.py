@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastloss._ops import abi
-from fastloss._ops.autograd import LIBRARY, REDUCTIONS, runs_on_cpu
+from fastloss._ops.autograd import LIBRARY, REDUCTIONS
 from fastloss._ops.checks import check_integer
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import LogitTransform
@@ -27,6 +27,8 @@ from fastloss._ops.logit_transforms import LogitTransform
 BUDGET = 116 << 20
 MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 1025 << 20, 4096
 """On CUDA: bytes and rows of a chunk where the weight is larger than `BUDGET`."""
+NO_LIMIT = (1 << 63) - 1
+"""The attribute `max_extra_bytes` where none is given."""
 RESERVE = 12 << 20
 """On the CPU: bytes of a call beside those of a chunk, among them the packed panels of a GEMM."""
 DIRECT = 1 << 24
@@ -100,23 +102,25 @@ def _bytes_of_row(width: int, features: int, itemsize: int) -> int:
     return (width + 4 * features) * itemsize + 64
 
 
-def rows_within(max_extra_bytes: int | None, input: Tensor, linear_weight: Tensor, width: int) -> int:
-    """Return the most rows of a chunk for which a call needs at most so many bytes beyond its gradients; 0: no limit.
+def extra_bytes(max_extra_bytes: int | None) -> int:
+    """Return the argument of this name as the attribute of an operator."""
+    return NO_LIMIT if max_extra_bytes is None else check_integer("max_extra_bytes", max_extra_bytes)
 
-    `width` is how many numbers of the logits' dtype a row needs. A number too small for one row is an error.
+
+def rows_within(
+    max_extra_bytes: int, classes: int, width: int, features: int, logits: torch.dtype, cpu: bool
+) -> int:
+    """Return the most rows of a chunk for which a call needs at most so many bytes beyond its gradients.
+
+    `width` is how many numbers of the logits' dtype a row needs. Too few bytes for one row are an error.
     """
-    if max_extra_bytes is None:
-        return 0
-    limit = check_integer("max_extra_bytes", max_extra_bytes)
-    on_cpu = runs_on_cpu(input)
-    dtype = accumulation_dtype(input.dtype) if on_cpu else input.dtype
-    row, rest = _bytes_of_row(width, linear_weight.shape[-1], dtype.itemsize), RESERVE if on_cpu else 0
-    if limit < rest + row:
+    row, rest = _bytes_of_row(width, features, logits.itemsize), RESERVE if cpu else 0
+    if max_extra_bytes < rest + row:
         raise ValueError(
-            f"max_extra_bytes: expected at least {rest + row}, which one row of {linear_weight.shape[0]} logits needs "
-            f"here, got {limit}"
+            f"max_extra_bytes: expected at least {rest + row}, which one row of {classes} logits needs here, got "
+            f"{max_extra_bytes}"
         )
-    return (limit - rest) // row
+    return (max_extra_bytes - rest) // row
 
 
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, limit: int) -> int:
@@ -172,6 +176,7 @@ class LinearAttrs(NamedTuple):
     hparams: list[float]  # two of the row loss, then those of the logit transform
     out_fp32: bool
     chunk: int  # rows of a chunk at most; 0: as many as fit
+    max_extra_bytes: int
 
 
 def unweighted_rows(
@@ -268,7 +273,9 @@ def forward(
     product = products(operators, linear_weight, linear_bias)
     total = rows if counted is None else counted.numel()
     width = classes + (transform.extra_per_row(classes) if transform else 0)
-    step = min(rows_of_a_chunk(width, features, product.logits_type, on_cpu, attrs.chunk), max(total, 1))
+    most = rows_within(attrs.max_extra_bytes, classes, width, features, product.logits_type, on_cpu)
+    most = min(attrs.chunk or most, most)
+    step = min(rows_of_a_chunk(width, features, product.logits_type, on_cpu, most), max(total, 1))
     if needs_grad_mask & WEIGHT and narrow and total <= step:
         dw = input.new_empty(classes, features)
     else:

@@ -77,19 +77,6 @@ class LinearOp(PrecomputedOp):
         super().__init__(name, by_name, wrt=(0, 1, 2))
         count_passes(self)
 
-    def rows_within(
-        self, max_extra_bytes: int | None, input: Tensor, linear_weight: Tensor, hparams: list[float]
-    ) -> int:
-        """Return the attribute `chunk` for which a call needs at most so many bytes beyond its gradients."""
-        classes, features = linear_weight.shape
-        width = classes
-        if self._logit_transform is not None:
-            names = self._logit_transform.HPARAMS
-            values = hparams[len(hparams) - len(names) :]
-            transform = self._logit_transform(features, **dict(zip(names, values, strict=True)))
-            width += transform.extra_per_row(classes)
-        return chunked_linear.rows_within(max_extra_bytes, input, linear_weight, width)
-
     def shapes(self, inputs, attrs, mask):
         input, weight = inputs.input, inputs.linear_weight
         acc_dtype = accumulation_dtype(input.dtype)

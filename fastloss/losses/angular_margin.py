@@ -18,7 +18,7 @@ from fastloss._ops.checks import (
     check_rows,
     check_tensors,
 )
-from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, without_unweighted
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, extra_bytes, without_unweighted
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.logit_transforms import AngularMargin, Harmonic
 from fastloss.losses.linear import as_autocast
@@ -131,7 +131,7 @@ def _margin_loss(
             LinearInputs(rows, centred, None, target, None, sample_weight),
             LinearAttrs(
                 ignore_index=ignore_index, reduction=mode, logit_scale=scale, softcap=0.0, hparams=hparams,
-                out_fp32=autocast, chunk=_margin.rows_within(max_extra_bytes, rows, centred, hparams),
+                out_fp32=autocast, chunk=0, max_extra_bytes=extra_bytes(max_extra_bytes),
             ),
         )  # fmt: skip
     except IndexError:
@@ -309,7 +309,7 @@ def harmonic_loss(
         LinearInputs(x, w, None, target.long(), None, sample_weight),
         LinearAttrs(
             ignore_index=ignore_index, reduction=mode, logit_scale=1.0, softcap=0.0, hparams=hparams, out_fp32=False,
-            chunk=_harmonic.rows_within(max_extra_bytes, x, w, hparams),
+            chunk=0, max_extra_bytes=extra_bytes(max_extra_bytes),
         ),
     )  # fmt: skip
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(dtype)

@@ -17,7 +17,7 @@ from fastloss._ops.checks import (
     check_tensors,
     real_number,
 )
-from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, without_unweighted
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, extra_bytes, without_unweighted
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss.losses import classification
@@ -235,13 +235,12 @@ def linear_cross_entropy(
         input = input.unsqueeze(0)
         target = target.unsqueeze(0) if soft else target.reshape(1)
         sample_weight = None if sample_weight is None else sample_weight.reshape(1)
-    within = _linear_cross_entropy.rows_within(max_extra_bytes, input, linear_weight, hparams)
     loss = _linear_cross_entropy(
         LinearInputs(input, linear_weight, linear_bias, target, weight, sample_weight),
         LinearAttrs(
             ignore_index=ignored, reduction=mode, logit_scale=check_number("logit_scale", logit_scale),
-            softcap=cap, hparams=hparams, out_fp32=autocast,
-            chunk=min(chunk, within) if chunk and within else chunk or within,
+            softcap=cap, hparams=hparams, out_fp32=autocast, chunk=chunk,
+            max_extra_bytes=extra_bytes(max_extra_bytes),
         ),
     )  # fmt: skip
     if reduction != "none":

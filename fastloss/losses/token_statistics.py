@@ -19,7 +19,7 @@ from fastloss._ops.checks import (
     check_tensor,
     check_tensors,
 )
-from fastloss._ops.chunked_linear import rows_within
+from fastloss._ops.chunked_linear import extra_bytes
 from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
@@ -338,12 +338,16 @@ def _call_linear_stats(
     """Return the outputs [4 + 2 K, rows] for hidden states [rows, in_features] and index [rows, K]."""
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, low=math.ulp(0.0)) * scale
-    chunk = rows_within(max_extra_bytes, input, linear_weight, 2 * linear_weight.shape[0])
     return call_with_classes(
         names[1],
         op,
         LinearStatsInputs(input, linear_weight, linear_bias, index, mask),
-        LinearStatsAttrs(logit_scale=scale, softcap=cap, everything=everything, chunk=chunk),
+        LinearStatsAttrs(
+            logit_scale=scale,
+            softcap=cap,
+            everything=everything,
+            max_extra_bytes=extra_bytes(max_extra_bytes),
+        ),
     )
 
 

@@ -127,19 +127,18 @@ def test_logits_that_are_made_all_at_once():
 
 @pytest.mark.parametrize(("classes", "features"), [(128256, 4096), (32000, 256), (262144, 2048)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_plan_on_cuda(classes, features, dtype, simt_library):
-    """The logits of a chunk and two copies of its rows fit, and no whole multiple of rows is left out."""
-    x, w = torch.empty(0, features, dtype=dtype), torch.empty(1, features, dtype=dtype).expand(classes, -1)
-    with autograd.use_namespace(simt_library):
-        for limit in (4 * MiB, 100 * MiB, 500 * MiB):
-            most = chunked_linear.rows_within(limit, x, w, classes)
-            rows = chunked_linear.rows_of_a_chunk(classes, features, dtype, False, most)
-            assert rows * (classes + 2 * features) * dtype.itemsize <= limit
-            row = (classes + 4 * features) * dtype.itemsize + 64
-            assert rows + (128 if rows >= 128 else 1) > min(limit, chunked_linear.BUDGET) // row
-        most = chunked_linear.rows_within(8 << 30, x, w, classes)
-        by_itself = chunked_linear.rows_of_a_chunk(classes, features, dtype, False, 0)
-        assert chunked_linear.rows_of_a_chunk(classes, features, dtype, False, most) == by_itself
+def test_plan_on_cuda(classes, features, dtype):
+    """The logits of a chunk and two copies of its rows fit, and no whole unit of rows is left out."""
+
+    def rows(limit):
+        most = chunked_linear.rows_within(limit, classes, classes, features, dtype, False)
+        return chunked_linear.rows_of_a_chunk(classes, features, dtype, False, most)
+
+    row = (classes + 4 * features) * dtype.itemsize + 64
+    for limit in (4 * MiB, 100 * MiB, 500 * MiB):
+        assert rows(limit) * (classes + 2 * features) * dtype.itemsize <= limit
+        assert rows(limit) + (128 if rows(limit) >= 128 else 1) > min(limit, chunked_linear.BUDGET) // row
+    assert rows(8 << 30) == rows(chunked_linear.NO_LIMIT)
 
 
 def test_with_the_chunk_size_of_torchs_options(monkeypatch):
@@ -159,7 +158,7 @@ def test_with_the_chunk_size_of_torchs_options(monkeypatch):
         {},
     ):
         linear_cross_entropy(x, w, y, **given)
-    assert limits == [2, 2, 5, 5, 0]
+    assert limits[:-1] == [2, 2, 5, 5] and limits[-1] > ROWS
 
 
 def test_module_passes_it_on():
