@@ -20,12 +20,17 @@ from torch import Tensor
 
 from fastloss._ops import abi
 from fastloss._ops.autograd import LIBRARY, REDUCTIONS
+from fastloss._ops.checks import check_integer
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.logit_transforms import LogitTransform
 
 BUDGET = 116 << 20
 MAX_CHUNK_BYTES, MAX_CHUNK_ROWS = 1025 << 20, 4096
 """On CUDA: bytes and rows of a chunk where the weight is larger than `BUDGET`."""
+NO_LIMIT = (1 << 63) - 1
+"""The attribute `max_extra_bytes` where none is given."""
+RESERVE = 12 << 20
+"""On the CPU: bytes of a call beside those of a chunk, among them the packed panels of a GEMM."""
 DIRECT = 1 << 24
 """Elements of a weight from which its gradient is written as bfloat16 at once: cuBLAS does not split its sums."""
 INPUT, WEIGHT, BIAS = 1, 2, 4
@@ -92,10 +97,35 @@ def products_for(operators: Any, x: Tensor) -> type:
     return PRODUCTS[operators.name, "cuda" if x.is_cuda else "cpu"]
 
 
+def _bytes_of_row(width: int, features: int, itemsize: int) -> int:
+    """Return what a row of a chunk needs: `width` numbers, and the row itself, copied, packed, and its gradient."""
+    return (width + 4 * features) * itemsize + 64
+
+
+def extra_bytes(max_extra_bytes: int | None) -> int:
+    """Return the argument of this name as the attribute of an operator."""
+    return NO_LIMIT if max_extra_bytes is None else check_integer("max_extra_bytes", max_extra_bytes)
+
+
+def rows_within(
+    max_extra_bytes: int, classes: int, width: int, features: int, logits: torch.dtype, cpu: bool
+) -> int:
+    """Return the most rows of a chunk for which a call needs at most so many bytes beyond its gradients.
+
+    `width` is how many numbers of the logits' dtype a row needs. Too few bytes for one row are an error.
+    """
+    row, rest = _bytes_of_row(width, features, logits.itemsize), RESERVE if cpu else 0
+    if max_extra_bytes < rest + row:
+        raise ValueError(
+            f"max_extra_bytes: expected at least {rest + row}, which one row of {classes} logits needs here, got "
+            f"{max_extra_bytes}"
+        )
+    return (max_extra_bytes - rest) // row
+
+
 def rows_of_a_chunk(classes: int, features: int, logits: torch.dtype, cpu: bool, limit: int) -> int:
     """Return how many rows the budget allows, in whole panels where it allows one; a function of sizes alone."""
-    # on the CPU also the row itself, packed, and its gradient
-    row = (classes + (4 * features if cpu else 0)) * logits.itemsize + 64
+    row = _bytes_of_row(classes, features if cpu else 0, logits.itemsize)
     rows = max(1, BUDGET // row)
     if cpu:
         # more would gain little: the weight is packed once per chunk
@@ -146,6 +176,7 @@ class LinearAttrs(NamedTuple):
     hparams: list[float]  # two of the row loss, then those of the logit transform
     out_fp32: bool
     chunk: int  # rows of a chunk at most; 0: as many as fit
+    max_extra_bytes: int
 
 
 def unweighted_rows(
@@ -242,7 +273,9 @@ def forward(
     product = products(operators, linear_weight, linear_bias)
     total = rows if counted is None else counted.numel()
     width = classes + (transform.extra_per_row(classes) if transform else 0)
-    step = min(rows_of_a_chunk(width, features, product.logits_type, on_cpu, attrs.chunk), max(total, 1))
+    most = rows_within(attrs.max_extra_bytes, classes, width, features, product.logits_type, on_cpu)
+    most = min(attrs.chunk or most, most)
+    step = min(rows_of_a_chunk(width, features, product.logits_type, on_cpu, most), max(total, 1))
     if needs_grad_mask & WEIGHT and narrow and total <= step:
         dw = input.new_empty(classes, features)
     else:

@@ -32,6 +32,7 @@ class LinearStatsAttrs(NamedTuple):
     logit_scale: float
     softcap: float
     everything: bool
+    max_extra_bytes: int
 
 
 class LinearStatsOutputs(NamedTuple):
@@ -51,7 +52,7 @@ class LinearStatsGradients(NamedTuple):
 class _Chunks:
     """Iterates over chunks of the rows that count: their indices, hidden states and logits."""
 
-    def __init__(self, operators: Any, inputs: LinearStatsInputs):
+    def __init__(self, operators: Any, inputs: LinearStatsInputs, max_extra_bytes: int):
         input, weight, mask = inputs.input, inputs.linear_weight, inputs.mask
         products = chunked_linear.products_for(operators, input)
         on_cpu = products is chunked_linear.PackedProducts
@@ -67,9 +68,9 @@ class _Chunks:
                 self.counted = mask.nonzero().squeeze(1)
         self.total = input.shape[0] if self.counted is None else self.counted.numel()
         classes, features = weight.shape
-        rows = chunked_linear.rows_of_a_chunk(
-            2 * classes, features, self.product.logits_type, on_cpu, 0
-        )  # the logits and their gradient
+        width, dtype = 2 * classes, self.product.logits_type  # the logits and their gradient
+        most = chunked_linear.rows_within(max_extra_bytes, classes, width, features, dtype, on_cpu)
+        rows = chunked_linear.rows_of_a_chunk(width, features, dtype, on_cpu, most)
         self.step = min(rows, max(self.total, 1))
         self.shape = self.step, classes
 
@@ -118,11 +119,11 @@ class LinearStatsOp(autograd.PythonOp):
             [_STATISTICS + (2 * index.shape[-1] if index is not None else 0), rows], dtype=acc_dtype
         )
         state = input.new_zeros([rows, _STATE], dtype=acc_dtype)
-        chunks = _Chunks(operators, inputs)
+        chunks = _Chunks(operators, inputs, attrs.max_extra_bytes)
         for pick, _, logits in chunks:
             of_chunk = None if index is None else index[pick]
             kept = None if chunks.mask is None else chunks.mask[pick]
-            outputs[:, pick], state[pick] = operators.token_stats_fwd(logits, of_chunk, kept, *attrs)
+            outputs[:, pick], state[pick] = operators.token_stats_fwd(logits, of_chunk, kept, *attrs[:-1])
         return outputs, state
 
     def backward(self, operators, grads, inputs, state, attrs, mask):
@@ -134,7 +135,7 @@ class LinearStatsOp(autograd.PythonOp):
 
         dx = result(chunked_linear.INPUT, rows, features)
         db = result(chunked_linear.BIAS, classes)
-        chunks = _Chunks(operators, inputs)
+        chunks = _Chunks(operators, inputs, attrs.max_extra_bytes)
         if mask & chunked_linear.WEIGHT and chunks.one_product(inputs.linear_weight):
             dw = input.new_empty(classes, features)
         else:
@@ -146,7 +147,7 @@ class LinearStatsOp(autograd.PythonOp):
             of_chunk = None if index is None else index[pick]
             kept = None if chunks.mask is None else chunks.mask[pick]
             g = operators.token_stats_bwd(
-                grads.outputs[:, pick], logits, of_chunk, kept, state.state[pick], *attrs
+                grads.outputs[:, pick], logits, of_chunk, kept, state.state[pick], *attrs[:-1]
             )
             if mask & chunked_linear.INPUT:
                 part = dx[pick] if chunks.counted is None else dx.new_empty(x.shape)
@@ -159,6 +160,7 @@ class LinearStatsOp(autograd.PythonOp):
                     db if mask & chunked_linear.BIAS else None,
                 )
                 chunks.product.weight_gradient(*into, g, x, add)
+            del g  # before the next chunk's takes its place
             add = True
         if not add:
             dw.zero_()

@@ -1,9 +1,12 @@
-"""Weighted reductions of row losses, by torch operations."""
+"""Weighted reductions of row losses and running sums, by torch operations."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastloss._ops.autograd import runs_on_cpu
 
 
 def _weighted(loss: Tensor, weight: Tensor) -> Tensor:
@@ -41,3 +44,18 @@ def reduced_over(
     elif reduction == "sum":
         loss = loss.sum()
     return loss.to(dtype)
+
+
+def running_sums(x: Tensor) -> Tensor:
+    """Return the sums of the elements up to each, along the last dimension.
+
+    `cumsum` on CUDA adds floating-point numbers in an order that may change; this one doubles the distance of what it
+    adds, log2(n) times.
+    """
+    if runs_on_cpu(x):
+        return x.cumsum(-1)
+    reach = 1
+    while reach < x.shape[-1]:
+        x = x + F.pad(x[..., :-reach], (reach, 0))
+        reach *= 2
+    return x

@@ -55,6 +55,7 @@ register(
                 "softcap": 10.0,
                 "z_loss": 1e-3,
                 "sample_weight": lambda d, s: d.uniform(s[0], low=0.0, high=2.0),
+                "max_extra_bytes": 64 << 20,
             },
         },
         shapes=((3, 5, 7), (5, 33, 1), (2, 1, 65), (7, 200, 130), (3, 40, 1003)),

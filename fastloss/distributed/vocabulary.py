@@ -224,6 +224,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     first_class: int | None = None,
     group: Any = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     r"""Compute the vocabulary-parallel cross-entropy of the logits `input @ linear_weight.T + linear_bias`.
 
@@ -244,6 +245,7 @@ def linear_cross_entropy(
         first_class: the number of this rank's first class, given on every rank or on none. Default: the number of
             classes of the ranks before it, whose slices may be of any size.
         group: a process group. Default: all processes.
+        max_extra_bytes: the most bytes that a pass may take here, as for `fastloss.functional.linear_token_stats`.
 
     Returns:
         A scalar, or for `"none"` a tensor `(N)`, of the input's type.
@@ -263,6 +265,6 @@ def linear_cross_entropy(
     temperature, cap = _scales(logit_scale, softcap)
     input = sum_of_gradients(input, group)
     stats = linear_token_stats_by(
-        _of_linear, input, linear_weight, index, temperature, linear_bias, valid, cap
+        _of_linear, input, linear_weight, index, temperature, linear_bias, valid, cap, max_extra_bytes
     )
     return _loss(stats, valid, local, target, mode, input.dtype, group)

@@ -18,7 +18,7 @@ from fastloss._ops.checks import (
     check_rows,
     check_tensors,
 )
-from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, without_unweighted
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, extra_bytes, without_unweighted
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.logit_transforms import AngularMargin, Harmonic
 from fastloss.losses.linear import as_autocast
@@ -101,7 +101,7 @@ def _select_classes(
 
 def _margin_loss(
     input, weight, target, s, m, reduction, additive, easy, straight, classes, ignore_index, label_smoothing,
-    sample_weight,
+    sample_weight, max_extra_bytes,
 ):  # fmt: skip
     mode = check_reduction(reduction)
     sample_weight, ignore_index = _check(input, weight, target, sample_weight, ignore_index, True)
@@ -131,7 +131,7 @@ def _margin_loss(
             LinearInputs(rows, centred, None, target, None, sample_weight),
             LinearAttrs(
                 ignore_index=ignore_index, reduction=mode, logit_scale=scale, softcap=0.0, hparams=hparams,
-                out_fp32=autocast, chunk=0,
+                out_fp32=autocast, chunk=0, max_extra_bytes=extra_bytes(max_extra_bytes),
             ),
         )  # fmt: skip
     except IndexError:
@@ -155,6 +155,7 @@ def arcface_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     r"""Compute the ArcFace loss: cross-entropy of scaled cosines, with a margin on the angle to the target's centre.
 
@@ -184,6 +185,7 @@ def arcface_loss(
         ignore_index: rows with this class are ignored. Default: -100.
         label_smoothing: in [0, 1]. Default: 0.
         sample_weight: a weight for each row. Default: 1.
+        max_extra_bytes: the most bytes that the chunks may take, as for `linear_cross_entropy`. Default: as there.
 
     Returns:
         A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast.
@@ -199,7 +201,7 @@ def arcface_loss(
         raise ValueError(f"margin_grad: expected 'exact' or 'straight_through', got {margin_grad!r}")
     return _margin_loss(
         input, weight, target, s, check_number("m", m, 0.0, math.pi / 2), reduction, False, easy_margin,
-        margin_grad == "straight_through", classes, ignore_index, label_smoothing, sample_weight,
+        margin_grad == "straight_through", classes, ignore_index, label_smoothing, sample_weight, max_extra_bytes,
     )  # fmt: skip
 
 
@@ -215,6 +217,7 @@ def cosface_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     r"""Compute the CosFace loss: cross-entropy of scaled cosines, with a margin on the cosine to the target's centre.
 
@@ -231,6 +234,7 @@ def cosface_loss(
         ignore_index: rows with this class are ignored. Default: -100.
         label_smoothing: in [0, 1]. Default: 0.
         sample_weight: a weight for each row. Default: 1.
+        max_extra_bytes: the most bytes that the chunks may take, as for `linear_cross_entropy`. Default: as there.
 
     Returns:
         A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast.
@@ -242,7 +246,7 @@ def cosface_loss(
     """
     return _margin_loss(
         input, weight, target, s, check_number("m", m), reduction, True, False, False, classes, ignore_index,
-        label_smoothing, sample_weight,
+        label_smoothing, sample_weight, max_extra_bytes,
     )  # fmt: skip
 
 
@@ -256,6 +260,7 @@ def harmonic_loss(
     eps: float = 1e-8,
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     r"""Compute the harmonic loss: probabilities fall with a power of the distance to the class centres.
 
@@ -275,6 +280,7 @@ def harmonic_loss(
         eps: :math:`\varepsilon`, > 0. Default: 1e-8.
         ignore_index: rows with this class are ignored. Default: -100.
         sample_weight: a weight for each row. Default: 1.
+        max_extra_bytes: the most bytes that the chunks may take, as for `linear_cross_entropy`. Default: as there.
 
     Returns:
         A scalar, or for `"none"` a tensor `(N)`, of the input's type; float32 under autocast, which changes nothing
@@ -303,7 +309,7 @@ def harmonic_loss(
         LinearInputs(x, w, None, target.long(), None, sample_weight),
         LinearAttrs(
             ignore_index=ignore_index, reduction=mode, logit_scale=1.0, softcap=0.0, hparams=hparams, out_fp32=False,
-            chunk=0,
+            chunk=0, max_extra_bytes=extra_bytes(max_extra_bytes),
         ),
     )  # fmt: skip
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(dtype)

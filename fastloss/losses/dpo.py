@@ -385,6 +385,7 @@ def linear_dpo_loss(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     r"""Compute the DPO loss from hidden states, with the logits in chunks.
 
@@ -411,6 +412,7 @@ def linear_dpo_loss(
         ignore_index: the label of tokens that do not count. Default: -100.
         temperature: divides the logits. Default: 1.
         softcap: bounds the logits (Gemma 2). Default: none.
+        max_extra_bytes: as for `linear_token_stats`.
 
     Returns:
         A scalar, or for `"none"` a tensor `[B]`; float32 for half-precision dtypes.
@@ -424,7 +426,7 @@ def linear_dpo_loss(
     (chosen, chosen_count), (rejected, rejected_count) = linear_sequence_log_probs(
         {"chosen_input": chosen_input, "rejected_input": rejected_input},
         {"chosen_labels": chosen_labels, "rejected_labels": rejected_labels},
-        linear_weight, linear_bias, ignore_index, temperature, softcap,
+        linear_weight, linear_bias, ignore_index, temperature, softcap, max_extra_bytes,
     )  # fmt: skip
     lengths: dict[str, Any] = {}
     if any(kind in OF_LENGTHS for kind, _ in _types(loss_type, None)):

@@ -17,7 +17,7 @@ from fastloss._ops.checks import (
     check_tensors,
     real_number,
 )
-from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, without_unweighted
+from fastloss._ops.chunked_linear import LinearAttrs, LinearInputs, extra_bytes, without_unweighted
 from fastloss._ops.chunked_linear_loss import LinearOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss.losses import classification
@@ -127,6 +127,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     r"""Compute the cross-entropy of the logits `input @ linear_weight.T + linear_bias`, in chunks of rows.
 
@@ -141,9 +142,9 @@ def linear_cross_entropy(
 
     Logits of a chunk of rows are computed, turned into their gradient in place and multiplied on. Beyond the gradients
     that takes at most 128 MiB on the CPU (while one row of logits is smaller than that), and on CUDA as much as the
-    weight has in float32, if that is more, up to 1 GiB; `options` can lower it. Gradients of half-precision dtypes are
-    collected in float32 and so take 4 bytes an element until backward (that of a large bfloat16 weight on CUDA only
-    until forward ends, and not at all where one chunk does). For "mean" and "sum" the gradients of `input`,
+    weight has in float32, if that is more, up to 1 GiB; `max_extra_bytes` lowers it. Gradients of half-precision dtypes
+    are collected in float32 and so take 4 bytes an element until backward (that of a large bfloat16 weight on CUDA
+    only until forward ends, and not at all where one chunk does). For "mean" and "sum" the gradients of `input`,
     `linear_weight` and `linear_bias` are computed in forward, those that are required. On the CPU rows that are
     ignored, or have a `sample_weight` of 0, are left out of the GEMMs; on CUDA, where counting them would synchronise,
     they are not.
@@ -162,12 +163,16 @@ def linear_cross_entropy(
         ignore_index: rows with this class are ignored and have no gradient. Default: -100.
         label_smoothing: :math:`\varepsilon` in [0, 1]. Default: 0.
         options: torch's `LinearCrossEntropyOptions`. Its `batch_chunk_size` is the most rows in a chunk (fewer if
-            memory requires it); its policies do not apply here: sums are always in float32 (float64), and a graph may
-            always be retained. Default: None.
+            memory requires it), of C logits each, in float32 on the CPU and in the input's type on CUDA; its policies
+            do not apply here: sums are always in float32 (float64), and a graph may always be retained. Default: None.
         logit_scale: :math:`s`, multiplies the logits. Default: 1.
         softcap: :math:`c > 0`, bounds the logits (Gemma 2). Default: none.
         z_loss: :math:`\zeta`, pulls lse towards 0 (PaLM, ST-MoE). Default: 0.
         sample_weight: a weight for each row, of the shape of the classes. Default: 1.
+        max_extra_bytes: the most bytes that a call may take beyond the gradients, in whatever type these are collected:
+            for the logits of a chunk, copies of its rows, and on the CPU 12 MiB of packed panels. Fewer mean smaller
+            chunks, more time, and gradients that may differ in the last bits. Too few for one row are an error, and so
+            is any number where the logits are made all at once. Default: as above.
 
     Returns:
         A scalar, or for `"none"` a tensor of the shape of the classes, of the input's type. Under autocast the GEMMs
@@ -204,6 +209,11 @@ def linear_cross_entropy(
     chunk = _chunk_rows(options, input.dtype)
     soft = target.is_floating_point()
     if len(classes) > 1 or (soft and target.dtype != input.dtype):
+        if max_extra_bytes is not None:
+            raise ValueError(
+                "max_extra_bytes: expected None for a linear_weight of more than 2 dimensions and for probabilities of "
+                "another type than input, whose logits are made all at once"
+            )
         input = without_unweighted(input, target, None if label_smoothing else weight, sample_weight, ignored)
         made = F.linear(input, linear_weight.reshape(-1, linear_weight.shape[-1])).view(logits.shape)
         loss = classification.cross_entropy(
@@ -230,6 +240,7 @@ def linear_cross_entropy(
         LinearAttrs(
             ignore_index=ignored, reduction=mode, logit_scale=check_number("logit_scale", logit_scale),
             softcap=cap, hparams=hparams, out_fp32=autocast, chunk=chunk,
+            max_extra_bytes=extra_bytes(max_extra_bytes),
         ),
     )  # fmt: skip
     if reduction != "none":

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import reference
-from fastloss._ops.autograd import Op, contiguous_like
+from fastloss._ops.autograd import Op, contiguous_like, runs_on_cpu
 from fastloss._ops.checks import (
     check_floating,
     check_number,
@@ -359,6 +359,14 @@ def _centred(x: Tensor) -> Tensor:
     return x - torch.where(mean.isfinite(), mean, 0.0)
 
 
+def _rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """Return these rows; one that occurs several times gets its gradients in a fixed order.
+
+    Of `index_select` they are added by atomics on CUDA, of indexing on the CPU.
+    """
+    return x.index_select(0, index) if runs_on_cpu(x) else x[index]
+
+
 def batch_hard_triplet_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -401,7 +409,7 @@ def batch_hard_triplet_loss(
             return square / 2
         return square if distance == "squared" else _length(square)
 
-    others = (x.index_select(0, i.clamp_min(0)) for i in (positive, negative))
+    others = (_rows_at(x, i.clamp_min(0)) for i in (positive, negative))
     squares = (sums[3].masked_fill(~counts, 0.0) for sums in pair_sums(x, *others))
     positive_distance, negative_distance = (distance_from(square) for square in squares)
     gap = (positive_distance - negative_distance).masked_fill(~counts, -torch.inf)

@@ -27,6 +27,7 @@ from fastloss._ops.checks import (
     check_tensors,
 )
 from fastloss._ops.dtypes import autocast_to_fp32
+from fastloss._ops.reductions import running_sums
 from fastloss._ops.rowwise import NumberOp
 from fastloss.losses.token_statistics import log_probs_of
 
@@ -104,20 +105,26 @@ def _number_labels(labels: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor,
     return match.any(-1), torch.where(match, values, 0.0).sum(-1)
 
 
-def _distances(values: Tensor, y: Tensor, kind: str, squash_factor: float | None) -> tuple[Tensor, Tensor]:
-    """Return the distance of each value from each of `y`, [..., D], and the largest loss."""
+def _distances(
+    values: Tensor, y: Tensor, kind: str, squash_factor: float | None, largest: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the distance of each value from each of `y`, [..., D], and the largest loss if it is asked for."""
     difference = values - y.unsqueeze(-1)
-    gaps = (values.unsqueeze(0) - values.unsqueeze(1)).abs()
+    if not largest and squash_factor is None:
+        return (difference.abs() if kind == "wasserstein" else difference), None
+    gaps = (difference if y is values else values - values.unsqueeze(-1)).abs()
     max_gap = gaps.amax()
     if kind != "wasserstein":
         return difference, max_gap.square()
+    distance = gaps if y is values else difference.abs()
     if squash_factor is None:
-        return difference.abs(), max_gap
+        return distance, max_gap
     min_gap = torch.where(gaps == 0, torch.inf, gaps).amin()
     several = max_gap > min_gap  # else all different values have the distance 1
     scale = torch.where(several, (squash_factor - 1) / torch.where(several, max_gap - min_gap, 1.0), 0.0)
-    distance = difference.abs()
     distance = torch.where(distance == 0, 0.0, 1 + torch.where(several, distance - min_gap, 0.0) * scale)
+    if not largest:
+        return distance, None
     return distance, torch.where(several, squash_factor, 1.0).to(distance.dtype)
 
 
@@ -135,11 +142,11 @@ def _number_rows(
     logp: Tensor, y: Tensor, values: Tensor, kind: str, reweigh: bool, squash_factor: float | None
 ) -> Tensor:
     """Return the row losses from the log-probabilities of the number tokens, [..., D]."""
-    distance, max_distance = _distances(values, y, kind, squash_factor)
+    distance, max_distance = _distances(values, y, kind, squash_factor, reweigh)
     loss = _mean_of(distance, logp)
     if kind == "mse":
         loss = loss.square()
-    if reweigh:
+    if max_distance is not None:
         mass = logp.exp().sum(-1)
         loss = loss * mass + 1.01 * max_distance * (1 - mass)
     return loss
@@ -154,7 +161,8 @@ def _soft_rows(logp: Tensor, p: Tensor, values: Tensor, kind: str, reweigh: bool
     max_distance = ascending[-1] - ascending[0]
     if kind == "wasserstein":
         difference = logp.softmax(-1) - p
-        loss = (difference.index_select(-1, order).cumsum(-1)[..., :-1].abs() * ascending.diff()).sum(-1)
+        areas = running_sums(difference.index_select(-1, order)[..., :-1]).abs() * ascending.diff()
+        loss = areas.sum(-1)
     else:
         error = _mean_of(values.expand_as(logp), logp) - (p * values).sum(-1)
         loss, max_distance = error.square(), max_distance.square()
@@ -368,14 +376,19 @@ def cross_entropy_with_number_token_loss(
     ignore_index = check_integer("ignore_index", ignore_index)
     weight = check_number("ntl_weight", ntl_weight)
     ids, order = token_ids.sort()
-    distance, max_distance = _distances(values[order], values[order], kind, squash_factor)
+    ascending = values[order]
+    distance, max_distance = _distances(ascending, ascending, kind, squash_factor, reweigh)
+    # the kernel reads the largest loss only to reweigh
+    max_distance = distance[0, 0] if max_distance is None else 1.01 * max_distance
     valid = labels != ignore_index
-    match = labels.unsqueeze(-1) == ids
-    is_number = match.any(-1) & valid
-    position = match.to(torch.uint8).argmax(-1)
-    number_weight = is_number.to(values.dtype) * weight
+    # of the last id that is not larger, or 0
+    position = torch.searchsorted(ids[1:].contiguous(), labels.contiguous(), right=True)
+    is_number = (ids[position] == labels) & valid
     if reduction == "mean":  # the mean over number tokens, of a sum divided by all labels
-        number_weight = number_weight * (valid.sum().to(number_weight.dtype) / is_number.sum().clamp(min=1))
+        labels_of_each = valid.sum(dtype=values.dtype) / is_number.sum().clamp(min=1)
+        number_weight = is_number * (labels_of_each * weight)
+    else:
+        number_weight = is_number.to(values.dtype) * weight
     # as a matrix where that needs no copy
     flat = logits.dim() < 3 or logits.is_contiguous()
     rows = (
@@ -388,7 +401,7 @@ def cross_entropy_with_number_token_loss(
     hparams = _cross_entropy_numbers.pack(
         label_smoothing=0.0, z_loss=0.0, squared=float(kind == "mse"), reweigh=float(reweigh)
     )
-    tensors = rows, labels, ids, distance, 1.01 * max_distance, position, number_weight
+    tensors = rows, labels, ids, distance, max_distance, position, number_weight
     loss = call_with_classes(
         "labels or token_ids",
         _cross_entropy_numbers,

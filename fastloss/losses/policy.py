@@ -288,13 +288,14 @@ def policy_loss(
         kl_type="none" if ref is None or not kl_coef else KL_TYPES[kl_type], top=clamp,
         entropy_coef=0.0 if h is None else check_number("entropy_coef", entropy_coef),
     )  # fmt: skip
-    inputs = (x, old, a, zeros_like(x) if ref is None else ref, zeros_like(x) if h is None else h)
+    nothing = zeros_like(x)
+    inputs = (x, old, a, nothing if ref is None else ref, nothing if h is None else h)
     shares = _shares(mask, x, mode, None if horizon is None else _positive("horizon", horizon))
     loss = _aggregate(_policy, inputs, hparams, shares, mode, normalizer)
     if (
         loss_type == "kl_cov"
     ):  # |l - old| as a divergence from where the token is drawn back to, else from itself
-        pull = (x, old, zeros_like(x), torch.where(chosen, old, x.detach()), zeros_like(x))
+        pull = (x, old, nothing, torch.where(chosen, old, x.detach()), nothing)
         of_pull = _policy.pack(
             type="gradient", low=0.0, high=0.0, dual=math.inf, two_sided=math.inf,
             kl_coef=check_number("cov_kl_coef", cov_kl_coef), kl_type="absolute", top=math.inf, entropy_coef=0.0,

@@ -19,6 +19,7 @@ from fastloss._ops.checks import (
     check_tensor,
     check_tensors,
 )
+from fastloss._ops.chunked_linear import extra_bytes
 from fastloss._ops.chunked_linear_stats import LinearStatsAttrs, LinearStatsInputs, LinearStatsOp
 from fastloss._ops.dtypes import accumulation_dtype
 from fastloss._ops.elementwise import NO_INDEX
@@ -318,7 +319,7 @@ def sequence_log_probs(
 
 
 def _linear_reference(inputs: LinearStatsInputs, attrs: LinearStatsAttrs) -> Tensor:
-    scale, cap, everything = attrs
+    scale, cap, everything, _ = attrs
     s = reference.linear_token_stats(
         inputs.input, inputs.linear_weight, inputs.index, 1 / scale, linear_bias=inputs.linear_bias, mask=inputs.mask,
         softcap=cap / scale if cap else None,
@@ -331,8 +332,8 @@ stats_of_linear = LinearStatsOp("linear_token_stats", _linear_reference)
 
 def _call_linear_stats(
     input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, index: Tensor | None, mask: Tensor | None,
-    temperature: float, softcap: float | None, everything: bool, names: tuple[str, str] = ("input", "index"),
-    op: Differentiable = stats_of_linear,
+    temperature: float, softcap: float | None, everything: bool, max_extra_bytes: int | None,
+    names: tuple[str, str] = ("input", "index"), op: Differentiable = stats_of_linear,
 ) -> Tensor:  # fmt: skip
     """Return the outputs [4 + 2 K, rows] for hidden states [rows, in_features] and index [rows, K]."""
     scale = 1 / check_number("temperature", temperature, low=math.ulp(0.0))
@@ -341,7 +342,12 @@ def _call_linear_stats(
         names[1],
         op,
         LinearStatsInputs(input, linear_weight, linear_bias, index, mask),
-        LinearStatsAttrs(logit_scale=scale, softcap=cap, everything=everything),
+        LinearStatsAttrs(
+            logit_scale=scale,
+            softcap=cap,
+            everything=everything,
+            max_extra_bytes=extra_bytes(max_extra_bytes),
+        ),
     )
 
 
@@ -376,6 +382,7 @@ def linear_token_stats(
     linear_bias: Tensor | None = None,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    max_extra_bytes: int | None = None,
 ) -> TokenStats:
     r"""Compute the statistics of `token_stats` for the logits `input @ linear_weight.T + linear_bias`, in chunks.
 
@@ -393,6 +400,8 @@ def linear_token_stats(
         mask: `[...]`, rows where it is 0 (False) have results 0 and no gradient; on the CPU they are left out of the
             products.
         softcap: `c` > 0, bounds the logits (Gemma 2). Default: none.
+        max_extra_bytes: the most bytes that a pass may take beyond the gradients, for the logits of a chunk and their
+            gradient, as for `linear_cross_entropy`. Default: as above.
 
     Returns:
         The named tuple `(logp, entropy, lse, log_sum_p2, mean_logit, is_top1)` of `token_stats`, float32 for half
@@ -405,7 +414,7 @@ def linear_token_stats(
     Source: the statistics of `token_stats` in chunks of rows, as in Liger, https://arxiv.org/abs/2410.10989.
     """
     return linear_token_stats_by(
-        stats_of_linear, input, linear_weight, index, temperature, linear_bias, mask, softcap
+        stats_of_linear, input, linear_weight, index, temperature, linear_bias, mask, softcap, max_extra_bytes
     )
 
 
@@ -418,6 +427,7 @@ def linear_token_stats_by(
     linear_bias: Tensor | None,
     mask: Tensor | None,
     softcap: float | None,
+    max_extra_bytes: int | None,
 ) -> TokenStats:
     """Return `linear_token_stats` as computed by `op`."""
     rows, linear_weight, linear_bias = _check_hidden(input, linear_weight, linear_bias)
@@ -439,14 +449,14 @@ def linear_token_stats_by(
             raise RuntimeError(f"mask: expected shape {tuple(shape)}, got {tuple(mask.shape)}")
         mask = (mask.detach() != 0).reshape(-1)
     outputs = _call_linear_stats(
-        rows, linear_weight, linear_bias, several, mask, temperature, softcap, True, op=op
+        rows, linear_weight, linear_bias, several, mask, temperature, softcap, True, max_extra_bytes, op=op
     )
     return _named(outputs.reshape(outputs.shape[0], *shape), index)
 
 
 def linear_sequence_log_probs(
     hidden: dict[str, Tensor], labels: dict[str, Tensor], linear_weight: Tensor, linear_bias: Tensor | None,
-    ignore_index: int, temperature: float, softcap: float | None,
+    ignore_index: int, temperature: float, softcap: float | None, max_extra_bytes: int | None,
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """Return for each batch of sequences the sums of its labels' log-probabilities and the numbers of labels."""
     rows, index = [], []
@@ -475,7 +485,7 @@ def linear_sequence_log_probs(
     valid = every != check_integer("ignore_index", ignore_index)
     outputs = _call_linear_stats(
         together, linear_weight, linear_bias, torch.where(valid, every, 0).unsqueeze(1), valid, temperature,
-        softcap, False, (names[0], next(iter(labels))),
+        softcap, False, max_extra_bytes, (names[0], next(iter(labels))),
     )  # fmt: skip
     sizes = [y.numel() for y in index]
     return [

@@ -27,6 +27,7 @@ class ArcFaceLoss(LossModule):
         margin_grad: str = "exact",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        max_extra_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.s = s
@@ -36,6 +37,7 @@ class ArcFaceLoss(LossModule):
         self.margin_grad = margin_grad
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self.max_extra_bytes = max_extra_bytes
 
     def forward(
         self,
@@ -59,6 +61,7 @@ class ArcFaceLoss(LossModule):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             sample_weight=sample_weight,
+            max_extra_bytes=self.max_extra_bytes,
         )
 
 
@@ -77,6 +80,7 @@ class CosFaceLoss(LossModule):
         *,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        max_extra_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.s = s
@@ -84,6 +88,7 @@ class CosFaceLoss(LossModule):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self.max_extra_bytes = max_extra_bytes
 
     def forward(
         self,
@@ -105,6 +110,7 @@ class CosFaceLoss(LossModule):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             sample_weight=sample_weight,
+            max_extra_bytes=self.max_extra_bytes,
         )
 
 
@@ -115,13 +121,20 @@ class HarmonicLoss(LossModule):
     """
 
     def __init__(
-        self, n: float | None = None, reduction: str = "mean", *, eps: float = 1e-08, ignore_index: int = -100
+        self,
+        n: float | None = None,
+        reduction: str = "mean",
+        *,
+        eps: float = 1e-08,
+        ignore_index: int = -100,
+        max_extra_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.n = n
         self.reduction = reduction
         self.eps = eps
         self.ignore_index = ignore_index
+        self.max_extra_bytes = max_extra_bytes
 
     def forward(
         self, input: Tensor, weight: Tensor, target: Tensor, *, sample_weight: Tensor | None = None
@@ -135,4 +148,5 @@ class HarmonicLoss(LossModule):
             eps=self.eps,
             ignore_index=self.ignore_index,
             sample_weight=sample_weight,
+            max_extra_bytes=self.max_extra_bytes,
         )

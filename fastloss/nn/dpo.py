@@ -162,6 +162,7 @@ class LinearDPOLoss(LossModule):
         ignore_index: int = -100,
         temperature: float = 1.0,
         softcap: float | None = None,
+        max_extra_bytes: int | None = None,
     ) -> None:
         super().__init__()
         self.beta = beta
@@ -171,6 +172,7 @@ class LinearDPOLoss(LossModule):
         self.ignore_index = ignore_index
         self.temperature = temperature
         self.softcap = softcap
+        self.max_extra_bytes = max_extra_bytes
 
     def forward(
         self,
@@ -200,4 +202,5 @@ class LinearDPOLoss(LossModule):
             ignore_index=self.ignore_index,
             temperature=self.temperature,
             softcap=self.softcap,
+            max_extra_bytes=self.max_extra_bytes,
         )

@@ -43,6 +43,7 @@ class LinearCrossEntropyLoss(LossModule, _Namesake):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         z_loss: float = 0.0,
+        max_extra_bytes: int | None = None,
     ) -> None:
         torch.nn.Module.__init__(self)  # the rest is not left to the namesake, which an older torch lacks
         if weight is not None and weight.shape != (num_classes,):
@@ -64,6 +65,7 @@ class LinearCrossEntropyLoss(LossModule, _Namesake):
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.z_loss = z_loss
+        self.max_extra_bytes = max_extra_bytes
 
     def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
         shape = (self.num_classes, *self.out_features)
@@ -82,6 +84,7 @@ class LinearCrossEntropyLoss(LossModule, _Namesake):
             softcap=self.softcap,
             z_loss=self.z_loss,
             sample_weight=sample_weight,
+            max_extra_bytes=self.max_extra_bytes,
         )
 
     def extra_repr(self) -> str:

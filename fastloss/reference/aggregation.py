@@ -17,11 +17,20 @@ def _mean(x: Tensor, w: Tensor | None) -> Tensor:
     return x.mean() if w is None else (w * x).sum() / w.sum()
 
 
+def _running_sums(x: Tensor) -> Tensor:
+    """Return `cumsum`, whose order of additions is not fixed on CUDA; here each adds what is twice as far away."""
+    reach = 1
+    while reach < len(x):
+        x = torch.cat([x[:reach], x[reach:] + x[:-reach]])
+        reach *= 2
+    return x
+
+
 def _tail(x: Tensor, w: Tensor | None, q: float) -> Tensor:
     """Return the mean of the largest losses, of a weight of (1 - q) in all; ties at its edge share what is left."""
     w = torch.ones_like(x) if w is None else w
     down, order = x.detach().sort(descending=True)
-    cumulated = w.detach().gather(0, order).double().cumsum(0)
+    cumulated = _running_sums(w.detach().gather(0, order).double())
     at = (cumulated < (1 - q) * w.detach().double().sum()).sum().clamp(max=len(x) - 1)
     edge = torch.where(x.detach().isnan().any(), math.nan, down.gather(0, at.reshape(1)))
     tied, above = w * (x == edge), w * (x > edge)
@@ -37,8 +46,7 @@ def _ball(x: Tensor, w: Tensor | None, rho: float) -> Tensor:
     w = torch.ones_like(x) if w is None else w
     down, order = x.detach().double().sort(descending=True)
     part, below = w.detach().gather(0, order).double(), down - down[0]
-    count, first = part.cumsum(0), (part * below).cumsum(0)
-    second = (part * below * below).cumsum(0)
+    count, first, second = map(_running_sums, (part, part * below, part * below * below))
     # sums of excesses over each loss, and of their squares: the objective still falls there?
     squares, excess = second - 2 * below * first + below * below * count, first - below * count
     falls = (excess > 0) & (count[-1] * squares <= (1 + 2 * rho) * excess * excess)

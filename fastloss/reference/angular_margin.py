@@ -94,6 +94,7 @@ def arcface_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.arcface_loss`."""
     straight = one_of("margin_grad", margin_grad, ("exact", "straight_through")) == "straight_through"
@@ -115,6 +116,7 @@ def cosface_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.cosface_loss`."""
     return _margin_loss(
@@ -133,6 +135,7 @@ def harmonic_loss(
     eps: float = 1e-8,
     ignore_index: int = -100,
     sample_weight: Tensor | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.harmonic_loss`, of the distances themselves."""
     dtype = input.dtype

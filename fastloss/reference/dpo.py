@@ -203,6 +203,7 @@ def linear_dpo_loss(
     ignore_index: int = -100,
     temperature: float = 1.0,
     softcap: float | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
     """Compute `fastloss.functional.linear_dpo_loss`."""
 

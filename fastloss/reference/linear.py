@@ -32,8 +32,9 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
+    max_extra_bytes: int | None = None,
 ) -> Tensor:
-    """Compute `fastloss.functional.linear_cross_entropy`; `options`, which tell how to compute, change nothing here."""
+    """Compute `fastloss.functional.linear_cross_entropy`; `options` and `max_extra_bytes` change nothing here."""
     ignored = -100 if ignore_index is None else ignore_index
     off = unweighted_rows(target, ignored, weight, sample_weight, label_smoothing)
     logits = logits_from(hidden_without_unweighted(input, off), linear_weight, linear_bias)

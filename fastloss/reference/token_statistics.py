@@ -111,6 +111,7 @@ def linear_token_stats(
     linear_bias: Tensor | None = None,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    max_extra_bytes: int | None = None,
 ) -> TokenStats:
     """Compute `fastloss.functional.linear_token_stats`."""
     if mask is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.operators import Operators, past_the_dispatcher
 
 from fastloss import reference
+from fastloss._ops import autograd
 from fastloss._registry import InputSampler
 from fastloss.functional import (
     cross_entropy_with_number_token_loss,
@@ -236,3 +238,28 @@ def test_gradient_of_large_values(function, device):
     lost = 1e-6 * (1 + values.max().item() / factor.abs())
     error = (got.cpu().double() - exact).abs().amax(-1)
     assert (error <= lost * exact.abs().amax(-1) + 1e-5).all(), (error / exact.abs().amax(-1) / lost).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 16), ({"reweigh": True}, 18), ({"kind": "mse"}, 15), ({"reduction": "none"}, 12)],
+    ids=["plain", "reweigh", "mse", "none"],
+)
+def test_few_kernels_of_torch(options, most, simt_library):
+    """Beside the kernels of the loss few are launched to look up the number tokens; in backward none."""
+    logits = torch.randn(6, 20, dtype=torch.bfloat16).requires_grad_()
+    ids, values, labels = (
+        torch.tensor([7, 3, 11]),
+        torch.tensor([2.0, 0.5, 1.0]),
+        torch.tensor([3, 7, 7, 0, 2, 1]),
+    )
+    with autograd.use_namespace(simt_library), past_the_dispatcher():
+        cross_entropy_with_number_token_loss(logits, labels, ids, values, **options)
+        with Operators() as forward:
+            loss = cross_entropy_with_number_token_loss(logits, labels, ids, values, **options)
+        upstream = torch.ones_like(loss)
+        with Operators() as backward:
+            torch.autograd.grad(loss, logits, upstream)
+    assert forward.launches.total() <= most, forward.launches
+    # the upstream gradient in float32; where it lies on the CPU it is read instead
+    assert backward.launches.keys() <= {"_to_copy", "_local_scalar_dense"}
