@@ -15,6 +15,8 @@ REGISTER = re.compile(r"(?<![A-Z])R(\d+)(\.64)?")
 WIDTH = re.compile(r"\.[US]?(8|16|32|64|128)\b")
 TABLE = re.compile(r"c\[0x2\]\[(R\d+)(?:\+(0x[0-9a-f]+))?\]")
 ENDS = ("BRA", "EXIT", "RET", "BRX", "CALL", "KILL", "BPT")
+# Global memory, or by generic addresses, where a row may be in a tile of shared memory.
+LOADS, STORES = ("LDG", "LD"), ("STG", "ST")
 FUNCTION = 100  # instructions that a call stands for where paths are compared
 Graph = dict[int, list[int]]
 
@@ -137,7 +139,7 @@ def is_vector(i: Instruction) -> bool:
 
 def loads(i: Instruction, shared: bool) -> bool:
     """Whether this loads elements: from global memory, or (`shared`) a vector from where copies have put it."""
-    return i.name == "LDG" or (shared and is_vector(i))
+    return i.name in LOADS or (shared and is_vector(i))
 
 
 def is_funnel(i: Instruction) -> bool:
@@ -166,7 +168,7 @@ class Path:
         vectors = len(self.vectors)
         if vectors:
             return vectors * 16 / size / (2 if sum(map(is_funnel, self.body)) >= vectors else 1)
-        widths = self.widths("LDG")
+        widths = self.widths(*LOADS)
         return widths.count(size) or widths.count(max(widths, default=0))
 
     def in_flight(self) -> int:
@@ -178,7 +180,7 @@ class Path:
             if used := [waiting[r] for r in i.reads() if r in waiting]:
                 underway = [load for load in underway if load > max(used)]
                 waiting = {r: load for r, load in waiting.items() if load > max(used)}
-            if i.name == "LDG":
+            if i.name in LOADS:
                 underway.append(k)
                 most = max(most, len(underway))
                 waiting |= dict.fromkeys(i.writes(), k)
@@ -208,14 +210,14 @@ def find_path(
     load = max((i.width() for block in own.values() for i in block if loads(i, shared)), default=0)
     if not load:
         return None
-    store = max((i.width() for block in own.values() for i in block if i.name == "STG"), default=0)
+    store = max((i.width() for block in own.values() for i in block if i.name in STORES), default=0)
 
     def counts(at: int) -> tuple[bool, int, int, int, int]:
         block = own.get(at, [])
         wide = sum(loads(i, shared) and i.width() == load for i in block)
         return (
             wide > 0,
-            sum(i.name == "STG" and i.width() == store for i in block),
+            sum(i.name in STORES and i.width() == store for i in block),
             0 if header is not None else sum(i.name == "MUFU" for i in block),
             0 if header is not None or any(map(is_funnel, block)) else wide,
             -sum(FUNCTION if i.name == "CALL" else i.name != "NOP" for i in block),
@@ -286,7 +288,11 @@ class Hot:
 
 
 def hot(code: list[Instruction], tables: list[int], count: Elements) -> Hot:
-    staying = any(i.name == "LDGSTS" for i in code)  # rows in shared memory come first
+    copies = [i.width() for i in code if i.name == "LDGSTS"]
+    tiled = bool(copies) and any(
+        i.name == "LD" for i in code
+    )  # loops over a tile of rows, or over device memory
+    staying = bool(copies) and not tiled  # rows in shared memory come first
     paths = paths_of(code, tables, staying)
     looped = [p for p in paths if p.depth and p.elements(count.size)]
     held = [p for p in paths if not p.depth and min(len(p.vectors), p.widths("STG").count(16)) >= 4]
@@ -294,16 +300,16 @@ def hot(code: list[Instruction], tables: list[int], count: Elements) -> Hot:
     def hottest(candidates: list[Path], shared_first: bool) -> list[Path]:
         def rank(p: Path) -> tuple[float, ...]:
             shared = shared_first and any(i.name == "LDS" for i in p.vectors)
-            heavy = len(p.body) if count.heaviest and not p.of("STG") else -len(p.body)
+            heavy = len(p.body) if count.heaviest and not p.of(*STORES) else -len(p.body)
             return shared, bool(p.vectors), p.depth, p.elements(count.size), heavy
 
         return sorted(candidates, key=rank)[-1:]
 
-    reading = [p for p in looped if not p.of("STG")]
-    writing = hottest([p for p in looped if p.of("STG")], staying)
+    reading = [p for p in looped if not p.of(*STORES)]
+    writing = hottest([p for p in looped if p.of(*STORES)], staying)
     if writing and writing[0].vectors:  # what goes one by one is not hot then
         reading = [p for p in reading if p.vectors]
-    loading = hottest([p for p in reading if p.of("LDG")], False) or writing
+    loading = hottest([p for p in reading if p.of(*LOADS)], False) or writing
     reading = hottest(reading, staying)
     if held and all(len(held[0].vectors) >= len(p.vectors) for p in writing):
         reading, writing, loading = [], held, held
@@ -314,9 +320,13 @@ def hot(code: list[Instruction], tables: list[int], count: Elements) -> Hot:
         ]
         return round(sum(of_each), 1)
 
+    wide = [w for p in (*reading, *writing, *loading) for w in p.widths(*LOADS, "LDGSTS")]
+    out = [w for p in writing for w in p.widths(*STORES)]
+    if tiled:  # between device memory and the tile
+        wide, out = copies, [i.width() for i in code if i.name == "STG"] if out else []
     return Hot(
-        max((max(p.widths("LDG", "LDGSTS"), default=0) for p in (*reading, *writing, *loading)), default=0),
-        max((max(p.widths("STG"), default=0) for p in writing), default=0),
+        max(wide, default=0),
+        max(out, default=0),
         max((p.in_flight() for p in loading), default=0),
         instructions(reading),
         instructions(writing),

@@ -9,9 +9,9 @@ template <class Loss, class T, int kTeam, bool kBackward>
 struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   using Base = HeldRow<Loss, T, kTeam, kBackward>;
   using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit;
+  using Base::add, Base::x_stride, Base::dx_stride, Base::sweep_kept, Base::write_kept, Base::grad,
+      Base::grads, Base::put, Base::write;
   using Base::N, Base::kInFlight, Base::kHold, Base::kStay, Base::u_of, Base::add_one, Base::add_vector;
-  using Base::x_stride, Base::dx_stride, Base::sweep_kept, Base::write_kept, Base::grad, Base::grads,
-      Base::put, Base::write;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
   // kAligned: the row starts on 16 bytes. A branch at every load would keep the next load from being issued.
