@@ -13,7 +13,24 @@ from support import assert_right, assert_same_bits, differentiable, fused, requi
 from fastloss._registry import InputSampler, losses
 
 # bytes of a row: about the ends of each way
-LENGTHS = (500, 512, 528, 2048, 2064, 16384, 16400, 32768, 32784, 131072, 131088, 300000)
+LENGTHS = (
+    500,
+    512,
+    528,
+    1024,
+    1040,
+    2048,
+    2064,
+    8192,
+    8208,
+    16384,
+    16400,
+    32768,
+    32784,
+    131072,
+    131088,
+    300000,
+)
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = {
     "cross_entropy": ("plain", "smoothing"),
