@@ -8,7 +8,9 @@ import pytest
 import torch
 from support import dtype_id, same_bits
 from support.layouts import unaligned
+from support.operators import Operators, past_the_dispatcher
 
+from fastloss._ops import autograd
 from fastloss.functional import cross_entropy, poly1_cross_entropy, softmax_focal_loss
 
 # Several images that share a block of rows; rows of one image in several blocks; the last block not full; more classes
@@ -97,3 +99,17 @@ def test_half_types_reduced(dtype, reduction, device):
     torch.testing.assert_close(unit, expected.to(dtype))
     (quarter,) = torch.autograd.grad(value * 0.25, leaf)
     torch.testing.assert_close(quarter, unit * 0.25, rtol=0, atol=1e-7)
+
+
+def test_half_types_reduced_without_a_conversion(simt_library):
+    """On CUDA a "mean" launches no kernel but those of the loss; the upstream gradient is read in its own dtype."""
+    x, t, _ = draw((6, 5), torch.bfloat16, "cpu")
+    leaf = x.requires_grad_()
+    with autograd.use_namespace(simt_library), past_the_dispatcher():
+        with Operators() as forward:
+            value = cross_entropy(leaf, t)
+        upstream = torch.ones_like(value)
+        with Operators() as backward:
+            torch.autograd.grad(value, leaf, upstream)
+    assert not forward.launches, forward.launches
+    assert backward.launches.keys() <= {"_local_scalar_dense"}  # where it lies on the CPU it is looked at
