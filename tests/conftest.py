@@ -89,6 +89,7 @@ def is_quick(item: pytest.Item) -> bool:
     return (
         item.path.parent.name != "cuda_on_cpu"
         and item.path.stem not in ("test_gemm", "test_package")  # which compile and install
+        and "simt_library" not in getattr(item, "fixturenames", ())
         and item.get_closest_marker("large") is None
         and item.get_closest_marker("slow") is None
         and params.get("dtype", torch.float32) == torch.float32
