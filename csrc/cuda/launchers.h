@@ -21,8 +21,8 @@ namespace fastloss::cuda {
 
 // norm[0] = sum over rows, except ignored ones, of row weight times class weight of the target.
 void row_norm(const RowArgs& args, void* norm, void* stream);
-// out[0] = sum of loss over rows [/ norm], in a fixed order; of the accumulation type, or with narrow_result of
-// the logits'.
+// out[0] = sum of loss over rows [/ norm], in a fixed order; of the accumulation type, or with narrow_result
+// of that of the logits.
 void row_reduce(const RowArgs& args, void* out, void* stream);
 
 #define FASTLOSS_LAUNCHER(name, Loss) void name(const RowArgs& args, void* stream);

@@ -19,7 +19,7 @@ FL_FN Logistic<F> logistic(F x, F e, F l) {  // with e = e^-|x| at hand
 template <class F>
 FL_FN Logistic<F> logistic(F x) {
   const F e = exp_down(-abs(x));
-  return logistic(x, e, log1p_of_exp(e));
+  return logistic(x, e, log1p_unit(e));
 }
 // w x; where w is 0 also of an infinite x, whose limit it is. A NaN in x has to show elsewhere.
 template <class F>
@@ -32,7 +32,7 @@ struct OfLogit {
   template <int kStep, class F>
   FL_FN F step(const F* v, const F* t) const {
     if constexpr (kStep == 0) return exp_down(-abs(v[0]));
-    return log1p_of_exp(t[0]);
+    return log1p_unit(t[0]);
   }
 };
 

@@ -1,5 +1,5 @@
-// Functions of e = e^-|x|, in [0, 1], that losses of logits share: within two units in the last place. On the
-// GPU without the branches that other arguments would need.
+// The sigmoid of |x| from e = e^-|x|, in [0, 1], which losses of logits share: within two units in the last
+// place. On the GPU without the branch that an IEEE division would need.
 #pragma once
 #include "math.h"
 
@@ -10,18 +10,11 @@ template <class F>
 FL_FN F sigmoid_of_exp(F e) {
   return 1 / (1 + e);
 }
-// log(1 + e) = softplus(-|x|)
-template <class F>
-FL_FN F log1p_of_exp(F e) {
-  return log1p_unit(e);
-}
 
 #if defined(__CUDACC__) || defined(FL_DEVICE_MATH)
 FL_FN float sigmoid_of_exp(float e) {
 #if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
-  const float d = 1 + e;
-  const float r =
-      cuda::reciprocal_approx(d);  // and one Newton step: an IEEE division would take the slow path's branch
+  const float d = 1 + e, r = cuda::reciprocal_approx(d);  // and one Newton step
   return ::fmaf(r, ::fmaf(-d, r, 1.f), r);
 #else
   return 1 / (1 + e);

@@ -80,8 +80,8 @@ FL_FN float copysign(float size, float sign) { return ::copysignf(size, sign); }
 FL_FN double copysign(double size, double sign) { return ::copysign(size, sign); }
 FL_FN float select(bool c, float a, float b) { return c ? a : b; }
 FL_FN double select(bool c, double a, double b) { return c ? a : b; }
-// log(1 + u) only for u in [0, 1], as in softplus, within two units in the last place: half the work of log1p for
-// vectors, less on a GPU
+// log(1 + u) only for u in [0, 1], as in softplus, within two units in the last place: half the work of log1p
+// for vectors, less on a GPU
 FL_FN float log1p_unit(float u) {
 #if defined(__CUDA_ARCH__) || defined(FL_DEVICE_MATH)
   float p = 5.126102361828089e-3f;  // of log(1 + u) / u, within 4e-8

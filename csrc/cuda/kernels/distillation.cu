@@ -1,7 +1,7 @@
 // A team of threads for each pair of rows of logits: a warp for short rows, a block for long ones. The first
 // sweep reads both from device memory; the next ones, for the divergence and for the gradients, hit in L1 or
-// L2. The student's gradient of a forward divergence is written in the second. The order of sums depends on the
-// row's length alone.
+// L2. The student's gradient of a forward divergence is written in the second. The order of sums depends on
+// the row's length alone.
 #include "../../losses/distillation.h"
 #include "../../math/online_softmax.h"
 #include "../launchers.h"
@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kBlockTeam = 512;  // threads for a long row
 
-// Of student and teacher; `other` is the other row's logit of a row's most probable class, the largest of several.
+// Of student and teacher; `other` is the other row's logit of a row's most probable class, the largest of
+// several.
 template <class R>
 struct Normalisers {
   OnlineSoftmax<R> of[2];
@@ -60,8 +61,8 @@ struct TwoSums {
 template <class T, int kTeam>
 struct RowPair {
   using R = acc_t<T>;
-  static constexpr int N = Vec<T>::kSize,
-                       kInFlight = 2;  // vectors of each row that are loaded before the first use
+  static constexpr int N = Vec<T>::kSize;
+  static constexpr int kInFlight = 2;  // vectors of each row that are loaded before the first use
   const T *student, *teacher;
   int64_t n;
   int lane;
@@ -85,8 +86,8 @@ struct RowPair {
     widen_all(t, wt);
     pass(j, ws, wt, body);
   }
-  // Calls body(j, the student's logits, the teacher's) for this thread's classes, 16 bytes of each row at a time, in
-  // an order that depends on n alone.
+  // Calls body(j, the student's logits, the teacher's) for this thread's classes, 16 bytes of each row at a
+  // time, in an order that depends on n alone.
   template <class Body>
   __device__ __forceinline__ void each_class(Body body) const {
     constexpr int64_t kStep = int64_t{kTeam} * N;
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
   const RowArgs& a = args.rows;
-  if (a.skip_unit_upstream && *static_cast<const R*>(a.upstream) == 1) return;
+  if (a.skip_unit_upstream && upstream_of<T>(a, 0) == 1) return;
   const int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam, n = a.n;
   if (r >= a.rows) return;  // whole warps
   const int lane = static_cast<int>(threadIdx.x % kTeam);
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
     top_v = state[5];
     rest_a = state[6];
     rest_b = state[7];
-    g = static_cast<const R*>(a.upstream)[r * a.upstream_stride];
+    g = upstream_of<T>(a, r);
   } else {
     pair.each_class([&](int64_t, const auto& student, const auto& teacher) {
       o.push(0, student, teacher);

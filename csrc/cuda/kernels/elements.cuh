@@ -29,8 +29,8 @@ __device__ __forceinline__ bool flat(const ElementArgs& a, const ElementInput& x
   return x.source == Source::element && x.inner == 1 && x.period >= a.n;
 }
 __device__ __forceinline__ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-// Whether N elements from a multiple of N on lie one after the other in the input, or are all the same one, or
-// are classes of one row.
+// Whether N elements from a multiple of N on lie one after the other in the input, or are all the same one,
+// or are classes of one row.
 template <int N>
 __device__ __forceinline__ bool in_vectors(const ElementArgs& a, const ElementInput& x) {
   if (flat(a, x)) return aligned(x.p);
@@ -95,16 +95,16 @@ template <class Loss, class T>
 struct ElementThread {
   using R = acc_t<T>;
   static constexpr int N = Vec<T>::kSize, kInputs = Loss::kInputs;
-  static constexpr int kInFlight =
-      kInputs > 2 ? 1 : 2;  // vectors of each input that are loaded before the first use
+  // Vectors of each input that are loaded before the first use.
+  static constexpr int kInFlight = kInputs > 2 ? 1 : 2;
   const ElementArgs& a;
   const Loss loss;
   R k;             // factor of the gradients
   R sum, product;  // sum of log(1 + u) = log(1 + product)
 
   __device__ __forceinline__ bool each_upstream() const { return a.upstream.p && a.upstream.period != 1; }
-  // The losses of kCount elements and their gradients, from the inputs v, which are overwritten. If there are any,
-  // and not kPlain, the weights w, and the gradients g of the results.
+  // The losses of kCount elements and their gradients, from the inputs v, which are overwritten. If there are
+  // any, and not kPlain, with the weights w and the gradients g of the results.
   template <int kCount, bool kPlain>
   __device__ __forceinline__ void elements(int64_t i, R (&v)[kInputs][kCount], const R (&w)[kCount],
                                            const R (&g)[kCount]) {
@@ -210,8 +210,8 @@ struct ElementThread {
   }
 };
 
-// Minimum of resident blocks, for __launch_bounds__: more threads are not needed to keep memory busy, and some
-// losses would not fit into fewer registers.
+// Minimum of resident blocks, for __launch_bounds__: more threads are not needed to keep memory busy, and
+// some losses would not fit into fewer registers.
 template <class Loss, class T>
 constexpr int kFewBlocks = Loss::kInputs > 2 || sizeof(T) == 8 ? 2 : 3;
 

@@ -10,8 +10,8 @@ namespace fastloss::cuda {
 
 constexpr int kThreads = 128;  // of a block with several teams
 
-// Threads resident on a multiprocessor: 64 registers each suffice where a gradient is a multiple of p, and where
-// none is written.
+// Threads resident on a multiprocessor: 64 registers each suffice where a gradient is a multiple of p, and
+// where none is written.
 template <class Loss, bool kBackward>
 constexpr int kResident =
     (Loss::kProportional && !Loss::kNumberTokens) || (Loss::kOutputs && !kBackward) ? 1024 : 512;
@@ -27,8 +27,8 @@ constexpr int kHeld = kBackward || kTeam == 1 || 4 * kTeam > kResident<Loss, kBa
                                    : 4;
 
 // Whether blocks are persistent: each takes another row when it is done with one, and keeps in shared memory
-// what fits of it. Not for capped logits, which are expensive and rare, nor with kOutputs: no forward pass writes
-// a gradient, so that nothing is read a second time.
+// what fits of it. Not for capped logits, which are expensive and rare, nor with kOutputs: no forward pass
+// writes a gradient, so that nothing is read a second time.
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 &&
                         !Loss::kSoftcap && !Loss::kOutputs;
@@ -36,6 +36,13 @@ constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBack
 // multiprocessor.
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr int kKept = kStays<Loss, T, kTeam, kBackward> ? 2 * 1024 / kResident<Loss, kBackward> : 0;
+
+// The gradient of row r's result.
+template <class T>
+__device__ __forceinline__ acc_t<T> upstream_of(const RowArgs& a, int64_t r) {
+  if (a.narrow_upstream) return widen(*static_cast<const T*>(a.upstream));
+  return static_cast<const acc_t<T>*>(a.upstream)[r * a.upstream_stride];
+}
 
 // Whether a block may bring the rows of its threads, of one thread each, to shared memory and take their
 // gradients from there. Not for losses that read logits again after their gradients are written.
@@ -62,7 +69,8 @@ struct RowReader {
   bool flip;  // the scale is negative, and u is -x; only with teams of one thread
   // Shared memory for the first vectors of the row, filled by asynchronous copies. As soon as a slot has
   // been read for the last time, the next row's vector is copied into it. A slot is filled and read by the
-  // same thread, so that no barrier is needed. With kTiles x is a column of a tile, overwritten by the gradient.
+  // same thread, so that no barrier is needed. With kTiles x may be a column of a tile, which the gradient
+  // overwrites.
   Vec<T>* cache;
   int slots;     // vectors in cache; 0: none
   bool more;     // this block has another row,

@@ -7,13 +7,6 @@
 
 namespace fastloss::cuda {
 
-// The gradient of row r's result.
-template <class T>
-__device__ __forceinline__ acc_t<T> upstream_of(const RowArgs& a, int64_t r) {
-  if (a.narrow_upstream) return widen(*static_cast<const T*>(a.upstream));
-  return static_cast<const acc_t<T>*>(a.upstream)[r * a.upstream_stride];
-}
-
 // The scale of exponents: z - z' = (u - u') * unit, where u is the logit as stored, unless it is capped. So
 // a class takes one multiplication, by the scale and log2(e) together.
 template <class R>

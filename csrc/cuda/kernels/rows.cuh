@@ -1,24 +1,25 @@
 // Losses of rows of logits on CUDA: a team of threads for each row, value and gradient in one kernel.
 //
-// Device memory is read once and written once. A team is one thread where classes are strided (neighbouring
-// threads then have neighbouring rows; if the rows are short a tile of them is brought to shared memory, 16
-// bytes at a time, and its gradient from there), 8 to 32 threads for short rows, a block for long ones. The most
-// common losses hold a row of up to 32 KB in registers. Longer rows go to persistent blocks: what fits of a
-// row stays in shared memory, a little in registers, and while its gradient is written asynchronous copies
-// bring the next row into the slots that become free; only what does not fit is read twice, the second time
-// from L2. Each thread has a running maximum and sums; they are merged in an order that depends on the row's
-// length alone, so results depend neither on the batch nor on alignment. No softmax is stored. The backward
-// pass has separate kernels: it has no sums, and may take many rows with few blocks.
+// Device memory is read once and written once. A team is one thread where classes are strided, 8 to 32
+// threads for short rows, a block for long ones. The most common losses hold a row of up to 32 KB in
+// registers. Longer rows go to persistent blocks: what fits of a row stays in shared memory, a little in
+// registers, and while its gradient is written asynchronous copies bring the next row into the slots that
+// become free; only what does not fit is read twice, the second time from L2. Each thread has a running
+// maximum and sums; they are merged in an order that depends on the row's length alone, so results depend
+// neither on the batch nor on alignment. No softmax is stored. The backward pass has separate kernels: it
+// has no sums, and may take many rows with few blocks.
 //
 // row_sums.cuh      maximum and sums, and how a team merges them
 // row_reader.cuh    a row as one thread sees it
 // row_staying.cuh   the part of a long row that a persistent block keeps on the chip
 // row_held.cuh      a short row in registers
+// row_tile.cuh      rows with strided classes by way of shared memory
 // row_sweeps.cuh    sweeps over device memory
 // row_extras.cuh    several outputs, log-probabilities of chosen classes, number tokens
 // here              a row from its first load to its gradient, and the choice of a team for it
 #pragma once
 #include "row_extras.cuh"
+#include "row_tile.cuh"
 
 namespace fastloss::cuda {
 
@@ -166,21 +167,6 @@ constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward> ? (kTeam > 32 ? 640 / k
                         : kTeam > 32                     ? kResident<Loss, kBackward> / kTeam
                                                          : 4;
 
-// A tile of kThreads rows that are neighbours in memory, with their classes one after the other: from `rows` to
-// shared memory, or back. 16 bytes are several rows of one class.
-template <class T, class Move>
-__device__ __forceinline__ void each_of_tile(Vec<T>* tile, const RowArgs& a, const RowLayout& l,
-                                             int64_t first, Move move) {
-  constexpr int N = Vec<T>::kSize, kAcross = kThreads / N;
-  const int column = threadIdx.x % kAcross;
-  const int64_t r = first + column * N;
-  if (r >= a.rows) return;  // rows come in whole vectors
-  const int64_t start = l.start(r);
-#pragma unroll 1
-  for (int64_t j = threadIdx.x / kAcross; j < a.n; j += N)
-    move(tile + j * kAcross + column, start + j * l.class_stride);
-}
-
 // With `slots` > 0 blocks are persistent: each takes another row as soon as it has written one.
 template <class Loss, class T, int kTeam, bool kBackward>
 __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T, kTeam, kBackward>)
@@ -223,26 +209,18 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
       __pipeline_commit();
     }
   constexpr bool kTile = kTiles<Loss, kTeam>;
+  // For whole teams, with a tile for whole blocks.
 #pragma unroll 1
-  for (; (kTile ? r - threadIdx.x : r) < a.rows;
-       r += step) {  // for whole teams, with a tile for whole blocks
+  for (; (kTile ? r - threadIdx.x : r) < a.rows; r += step) {
     const T* x = all + a.x_layout.start(r);
     if constexpr (kTile)
       if (slots) {
-        each_of_tile(cache, a, a.x_layout, r - threadIdx.x,
-                     [&](Vec<T>* to, int64_t at) { __pipeline_memcpy_async(to, all + at, 16); });
-        __pipeline_commit();
-        __pipeline_wait_prior(0);
-        __syncthreads();
+        load_tile(cache, a, r - threadIdx.x);
         x = reinterpret_cast<const T*>(cache) + threadIdx.x;
       }
     if (!kTile || r < a.rows) team(r, step, x).run();
     if constexpr (kTile)
-      if (slots && a.dx) {
-        __syncthreads();
-        each_of_tile(cache, a, a.dx_layout, r - threadIdx.x,
-                     [&](const Vec<T>* from, int64_t at) { store16(static_cast<T*>(a.dx) + at, *from); });
-      }
+      if (slots && a.dx) store_tile(cache, a, r - threadIdx.x);
     if constexpr (kStay || (kTile && kBackward)) __syncthreads();  // hazard: shared memory is reused
     if constexpr (!kBackward && !kStay) return;
   }
@@ -254,8 +232,6 @@ constexpr int64_t kWarpRowBytes = 4 << 10, kBlockRowBytes = 16 << 10, kHalfRowBy
 // Threads of a launch with skip_unit_upstream, whose blocks first read whether there is anything to do: as
 // many as a large GPU holds at once, so that skipping costs little.
 constexpr int64_t kSkipThreads = 132 * 2048;
-// The largest tile of kThreads rows, for 4 blocks on a multiprocessor.
-constexpr int64_t kTileBytes = 48 << 10;
 // Bytes of a multiprocessor's shared memory that its blocks need for other things than rows.
 constexpr int64_t kSharedReserved = 3 << 10;
 
@@ -265,15 +241,6 @@ bool on_vectors(const void* start, const RowLayout& l) {
   constexpr int64_t N = Vec<T>::kSize;
   return reinterpret_cast<uintptr_t>(start) % 16 == 0 && l.class_stride == 1 && l.outer_stride % N == 0 &&
          l.inner_stride % N == 0;
-}
-
-// Whether 16 bytes of a class are neighbouring rows, throughout.
-template <class T>
-bool rows_on_vectors(const void* start, const RowLayout& l, int64_t rows) {
-  constexpr int64_t N = Vec<T>::kSize;
-  const bool neighbours = l.inner == 1 ? l.outer_stride == 1 && rows % N == 0
-                                       : l.inner_stride == 1 && l.inner % N == 0 && l.outer_stride % N == 0;
-  return neighbours && reinterpret_cast<uintptr_t>(start) % 16 == 0 && l.class_stride % N == 0;
 }
 
 template <class Loss, class T, int kTeam, bool kBackward>
@@ -289,12 +256,7 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
     if (slots && blocks > stay) blocks = stay;
   }
-  if constexpr (kTiles<Loss, kTeam>) {
-    const int64_t tile = a.n * (kThreads / Vec<T>::kSize);
-    if (tile <= kTileBytes / 16 && rows_on_vectors<T>(a.x, a.x_layout, a.rows) &&
-        (!a.dx || rows_on_vectors<T>(a.dx, a.dx_layout, a.rows)))
-      slots = tile;
-  }
+  if constexpr (kTiles<Loss, kTeam>) slots = vectors_of_tile<T>(a);
   const size_t shared =
       16 * static_cast<size_t>(slots > 0 ? slots : 1);  // at least one: 0 bytes have no address
   launch_1d<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a,
@@ -323,13 +285,16 @@ void launch_pass(const RowArgs& a, cudaStream_t stream) {
       if (launch_held<Loss, T, 8, 16, 32, 64, 128, 256>(a, stream)) return;
       if (bytes > kHalfRowBytes) return launch_team<Loss, T, kMaxTeam, kBackward>(a, stream);
     }
-    // backward there is one class at a time, and softcap is rare: more kernels are not worth their compile time
-    constexpr bool kTwo = kBackward || Loss::kSoftcap, kIsHeld = kHeld<Loss, T, 32, kBackward> > 0;
-    if (kIsHeld || bytes > (kTwo ? kWarpRowBytes : kBlockRowBytes))
-      return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
-    if constexpr (!kTwo && !kIsHeld)
+    if constexpr (kHeld<Loss, T, 32, kBackward> > 0) {  // the shorter rows are launched
+      launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
+    } else if constexpr (kBackward || Loss::kSoftcap) {  // more kernels are not worth their compile time
+      if (bytes > kWarpRowBytes) return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
+      launch_team<Loss, T, 32, kBackward>(a, stream);
+    } else {
+      if (bytes > kBlockRowBytes) return launch_team<Loss, T, kMaxTeam / 2, kBackward>(a, stream);
       if (bytes > kWarpRowBytes) return launch_team<Loss, T, 128, kBackward>(a, stream);
-    if constexpr (!kIsHeld) launch_team<Loss, T, 32, kBackward>(a, stream);
+      launch_team<Loss, T, 32, kBackward>(a, stream);
+    }
   } else {
     launch_team<Loss, T, 32, kBackward>(a, stream);
   }
