@@ -109,7 +109,8 @@ def smoke(args: argparse.Namespace) -> None:
 
     every_loss = runpy.run_path(str(HERE / "every_loss.py"))
     device, done, failed = Device(args.device), 0, 0
-    for loss in part_of(entries(), args.part):
+    losses = [e for e in entries() if e.name != args.without and args.only in ("", e.name)]
+    for loss in part_of(losses, args.part):
         for case, shape in every_loss["calls"](loss):
             for dtype in every_loss["DTYPES"]:
                 done += 1
@@ -323,6 +324,8 @@ def main() -> int:
     parser.add_argument("what", choices=("ceilings", "smoke", "numbers", "times", "kernels", "steps"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--part", default="0/1", metavar="I/N", help="of the losses, for smoke and numbers")
+    parser.add_argument("--only", default="", metavar="LOSS", help="for smoke")
+    parser.add_argument("--without", default="", metavar="LOSS", help="for smoke")
     parser.add_argument("--table", default=str(HERE / "gpu.json"))
     parser.add_argument(
         "--rows", type=lambda s: [int(i) for i in s.split(",")], help="by number; default: all"
