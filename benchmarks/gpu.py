@@ -99,13 +99,16 @@ def processes(args: argparse.Namespace) -> int:
 def stages(args: argparse.Namespace) -> list[Stage]:
     cuda, n = args.device == "cuda", processes(args)
 
-    def work(what: str, *options: str, tree: str | None = None) -> Command:
+    def work(what: str, *options: str, tree: str | None = None, **environment: str) -> Command:
         device = ("--device", args.device)
-        environment = {"PYTHONPATH": tree} if tree else {}
+        environment |= {"PYTHONPATH": tree} if tree else {}
         return Command((sys.executable, WORK, what, *device, *options), environment)
 
+    # Side by side: the CPU computes what the GPU's results are compared with, and each process would take all cores.
+    alone = {"OMP_NUM_THREADS": "1"}
+
     def parts(what: str, count: int) -> list[Command]:
-        return [work(what, "--part", f"{i}/{count}") for i in range(count)]
+        return [work(what, "--part", f"{i}/{count}", **alone) for i in range(count)]
 
     rows = ",".join(map(str, COUNTED if cuda else COUNTED[:2]))
     some = () if cuda else ("--rows", "0,5", "--budget", "0.01")
@@ -121,7 +124,8 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         Stage("times", 70 * len(times), times),
         Stage("kernels", 30 * len(kernels), kernels),
     ]
-    pytest = (sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider")
+    quiet = ("-q", "--tb=line", "-p", "no:cacheprovider", "-p", "no:benchmark")
+    pytest = (sys.executable, "-m", "pytest", *quiet)
     if cuda:
         smi = (
             "nvidia-smi",
@@ -138,7 +142,7 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         watch = ("compute-sanitizer", "--error-exitcode", "9", "--kernel-name", "kns=fastloss", "--tool")
         apart = [("--without", ENDS_RACECHECK, "--part", f"{i}/6") for i in range(6)]
         # pages of a caching allocator would hide what is read or written beyond a tensor's end
-        plain = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        plain = alone | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         found.append(
             Stage(
                 "sanitizer",
@@ -146,7 +150,7 @@ def stages(args: argparse.Namespace) -> list[Stage]:
                 [
                     Command(
                         (*watch, tool, sys.executable, WORK, "smoke", *what),
-                        plain if tool == "memcheck" else {},
+                        plain if tool == "memcheck" else alone,
                         "sanitizer.txt",
                     )
                     for what in (("--only", ENDS_RACECHECK), *apart)
@@ -157,7 +161,11 @@ def stages(args: argparse.Namespace) -> list[Stage]:
         )
         workers = ("--devices", "cuda", "-n", str(n), "--maxfail", "300", "-k", "cuda or large")
         found.append(
-            Stage("tests", 110, [Command((*pytest, *files, *workers), file="tests.txt") for files in TESTS])
+            Stage(
+                "tests",
+                110,
+                [Command((*pytest, *files, *workers), alone, file="tests.txt") for files in TESTS],
+            )
         )
     else:
         collect = (*pytest, "-qq", "--collect-only", "--devices", "cuda")
@@ -284,27 +292,30 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def commit() -> str:
-    """Return the commit of the checkout, or the one recorded in the pack."""
-    packed = PACK / "commit"
-    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    return found or (packed.read_text().strip() if packed.exists() else "")
+def commit(packed: bool) -> str:
+    """Return the commit of the pack, or of the checkout."""
+    if packed:
+        return (PACK / "commit").read_text().strip()
+    return output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
-def unpack(results: Results) -> None:
-    """Unpack the packed libraries if none are built."""
+def unpack(results: Results) -> bool:
+    """Unpack the packed libraries if none are built, and tell whether fastloss is such a one."""
+    unpacked = False
     for folder, tree in ((PACK, ROOT), (PACK / "beside", PACK / "beside")):
         library, packed = tree / "fastloss" / "_library.so", folder / "_library.so.xz"
         if packed.exists() and not library.exists():
             with lzma.open(packed) as source, open(library, "wb") as target:
                 shutil.copyfileobj(source, target)
             results.say(f"unpacked {packed}: {library.stat().st_size / 1e6:.0f} MB")
+            unpacked |= tree == ROOT
+    return unpacked
 
 
 def pack(beside: Path | None) -> int:
     """Pack for a machine with a GPU: the compressed library, a second tree to compare with, peers."""
     PACK.mkdir(exist_ok=True)
-    (PACK / "commit").write_text(commit())
+    (PACK / "commit").write_text(commit(packed=False))
     trees = {PACK: ROOT} | ({PACK / "beside": beside} if beside else {})
     for folder, tree in trees.items():
         library = tree / "fastloss" / "_library.so"
@@ -352,10 +363,9 @@ def main() -> int:
     started = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv), "note": args.note}
     started |= {
         "card": output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
-        "commit": commit(),
+        "commit": commit(packed=unpack(results)),
     }
     results.add(stage="start", device=args.device, **started)
-    unpack(results)
     good = True
     for stage in stages(args):
         if time.monotonic() > until - 5.0:

@@ -15,6 +15,13 @@ void launch_1d(int64_t blocks, int threads, size_t shared, cudaStream_t stream, 
            arguments...);
 }
 
+// The blocks of a launch that may find that there is nothing to do (skip_unit_upstream): no more than a large
+// GPU holds at once, so that finding out costs little. Where there is something, each block takes several turns.
+inline int64_t blocks_to_skip(int64_t blocks, int threads) {
+  const int64_t most = int64_t{132} * 2048 / threads;
+  return blocks < most ? blocks : most;
+}
+
 template <class Body>
 void with_device_type(DType dtype, Body body) {
   with_type<__nv_bfloat16, __half>(dtype, body);

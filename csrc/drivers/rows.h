@@ -16,7 +16,11 @@ struct RowLayout {
   __host__ __device__
 #endif
       int64_t start(int64_t r) const {
-    return inner == 1 ? r * outer_stride : r / inner * outer_stride + r % inner * inner_stride;
+    if (inner == 1) return r * outer_stride;
+    if ((r | inner) >> 32) return r / inner * outer_stride + r % inner * inner_stride;
+    // the same by 32-bit integers, which GPUs divide in a fifth of the instructions
+    const uint32_t row = static_cast<uint32_t>(r), of = static_cast<uint32_t>(inner);
+    return int64_t{row / of} * outer_stride + int64_t{row % of} * inner_stride;
   }
 };
 

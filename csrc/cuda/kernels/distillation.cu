@@ -139,14 +139,10 @@ struct GradientRow {
 };
 
 template <class T, int kKind, int kTeam>
-__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 : 4)
-    divergence_kernel(DivergenceArgs args) {
+__device__ __forceinline__ void divergence_of_row(const DivergenceArgs& args, int64_t r) {
   using R = acc_t<T>;
-  constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
   const RowArgs& a = args.rows;
-  if (a.skip_unit_upstream && upstream_of<T>(a, 0) == 1) return;
-  const int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam, n = a.n;
-  if (r >= a.rows) return;  // whole warps
+  const int64_t n = a.n;
   const int lane = static_cast<int>(threadIdx.x % kTeam);
   const R scale = R(a.logit_scale);
   const RowPair<T, kTeam> pair{static_cast<const T*>(a.x) + a.x_layout.start(r),
@@ -267,9 +263,24 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 
 }
 
 template <class T, int kKind, int kTeam>
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kTeam > 32 ? 1 : 4)
+    divergence_kernel(DivergenceArgs args) {
+  constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
+  const RowArgs& a = args.rows;
+  if (a.skip_unit_upstream && upstream_of<T>(a, 0) == 1) return;
+  // For whole teams. A backward pass may have fewer teams than rows; it reduces nothing, so that no shared
+  // memory is used again.
+#pragma unroll 1
+  for (int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam; r < a.rows;
+       r += int64_t{gridDim.x} * (kBlock / kTeam))
+    divergence_of_row<T, kKind, kTeam>(args, r);
+}
+
+template <class T, int kKind, int kTeam>
 void launch_team(const DivergenceArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
-  const int64_t blocks = (a.rows.rows * kTeam + block - 1) / block;
+  int64_t blocks = (a.rows.rows * kTeam + block - 1) / block;
+  if (a.rows.skip_unit_upstream) blocks = blocks_to_skip(blocks, block);
   launch_1d<&divergence_kernel<T, kKind, kTeam>>(blocks, block, 0, stream, a);
 }
 template <class T, int kKind>

@@ -193,10 +193,9 @@ struct ElementThread {
       }
     }
   }
-  __device__ __forceinline__ void run() {
-    const int64_t begin = blockIdx.x * kTile<T> + int64_t{threadIdx.x} * N;
-    const Width wide = width();
-    if (wide == Width::plain && (blockIdx.x + 1) * kTile<T> <= a.n) return run_plain(begin);
+  __device__ __forceinline__ void run(int64_t tile, Width wide) {
+    const int64_t begin = tile * kTile<T> + int64_t{threadIdx.x} * N;
+    if (wide == Width::plain && (tile + 1) * kTile<T> <= a.n) return run_plain(begin);
 #pragma unroll 1
     for (int u = 0; u < kTileVectors; ++u) {
       const int64_t i = begin + int64_t{u} * kElementThreads * N;
@@ -227,7 +226,10 @@ __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements
     k *= g;
   }
   ElementThread<Loss, T> thread{a, Loss(a.hparams), k, 0, 0};
-  thread.run();
+  const auto width = thread.width();
+  // One tile, where there is a sum.
+#pragma unroll 1
+  for (int64_t tile = blockIdx.x; tile * kTile<T> < a.n; tile += gridDim.x) thread.run(tile, width);
   if (!a.partial) return;
   if constexpr (Loss::kLogSum) thread.sum += log1p(thread.product);
   const double sum = block_sum<kElementThreads>(double(thread.sum));
@@ -270,7 +272,8 @@ void launch_elements(const ElementArgs& a, cudaStream_t stream) {
   // worth separate kernels where a gradient is expensive: losses of logits
   if constexpr (kStepsOf<Loss> > 0 && FirstAlone<Loss>::kWrt != Loss::kWrt)
     if (first_alone<Loss>(a)) return launch_elements<FirstAlone<Loss>, T>(a, stream);
-  const int64_t blocks = tiles<T>(a.n);
+  int64_t blocks = tiles<T>(a.n);
+  if (a.skip_unit_upstream && !a.partial) blocks = blocks_to_skip(blocks, kElementThreads);
   launch_1d<&elements_kernel<Loss, T>>(blocks, kElementThreads, 0, stream, a);
   if (a.partial && blocks != 1) launch_1d<&sum_kernel<T>>(1, kSumThreads, 0, stream, a, blocks);
 }

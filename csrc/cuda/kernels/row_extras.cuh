@@ -10,7 +10,8 @@ namespace fastloss::cuda {
 template <class Loss, class T, int kTeam, bool kBackward>
 struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
   using Base = SweptRow<Loss, T, kTeam, kBackward>;
-  using Base::a, Base::loss, Base::x, Base::r, Base::t, Base::lane, Base::scale, Base::cap;
+  using Base::a, Base::loss, Base::x, Base::r, Base::t, Base::lane, Base::scale, Base::cap,
+      Base::unit;
   using Base::bend, Base::logit_of_class;
   using typename Base::R, typename Base::Slope;
 
@@ -18,46 +19,110 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
   __device__ __forceinline__ const R* distances_of_label() const {
     return static_cast<const R*>(a.number_table) + a.number_position[r] * a.num_number_tokens;
   }
-  // The row's term of the loss; leaves in `number` what the gradient needs.
-  __device__ __forceinline__ R number_term(const RowState<R>& row, NumberTerm<R>& number) const {
-    const R weight = static_cast<const R*>(a.number_weight)[r];
-    if (weight == 0) return 0;  // the same for the whole team
-    constexpr int kStep = kTeam < 32 ? kTeam : 32;
+  // The number token that a lane of a warp looks at first. Loaded before the sweep over the row, which the
+  // latency of these dependent loads overlaps with; only vocabularies with more than a warp's number tokens
+  // load more afterwards.
+  struct FirstToken {
+    R weight = 0;  // of the row's term
+    int64_t id = -1;
+    R logit = -INFINITY, distance = 0;
+    bool again = false, repeats = false;  // the next token is the same class, the previous one is
+  };
+  static constexpr int kTokens = kTeam < 32 ? kTeam : 32;
+  struct Number {
+    FirstToken first[kTeam > 32 ? kTokens : 1];
+    NumberTerm<R> term;
+    R log_sum, g;  // of the row, and the gradient of its term
+  };
+  Number own;
+  // What the row keeps of its number tokens from one sweep to the next: a block has it in shared memory, since
+  // registers limit the number of its threads.
+  __device__ __forceinline__ Number& kept_number() {
+    if constexpr (kTeam > 32) {
+      FL_SHARED(Number, of_block, 1);
+      return of_block[0];
+    } else {
+      return own;
+    }
+  }
+  __device__ __forceinline__ const FirstToken& first_token() {
+    return kept_number().first[kTeam > 32 ? lane % kTokens : 0];
+  }
+  // Visible to a block after its next barrier.
+  __device__ __forceinline__ void load_first_token() {
+    if (lane >= kTokens) return;
+    FirstToken first;
+    const int64_t k = lane;
+    first.weight = static_cast<const R*>(a.number_weight)[r];
+    if (first.weight != 0 && k < a.num_number_tokens) {  // only then is the label's position valid
+      first.id = a.number_ids[k];
+      first.again = k + 1 < a.num_number_tokens && a.number_ids[k + 1] == first.id;
+      first.repeats = k && a.number_ids[k - 1] == first.id;
+      first.distance = distances_of_label()[k];
+      first.logit = logit_of_class(first.id);
+    }
+    kept_number().first[kTeam > 32 ? lane : 0] = first;
+  }
+  // The row's term of the loss; keeps what the gradient needs. Returns the term and its dense_coef.
+  struct TermAndCoef {
+    R value, dense_coef;
+  };
+  __device__ __forceinline__ TermAndCoef number_term(const RowState<R>& row) {
+    const FirstToken first = first_token();
+    if (first.weight == 0) return {0, 0};  // the same for the whole team
     const unsigned mask = team_mask<kTeam>();
-    const R* distance = distances_of_label();
+    const R* distances = distances_of_label();
+    const auto logit = [&](int64_t k) {
+      return k < kTokens ? first.logit : logit_of_class(a.number_ids[k]);
+    };
+    const auto distance = [&](int64_t k) { return k < kTokens ? first.distance : distances[k]; };
     R top = -INFINITY, pivot = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &rest = sums[1];
-    for (int64_t k = lane % kStep; k < a.num_number_tokens; k += kStep)
-      top = max(logit_of_class(a.number_ids[k]), top);
-    top = warp_reduce<kStep>(top, Max{}, mask);
-    for (int64_t k = lane % kStep; k < a.num_number_tokens; k += kStep)
-      if (logit_of_class(a.number_ids[k]) == top) pivot = max(distance[k], pivot);
-    pivot = warp_reduce<kStep>(pivot, Max{}, mask);
+    for (int64_t k = lane % kTokens; k < a.num_number_tokens; k += kTokens) top = max(logit(k), top);
+    top = warp_reduce<kTokens>(top, Max{}, mask);
+    for (int64_t k = lane % kTokens; k < a.num_number_tokens; k += kTokens)
+      if (logit(k) == top) pivot = max(distance(k), pivot);
+    pivot = warp_reduce<kTokens>(pivot, Max{}, mask);
     if (pivot == -INFINITY) pivot = 0;  // all logits are NaN
     top = softmax_base(top);
-    for (int64_t k = lane % kStep; k < a.num_number_tokens; k += kStep) {
-      const R e = exp(logit_of_class(a.number_ids[k]) - top);
+    for (int64_t k = lane % kTokens; k < a.num_number_tokens; k += kTokens) {
+      const R e = exp(logit(k) - top);
       total += e;
-      rest += e * (distance[k] - pivot);
+      rest += e * (distance(k) - pivot);
     }
-    warp_reduce_all<kStep>(sums, Sum{}, mask);
-    number = loss.number_tokens.term(weight, *static_cast<const R*>(a.number_max_distance), pivot,
-                                     rest / total, top, total, row.m, row.log_sum);
-    return number.value;
+    warp_reduce_all<kTokens>(sums, Sum{}, mask);
+    const NumberTerm<R> term =
+        loss.number_tokens.term(first.weight, *static_cast<const R*>(a.number_max_distance), pivot,
+                                rest / total, top, total, row.m, row.log_sum);
+    if (kTeam <= 32 || lane == 0) kept_number().term = term;
+    return {term.value, term.dense_coef};
   }
-  // Overwrites the gradient of the number tokens' classes.
-  __device__ __forceinline__ void number_gradient(const Slope& s, const NumberTerm<R>& number, R g,
-                                                  T* dx) const {
+  // Keeps what number_gradient will need; before `write`.
+  __device__ __forceinline__ void keep_for_gradient(R log_sum, R g) {
+    if (kTeam > 32 && lane != 0) return;
+    kept_number().log_sum = log_sum;
+    kept_number().g = g;
+  }
+  // Overwrites the gradient of the number tokens' classes. For whole teams.
+  __device__ __forceinline__ void number_gradient(const Slope& s, T* dx) {
     if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kTeam > 32) __syncthreads();  // after `write`, whose values are overwritten
-    const R* distance = distances_of_label();
+    const FirstToken first = first_token();
+    if (first.weight == 0) return;
+    const NumberTerm<R> term = kept_number().term;
+    const R m = product(s.top, unit.of_z), log_sum = kept_number().log_sum, g = kept_number().g;
+    const R* distances = distances_of_label();
     for (int64_t k = lane; k < a.num_number_tokens; k += kTeam) {
-      const int64_t j = a.number_ids[k];
-      if (j < 0 || j >= a.n || (k && a.number_ids[k - 1] == j)) continue;
-      const R z = logit_of_class(j), d = z - s.m, p = exp(d - s.log_sum), e = exp(z - number.top);
+      const bool known = k < kTokens;
+      const int64_t j = known ? first.id : a.number_ids[k];
+      if (j < 0 || j >= a.n || (known ? first.repeats : a.number_ids[k - 1] == j)) continue;
+      const R z = known ? first.logit : logit_of_class(j), d = z - m, p = exp(d - log_sum),
+              e = exp(z - term.top);
+      R dz = j == t ? s.at_target : loss.grad(p, d, R(1), R(0), s.coef);
+      dz += loss.number_tokens.self_term(term, e, p, known ? first.distance : distances[k]) * g;
       // a token may occur more than once: one thread adds all its terms
-      R dz = j == t ? loss.grad_at_target(p, d, R(1), s.coef) : loss.grad(p, d, R(1), R(0), s.coef);
-      for (int64_t same = k; same < a.num_number_tokens && a.number_ids[same] == j; ++same)
-        dz += loss.number_tokens.self_term(number, e, p, distance[same]) * g;
+      if (!known || first.again)
+        for (int64_t same = k + 1; same < a.num_number_tokens && a.number_ids[same] == j; ++same)
+          dz += loss.number_tokens.self_term(term, e, p, distances[same]) * g;
       dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
     }
   }

@@ -14,7 +14,7 @@ constexpr int kThreads = 128;  // of a block with several teams
 // where none is written.
 template <class Loss, bool kBackward>
 constexpr int kResident =
-    (Loss::kProportional && !Loss::kNumberTokens) || (Loss::kOutputs && !kBackward) ? 1024 : 512;
+    (Loss::kProportional && !(Loss::kNumberTokens && kBackward)) || (Loss::kOutputs && !kBackward) ? 1024 : 512;
 
 // Vectors of a short row that each thread of a team holds in its registers, so that nothing is read again for
 // the gradient. Not where a logit is expensive to compute twice, nor for the rarer losses.
@@ -84,6 +84,21 @@ struct RowReader {
   __device__ __forceinline__ int64_t dx_stride() const {
     return in_tile() ? kThreads : a.dx_layout.class_stride;
   }
+  // The classes of a row of one thread: in device memory, or a column of the tile, which the compiler then
+  // knows to be in shared memory at constant distances.
+  template <class P>
+  struct Strided {
+    P* p;
+    int64_t stride;
+    __device__ __forceinline__ P& operator[](int64_t j) const { return p[j * stride]; }
+  };
+  struct Column {
+    T* p;
+    __device__ __forceinline__ T& operator[](int64_t j) const { return p[static_cast<int>(j) * kThreads]; }
+  };
+  __device__ __forceinline__ Column column() const {
+    return {reinterpret_cast<T*>(cache) + threadIdx.x};
+  }
   __device__ __forceinline__ bool capped() const { return Loss::kSoftcap && cap > 0; }
   // Rounded, so that z - m is the same wherever it is computed, and exactly 0 at the maximum.
   __device__ __forceinline__ R logit(R v) const {
@@ -115,10 +130,16 @@ struct RowReader {
   // up a warp, always say yes: one team or another would take the branch. With kOutputs no class is a target.
   template <int kCount>
   __device__ __forceinline__ bool may_hold_target(int64_t j) const {
-    return !Loss::kOutputs && ((kTeam > 1 && kTeam < 32) || static_cast<uint64_t>(t - j) < kCount);
+    return !Loss::kOutputs && (kTeam < 32 || static_cast<uint64_t>(t - j) < kCount);
   }
-  // Adds kCount classes from j on, of which the target is number `hit`. Without kTarget it is none of them,
-  // as in nearly all calls, and nothing is compared.
+  // The target's place among kCount classes from j on; no number below kCount: it is none of them.
+  template <int kCount>
+  __device__ __forceinline__ int place_of_target(int64_t j) const {
+    if ((kTeam < 32 && kHold) || in_tile()) return static_cast<int>(t) - static_cast<int>(j);  // rows are short
+    const int64_t ahead = t - j;
+    return static_cast<uint64_t>(ahead) < kCount ? static_cast<int>(ahead) : -1;
+  }
+  // Adds kCount classes from j on, of which the target is number `hit`. Without kTarget nothing is compared.
   template <int kCount, bool kTarget>
   __device__ __forceinline__ void add_below(Online<Loss, R>& o, int64_t j, const R* u, R base,
                                             int hit) const {
@@ -143,11 +164,22 @@ struct RowReader {
   template <int kCount>
   __device__ __forceinline__ void add_classes(Online<Loss, R>& o, int64_t j, const R (&u)[kCount]) const {
     const R base = o.base();
-    if (may_hold_target<kCount>(j)) {
-      // -1: the target is not among them
-      const int64_t ahead = t - j;
-      add_below<kCount, true>(o, j, u, base,
-                              static_cast<uint64_t>(ahead) < kCount ? static_cast<int>(ahead) : -1);
+    // Whatever only the target needs is kept small: a row in registers has it once for each vector, and all
+    // of it has to stay in the instruction cache.
+    if constexpr (Online<Loss, R>::kFields == 0) {
+      R e[kCount];
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) e[k] = unit.exp_of(u[k] - base);
+      if (may_hold_target<kCount>(j)) {
+        const int hit = place_of_target<kCount>(j);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k)
+          if (k == hit) e[k] = 0;
+      }
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) o.s += e[k];
+    } else if (may_hold_target<kCount>(j)) {
+      add_below<kCount, true>(o, j, u, base, place_of_target<kCount>(j));
     } else {
       add_below<kCount, false>(o, j, u, base, -1);
     }
@@ -168,28 +200,35 @@ struct RowReader {
     typename Loss::GradCoef coef;
     R m, log_sum;  // of z
     R top, logs;   // the maximum of u, and log_sum as `prob_of` takes it
+    R at_target = 0;  // the gradient of the target
   };
   template <bool kTarget>
   __device__ __forceinline__ R slope_at(const Slope& s, int64_t j, R v) const {
     const R below = u_of(v) - s.top, p = unit.prob_of(below, s.logs), d = unit.distance(below), w = weight(j);
-    R dz = kTarget && j == t ? loss.grad_at_target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
+    R dz = kTarget ? loss.grad_at_target(p, d, w, s.coef) : loss.grad(p, d, w, soft(j), s.coef);
     if constexpr (Loss::kSoftcap)
       if (cap > 0) dz *= bend(v);
     return dz;
   }
   __device__ __forceinline__ T grad(const Slope& s, int64_t j, T v) const {
-    return narrow<T>(slope_at<true>(s, j, widen(v)));
+    return narrow<T>(j == t ? s.at_target : slope_at<false>(s, j, widen(v)));
+  }
+  // Gradients of kCount classes from j on, in place of their logits.
+  template <int kCount>
+  __device__ __forceinline__ void slopes(const Slope& s, int64_t j, R (&z)[kCount]) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) z[k] = slope_at<false>(s, j + k, z[k]);
+    if (may_hold_target<kCount>(j)) {
+      const int hit = place_of_target<kCount>(j);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (k == hit) z[k] = s.at_target;
+    }
   }
   __device__ __forceinline__ Vec<T> grads(const Slope& s, int64_t j, const Vec<T>& v) const {
     R z[N];
     widen_all(v, z);
-    if (may_hold_target<N>(j)) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) z[k] = slope_at<true>(s, j + k, z[k]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < N; ++k) z[k] = slope_at<false>(s, j + k, z[k]);
-    }
+    slopes(s, j, z);
     return narrow_all<T>(z);
   }
   // The gradient of the longest rows is evicted from L2 first: L2 holds the logits that are read again.

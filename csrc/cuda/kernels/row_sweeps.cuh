@@ -9,8 +9,8 @@ template <class Loss, class T, int kTeam, bool kBackward>
 struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   using Base = HeldRow<Loss, T, kTeam, kBackward>;
   using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit;
-  using Base::add, Base::x_stride, Base::dx_stride, Base::sweep_kept, Base::write_kept, Base::grad,
-      Base::grads, Base::put, Base::write;
+  using Base::add, Base::column, Base::in_tile, Base::x_stride, Base::dx_stride, Base::sweep_kept, Base::write_kept, Base::grad,
+      Base::grads, Base::slopes, Base::put, Base::write;
   using Base::N, Base::kInFlight, Base::kHold, Base::kStay, Base::u_of, Base::add_one, Base::add_vector;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
@@ -40,9 +40,9 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   }
   // Sums the classes in [begin, end) by one thread, recursively in parts, so that rounding errors stay
   // small. The maximum starts at that of `known`.
-  template <int kPart>
-  __device__ __forceinline__ Online<Loss, R> sweep_parts(const Online<Loss, R>& known, int64_t begin,
-                                                         int64_t end) const {
+  template <int kPart, class Row>
+  __device__ __forceinline__ Online<Loss, R> sweep_parts(const Row& row, const Online<Loss, R>& known,
+                                                         int64_t begin, int64_t end) const {
     Online<Loss, R> o;
     o.m = known.m;
     if constexpr (kPart == 1) {
@@ -51,17 +51,17 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
       for (; j + kInFlight <= end; j += kInFlight) {
         R u[kInFlight];
 #pragma unroll
-        for (int k = 0; k < kInFlight; ++k) u[k] = widen(x[(j + k) * x_stride()]);
+        for (int k = 0; k < kInFlight; ++k) u[k] = widen(row[j + k]);
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) u[k] = u_of(u[k]);
         add(o, j, u);
       }
 #pragma unroll 1
-      for (; j < end; ++j) add_one(o, j, x[j * x_stride()]);
+      for (; j < end; ++j) add_one(o, j, row[j]);
     } else {
 #pragma unroll 1
       for (; begin < end; begin += kPart) {
-        const auto part = sweep_parts<kPart / 32>(o, begin, begin + kPart < end ? begin + kPart : end);
+        const auto part = sweep_parts<kPart / 32>(row, o, begin, begin + kPart < end ? begin + kPart : end);
         o.follow(part.m, unit);
         o.take(part);
       }
@@ -71,7 +71,10 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept) const {
     Online<Loss, R> o;
     const int64_t n = a.n;
-    if constexpr (kTeam == 1) return sweep_parts<1024>(o, 0, n);  // larger teams have contiguous rows
+    if constexpr (kTeam == 1) {  // larger teams have contiguous rows
+      if (in_tile()) return n <= 32 ? sweep_parts<1>(column(), o, 0, n) : sweep_parts<32>(column(), o, 0, n);
+      return sweep_parts<1024>(typename Base::template Strided<const T>{x, x_stride()}, o, 0, n);
+    }
     // by index, not by address: the order of sums must not depend on alignment
     const int64_t body = n / N * N;
     if (kStay && slots) {  // registers hold kept vectors: fewer loads in flight
@@ -100,6 +103,22 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
     }
   }
 
+  // Gradients of a row of one thread, a few at a time.
+  template <class From, class To>
+  __device__ __forceinline__ void write_each(const Slope& s, const From& from, const To& to) const {
+    int64_t j = 0;
+#pragma unroll 1
+    for (; j + kInFlight <= a.n; j += kInFlight) {
+      R z[kInFlight];
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) z[k] = widen(from[j + k]);
+      slopes(s, j, z);
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) to[j + k] = narrow<T>(z[k]);
+    }
+#pragma unroll 1
+    for (; j < a.n; ++j) to[j] = grad(s, j, from[j]);
+  }
   template <bool kAligned>
   __device__ __forceinline__ void write_vectors(const Slope& s, T* dx, int64_t begin, int64_t body) const {
     constexpr int64_t kStep = int64_t{kTeam} * N;
@@ -118,7 +137,12 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx, const Kept& kept) const {
     const int64_t n = a.n, from = x_stride(), to = dx_stride();
-    if (kTeam == 1 || from != 1 || to != 1) {
+    if constexpr (kTeam == 1) {
+      if (in_tile()) return write_each(s, column(), column());
+      return write_each(s, typename Base::template Strided<const T>{x, from},
+                        typename Base::template Strided<T>{dx, to});
+    }
+    if (from != 1 || to != 1) {
       for (int64_t j = lane; j < n; j += kTeam) dx[j * to] = grad(s, j, x[j * from]);
       return;
     }

@@ -85,13 +85,15 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       if (holds) hold(held);
     Kept kept;
     Target<R> target{a.target != nullptr, 0, 1};
-    R ut = 0, top = 0;
+    R vt = 0, ut = 0, top = 0;
     if (a.target && inside) {
-      ut = u_of(widen(x[t * x_stride()]));
+      vt = widen(x[t * x_stride()]);
+      ut = u_of(vt);
       if (a.class_weight) target.weight = static_cast<const R*>(a.class_weight)[t];
     }
+    if constexpr (Loss::kNumberTokens) this->load_first_token();
     RowState<R> row;
-    NumberTerm<R> number{};
+    [[maybe_unused]] R dense_coef = 0;  // of number tokens
     R g = 1;
     if constexpr (kBackward) {
       top = state()[0];
@@ -100,7 +102,10 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       for (int i = 0; i < Loss::kSaved; ++i) row.saved[i] = state()[3 + i];
       row.m = m_of(top);
       target.d = unit.distance(ut - top);
-      if constexpr (Loss::kNumberTokens) number_term(row, number);
+      if constexpr (Loss::kNumberTokens) {
+        if constexpr (kTeam > 32) __syncthreads();  // there has been no reduction
+        dense_coef = number_term(row).dense_coef;
+      }
       if constexpr (!Loss::kOutputs) g = upstream_of<T>(a, r);
     } else {
       Online<Loss, R> o;
@@ -124,7 +129,11 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       const R e = a.target ? unit.exp_of(ut - top) : R(0);
       row.log_sum = log(o.s + e);
       R value = loss.project(row, o.extra, o.s, e, target);
-      if constexpr (Loss::kNumberTokens) value += number_term(row, number);
+      if constexpr (Loss::kNumberTokens) {
+        const auto number = number_term(row);
+        value += number.value;
+        dense_coef = number.dense_coef;
+      }
       value *= k;
       if (a.norm) k /= *static_cast<const R*>(a.norm);
       if constexpr (Loss::kOutputs) write_index_logps(row);
@@ -153,19 +162,24 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       write_index_gradient(s, dx);
     } else {
       Slope s{loss.grad_coef(row, target, g * k * scale), row.m, row.log_sum, top, unit.kept(row.log_sum)};
-      if constexpr (Loss::kNumberTokens) loss.add(s.coef, g * k * scale, number.dense_coef);
+      if constexpr (Loss::kNumberTokens) {
+        loss.add(s.coef, g * k * scale, dense_coef);
+        this->keep_for_gradient(row.log_sum, g * k * scale);
+      }
+      if (a.target && inside) s.at_target = this->template slope_at<true>(s, t, vt);
       write_row(s, dx, held, write_held, kept);
-      if constexpr (Loss::kNumberTokens)
-        if (number.total != 0) number_gradient(s, number, g * k * scale, dx);
+      if constexpr (Loss::kNumberTokens) number_gradient(s, dx);
     }
   }
 };
 
-// Minimum of resident blocks on a multiprocessor, for __launch_bounds__.
+// Minimum of resident blocks on a multiprocessor, for __launch_bounds__. Number tokens need more registers; in
+// the kernels of the longest rows the compiler gets by.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward> ? (kTeam > 32 ? 640 / kTeam : 6)
-                        : kTeam > 32                     ? kResident<Loss, kBackward> / kTeam
-                                                         : 4;
+constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward>       ? (kTeam > 32 ? 768 / kTeam : 6)
+                        : kTeam <= 32                          ? 4
+                        : Loss::kNumberTokens && kTeam < 1024 ? 512 / kTeam
+                                                               : kResident<Loss, kBackward> / kTeam;
 
 // With `slots` > 0 blocks are persistent: each takes another row as soon as it has written one.
 template <class Loss, class T, int kTeam, bool kBackward>
@@ -212,13 +226,12 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
   // For whole teams, with a tile for whole blocks.
 #pragma unroll 1
   for (; (kTile ? r - threadIdx.x : r) < a.rows; r += step) {
-    const T* x = all + a.x_layout.start(r);
-    if constexpr (kTile)
-      if (slots) {
-        load_tile(cache, a, r - threadIdx.x);
-        x = reinterpret_cast<const T*>(cache) + threadIdx.x;
-      }
-    if (!kTile || r < a.rows) team(r, step, x).run();
+    if (kTile && slots) {
+      load_tile(cache, a, r - threadIdx.x);
+      if (r < a.rows) team(r, step, reinterpret_cast<const T*>(cache) + threadIdx.x).run();
+    } else if (!kTile || r < a.rows) {
+      team(r, step, all + a.x_layout.start(r)).run();
+    }
     if constexpr (kTile)
       if (slots && a.dx) store_tile(cache, a, r - threadIdx.x);
     if constexpr (kStay || (kTile && kBackward)) __syncthreads();  // hazard: shared memory is reused
@@ -229,11 +242,13 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
 // The longest rows, in bytes, for a warp, a block of 128 threads, and one of half a multiprocessor's threads,
 // where rows are not held; longer ones get a block of all its threads.
 constexpr int64_t kWarpRowBytes = 4 << 10, kBlockRowBytes = 16 << 10, kHalfRowBytes = 128 << 10;
-// Threads of a launch with skip_unit_upstream, whose blocks first read whether there is anything to do: as
-// many as a large GPU holds at once, so that skipping costs little.
-constexpr int64_t kSkipThreads = 132 * 2048;
-// Bytes of a multiprocessor's shared memory that its blocks need for other things than rows.
-constexpr int64_t kSharedReserved = 3 << 10;
+// Bytes of shared memory that each of so many resident blocks has for rows. The rest is for its static arrays,
+// and 1 KB that the system takes of every block.
+template <class Loss>
+int64_t shared_for_rows(int64_t blocks) {
+  constexpr int64_t kSystem = 1 << 10, kStatic = (Loss::kNumberTokens ? 2 : 1) << 10;
+  return (max_shared() + kSystem) / blocks - kSystem - kStatic;
+}
 
 // Whether every row of such a layout starts on 16 bytes.
 template <class T>
@@ -247,11 +262,11 @@ template <class Loss, class T, int kTeam, bool kBackward>
 void launch_team(const RowArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
   int64_t blocks = (a.rows * kTeam + block - 1) / block, slots = 0;
-  if (kBackward && a.skip_unit_upstream && blocks > kSkipThreads / block) blocks = kSkipThreads / block;
+  if (kBackward && a.skip_unit_upstream) blocks = blocks_to_skip(blocks, block);
   if (kStays<Loss, T, kTeam, kBackward> && on_vectors<T>(a.x, a.x_layout) &&
       (!a.dx || on_vectors<T>(a.dx, a.dx_layout))) {
     const int64_t row = a.n / Vec<T>::kSize,
-                  capacity = (max_shared() - kSharedReserved) * kTeam / kResident<Loss, kBackward> / 16;
+                  capacity = shared_for_rows<Loss>(kBlocks<Loss, T, kTeam, kBackward>) / 16;
     slots = (row < capacity ? row : capacity) / kTeam * kTeam;
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
     if (slots && blocks > stay) blocks = stay;
