@@ -334,3 +334,18 @@ def test_in_training(device):
             optimiser.step()
         finals.append(value.detach())
     torch.testing.assert_close(*finals)
+
+
+@pytest.mark.parametrize("rows", [4097, 32768, 32769, 100_000])
+def test_sums_over_rows(rows, device):
+    """On CUDA one block adds up to 32,768 rows, and several blocks add more: the norm, and the losses."""
+    x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0)).to(device)
+    target = torch.arange(rows, device=device) % 2
+    target[::3] = -100
+    weight = torch.tensor([0.5, 2.0], device=device)
+    want = F.cross_entropy(x.double().cpu(), target.cpu(), weight.double().cpu())
+    loss = fastloss.cross_entropy(x, target, weight).double().cpu()
+    torch.testing.assert_close(loss, want, rtol=3e-7, atol=0.0)
+    total = fastloss.cross_entropy(x, target, weight, reduction="sum").double().cpu()
+    want = F.cross_entropy(x.double().cpu(), target.cpu(), weight.double().cpu(), reduction="sum")
+    torch.testing.assert_close(total, want, rtol=3e-7, atol=0.0)

@@ -159,6 +159,16 @@ struct RowReader {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) top = larger(u[k], top);
     o.follow(top, unit);
+    if constexpr (Online<Loss, R>::kAddsLower) {
+      if (top < o.m) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          const R d = unit.distance(u[k] - o.m);
+          o.extra.add_lower(exp(d), d);
+        }
+        return;
+      }
+    }
     add_classes(o, j, u);
   }
   template <int kCount>
