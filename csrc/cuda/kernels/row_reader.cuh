@@ -37,6 +37,25 @@ constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBack
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr int kKept = kStays<Loss, T, kTeam, kBackward> ? 2 * 1024 / kResident<Loss, kBackward> : 0;
 
+// The rows of a team of 1024 consist of parts, each no longer than what a block keeps of it if it has 227 KB of
+// shared memory, as far as kMostParts suffice. Each part has sums of its own, which are merged in order: a
+// cluster of blocks takes a part each, a single block one after the other, with the same result.
+constexpr int64_t kPartBytes = 256 << 10;
+constexpr int kMostParts = 4;
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr bool kParted = kStays<Loss, T, kTeam, kBackward> && kTeam == 1024;
+__host__ __device__ __forceinline__ int parts_of(int64_t bytes) {
+  return bytes <= kPartBytes ? 1 : bytes <= 2 * kPartBytes ? 2 : kMostParts;
+}
+// Classes of every part but the last, which has the others: whole lines of 128 bytes.
+template <class T>
+__host__ __device__ __forceinline__ int64_t part_classes(int64_t n) {
+  constexpr int64_t kLine = 128 / sizeof(T);
+  const auto lines = [n](int64_t parts) { return (n + parts * kLine - 1) / (parts * kLine); };
+  const int parts = parts_of(n * int64_t{sizeof(T)});
+  return parts == 1 ? n : kLine * (parts == 2 ? lines(2) : lines(kMostParts));
+}
+
 // The gradient of row r's result.
 template <class T>
 __device__ __forceinline__ acc_t<T> upstream_of(const RowArgs& a, int64_t r) {
@@ -57,6 +76,7 @@ struct RowReader {
   static constexpr int kHold = kHeld<Loss, T, kTeam, kBackward>;
   static constexpr bool kStay = kStays<Loss, T, kTeam, kBackward>;
   static constexpr int kKeep = kKept<Loss, T, kTeam, kBackward>;
+  static constexpr bool kParts = kParted<Loss, T, kTeam, kBackward>;
   const RowArgs& a;
   const Loss loss;
   const int lane;
@@ -75,6 +95,9 @@ struct RowReader {
   int slots;     // vectors in cache; 0: none
   bool more;     // this block has another row,
   int64_t next;  //   which starts so many elements further on
+  // The classes from x on that this block has: the row's, or in a cluster those of its part, as if they were a
+  // row. t is the target among them.
+  int64_t n;
 
   __device__ __forceinline__ bool in_tile() const { return kTiles<Loss, kTeam> && slots; }
   // From one class to the next.
@@ -201,7 +224,7 @@ struct RowReader {
     }
   }
   __device__ __forceinline__ void write_zeros(T* dx) const {
-    for (int64_t j = lane; j < a.n; j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
+    for (int64_t j = lane; j < n; j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
   }
   // NaN for a class that does not exist
   __device__ __forceinline__ R logit_of_class(int64_t j) const {

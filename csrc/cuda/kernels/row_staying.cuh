@@ -1,6 +1,7 @@
-// A long row, of which a persistent block keeps a part on the chip: the first vectors in shared memory, some
-// more in registers. While its gradient is written, asynchronous copies fill each slot of shared memory with
-// the next row.
+// A long row, or a cluster's part of one, that a persistent block keeps on the chip as far as it fits: the
+// first vectors in shared memory, some more in registers. While its gradient is written, asynchronous copies
+// fill each slot of shared memory with the next row. A single block that takes a row in parts keeps of the
+// first part alone.
 #pragma once
 #include "row_reader.cuh"
 
