@@ -186,8 +186,8 @@ void run_cluster(size_t first, const std::vector<unsigned>& block_order,
   for (unsigned rank : block_order)
     if (const Block& b = cluster.blocks[rank]; b.mapped == cluster.barriers)
       throw Error("block " + text(b.index) +
-                  " may have returned when a peer uses its shared memory, asked for at " + b.mapped_by +
-                  ": no barrier of the cluster follows");
+                  " may have returned when a peer uses its shared memory, asked for at " +
+                  simt::text(b.mapped_by) + ": no barrier of the cluster follows");
 }
 
 void set_up_stacks(unsigned threads) {
@@ -349,18 +349,20 @@ void cluster_sync(Where where) {
 }
 
 void* map_shared(void* mine, unsigned rank, Where where) {
-  const std::string at = ", at " + text(where);
+  // The race checker takes strings that are made in a fiber for a kernel's memory: only those of an error are.
+  const auto at = [&] { return ", at " + text(where); };
   if (rank >= cluster.size)
     fail("rank " + std::to_string(rank) + " of a cluster of " + std::to_string(cluster.size) + " blocks" +
-         at);
+         at());
   if (rank == block->rank) return mine;
   Block& peer = cluster.blocks[rank];
-  const std::string theirs = "shared memory of block " + text(peer.index);
-  if (cluster.barriers == 0)
-    fail(theirs + ", which may not have started: no barrier of the cluster precedes" + at);
-  if (peer.returned) fail(theirs + ", of which threads have returned" + at);
+  const auto fail_for = [&](const char* what) {
+    fail("shared memory of block " + text(peer.index) + ", " + what + at());
+  };
+  if (cluster.barriers == 0) fail_for("which may not have started: no barrier of the cluster precedes");
+  if (peer.returned) fail_for("of which threads have returned");
   peer.mapped = cluster.barriers;
-  peer.mapped_by = text(where);
+  peer.mapped_by = where;
   const auto offset_in = [&](const void* memory, size_t bytes) {
     const uintptr_t offset = reinterpret_cast<uintptr_t>(mine) - reinterpret_cast<uintptr_t>(memory);
     return memory && offset < bytes ? static_cast<ptrdiff_t>(offset) : -1;
@@ -370,7 +372,8 @@ void* map_shared(void* mine, unsigned rank, Where where) {
   for (SharedArray* array : block->arrays)
     if (const ptrdiff_t offset = offset_in(array->memory[block->rank], array->bytes); offset >= 0)
       return static_cast<char*>(array->of(peer)) + offset;
-  fail(theirs + ", by an address that is not in this block's" + at);
+  fail_for("by an address that is not in this block's");
+  return nullptr;
 }
 
 int max_clusters() {

@@ -52,7 +52,7 @@ struct Block {
   void* dynamic = nullptr;
   std::vector<SharedArray*> arrays;  // that it has
   int mapped = -1;                   // barriers of the cluster when a peer last asked for its shared memory,
-  std::string mapped_by;             //   and where
+  Where mapped_by;                   //   and where
   std::string error;
 };
 extern Block* block;  // the one that is stepped

@@ -122,6 +122,8 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
           static_cast<R*>(a.loss)[r] = 0;
         }
       }
+      if constexpr (kCluster)
+        __syncthreads();  // hazard in place: other threads copy from here to their slots
       if (a.dx) write_zeros(gradient());
       if (kStay && slots) refill_all();
       return false;
@@ -283,8 +285,8 @@ __device__ __forceinline__ void take_rows(const RowArgs& a, int slots) {
     if (!kTile || r < a.rows) turn ^= team(r, step, x).run(turn);
     if constexpr (kTile)
       if (slots && a.dx) store_tile(cache, a, r - threadIdx.x);
-    if constexpr (!kCluster && (kStay || (kTile && kBackward)))
-      __syncthreads();  // hazard: shared memory is reused
+    // hazard: shared memory is reused; in a cluster its barrier is between
+    if constexpr (!kCluster && (kStay || (kTile && kBackward))) __syncthreads();
     if constexpr (!kBackward && !kStay) return;
   }
 }
