@@ -1,7 +1,7 @@
 """Rows of every length for which a device has its own code path, more of them than concurrent blocks.
 
-On CUDA short rows lie in registers, longer ones in shared memory while the next one is on its way, and of the
-longest a part is read twice; which thread adds what must depend on none of that but the length.
+On CUDA short rows lie in registers, longer ones in shared memory while the next one is on its way, the longest in that
+of 2 or 4 blocks, or are read twice in part; which thread adds what must depend on none of that but the length.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ LENGTHS = (
     32784,
     131072,
     131088,
+    262144,
+    262160,
     300000,
+    524288,
+    524304,
+    1100000,
 )
 DTYPES = (torch.float32, torch.bfloat16)
 CASES = {

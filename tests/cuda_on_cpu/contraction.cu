@@ -1,5 +1,6 @@
 // Expressions whose products must be rounded for themselves, as the kernels compile them (test_machine_code.py
 // finds no multiply-add in them), and the same as plain expressions (there it must).
+#include "../../csrc/cuda/kernels/row_sums.cuh"
 #include "../../csrc/losses/classification.h"
 #include "../../csrc/losses/distillation.h"
 
@@ -42,6 +43,18 @@ __global__ void divergence(const R* x, R* y, LogitDivergence<R, kKind> loss) {
   y[0] = s.u;
   y[1] = s.v;
 }
+
+// The sums of two parts of a row, as in cuda/kernels/rows.cuh.
+template <class R>
+__global__ void parts(R* x, cuda::Unit<R> unit) {
+  cuda::Online<CrossEntropy<R, kHard>, R> o;
+  o.m = x[0];
+  o.s = x[1];
+  o.merge(x[2], x[3], unit);
+  x[4] = o.m;
+  x[5] = o.s;
+}
+template __global__ void parts<float>(float*, cuda::Unit<float>);
 
 #define FOR_TYPE(R)                                                                   \
   template __global__ void plain<R>(R*);                                              \

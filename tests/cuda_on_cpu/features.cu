@@ -8,11 +8,12 @@
 #include <thread>
 #include <vector>
 
-#include "cuda_or_shim.cuh"
+#include "cluster.cuh"
 
 namespace {
 
 using fastloss::cuda::launch;
+using fastloss::cuda::launch_clusters;
 constexpr unsigned kFull = 0xffffffffu;
 
 [[noreturn]] void wrong(const std::string& what, double got, double expected) {
@@ -139,6 +140,45 @@ void test_pipeline() {
   for (int t = 0; t < 64; ++t) expect("cp.async", y[t], 2 * (t ^ 1) + 64 + (t == 8 ? 1 : 2));
 }
 
+// ---- clusters
+
+// A block writes into the memory of all, static and dynamic, one turn after the other in alternating places, and
+// then adds what the others wrote.
+__global__ void clusters(int* y) {
+  using fastloss::cuda::cluster_rank, fastloss::cuda::cluster_size, fastloss::cuda::cluster_sync,
+      fastloss::cuda::peer_shared;
+  FL_SHARED(int, got, 2 * 4 * 64);
+  FL_DYN_SHARED(int, more);
+  const int t = threadIdx.x, rank = cluster_rank(), size = cluster_size();
+  int sum = 0;
+  cluster_sync();
+  for (int turn = 0; turn < 3; ++turn) {
+    const int place = turn % 2 * 256 + rank * 64 + t, value = 1000 * blockIdx.x + t + turn;
+    for (int to = 0; to < size; ++to) {
+      *peer_shared(got + place, to) = value;
+      *peer_shared(more + place, to) = -value;
+    }
+    cluster_sync();
+    for (int from = 0; from < size; ++from)
+      sum += 2 * got[turn % 2 * 256 + from * 64 + (t ^ 33)] + more[turn % 2 * 256 + from * 64 + t];
+    __syncthreads();  // of one block while the other may be elsewhere
+  }
+  y[blockIdx.x * 64 + t] = sum;
+}
+void test_clusters(int size) {
+  const int blocks = 3 * size;
+  std::vector<int> y(blocks * 64);
+  launch_clusters(&clusters, dim3(blocks), dim3(64), 2048, nullptr, size, y.data());
+  for (int i = 0; i < blocks * 64; ++i) {
+    const int t = i % 64, first = i / 64 / size * size;
+    int sum = 0;
+    for (int turn = 0; turn < 3; ++turn)
+      for (int from = first; from < first + size; ++from)
+        sum += 2 * (1000 * from + (t ^ 33) + turn) - (1000 * from + t + turn);
+    expect("cluster", y[i], sum);
+  }
+}
+
 // ---- arithmetic
 
 __global__ void conversions(const float* x, float* y) {
@@ -208,10 +248,10 @@ void test_geometry() {
   for (int i = 0; i < 24 * 64; ++i) expect("geometry", y[i], i / 64 * 1000 + i % 64);
 }
 
-void expect_error(const char* what, dim3 grid, dim3 block, size_t smem) {
+void expect_error(const char* what, dim3 grid, dim3 block, size_t smem, int cluster = 1) {
   int sink[64];
   try {
-    launch(&geometry, grid, block, smem, nullptr, sink);
+    launch_clusters(&geometry, grid, block, smem, nullptr, cluster, sink);
   } catch (const std::runtime_error&) {
     return;
   }
@@ -221,6 +261,8 @@ void test_limits() {
   expect_error("a block of 2048 threads", dim3(1), dim3(2048), 0);
   expect_error("an empty grid", dim3(0), dim3(32), 0);
   expect_error("228 KiB of shared memory", dim3(1), dim3(32), 228 << 10);
+  expect_error("a grid of 3 blocks in clusters of 2", dim3(3), dim3(32), 0, 2);
+  expect_error("clusters of 16 blocks", dim3(16), dim3(2), 0, 16);
 }
 
 // Launches from several host threads, one of which fails over and over.
@@ -230,7 +272,7 @@ void test_host_threads() {
   for (int k = 0; k < 4; ++k)
     threads.emplace_back([k, &errors] {
       try {
-        for (int i = 0; i < 25; ++i) k == 3 ? test_limits() : test_votes();
+        for (int i = 0; i < 25; ++i) k == 3 ? test_limits() : k == 2 ? test_clusters(2) : test_votes();
       } catch (const std::exception& e) {
         errors[k] = e.what();
       }
@@ -252,6 +294,7 @@ int main() {
     test_vectors();
     test_atomics();
     test_pipeline();
+    for (int size : {2, 4}) test_clusters(size);
     test_conversions();
     test_arithmetic();
     test_geometry();

@@ -7,11 +7,15 @@
 #include <string>
 #include <vector>
 
-#include "cuda_or_shim.cuh"
+#include "cluster.cuh"
 
 namespace {
 
-using fastloss::cuda::launch;
+using fastloss::cuda::cluster_rank;
+using fastloss::cuda::cluster_size;
+using fastloss::cuda::cluster_sync;
+using fastloss::cuda::launch_clusters;
+using fastloss::cuda::peer_shared;
 constexpr unsigned kFull = 0xffffffffu;
 
 // x[i] = i; all numbers are small integers, so every order of summation gives the same.
@@ -161,6 +165,104 @@ KERNEL copy_not_waited_for(const float* x, float* y) {
   y[threadIdx.x] = s[threadIdx.x ^ 1];
 }
 
+// ---- clusters of two blocks
+
+// y[block * 32 + thread] is what the thread of the other block wrote.
+KERNEL cluster_barrier_in_both_branches(const float*, float* y) {
+  if (kBad && cluster_rank() == 1)
+    cluster_sync();
+  else
+    cluster_sync();
+  y[blockIdx.x * 32 + threadIdx.x] = 1;
+}
+KERNEL return_before_cluster_barrier(const float*, float* y) {
+  if (kBad && blockIdx.x == 1 && threadIdx.x == 5) return;
+  cluster_sync();
+  y[blockIdx.x * 32 + threadIdx.x] = 1;
+}
+KERNEL block_barrier_while_cluster_waits(const float*, float* y) {
+  if (kBad && blockIdx.x == 3)
+    __syncthreads();
+  else
+    cluster_sync();
+  y[blockIdx.x * 32 + threadIdx.x] = 1;
+}
+template <bool kStarted, bool kBarrier, bool kStays, bool kPeerReads>
+__device__ void exchange(const float* x, float* y) {
+  FL_SHARED(float, got, 32);
+  const int t = threadIdx.x, at = blockIdx.x * 32 + t, peer = cluster_rank() ^ 1;
+  if (kStarted) cluster_sync();
+  if (kPeerReads) {
+    got[t] = x[at];
+    if (kBarrier) cluster_sync();
+    y[at] = *peer_shared(got + t, peer);
+  } else {
+    *peer_shared(got + t, peer) = x[at];
+    if (kBarrier) cluster_sync();
+    y[at] = got[t];
+  }
+  if (kStays) cluster_sync();
+}
+KERNEL peer_may_not_have_started(const float* x, float* y) { exchange<!kBad, true, true, false>(x, y); }
+KERNEL missing_cluster_barrier(const float* x, float* y) { exchange<true, !kBad, true, false>(x, y); }
+KERNEL read_before_peer_has_written(const float* x, float* y) { exchange<true, !kBad, true, true>(x, y); }
+KERNEL peer_may_have_returned(const float* x, float* y) { exchange<true, true, !kBad, true>(x, y); }
+KERNEL peer_returns_without_barrier(const float* x, float* y) {  // after its last use, perhaps
+  FL_SHARED(float, got, 32);
+  const int t = threadIdx.x, at = blockIdx.x * 32 + t;
+  got[t] = x[at ^ 32];
+  cluster_sync();
+  y[at] = cluster_rank() == 0 ? *peer_shared(got + t, 1) + 32 : x[at ^ 32];
+  if (!kBad) cluster_sync();
+}
+KERNEL block_barrier_for_cluster_barrier(const float* x, float* y) {
+  FL_SHARED(float, got, 32);
+  const int t = threadIdx.x, at = blockIdx.x * 32 + t;
+  cluster_sync();
+  *peer_shared(got + t, cluster_rank() ^ 1) = x[at];
+  if (kBad)
+    __syncthreads();
+  else
+    cluster_sync();
+  y[at] = got[t ^ 1];
+  cluster_sync();
+}
+KERNEL one_place_for_every_turn(const float* x,
+                                float* y) {  // a block overwrites what its peer has yet to read
+  FL_SHARED(float, got, 64);
+  const int t = threadIdx.x, at = blockIdx.x * 32 + t;
+  float sum = 0;
+  cluster_sync();
+  for (int turn = 0; turn < 3; ++turn) {
+    float* const place = got + (kBad ? 0 : turn % 2 * 32);
+    *peer_shared(place + t, cluster_rank() ^ 1) = x[at] + turn;
+    cluster_sync();
+    sum += place[t];
+  }
+  y[at] = sum - 2 * x[at ^ 32] - 3;
+}
+KERNEL rank_that_no_peer_has(const float* x, float* y) {
+  FL_SHARED(float, got, 32);
+  const int t = threadIdx.x, at = blockIdx.x * 32 + t;
+  cluster_sync();
+  *peer_shared(got + t, kBad ? 2 : cluster_rank() ^ 1) = x[at];
+  cluster_sync();
+  y[at] = got[t];
+}
+KERNEL address_that_is_not_shared(const float* x, float* y) {
+  FL_SHARED(float, got, 32);
+  const int t = threadIdx.x, at = blockIdx.x * 32 + t;
+  cluster_sync();
+  *peer_shared(kBad ? y + t : got + t, cluster_rank() ^ 1) = x[at];
+  cluster_sync();
+  y[at] = got[t];
+}
+KERNEL two_blocks_of_a_cluster_write_one_word(const float*, float* y) {
+  if (threadIdx.x == 0 && cluster_rank() == 0) y[0] = y[1] = 1;
+  if (!kBad) cluster_sync();
+  if (threadIdx.x == 0 && cluster_rank() == 1) y[1] = 1;
+}
+
 // ---- addresses
 
 // Sum over x[0, n) by one warp, in pieces of 16 bytes where they fit.
@@ -219,16 +321,18 @@ struct Pair {
   int n, offset;       // of x: elements, and how many of them the base is away from alignment
   int outputs, extra;  // of y: elements to be checked, and others, which start as 0
   float (*expected)(int i);
+  int cluster = 1;
 };
 
 float one(int) { return 1; }
 float same(int i) { return static_cast<float>(i); }
 float neighbour(int i) { return static_cast<float>(i ^ 1); }
 float zero(int) { return 0; }
+float peers(int i) { return static_cast<float>(i ^ 32); }
 
 #define PAIR(name) #name, &name<false>, &name<true>
 const Pair kPairs[] = {
-    // name, blocks, threads, shared, n, offset, outputs, extra, expected
+    // name, blocks, threads, shared, n, offset, outputs, extra, expected, cluster
     {PAIR(barrier_in_both_branches), 1, 64, 0, 0, 0, 64, 0, one},
     {PAIR(return_before_barrier), 1, 64, 0, 0, 0, 64, 0, one},
     {PAIR(caller_outside_mask), 1, 32, 0, 0, 0, 32, 0, one},
@@ -247,6 +351,20 @@ const Pair kPairs[] = {
     {PAIR(two_blocks_write_one_word), 2, 32, 0, 0, 0, 1, 1, one},
     {PAIR(plain_beside_atomic), 1, 64, 0, 0, 0, 1, 0, [](int) { return 64.f; }},
     {PAIR(copy_not_waited_for), 1, 64, 0, 64, 0, 64, 0, neighbour},
+    {PAIR(cluster_barrier_in_both_branches), 4, 32, 0, 0, 0, 128, 0, one, 2},
+    {PAIR(return_before_cluster_barrier), 4, 32, 0, 0, 0, 128, 0, one, 2},
+    {PAIR(block_barrier_while_cluster_waits), 4, 32, 0, 0, 0, 128, 0, one, 2},
+    {PAIR(peer_may_not_have_started), 4, 32, 0, 128, 0, 128, 0, peers, 2},
+    {PAIR(missing_cluster_barrier), 4, 32, 0, 128, 0, 128, 0, peers, 2},
+    {PAIR(read_before_peer_has_written), 4, 32, 0, 128, 0, 128, 0, peers, 2},
+    {PAIR(peer_may_have_returned), 4, 32, 0, 128, 0, 128, 0, peers, 2},
+    {PAIR(peer_returns_without_barrier), 4, 32, 0, 128, 0, 128, 0, peers, 2},
+    {PAIR(block_barrier_for_cluster_barrier), 4, 32, 0, 128, 0, 128, 0, [](int i) { return float(i ^ 33); },
+     2},
+    {PAIR(one_place_for_every_turn), 4, 32, 0, 128, 0, 128, 0, peers, 2},
+    {PAIR(rank_that_no_peer_has), 4, 32, 0, 128, 0, 128, 0, peers, 2},
+    {PAIR(address_that_is_not_shared), 4, 32, 0, 128, 0, 128, 0, peers, 2},
+    {PAIR(two_blocks_of_a_cluster_write_one_word), 2, 32, 0, 0, 0, 2, 0, one, 2},
     {PAIR(overrun_of_tail), 1, 32, 0, 35, 0, 1, 0, [](int) { return 595.f; }},
     {PAIR(forgotten_unaligned_head), 1, 32, 0, 35, 1, 1, 0, [](int) { return 595.f; }},
     {PAIR(overrun_of_static_shared), 1, 32, 0, 32, 0, 32, 0, same},
@@ -259,7 +377,8 @@ void run(const Pair& pair, Kernel kernel) {
   std::vector<float> x(pair.offset + pair.n), y(pair.outputs + pair.extra);  // exactly sized
   float* base = x.data() + pair.offset;
   for (int i = 0; i < pair.n; ++i) base[i] = static_cast<float>(i);
-  launch(kernel, dim3(pair.blocks), dim3(pair.threads), pair.shared * sizeof(float), nullptr, base, y.data());
+  launch_clusters(kernel, dim3(pair.blocks), dim3(pair.threads), pair.shared * sizeof(float), nullptr,
+                  pair.cluster, base, y.data());
   for (int i = 0; i < pair.outputs; ++i)
     if (!(y[i] == pair.expected(i)))
       throw std::runtime_error("wrong result: element " + std::to_string(i) + " is " + std::to_string(y[i]) +

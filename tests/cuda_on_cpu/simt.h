@@ -3,6 +3,7 @@
 // asked. Needs the toolkit's headers (for its vector, half and stream types) but no GPU. Tests only.
 //
 // Environment: SIMT_ORDER is the schedule: 0 blocks, warps and lanes in order, 1 all reversed, else a seed.
+// SIMT_CLUSTERS is how many clusters run at once: 0 for a device without.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -59,12 +60,14 @@ extern Index block_index;
 extern dim3 block_dim, grid_dim;
 
 using Body = void (*)(void*);
-// Runs `body(context)` once for every thread of the grid; the context is constant meanwhile. Launches from
-// several host threads take turns.
-void run(Body body, void* context, size_t context_bytes, dim3 grid, dim3 block, size_t dynamic_shared);
+// Runs `body(context)` once for every thread of the grid, `cluster` blocks at a time; the context is constant
+// meanwhile. Launches from several host threads take turns.
+void run(Body body, void* context, size_t context_bytes, dim3 grid, dim3 block, size_t dynamic_shared,
+         unsigned cluster);
 
 template <class... P, class... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t, A&&... args) {
+void launch_clusters(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t, unsigned cluster,
+                     A&&... args) {
   static_assert(sizeof...(P) == sizeof...(A), "as many arguments as the kernel has parameters");
   using Params = std::tuple<std::decay_t<P>...>;
   struct Context {
@@ -76,16 +79,23 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream
     Params own = call->params;  // every thread may change its parameters
     std::apply(call->kernel, own);
   };
-  run(body, &context, sizeof context, grid, block, smem);
+  run(body, &context, sizeof context, grid, block, smem, cluster);
+}
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream, A&&... args) {
+  launch_clusters(kernel, grid, block, smem, stream, 1, std::forward<A>(args)...);
 }
 
+constexpr unsigned kMaxCluster = 8;  // blocks
+struct Block;
 // One per FL_SHARED and template instantiation: an exactly sized array, filled with NaN for every block.
 struct SharedArray {
   size_t bytes, align;
-  void* memory = nullptr;
-  uint64_t block_serial = 0;
+  void* memory[kMaxCluster] = {};  // of each block of a cluster
+  uint64_t block_serial[kMaxCluster] = {};
   constexpr SharedArray(size_t bytes_, size_t align_) : bytes(bytes_), align(align_) {}  // no guard variable
   void* get();
+  void* of(Block& block);
 };
 void* dynamic_shared(size_t align);
 
@@ -102,6 +112,7 @@ constexpr int warpSize = 32;
   T(&name)[n] = *static_cast<T(*)[n]>(name##_array.get())
 #define FL_DYN_SHARED(T, name) T* name = static_cast<T*>(simt::dynamic_shared(alignof(T)))
 
+#include "simt_cluster.h"
 #include "simt_math.h"
 #include "simt_memory.h"
 #include "simt_warp.h"

@@ -1,6 +1,6 @@
 // The runtime behind g++ -fsanitize=thread, replaced: exact checks, byte by byte, of data races among CUDA
-// threads (ordered by __syncthreads, __syncwarp and the end of a launch, nothing else), of reads of shared
-// memory that nobody wrote, and of alignment. Compiled without -fsanitize=thread itself.
+// threads (ordered by __syncthreads, __syncwarp, the barrier of a cluster and the end of a launch, nothing
+// else), of reads of shared memory that nobody wrote, and of alignment. Compiled without -fsanitize=thread itself.
 #include "simt_race.h"
 
 #include <dlfcn.h>
@@ -26,8 +26,8 @@ bool can_conflict(Kind a, Kind b) {
 
 // The accesses of one kind to one byte since the last barrier that orders them: what later ones must know.
 struct Accesses {
-  enum : uint8_t { kLanes = 1, kWarps = 2, kBlocks = 4 };
-  uint32_t block, block_epoch, warp_epoch;
+  enum : uint8_t { kLanes = 1, kWarps = 2, kBlocks = 4, kClusters = 8 };
+  uint32_t block, cluster_epoch, block_epoch, warp_epoch;
   uint16_t thread;
   uint8_t several;  // by more than one of these
   bool any;
@@ -39,16 +39,20 @@ struct Byte {
 };
 
 constexpr uintptr_t kPage = 4096;
-constexpr size_t kMostPages = 1024;  // 300 MB of what is known about 4 MB
+constexpr size_t kMostPages = 1024;  // 370 MB of what is known about 4 MB
 std::unordered_map<uintptr_t, Byte*> pages;
 uintptr_t last_page = ~uintptr_t{0};
 Byte* last_bytes;
 
-uint32_t launch, current_block, block_epoch, warp_epoch[32];
+uint32_t launch, blocks_in_cluster, first_block, cluster_epoch;
+// What the barriers of a block and of its warps have ordered; `at` is of the block that is stepped.
+struct Epochs {
+  uint32_t block, block_epoch, warp_epoch[32];
+} epochs[kMaxCluster], *at = epochs;
 bool coherent_access;
 struct {
   uintptr_t from, bytes;
-} ignored[2];
+} ignored[kMaxCluster + 1];
 
 Byte& byte_at(uintptr_t address) {
   const uintptr_t page = address / kPage;
@@ -63,16 +67,23 @@ Byte& byte_at(uintptr_t address) {
 
 bool unordered(const Accesses& a) {
   if (!a.any) return false;
-  if ((a.several & Accesses::kBlocks) || a.block != current_block) return true;
-  if (a.block_epoch != block_epoch) return false;
+  if ((a.several & Accesses::kClusters) || a.block - first_block >= blocks_in_cluster) return true;
+  if (a.cluster_epoch != cluster_epoch) return false;
+  if ((a.several & Accesses::kBlocks) || a.block != at->block) return true;
+  if (a.block_epoch != at->block_epoch) return false;
   if (a.several & Accesses::kWarps) return true;
-  if (a.thread / 32u == current->warp && a.warp_epoch != warp_epoch[current->warp]) return false;
+  if (a.thread / 32u == current->warp && a.warp_epoch != at->warp_epoch[current->warp]) return false;
   return (a.several & Accesses::kLanes) || a.thread != current->linear;
 }
 
 void record(Accesses& a) {
-  const Accesses now{
-      current_block, block_epoch, warp_epoch[current->warp], static_cast<uint16_t>(current->linear), 0, true};
+  const Accesses now{at->block,
+                     cluster_epoch,
+                     at->block_epoch,
+                     at->warp_epoch[current->warp],
+                     static_cast<uint16_t>(current->linear),
+                     0,
+                     true};
   const auto replace = [&](int keep) {
     const uint8_t several = a.several & keep;
     a = now;
@@ -80,14 +91,18 @@ void record(Accesses& a) {
   };
   if (!a.any) {
     a = now;
+  } else if (a.block - first_block >= blocks_in_cluster) {
+    a.several |= Accesses::kClusters;
+  } else if (a.cluster_epoch != now.cluster_epoch) {
+    replace(Accesses::kClusters);
   } else if (a.block != now.block) {
     a.several |= Accesses::kBlocks;
   } else if (a.block_epoch != now.block_epoch) {
-    replace(Accesses::kBlocks);
+    replace(Accesses::kClusters | Accesses::kBlocks);
   } else if (a.thread / 32 != now.thread / 32) {
     a.several |= Accesses::kWarps;
   } else if (a.warp_epoch != now.warp_epoch) {
-    replace(Accesses::kBlocks | Accesses::kWarps);
+    replace(Accesses::kClusters | Accesses::kBlocks | Accesses::kWarps);
   } else if (a.thread != now.thread) {
     a.several |= Accesses::kLanes;
   }
@@ -149,24 +164,28 @@ void access(const void* p, size_t bytes, Kind kind, void* pc, size_t align) {
 
 }  // namespace
 
-void ignore(int which, const void* p, size_t bytes) {
+void ignore(unsigned which, const void* p, size_t bytes) {
   ignored[which] = {reinterpret_cast<uintptr_t>(p), bytes};
 }
-void begin_launch() {
+void begin_launch(unsigned in_cluster) {
   ++launch;
+  blocks_in_cluster = in_cluster;
+  for (auto& range : ignored) range = {};
   coherent_access = false;
   if (pages.size() < kMostPages) return;
   for (auto& [page, bytes] : pages) std::free(bytes);
   pages.clear();
   last_page = ~uintptr_t{0};
 }
-void begin_block(uint64_t b) {
-  current_block = static_cast<uint32_t>(b);
-  block_epoch = 0;
-  std::memset(warp_epoch, 0, sizeof warp_epoch);
+void begin_cluster(uint64_t first) {
+  first_block = static_cast<uint32_t>(first);
+  cluster_epoch = 0;
+  for (uint32_t rank = 0; rank < blocks_in_cluster; ++rank) epochs[rank] = {first_block + rank, 0, {}};
 }
-void block_barrier() { ++block_epoch; }
-void warp_barrier(unsigned warp) { ++warp_epoch[warp]; }
+void select_block(unsigned rank) { at = &epochs[rank]; }
+void block_barrier(unsigned rank) { ++epochs[rank].block_epoch; }
+void cluster_barrier() { ++cluster_epoch; }
+void warp_barrier(unsigned warp) { ++at->warp_epoch[warp]; }
 void fresh_shared(void* p, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) byte_at(reinterpret_cast<uintptr_t>(p) + i) = Byte{launch, true, {}};
 }

@@ -12,10 +12,12 @@ inline constinit thread_local bool in_kernel __attribute__((tls_model("initial-e
 inline char *stack_low = nullptr, *stack_high = nullptr;
 
 #if defined(SIMT_RACE)
-void begin_launch();
-void ignore(int which, const void* p, size_t bytes);  // which: 0 or 1
-void begin_block(uint64_t block);
-void block_barrier();
+void begin_launch(unsigned blocks_in_cluster);
+void ignore(unsigned which, const void* p, size_t bytes);  // which: at most kMaxCluster
+void begin_cluster(uint64_t first_block);
+void select_block(unsigned rank);  // whose threads are stepped from now on
+void block_barrier(unsigned rank);
+void cluster_barrier();
 void warp_barrier(unsigned warp);
 void fresh_shared(void* p, size_t bytes);  // a block's shared array, not written yet
 void coherent(bool update, const void* p, size_t bytes, void* pc);
@@ -23,10 +25,12 @@ void coherent_done();
 void wrote(void* p, size_t bytes, void* pc);
 void was_read(const void* p, size_t bytes, void* pc);
 #else
-inline void begin_launch() {}
-inline void ignore(int, const void*, size_t) {}
-inline void begin_block(uint64_t) {}
-inline void block_barrier() {}
+inline void begin_launch(unsigned) {}
+inline void ignore(unsigned, const void*, size_t) {}
+inline void begin_cluster(uint64_t) {}
+inline void select_block(unsigned) {}
+inline void block_barrier(unsigned) {}
+inline void cluster_barrier() {}
 inline void warp_barrier(unsigned) {}
 inline void fresh_shared(void*, size_t) {}
 inline void coherent(bool, const void*, size_t, void*) {}

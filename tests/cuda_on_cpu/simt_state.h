@@ -1,4 +1,4 @@
-// What the scheduler (simt.cpp) and the collectives (simt_warp.cpp) know of the block that runs.
+// What the scheduler (simt.cpp) and the collectives (simt_warp.cpp) know of the blocks that run.
 #pragma once
 #include <cstring>
 #include <string>
@@ -14,7 +14,7 @@
 
 namespace simt {
 
-enum class State : uint8_t { ready, at_barrier, at_collective, returned };
+enum class State : uint8_t { ready, at_barrier, at_cluster_barrier, at_collective, returned };
 
 struct AsyncCopy {
   void* to;
@@ -42,19 +42,31 @@ struct Warp {
 struct Block {
   std::vector<Lane> lanes;  // of the largest block so far; the first `size` are in use
   std::vector<Warp> warps;
+  Index index;
+  unsigned rank = 0;  // in its cluster
   unsigned size = 0, at_barrier = 0, returned = 0, predicates = 0;
   Where barrier;
   int barrier_count = 0;  // predicates at the last barrier
   uint64_t serial = 0;    // of all blocks ever run
   size_t static_bytes = 0, dynamic_bytes = 0;
   void* dynamic = nullptr;
-  bool in_fiber = false;
+  std::vector<SharedArray*> arrays;  // that it has
+  int mapped = -1;                   // barriers of the cluster when a peer last asked for its shared memory,
+  Where mapped_by;                   //   and where
   std::string error;
 };
-extern Block block;
+extern Block* block;  // the one that is stepped
+
+struct Cluster {
+  Block blocks[kMaxCluster];
+  unsigned size = 1, at_barrier = 0;
+  int barriers = 0;  // completed
+  Where barrier;
+};
+extern Cluster cluster;
 
 inline Lane& self() { return *static_cast<Lane*>(current); }
-inline Lane* lanes_of(unsigned warp) { return &block.lanes[warp * 32]; }
+inline Lane* lanes_of(unsigned warp) { return &block->lanes[warp * 32]; }
 std::string text(const Where& where);    // "file.cu:12"
 std::string describe(const Lane& lane);  // what it waits for
 

@@ -109,11 +109,14 @@ void perform(Op op, Lane* lanes, unsigned mask) {
 
 std::string describe(const Lane& lane) {
   if (lane.state == State::returned) return "returned";
-  return "wait at " + (lane.state == State::at_barrier ? "__syncthreads at " + text(lane.where) : call(lane));
+  const char* const barrier = lane.state == State::at_barrier           ? "__syncthreads"
+                              : lane.state == State::at_cluster_barrier ? "cluster_sync"
+                                                                        : nullptr;
+  return "wait at " + (barrier ? barrier + (" at " + text(lane.where)) : call(lane));
 }
 
 bool try_complete(Lane& lane) {
-  Warp& warp = block.warps[lane.warp];
+  Warp& warp = block->warps[lane.warp];
   Lane* lanes = lanes_of(lane.warp);
   const unsigned mask = lane.mask;
   if (const unsigned gone = mask & (~warp.exists | warp.returned))
@@ -135,7 +138,7 @@ bool try_complete(Lane& lane) {
 
 void check_departure(const Lane& gone) {
   Lane* lanes = lanes_of(gone.warp);
-  for_each_lane(block.warps[gone.warp].arrived, [&](int l) {
+  for_each_lane(block->warps[gone.warp].arrived, [&](int l) {
     if (lanes[l].mask >> gone.lane & 1) try_complete(lanes[l]);
   });
 }
@@ -150,7 +153,7 @@ void collective(Op op, unsigned mask, const void* value, size_t bytes, int sourc
   me.where = where;
   if (!(mask >> me.lane & 1)) fail(call(me) + ": the caller is not in its mask");
   std::memcpy(me.brought, value, bytes);
-  block.warps[me.warp].arrived |= 1u << me.lane;
+  block->warps[me.warp].arrived |= 1u << me.lane;
   if (!try_complete(me)) {
     me.state = State::at_collective;
     me.leave(Fiber::paused);

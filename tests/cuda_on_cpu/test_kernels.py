@@ -102,6 +102,33 @@ def test_right_under_every_schedule(loss, case, dtype, layout, schedule):
             assert_same_bits(answer, again, f"{shape}, schedule {seed}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("size", [(256 << 10) + 1008, (512 << 10) + 16])
+def test_clusters_in_place(size, dtype, schedule):
+    """Rows of 2 and 4 parts; of some the target is so far above that the row is summed again, one does not count."""
+    g = torch.Generator().manual_seed(0)
+    rows, classes = 5, size // dtype.itemsize
+    x = torch.randn(rows, classes, generator=g).to(dtype)
+    target = torch.tensor([classes - 1, 7, -100, classes // 2, 3])
+    x[[0, 4], target[[0, 4]]] = 100
+    answers = []
+    for seed in (0, *SCHEDULES):
+        schedule(seed)
+        logits, loss = x.clone(), torch.empty(rows)
+        fastloss._ops.autograd.kernels().cross_entropy_rows(
+            logits, loss, target, None, None, None, -100, 1.0, 0.0, [0.0, 0.0], True
+        )
+        answers.append((loss, logits))
+    leaf = x.double().requires_grad_()
+    value = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+    value.sum().backward()
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    for loss, grad in answers:
+        assert torch.equal(loss, answers[0][0]) and torch.equal(grad, answers[0][1])
+        torch.testing.assert_close(loss.double(), value.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), leaf.grad, rtol=rtol, atol=1e-9)
+
+
 if MODE == "asan":
 
     def test_end_of_an_unaligned_tensor_is_guarded():

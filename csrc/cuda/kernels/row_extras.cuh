@@ -7,11 +7,10 @@
 
 namespace fastloss::cuda {
 
-template <class Loss, class T, int kTeam, bool kBackward>
-struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
-  using Base = SweptRow<Loss, T, kTeam, kBackward>;
-  using Base::a, Base::loss, Base::x, Base::r, Base::t, Base::lane, Base::scale, Base::cap,
-      Base::unit;
+template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
+struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward, kCluster> {
+  using Base = SweptRow<Loss, T, kTeam, kBackward, kCluster>;
+  using Base::a, Base::loss, Base::x, Base::r, Base::t, Base::lane, Base::scale, Base::cap, Base::unit;
   using Base::bend, Base::logit_of_class;
   using typename Base::R, typename Base::Slope;
 
@@ -72,9 +71,7 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward> {
     if (first.weight == 0) return {0, 0};  // the same for the whole team
     const unsigned mask = team_mask<kTeam>();
     const R* distances = distances_of_label();
-    const auto logit = [&](int64_t k) {
-      return k < kTokens ? first.logit : logit_of_class(a.number_ids[k]);
-    };
+    const auto logit = [&](int64_t k) { return k < kTokens ? first.logit : logit_of_class(a.number_ids[k]); };
     const auto distance = [&](int64_t k) { return k < kTokens ? first.distance : distances[k]; };
     R top = -INFINITY, pivot = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &rest = sums[1];
     for (int64_t k = lane % kTokens; k < a.num_number_tokens; k += kTokens) top = max(logit(k), top);

@@ -4,11 +4,11 @@
 
 namespace fastloss::cuda {
 
-template <class Loss, class T, int kTeam, bool kBackward>
-struct HeldRow : StayingRow<Loss, T, kTeam, kBackward> {
-  using Base = StayingRow<Loss, T, kTeam, kBackward>;
+template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
+struct HeldRow : StayingRow<Loss, T, kTeam, kBackward, kCluster> {
+  using Base = StayingRow<Loss, T, kTeam, kBackward, kCluster>;
   using Base::a, Base::x, Base::lane, Base::unit;
-  using Base::grad, Base::grads;
+  using Base::grad, Base::grads, Base::write_target;
   using Base::N, Base::kHold, Base::u_of, Base::to_u, Base::add_one, Base::add_vector, Base::add_classes;
   using typename Base::R, typename Base::Slope;
 
@@ -74,6 +74,7 @@ struct HeldRow : StayingRow<Loss, T, kTeam, kBackward> {
       store16(dx + j, grads(s, j, v));
     });
     if (tail_at() < a.n) dx[tail_at()] = grad(s, tail_at(), held.tail);
+    write_target(s, dx, 0, a.n / N * N);
   }
 };
 

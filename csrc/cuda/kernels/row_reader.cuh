@@ -14,7 +14,8 @@ constexpr int kThreads = 128;  // of a block with several teams
 // where none is written.
 template <class Loss, bool kBackward>
 constexpr int kResident =
-    (Loss::kProportional && !(Loss::kNumberTokens && kBackward)) || (Loss::kOutputs && !kBackward) ? 1024 : 512;
+    (Loss::kProportional && !(Loss::kNumberTokens && kBackward)) || (Loss::kOutputs && !kBackward) ? 1024
+                                                                                                   : 512;
 
 // Vectors of a short row that each thread of a team holds in its registers, so that nothing is read again for
 // the gradient. Not where a logit is expensive to compute twice, nor for the rarer losses.
@@ -37,6 +38,25 @@ constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBack
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr int kKept = kStays<Loss, T, kTeam, kBackward> ? 2 * 1024 / kResident<Loss, kBackward> : 0;
 
+// The rows of a team of 1024 consist of parts, each no longer than what a block keeps of it if it has 227 KB of
+// shared memory, as far as kMostParts suffice. Each part has sums of its own, which are merged in order: a
+// cluster of blocks takes a part each, a single block one after the other, with the same result.
+constexpr int64_t kPartBytes = 256 << 10;
+constexpr int kMostParts = 4;
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr bool kParted = kStays<Loss, T, kTeam, kBackward> && kTeam == 1024 && !Loss::kNumberTokens;
+__host__ __device__ __forceinline__ int parts_of(int64_t bytes) {
+  return bytes <= kPartBytes ? 1 : bytes <= 2 * kPartBytes ? 2 : kMostParts;
+}
+// Classes of every part but the last, which has the others: whole lines of 128 bytes.
+template <class T>
+__host__ __device__ __forceinline__ int64_t part_classes(int64_t n) {
+  constexpr int64_t kLine = 128 / sizeof(T);
+  const auto lines = [n](int64_t parts) { return (n + parts * kLine - 1) / (parts * kLine); };
+  const int parts = parts_of(n * int64_t{sizeof(T)});
+  return parts == 1 ? n : kLine * (parts == 2 ? lines(2) : lines(kMostParts));
+}
+
 // The gradient of row r's result.
 template <class T>
 __device__ __forceinline__ acc_t<T> upstream_of(const RowArgs& a, int64_t r) {
@@ -49,7 +69,7 @@ __device__ __forceinline__ acc_t<T> upstream_of(const RowArgs& a, int64_t r) {
 template <class Loss, int kTeam>
 constexpr bool kTiles = kTeam == 1 && !Loss::kOutputs && !Loss::kNumberTokens;
 
-template <class Loss, class T, int kTeam, bool kBackward>
+template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
 struct RowReader {
   using R = acc_t<T>;
   static constexpr int N = Vec<T>::kSize;
@@ -57,6 +77,7 @@ struct RowReader {
   static constexpr int kHold = kHeld<Loss, T, kTeam, kBackward>;
   static constexpr bool kStay = kStays<Loss, T, kTeam, kBackward>;
   static constexpr int kKeep = kKept<Loss, T, kTeam, kBackward>;
+  static constexpr bool kParts = kParted<Loss, T, kTeam, kBackward>;
   const RowArgs& a;
   const Loss loss;
   const int lane;
@@ -75,8 +96,13 @@ struct RowReader {
   int slots;     // vectors in cache; 0: none
   bool more;     // this block has another row,
   int64_t next;  //   which starts so many elements further on
+  // The classes from x on that this block has: the row's, or in a cluster those of its part, as if they were a
+  // row. t is the target among them.
+  int64_t n;
 
   __device__ __forceinline__ bool in_tile() const { return kTiles<Loss, kTeam> && slots; }
+  // Whether a part of the row stays on the chip. Then it starts on 16 bytes, and so does its gradient.
+  __device__ __forceinline__ bool stays() const { return kStay && (kCluster || slots); }
   // From one class to the next.
   __device__ __forceinline__ int64_t x_stride() const {
     return in_tile() ? kThreads : a.x_layout.class_stride;
@@ -96,9 +122,7 @@ struct RowReader {
     T* p;
     __device__ __forceinline__ T& operator[](int64_t j) const { return p[static_cast<int>(j) * kThreads]; }
   };
-  __device__ __forceinline__ Column column() const {
-    return {reinterpret_cast<T*>(cache) + threadIdx.x};
-  }
+  __device__ __forceinline__ Column column() const { return {reinterpret_cast<T*>(cache) + threadIdx.x}; }
   __device__ __forceinline__ bool capped() const { return Loss::kSoftcap && cap > 0; }
   // Rounded, so that z - m is the same wherever it is computed, and exactly 0 at the maximum.
   __device__ __forceinline__ R logit(R v) const {
@@ -135,7 +159,8 @@ struct RowReader {
   // The target's place among kCount classes from j on; no number below kCount: it is none of them.
   template <int kCount>
   __device__ __forceinline__ int place_of_target(int64_t j) const {
-    if ((kTeam < 32 && kHold) || in_tile()) return static_cast<int>(t) - static_cast<int>(j);  // rows are short
+    if ((kTeam < 32 && kHold) || in_tile())
+      return static_cast<int>(t) - static_cast<int>(j);  // rows are short
     const int64_t ahead = t - j;
     return static_cast<uint64_t>(ahead) < kCount ? static_cast<int>(ahead) : -1;
   }
@@ -208,8 +233,8 @@ struct RowReader {
   // What g * d loss / d x of a class needs of the row.
   struct Slope {
     typename Loss::GradCoef coef;
-    R m, log_sum;  // of z
-    R top, logs;   // the maximum of u, and log_sum as `prob_of` takes it
+    R m, log_sum;     // of z
+    R top, logs;      // the maximum of u, and log_sum as `prob_of` takes it
     R at_target = 0;  // the gradient of the target
   };
   template <bool kTarget>
@@ -220,26 +245,25 @@ struct RowReader {
       if (cap > 0) dz *= bend(v);
     return dz;
   }
+  // As if the class were not the target, whose gradient is written afterwards.
   __device__ __forceinline__ T grad(const Slope& s, int64_t j, T v) const {
-    return narrow<T>(j == t ? s.at_target : slope_at<false>(s, j, widen(v)));
-  }
-  // Gradients of kCount classes from j on, in place of their logits.
-  template <int kCount>
-  __device__ __forceinline__ void slopes(const Slope& s, int64_t j, R (&z)[kCount]) const {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) z[k] = slope_at<false>(s, j + k, z[k]);
-    if (may_hold_target<kCount>(j)) {
-      const int hit = place_of_target<kCount>(j);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        if (k == hit) z[k] = s.at_target;
-    }
+    return narrow<T>(slope_at<false>(s, j, widen(v)));
   }
   __device__ __forceinline__ Vec<T> grads(const Slope& s, int64_t j, const Vec<T>& v) const {
     R z[N];
     widen_all(v, z);
-    slopes(s, j, z);
+#pragma unroll
+    for (int k = 0; k < N; ++k) z[k] = slope_at<false>(s, j + k, z[k]);
     return narrow_all<T>(z);
+  }
+  // The target's gradient over what was written there: by the same thread, whose later write wins. Each thread
+  // has written one class after the other up to `head`, then vectors up to `body`, then single classes again.
+  template <class To>
+  __device__ __forceinline__ void write_target(const Slope& s, const To& to, int64_t head,
+                                               int64_t body) const {
+    if (Loss::kOutputs || t < 0 || t >= n) return;  // none, or in another part of the row
+    const int64_t turn = t < head ? t : t < body ? (t - head) / N : t - body;
+    if (kTeam == 1 || turn % kTeam == lane) to[t] = narrow<T>(s.at_target);
   }
   // The gradient of the longest rows is evicted from L2 first: L2 holds the logits that are read again.
   __device__ __forceinline__ static void put(T* to, const Vec<T>& v) {
@@ -250,7 +274,7 @@ struct RowReader {
     }
   }
   __device__ __forceinline__ void write_zeros(T* dx) const {
-    for (int64_t j = lane; j < a.n; j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
+    for (int64_t j = lane; j < n; j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
   }
   // NaN for a class that does not exist
   __device__ __forceinline__ R logit_of_class(int64_t j) const {

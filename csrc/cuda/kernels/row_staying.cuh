@@ -1,14 +1,15 @@
-// A long row, of which a persistent block keeps a part on the chip: the first vectors in shared memory, some
-// more in registers. While its gradient is written, asynchronous copies fill each slot of shared memory with
-// the next row.
+// A long row, or a cluster's part of one, that a persistent block keeps on the chip as far as it fits: the
+// first vectors in shared memory, some more in registers. While its gradient is written, asynchronous copies
+// fill each slot of shared memory with the next row. A single block that takes a row in parts keeps of the
+// first part alone.
 #pragma once
 #include "row_reader.cuh"
 
 namespace fastloss::cuda {
 
-template <class Loss, class T, int kTeam, bool kBackward>
-struct StayingRow : RowReader<Loss, T, kTeam, kBackward> {
-  using Base = RowReader<Loss, T, kTeam, kBackward>;
+template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
+struct StayingRow : RowReader<Loss, T, kTeam, kBackward, kCluster> {
+  using Base = RowReader<Loss, T, kTeam, kBackward, kCluster>;
   using Base::a, Base::x, Base::lane, Base::cache, Base::slots, Base::more, Base::next;
   using Base::N, Base::kKeep, Base::add_vector, Base::grads, Base::put;
   using typename Base::R, typename Base::Slope;

@@ -67,6 +67,16 @@ struct Online {
     for (int f = 0; f < kFields; ++f) mine[f] += theirs[f];
     std::memcpy(&extra, mine, kFields * sizeof(R));
   }
+  // Adds the sums of another part of the row. For losses without sums of their own.
+  __device__ __forceinline__ void merge(R top, R sum, const Unit<R>& unit) {
+    static_assert(kFields == 0);
+    const R joint = larger(top, m);
+    const auto factor = [&](R from) {  // -infinity: nothing was counted
+      return from == joint || from == -INFINITY ? R(1) : unit.exp_of(from - joint);
+    };
+    s = alone(s, factor(m)) + alone(sum, factor(top));
+    m = joint;
+  }
   // The sums of kLanes lanes; all have the same maximum.
   template <int kLanes>
   __device__ __forceinline__ Online added(unsigned mask = kFullMask) const {

@@ -5,13 +5,14 @@
 
 namespace fastloss::cuda {
 
-template <class Loss, class T, int kTeam, bool kBackward>
-struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
-  using Base = HeldRow<Loss, T, kTeam, kBackward>;
-  using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit;
-  using Base::add, Base::column, Base::in_tile, Base::x_stride, Base::dx_stride, Base::sweep_kept, Base::write_kept, Base::grad,
-      Base::grads, Base::slopes, Base::put, Base::write;
-  using Base::N, Base::kInFlight, Base::kHold, Base::kStay, Base::u_of, Base::add_one, Base::add_vector;
+template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
+struct SweptRow : HeldRow<Loss, T, kTeam, kBackward, kCluster> {
+  using Base = HeldRow<Loss, T, kTeam, kBackward, kCluster>;
+  using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit, Base::n;
+  using Base::add, Base::column, Base::in_tile, Base::stays, Base::x_stride, Base::dx_stride,
+      Base::sweep_kept, Base::write_kept, Base::grad, Base::grads, Base::put, Base::write, Base::write_target;
+  using Base::N, Base::kInFlight, Base::kHold, Base::kStay, Base::kParts, Base::u_of, Base::add_one,
+      Base::add_vector;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
   // kAligned: the row starts on 16 bytes. A branch at every load would keep the next load from being issued.
@@ -25,7 +26,8 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
       add_vector(o, j, load16_any(x + j, x, end));
       j += kStep;
     }
-    const int64_t last = kAligned ? body : a.n - N;  // a shifted load also reads the next vector
+    // a shifted load also reads the next vector
+    const int64_t last = kAligned || (kParts && body < a.n - N) ? body : a.n - N;
 #pragma unroll 1
     for (; j + (kFlight - 1) * kStep + N <= last; j += kFlight * kStep) {
       Vec<T> v[kFlight];
@@ -68,56 +70,51 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
     }
     return o;
   }
-  __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept) const {
+  // The sums of the classes from begin to end: the row, or one of its parts.
+  __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept, int64_t begin, int64_t end) const {
     Online<Loss, R> o;
-    const int64_t n = a.n;
     if constexpr (kTeam == 1) {  // larger teams have contiguous rows
       if (in_tile()) return n <= 32 ? sweep_parts<1>(column(), o, 0, n) : sweep_parts<32>(column(), o, 0, n);
-      return sweep_parts<1024>(typename Base::template Strided<const T>{x, x_stride()}, o, 0, n);
+      return sweep_parts<1024>(typename Base::template Strided<const T>{x, x_stride()}, o, begin, end);
     }
     // by index, not by address: the order of sums must not depend on alignment
-    const int64_t body = n / N * N;
-    if (kStay && slots) {  // registers hold kept vectors: fewer loads in flight
+    const int64_t body = end / N * N;
+    if (stays() && (kCluster || begin == 0)) {  // registers hold kept vectors: fewer loads in flight
       sweep_vectors<true, 2>(o, sweep_kept(o, kept, body), body);
     } else if (reinterpret_cast<uintptr_t>(x) % 16 == 0) {
-      sweep_vectors<true, kStay ? 2 : kInFlight>(o, 0, body);
+      sweep_vectors<true, kStay ? 2 : kInFlight>(o, begin, body);
     } else {
-      sweep_vectors<false, kStay || kHold ? 2 : kInFlight>(o, 0, body);
+      sweep_vectors<false, kStay || kHold ? 2 : kInFlight>(o, begin, body);
     }
 #pragma unroll 1
-    for (int64_t j = body + lane; j < n; j += kTeam) add_one(o, j, x[j]);
+    for (int64_t j = body + lane; j < end; j += kTeam) add_one(o, j, x[j]);
     return o;
   }
   // If the target's logit is some 60 above the others, their exponentials fall below 2^-126 and are flushed
-  // to 0: sums them again relative to a base lower by 64. Such rows are rare.
-  __device__ __forceinline__ void add_small(Online<Loss, R>& o) const {
+  // to 0: sums them again relative to a base lower by 64. Such rows are rare. `before`: classes of the row
+  // before x. Says whether it read the row.
+  __device__ __forceinline__ bool add_small(Online<Loss, R>& o, int64_t before) const {
     if constexpr (sizeof(R) == 4 && !Loss::kOutputs) {
-      if (!(o.s < R(1.2e-30) * R(a.n)) || !(o.m > -INFINITY)) return;
+      if (!(o.s < R(1.2e-30) * R(a.n)) || !(o.m > -INFINITY)) return false;
       constexpr R kLower = 64;
       Online<Loss, R> again;
       again.m = o.m;
+      const T* const row = x - before;
       for (int64_t j = lane; j < a.n; j += kTeam)
-        if (j != t) again.s += exp(unit.distance(u_of(widen(x[j * x_stride()])) - o.m) + kLower);
+        if (j != t + before) again.s += exp(unit.distance(u_of(widen(row[j * x_stride()])) - o.m) + kLower);
       if constexpr (kTeam > 32) __syncthreads();  // hazard: the shared memory of the first team_sum is reused
       o.s = team_sum<kTeam>(again).s * R(1.603810890548638e-28);  // e^-64
+      return true;
     }
+    return false;
   }
 
-  // Gradients of a row of one thread, a few at a time.
+  // Gradients of a row of one thread.
   template <class From, class To>
   __device__ __forceinline__ void write_each(const Slope& s, const From& from, const To& to) const {
-    int64_t j = 0;
-#pragma unroll 1
-    for (; j + kInFlight <= a.n; j += kInFlight) {
-      R z[kInFlight];
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) z[k] = widen(from[j + k]);
-      slopes(s, j, z);
-#pragma unroll
-      for (int k = 0; k < kInFlight; ++k) to[j + k] = narrow<T>(z[k]);
-    }
-#pragma unroll 1
-    for (; j < a.n; ++j) to[j] = grad(s, j, from[j]);
+#pragma unroll 4
+    for (int64_t j = 0; j < a.n; ++j) to[j] = grad(s, j, from[j]);
+    write_target(s, to, a.n, a.n);
   }
   template <bool kAligned>
   __device__ __forceinline__ void write_vectors(const Slope& s, T* dx, int64_t begin, int64_t body) const {
@@ -136,19 +133,19 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
       put(dx + j, grads(s, j, kAligned ? load16(x + j) : load16_any(x + j, x, x + a.n)));
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx, const Kept& kept) const {
-    const int64_t n = a.n, from = x_stride(), to = dx_stride();
+    using Strided = typename Base::template Strided<T>;
+    const int64_t from = x_stride(), to = dx_stride();
     if constexpr (kTeam == 1) {
       if (in_tile()) return write_each(s, column(), column());
-      return write_each(s, typename Base::template Strided<const T>{x, from},
-                        typename Base::template Strided<T>{dx, to});
+      return write_each(s, typename Base::template Strided<const T>{x, from}, Strided{dx, to});
     }
-    if (from != 1 || to != 1) {
+    if (!kCluster && (from != 1 || to != 1)) {
       for (int64_t j = lane; j < n; j += kTeam) dx[j * to] = grad(s, j, x[j * from]);
-      return;
+      return write_target(s, Strided{dx, to}, n, n);
     }
-    const int64_t head = elements_to_boundary(dx, n), body = head + (n - head) / N * N;
+    const int64_t head = kCluster ? 0 : elements_to_boundary(dx, n), body = head + (n - head) / N * N;
     for (int64_t j = lane; j < head; j += kTeam) dx[j] = grad(s, j, x[j]);
-    if (kStay && slots) {
+    if (stays()) {
       write_vectors<true>(s, dx, write_kept(s, dx, kept, body), body);
     } else if (head == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
       write_vectors<true>(s, dx, head, body);
@@ -156,6 +153,7 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
       write_vectors<false>(s, dx, head, body);
     }
     for (int64_t j = body + lane; j < n; j += kTeam) dx[j] = grad(s, j, x[j]);
+    write_target(s, dx, head, body);
   }
   __device__ __forceinline__ void write_row(const Slope& s, T* dx, Held& held, bool whole,
                                             const Kept& kept) const {

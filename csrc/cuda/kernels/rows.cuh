@@ -4,10 +4,15 @@
 // threads for short rows, a block for long ones. The most common losses hold a row of up to 32 KB in
 // registers. Longer rows go to persistent blocks: what fits of a row stays in shared memory, a little in
 // registers, and while its gradient is written asynchronous copies bring the next row into the slots that
-// become free; only what does not fit is read twice, the second time from L2. Each thread has a running
-// maximum and sums; they are merged in an order that depends on the row's length alone, so results depend
-// neither on the batch nor on alignment. No softmax is stored. The backward pass has separate kernels: it
-// has no sums, and may take many rows with few blocks.
+// become free; only what does not fit is read twice, the second time from L2. The most common losses divide
+// a row that is longer than that, 256 KB, into 2 or 4 parts, and a cluster of as many persistent blocks keeps
+// a part in each; a device without clusters takes one part after the other in one block, and so do rows that
+// do not start on 16 bytes.
+//
+// Each thread has a running maximum and sums; they are merged, first within a part, in an order that depends
+// on the row's length alone, so results depend neither on the batch nor on alignment nor on the device. No
+// softmax is stored. The backward pass has separate kernels: it has no sums, and may take many rows with few
+// blocks.
 //
 // row_sums.cuh      maximum and sums, and how a team merges them
 // row_reader.cuh    a row as one thread sees it
@@ -18,19 +23,22 @@
 // row_extras.cuh    several outputs, log-probabilities of chosen classes, number tokens
 // here              a row from its first load to its gradient, and the choice of a team for it
 #pragma once
+#include "../cluster.cuh"
 #include "row_extras.cuh"
 #include "row_tile.cuh"
 
 namespace fastloss::cuda {
 
-template <class Loss, class T, int kTeam, bool kBackward>
-struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
-  using Base = RowWithExtras<Loss, T, kTeam, kBackward>;
+// kCluster: the block has one part of the row, the others of its cluster have the rest.
+template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
+struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward, kCluster> {
+  using Base = RowWithExtras<Loss, T, kTeam, kBackward, kCluster>;
   using Base::a, Base::loss, Base::x, Base::r, Base::t, Base::lane, Base::scale, Base::slots, Base::unit;
   using Base::add_small, Base::write_row, Base::write_zeros, Base::number_term, Base::number_gradient;
-  using Base::in_tile, Base::x_stride, Base::outputs, Base::upstream, Base::write_index_logps,
+  using Base::in_tile, Base::stays, Base::x_stride, Base::outputs, Base::upstream, Base::write_index_logps,
       Base::write_index_gradient, Base::refill_all;
   using Base::kHold, Base::kStay, Base::u_of, Base::hold, Base::sums_of, Base::sums_in_turn, Base::sweep;
+  using Base::n, Base::kParts;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
   __device__ __forceinline__ R
@@ -39,12 +47,54 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
   }
   __device__ __forceinline__ T* gradient() const {
     if (in_tile()) return const_cast<T*>(x);
-    return static_cast<T*>(a.dx) + a.dx_layout.start(r);
+    return static_cast<T*>(a.dx) + a.dx_layout.start(r) + before();
+  }
+  // Classes of the row before this block's.
+  __device__ __forceinline__ int64_t before() const {
+    return kCluster ? part_classes<T>(a.n) * cluster_rank() : 0;
   }
   // Computed where it is needed: an address kept for later would take two registers.
   __device__ __forceinline__ R* state() const { return static_cast<R*>(a.state) + r * a.state_width; }
-  __device__ __forceinline__ void run() {
-    const bool leader = lane == 0;
+  // The team's sums, for all threads, from those of each.
+  __device__ __forceinline__ Online<Loss, R> of_team(Online<Loss, R> o) const {
+    if constexpr (kTeam == 1) return o;
+    o.follow(team_max<kTeam>(o.m), unit);
+    return team_sum<kTeam>(o);
+  }
+  // The sums of a row in parts, merged in order.
+  __device__ __forceinline__ Online<Loss, R> sweep_each_part(Kept& kept) const {
+    Online<Loss, R> o;
+    const int64_t each = part_classes<T>(a.n);
+#pragma unroll 1
+    for (int64_t begin = 0; begin < a.n; begin += each) {
+      const auto part = of_team(sweep(kept, begin, begin + each < a.n ? begin + each : a.n));
+      o.merge(part.m, part.s, unit);
+    }
+    return o;
+  }
+  // The same where every block of the cluster has one part: it writes its sums into the shared memory of all.
+  // Rows alternate between two places, so that one barrier is enough: when a block writes to a place again, the
+  // barrier of the row between has told it that all have read what was there. No block is written to after the
+  // last barrier, so that it may return.
+  __device__ __forceinline__ Online<Loss, R> sweep_cluster(Kept& kept, int turn) const {
+    struct alignas(2 * sizeof(R)) Part {
+      R m, s;
+    };
+    FL_SHARED(Part, parts, 2 * kMostParts);
+    Part* const place = parts + turn * kMostParts;
+    const auto mine = of_team(sweep(kept, 0, n));
+    const int blocks = static_cast<int>(cluster_size());
+    if (lane < blocks) *peer_shared(place + cluster_rank(), lane) = Part{mine.m, mine.s};
+    cluster_sync();
+    Online<Loss, R> o;
+#pragma unroll
+    for (int p = 0; p < kMostParts; ++p)
+      if (p < blocks) o.merge(place[p].m, place[p].s, unit);
+    return o;
+  }
+  // `turn`: where a cluster exchanges sums, 0 or 1. Says whether it did; all of its blocks say the same.
+  __device__ __forceinline__ bool run(int turn) {
+    const bool leader = lane == 0 && (!kCluster || cluster_rank() == 0);
     t = a.target ? a.target[r] : -1;
     R k = 1;
     bool inside = true;  // a class that does not exist gives NaN and is never used as an index
@@ -72,9 +122,11 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
           static_cast<R*>(a.loss)[r] = 0;
         }
       }
+      if constexpr (kCluster)
+        __syncthreads();  // hazard in place: other threads copy from here to their slots
       if (a.dx) write_zeros(gradient());
-      if (kStay && slots) refill_all();
-      return;
+      if (stays()) refill_all();
+      return false;
     }
     // unaligned rows: loading as many vectors would take too many registers
     const bool holds = kHold && (kTeam <= 32 || reinterpret_cast<uintptr_t>(x) % 16 == 0);
@@ -87,10 +139,11 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
     Target<R> target{a.target != nullptr, 0, 1};
     R vt = 0, ut = 0, top = 0;
     if (a.target && inside) {
-      vt = widen(x[t * x_stride()]);
+      vt = widen(x[(t - before()) * x_stride()]);
       ut = u_of(vt);
       if (a.class_weight) target.weight = static_cast<const R*>(a.class_weight)[t];
     }
+    t -= before();
     if constexpr (Loss::kNumberTokens) this->load_first_token();
     RowState<R> row;
     [[maybe_unused]] R dense_coef = 0;  // of number tokens
@@ -109,20 +162,18 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       if constexpr (!Loss::kOutputs) g = upstream_of<T>(a, r);
     } else {
       Online<Loss, R> o;
-      bool merged = kTeam == 1;
-      if constexpr (kHold > 0 && kTeam <= 32) {
+      if constexpr (kCluster) {
+        o = sweep_cluster(kept, turn);
+      } else if constexpr (kParts) {
+        o = sweep_each_part(kept);
+      } else if constexpr (kHold > 0 && kTeam <= 32) {
         o = sums_of(held);
-        merged = true;
-      } else if (holds) {
-        o = sums_in_turn(held);
       } else {
-        o = sweep(kept);
+        o = of_team(holds ? sums_in_turn(held) : sweep(kept, 0, n));
       }
-      if (!merged) {
-        o.follow(team_max<kTeam>(o.m), unit);
-        o = team_sum<kTeam>(o);
+      if (a.target && add_small(o, before())) {
+        if constexpr (kCluster) cluster_sync();  // hazard in place: other blocks overwrite what was read
       }
-      if (a.target) add_small(o);
       top = o.base();
       row.m = m_of(top);
       target.d = unit.distance(ut - top);
@@ -152,8 +203,8 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
         for (int64_t i = 3 + Loss::kSaved; i < a.state_width; ++i) saved[i] = 0;
       }
     }
-    if constexpr (Loss::kOutputs && !kBackward) return;  // a backward pass alone writes a gradient
-    if (!a.dx) return;
+    if constexpr (Loss::kOutputs && !kBackward) return true;  // a backward pass alone writes a gradient
+    if (!a.dx) return true;
     T* dx = gradient();
     if constexpr (Loss::kOutputs) {
       const Slope s{loss.grad_coef(row, upstream(), a.num_index, scale), row.m, row.log_sum, top,
@@ -170,21 +221,22 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward> {
       write_row(s, dx, held, write_held, kept);
       if constexpr (Loss::kNumberTokens) number_gradient(s, dx);
     }
+    return true;
   }
 };
 
 // Minimum of resident blocks on a multiprocessor, for __launch_bounds__. Number tokens need more registers; in
 // the kernels of the longest rows the compiler gets by.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward>       ? (kTeam > 32 ? 768 / kTeam : 6)
-                        : kTeam <= 32                          ? 4
+constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward>      ? (kTeam > 32 ? 768 / kTeam : 6)
+                        : kTeam <= 32                         ? 4
                         : Loss::kNumberTokens && kTeam < 1024 ? 512 / kTeam
-                                                               : kResident<Loss, kBackward> / kTeam;
+                                                              : kResident<Loss, kBackward> / kTeam;
 
-// With `slots` > 0 blocks are persistent: each takes another row as soon as it has written one.
-template <class Loss, class T, int kTeam, bool kBackward>
-__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T, kTeam, kBackward>)
-    rows_kernel(RowArgs a, int slots) {
+// With `slots` > 0 blocks are persistent: each takes another row as soon as it has written one. With kCluster
+// each cluster does.
+template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
+__device__ __forceinline__ void take_rows(const RowArgs& a, int slots) {
   using R = acc_t<T>;
   constexpr int kBlock = kTeam > 32 ? kTeam : kThreads;
   if (kBackward && a.skip_unit_upstream && upstream_of<T>(a, 0) == 1) return;
@@ -194,49 +246,71 @@ __global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T
   const R scale = R(a.logit_scale);
   const bool capped = Loss::kSoftcap && a.softcap > 0;
   const Unit<R> unit(capped ? R(1) : scale < 0 ? -scale : scale);
+  int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam, n = a.n, before = 0;
+  int64_t step = int64_t{gridDim.x} * (kBlock / kTeam);
+  if constexpr (kCluster) {
+    r = blockIdx.x / cluster_size();
+    step = gridDim.x / cluster_size();
+    const int64_t each = part_classes<T>(a.n);
+    before = each * cluster_rank();
+    n = each < a.n - before ? each : a.n - before;
+    cluster_sync();  // no block writes to a peer before that has started
+  }
   const auto team = [&](int64_t r, int64_t step, const T* x) {
     const T* q = a.q ? static_cast<const T*>(a.q) + a.q_layout.start(r) : nullptr;
-    return RowTeam<Loss, T, kTeam, kBackward>{a,
-                                              Loss(a.hparams, a.n),
-                                              lane,
-                                              r,
-                                              x,
-                                              q,
-                                              -1,
-                                              scale,
-                                              R(a.softcap),
-                                              R(a.softcap > 0 ? 1 / a.softcap : 0),
-                                              unit,
-                                              scale < 0,
-                                              cache,
-                                              slots,
-                                              slots && r + step < a.rows,
-                                              a.x_layout.start(r + step) - a.x_layout.start(r)};
+    return RowTeam<Loss, T, kTeam, kBackward, kCluster>{a,
+                                                        Loss(a.hparams, a.n),
+                                                        lane,
+                                                        r,
+                                                        x,
+                                                        q,
+                                                        -1,
+                                                        scale,
+                                                        R(a.softcap),
+                                                        R(a.softcap > 0 ? 1 / a.softcap : 0),
+                                                        unit,
+                                                        scale < 0,
+                                                        cache,
+                                                        slots,
+                                                        slots && r + step < a.rows,
+                                                        a.x_layout.start(r + step) - a.x_layout.start(r),
+                                                        n};
   };
-  int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam;
-  const int64_t step = int64_t{gridDim.x} * (kBlock / kTeam);
   constexpr bool kStay = kStays<Loss, T, kTeam, kBackward>;
   if constexpr (kStay)
     if (slots) {
+      const T* const x = all + a.x_layout.start(r) + before;
       for (int slot = lane; slot < slots; slot += kTeam)
-        __pipeline_memcpy_async(cache + slot, all + a.x_layout.start(r) + int64_t{slot} * Vec<T>::kSize, 16);
+        __pipeline_memcpy_async(cache + slot, x + int64_t{slot} * Vec<T>::kSize, 16);
       __pipeline_commit();
     }
   constexpr bool kTile = kTiles<Loss, kTeam>;
+  int turn = 0;
   // For whole teams, with a tile for whole blocks.
 #pragma unroll 1
   for (; (kTile ? r - threadIdx.x : r) < a.rows; r += step) {
     if (kTile && slots) {
       load_tile(cache, a, r - threadIdx.x);
-      if (r < a.rows) team(r, step, reinterpret_cast<const T*>(cache) + threadIdx.x).run();
+      if (r < a.rows) team(r, step, reinterpret_cast<const T*>(cache) + threadIdx.x).run(0);
     } else if (!kTile || r < a.rows) {
-      team(r, step, all + a.x_layout.start(r)).run();
+      turn ^= team(r, step, all + a.x_layout.start(r) + before).run(turn);
     }
     if constexpr (kTile)
       if (slots && a.dx) store_tile(cache, a, r - threadIdx.x);
-    if constexpr (kStay || (kTile && kBackward)) __syncthreads();  // hazard: shared memory is reused
+    // hazard: shared memory is reused; in a cluster its barrier is between
+    if constexpr (!kCluster && (kStay || (kTile && kBackward))) __syncthreads();
     if constexpr (!kBackward && !kStay) return;
   }
+}
+template <class Loss, class T, int kTeam, bool kBackward>
+__global__ void __launch_bounds__(kTeam > 32 ? kTeam : kThreads, kBlocks<Loss, T, kTeam, kBackward>)
+    rows_kernel(RowArgs a, int slots) {
+  take_rows<Loss, T, kTeam, kBackward, false>(a, slots);
+}
+// A row for a cluster, whose size is the row's number of parts.
+template <class Loss, class T>
+__global__ void __launch_bounds__(1024, 1) row_clusters_kernel(RowArgs a, int slots) {
+  if constexpr (kHasClusters) take_rows<Loss, T, 1024, false, true>(a, slots);
 }
 
 // The longest rows, in bytes, for a warp, a block of 128 threads, and one of half a multiprocessor's threads,
@@ -258,6 +332,13 @@ bool on_vectors(const void* start, const RowLayout& l) {
          l.inner_stride % N == 0;
 }
 
+// Vectors of a row that one block may keep on the chip, less those in registers, so that all are of one part.
+template <class T, int kInRegisters>
+int64_t vectors_in_slots(int64_t n) {
+  const int64_t each = part_classes<T>(n);
+  return each / Vec<T>::kSize - (each < n ? kInRegisters : 0);
+}
+
 template <class Loss, class T, int kTeam, bool kBackward>
 void launch_team(const RowArgs& a, cudaStream_t stream) {
   const int block = kTeam > 32 ? kTeam : kThreads;
@@ -265,7 +346,9 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
   if (kBackward && a.skip_unit_upstream) blocks = blocks_to_skip(blocks, block);
   if (kStays<Loss, T, kTeam, kBackward> && on_vectors<T>(a.x, a.x_layout) &&
       (!a.dx || on_vectors<T>(a.dx, a.dx_layout))) {
-    const int64_t row = a.n / Vec<T>::kSize,
+    const int64_t row = kParted<Loss, T, kTeam, kBackward>
+                            ? vectors_in_slots<T, kTeam * kKept<Loss, T, kTeam, kBackward>>(a.n)
+                            : a.n / Vec<T>::kSize,
                   capacity = shared_for_rows<Loss>(kBlocks<Loss, T, kTeam, kBackward>) / 16;
     slots = (row < capacity ? row : capacity) / kTeam * kTeam;
     const int64_t stay = int64_t{multiprocessors()} * kBlocks<Loss, T, kTeam, kBackward>;
@@ -276,6 +359,19 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
       16 * static_cast<size_t>(slots > 0 ? slots : 1);  // at least one: 0 bytes have no address
   launch_1d<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a,
                                                      static_cast<int>(slots));
+}
+// The same with clusters, where the row has parts, all rows start on 16 bytes and the device has clusters.
+template <class Loss, class T>
+bool launch_clusters_of_parts(const RowArgs& a, cudaStream_t stream) {
+  constexpr int kTeam = 1024;
+  const int parts = parts_of(a.n * int64_t{sizeof(T)});
+  if (parts == 1 || !on_vectors<T>(a.x, a.x_layout) || (a.dx && !on_vectors<T>(a.dx, a.dx_layout)))
+    return false;
+  const int64_t last = (a.n - (parts - 1) * part_classes<T>(a.n)) / Vec<T>::kSize,  // the shortest part
+      capacity = shared_for_rows<Loss>(1) / 16, slots = (last < capacity ? last : capacity) / kTeam * kTeam;
+  return slots > 0 &&
+         launch_clusters_1d<&row_clusters_kernel<Loss, T>>(
+             a.rows, parts, kTeam, 16 * static_cast<size_t>(slots), stream, a, static_cast<int>(slots));
 }
 // The smallest team of kTeams whose registers hold the row, if there is one.
 template <class Loss, class T, int... kTeams>
@@ -298,6 +394,8 @@ void launch_pass(const RowArgs& a, cudaStream_t stream) {
     constexpr int kMaxTeam = kResident<Loss, kBackward>;
     if constexpr (!kBackward) {
       if (launch_held<Loss, T, 8, 16, 32, 64, 128, 256>(a, stream)) return;
+      if constexpr (kParted<Loss, T, kMaxTeam, false>)
+        if (launch_clusters_of_parts<Loss, T>(a, stream)) return;
       if (bytes > kHalfRowBytes) return launch_team<Loss, T, kMaxTeam, kBackward>(a, stream);
     }
     if constexpr (kHeld<Loss, T, 32, kBackward> > 0) {  // the shorter rows are launched
