@@ -8,6 +8,7 @@
 // v2  blocks that stay: while a row is written, the next one is copied into the shared memory that is free
 // v3  a cluster of blocks a row, each of which keeps its part
 // v4  the row in registers
+// v5  clusters that stay: v2 and v3 together
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -337,6 +338,64 @@ __global__ void __launch_bounds__(kThreads, kBlocks) v4(Args a) {
       st<kSt>(dx + lane + u * kTeam, gradv(v[u], o.m, L, c, ct, t - 8 * (lane + u * kTeam)));
 }
 
+// V5: clusters that stay: V2 and V3 together
+template <int kTeam, int kBlocks, int R, int C, int kSt>
+__global__ void __launch_bounds__(kTeam, kBlocks) v5(Args a) {
+  extern __shared__ uint4 cache[];
+  __shared__ float sm[64];
+  __shared__ float2 parts[2][C];
+  cg::cluster_group cl = cg::this_cluster();
+  const int rank = cl.block_rank();
+  const int all = a.n / 8, per = (all + C - 1) / C, begin = rank * per, nv = min(per, all - begin),
+            lane = threadIdx.x, ns = a.slots;
+  int64_t r = blockIdx.x / C;
+  const int64_t step = gridDim.x / C;
+  cl.sync();
+  if (r < a.rows)
+    for (int j = lane; j < ns && j < nv; j += kTeam) cpa(cache + j, a.x + r * all + begin + j);
+  asm volatile("cp.async.commit_group;");
+  for (int turn = 0; r < a.rows; r += step, turn ^= 1) {
+    const uint4* x = a.x + r * all + begin;
+    uint4* dx = a.dx + r * all + begin;
+    const int t = (int)a.t[r], th = t - 8 * begin;
+    const float xt = __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(a.x + r * all)[t]);
+    const bool more = r + step < a.rows;
+    const uint4* nx = x + step * all;
+    uint4 v[R > 0 ? R : 1];
+    const int first = ns + lane;
+#pragma unroll
+    for (int u = 0; u < R; ++u)
+      if (first + u * kTeam < nv) v[u] = ld<1>(x + first + u * kTeam);
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    State o;
+    for (int j = lane; j < ns && j < nv; j += kTeam) addv(o, cache[j], th - 8 * j);
+#pragma unroll
+    for (int u = 0; u < R; ++u)
+      if (first + u * kTeam < nv) addv(o, v[u], th - 8 * (first + u * kTeam));
+    o = team<kTeam>(o, sm);
+    if (lane < C) *cl.map_shared_rank(&parts[turn][rank], lane) = make_float2(o.m, o.s);
+    cl.sync();
+    float m = -INFINITY, s = 0;
+#pragma unroll
+    for (int k = 0; k < C; ++k) m = fmaxf(m, parts[turn][k].x);
+#pragma unroll
+    for (int k = 0; k < C; ++k) s += parts[turn][k].y * ex2((parts[turn][k].x - m) * kLog2e);
+    o = {m, s};
+    float L, c, ct;
+    finish(a, r, o, xt, L, c, ct, lane == 0 && rank == 0);
+    for (int j = lane; j < ns && j < nv; j += kTeam) {
+      const uint4 q = cache[j];
+      if (more) cpa(cache + j, nx + j);
+      st<kSt>(dx + j, gradv(q, o.m, L, c, ct, th - 8 * j));
+    }
+    asm volatile("cp.async.commit_group;");
+#pragma unroll
+    for (int u = 0; u < R; ++u)
+      if (first + u * kTeam < nv)
+        st<kSt>(dx + first + u * kTeam, gradv(v[u], o.m, L, c, ct, th - 8 * (first + u * kTeam)));
+  }
+  cl.sync();
+}
 // ceilings: copy, and a read alone
 __global__ void copyk(const uint4* x, uint4* y, int64_t n) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
@@ -427,6 +486,25 @@ void cluster(K k, int C, int64_t rows, int threads, int bytes, Args a) {
   c.numAttrs = 1;
   OK(cudaLaunchKernelEx(&c, k, a));
 }
+template <class K>
+void stay(K k, int C, int64_t rows, int threads, int bytes, Args a, bool say) {
+  smem(k, bytes);
+  cudaLaunchConfig_t c = {};
+  c.blockDim = dim3(threads);
+  c.dynamicSmemBytes = bytes;
+  cudaLaunchAttribute at;
+  at.id = cudaLaunchAttributeClusterDimension;
+  at.val.clusterDim.x = C;
+  at.val.clusterDim.y = at.val.clusterDim.z = 1;
+  c.attrs = &at;
+  c.numAttrs = 1;
+  c.gridDim = dim3(C);
+  int active = 0;
+  OK(cudaOccupancyMaxActiveClusters(&active, k, &c));
+  if (say) printf("  %d clusters of %d: %d blocks\n", active, C, active * C);
+  c.gridDim = dim3(std::min<int64_t>(rows, active) * C);
+  OK(cudaLaunchKernelEx(&c, k, a));
+}
 int slots(int bytes, int team) { return bytes / (16 * team) * team; }
 #define V0(team, blocks, kb, L, S, F)                                             \
   {                                                                               \
@@ -464,11 +542,25 @@ int slots(int bytes, int team) { return bytes / (16 * team) * team; }
     timeit("v4 " #team "/" #threads " x" #blocks " R" #R " st" #S, rows, n, \
            [&] { v4<team, threads, blocks, R, S><<<(rows * team + threads - 1) / threads, threads>>>(a); });
 
+#define V5(team, blocks, kb, R, C, S)                                                          \
+  {                                                                                            \
+    Args b = a;                                                                                \
+    b.slots = slots(kb * 1024, team);                                                          \
+    int per = (n / 8 + C - 1) / C;                                                             \
+    if (b.slots > per) b.slots = (per + team - 1) / team * team;                               \
+    if (b.slots + R * team >= per) {                                                           \
+      stay(v5<team, blocks, R, C, S>, C, rows, team, b.slots * 16, b, true);                   \
+      timeit("v5 " #team " x" #blocks " " #kb "KB R" #R " C" #C " st" #S, rows, n,             \
+             [&] { stay(v5<team, blocks, R, C, S>, C, rows, team, b.slots * 16, b, false); }); \
+    } else                                                                                     \
+      printf("v5 " #team " C" #C " row too long\n");                                           \
+  }
+
 int main() {
   const int64_t most = int64_t(8192) * 128256 + 1024;
   OK(cudaMalloc(&X, most * 2));
   OK(cudaMalloc(&Y, most * 2));
-  OK(cudaMalloc(&loss, 1 << 20));
+  OK(cudaMalloc(&loss, 8 << 20));
   OK(cudaMalloc(&T, 1 << 20));
   init<<<2048, 256>>>(X, most);
   for (int i = 0; i < 3; ++i) {
@@ -478,19 +570,27 @@ int main() {
     timeit("cudaMemcpy", bytes / 2 / 1024, 1024,
            [&] { cudaMemcpyAsync(Y, X, bytes, cudaMemcpyDeviceToDevice); });
   }
-  for (int n : {128256, 65536, 32768, 16384, 8192, 4096, 1024, 512, 256}) {
-    const int64_t rows =
-        n >= 16384 ? most / n / 132 * 132 / (n < 128256 ? 2 : 1) + (n == 128256 ? 8192 - 8184 : 0) : 32768;
+  for (int n : {262144, 128256, 65536, 32768, 16384, 8192, 4096, 1024, 512, 256}) {
+    const int64_t rows = n == 262144  ? 4000
+                         : n >= 16384 ? most / n / 132 * 132 / (n < 128256 ? 2 : 1) + (n == 128256 ? 8 : 0)
+                                      : 32768;
     std::vector<int64_t> t(rows);
     for (int64_t i = 0; i < rows; ++i) t[i] = (i * 7919) % n;
     cudaMemcpy(T, t.data(), rows * 8, cudaMemcpyHostToDevice);
     Args a{(uint4*)X, (uint4*)Y, T, loss, rows, n, 0, 1.f};
+    if (n >= 128256) {
+      V5(1024, 1, 208, 3, 2, 1)
+      V5(1024, 1, 208, 3, 2, 0) V5(1024, 1, 132, 0, 4, 1) V5(512, 2, 104, 3, 4, 1) V5(512, 2, 104, 3, 4, 0)
+          V5(512, 2, 66, 0, 8, 1) V5(256, 4, 52, 3, 8, 1) V5(256, 4, 52, 3, 8, 0) V5(1024, 1, 132, 0, 2, 1)
+              V5(512, 2, 104, 3, 2, 1) V5(512, 2, 104, 3, 2, 0) V5(256, 4, 52, 3, 4, 1)
+    }
     if (n >= 16384) {
       V0(1024, 1, 220, 0, 0, 4)
-      V0(1024, 1, 220, 1, 0, 4) V0(1024, 1, 220, 0, 1, 4) V0(1024, 1, 220, 1, 1, 4) V0(512, 2, 108, 1, 1, 4)
-          V0(512, 2, 108, 1, 0, 4) V0(512, 2, 108, 1, 1, 8) V0(512, 3, 72, 1, 1, 4) V0(256, 4, 54, 1, 1, 4)
-              V0(512, 2, 1, 1, 1, 4) V2(1024, 1, 208, 3, 0) V2(1024, 1, 208, 3, 1) V2(512, 1, 208, 6, 1)
-                  V2(512, 2, 104, 3, 1) V2(512, 2, 104, 3, 0) V2(256, 4, 52, 3, 1) V3(512, 2, 104, 3, 2, 1, 4)
+      V0(1024, 1, 220, 1, 0, 4)
+      V0(1024, 1, 220, 0, 1, 4) V0(1024, 1, 220, 1, 1, 4) V0(512, 2, 108, 1, 1, 4) V0(512, 2, 108, 1, 0, 4)
+          V0(512, 2, 108, 1, 1, 8) V0(512, 3, 72, 1, 1, 4) V0(256, 4, 54, 1, 1, 4) V0(512, 2, 1, 1, 1, 4)
+              V2(1024, 1, 208, 3, 0) V2(1024, 1, 208, 3, 1) V2(512, 1, 208, 6, 1) V2(512, 2, 104, 3, 1)
+                  V2(512, 2, 104, 3, 0) V2(256, 4, 52, 3, 1) V3(512, 2, 104, 3, 2, 1, 4)
                       V3(512, 2, 104, 3, 2, 0, 4) V3(512, 2, 64, 0, 4, 1, 4) V3(512, 3, 64, 0, 4, 1, 4)
                           V3(256, 4, 52, 3, 4, 1, 4) V3(256, 6, 32, 0, 8, 1, 4) V3(512, 3, 64, 0, 4, 0, 4)
                               V3(256, 6, 32, 0, 8, 0, 4) V3(1024, 1, 208, 0, 2, 1, 4)
@@ -498,16 +598,18 @@ int main() {
     }
     if (n <= 16384 && n >= 2048) {
       V0(128, 8, 16, 1, 1, 4)
-      V0(256, 4, 32, 1, 1, 4) V0(128, 8, 16, 0, 0, 4) V4(128, 128, 8, 8, 1) V4(128, 128, 8, 4, 1)
-          V4(256, 256, 4, 4, 1) V4(256, 256, 5, 4, 1) V4(256, 256, 4, 8, 1) V4(512, 512, 2, 4, 1)
-              V4(256, 256, 4, 4, 0) V4(512, 512, 2, 2, 1) V4(256, 256, 6, 2, 1) V4(32, 128, 8, 16, 1)
-                  V2(128, 8, 26, 1, 1) V2(256, 4, 52, 1, 1) V2(128, 12, 16, 1, 1)
+      V0(256, 4, 32, 1, 1, 4)
+      V0(128, 8, 16, 0, 0, 4) V4(128, 128, 8, 8, 1) V4(128, 128, 8, 4, 1) V4(256, 256, 4, 4, 1)
+          V4(256, 256, 5, 4, 1) V4(256, 256, 4, 8, 1) V4(512, 512, 2, 4, 1) V4(256, 256, 4, 4, 0)
+              V4(512, 512, 2, 2, 1) V4(256, 256, 6, 2, 1) V4(32, 128, 8, 16, 1) V2(128, 8, 26, 1, 1)
+                  V2(256, 4, 52, 1, 1) V2(128, 12, 16, 1, 1)
     }
     if (n <= 1024) {
       V4(32, 128, 8, 4, 1)
-      V4(32, 128, 12, 4, 1) V4(32, 128, 12, 2, 1) V4(32, 128, 16, 1, 1) V4(16, 128, 8, 8, 1)
-          V4(16, 128, 12, 4, 1) V4(16, 128, 16, 2, 1) V4(8, 128, 12, 4, 1) V4(8, 128, 8, 8, 1)
-              V4(32, 256, 6, 4, 1) V4(4, 128, 8, 8, 1) V4(32, 128, 12, 4, 0) V4(8, 128, 12, 4, 0)
+      V4(32, 128, 12, 4, 1)
+      V4(32, 128, 12, 2, 1) V4(32, 128, 16, 1, 1) V4(16, 128, 8, 8, 1) V4(16, 128, 12, 4, 1)
+          V4(16, 128, 16, 2, 1) V4(8, 128, 12, 4, 1) V4(8, 128, 8, 8, 1) V4(32, 256, 6, 4, 1)
+              V4(4, 128, 8, 8, 1) V4(32, 128, 12, 4, 0) V4(8, 128, 12, 4, 0)
     }
   }
 }
