@@ -95,9 +95,11 @@ struct RowReader {
   int slots;     // vectors in cache; 0: none
   bool more;     // this block has another row,
   int64_t next;  //   which starts so many elements further on
-  // The classes from x on that this block has: the row's, or in a cluster those of its part, as if they were a
-  // row. t is the target among them.
-  int64_t n;
+  // With kParts, the classes from x on that this block has: the row's, or in a cluster those of its part, as if
+  // they were a row. t is the target among them.
+  int64_t part;
+
+  __device__ __forceinline__ int64_t classes() const { return kParts ? part : a.n; }
 
   __device__ __forceinline__ bool in_tile() const { return kTiles<Loss, kTeam> && slots; }
   // From one class to the next.
@@ -224,7 +226,7 @@ struct RowReader {
     }
   }
   __device__ __forceinline__ void write_zeros(T* dx) const {
-    for (int64_t j = lane; j < n; j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
+    for (int64_t j = lane; j < classes(); j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
   }
   // NaN for a class that does not exist
   __device__ __forceinline__ R logit_of_class(int64_t j) const {

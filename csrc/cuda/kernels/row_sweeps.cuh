@@ -8,7 +8,7 @@ namespace fastloss::cuda {
 template <class Loss, class T, int kTeam, bool kBackward>
 struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
   using Base = HeldRow<Loss, T, kTeam, kBackward>;
-  using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit, Base::n;
+  using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit, Base::classes;
   using Base::add, Base::x_stride, Base::dx_stride, Base::sweep_kept, Base::write_kept, Base::grad,
       Base::grads, Base::put, Base::write;
   using Base::N, Base::kInFlight, Base::kHold, Base::kStay, Base::kParts, Base::u_of, Base::add_one,
@@ -123,7 +123,7 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward> {
       put(dx + j, grads(s, j, kAligned ? load16(x + j) : load16_any(x + j, x, x + a.n)));
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx, const Kept& kept) const {
-    const int64_t from = x_stride(), to = dx_stride();
+    const int64_t n = classes(), from = x_stride(), to = dx_stride();
     if (kTeam == 1 || from != 1 || to != 1) {
       for (int64_t j = lane; j < n; j += kTeam) dx[j * to] = grad(s, j, x[j * from]);
       return;
