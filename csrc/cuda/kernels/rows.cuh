@@ -193,7 +193,7 @@ __device__ __forceinline__ void take_rows(const RowArgs& a, int slots) {
   int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam, n = a.n, before = 0;
   int64_t step = int64_t{gridDim.x} * (kBlock / kTeam);
   if constexpr (kCluster) {
-    if (slots <= 0) __builtin_unreachable();
+    if (slots <= 0) __builtin_unreachable();  // so that there is no code for none
     const unsigned blocks = parts_of(a.n * int64_t{sizeof(T)});
     r = blockIdx.x / blocks;
     step = gridDim.x / blocks;
@@ -277,7 +277,7 @@ bool on_vectors(const void* start, const RowLayout& l) {
          l.inner_stride % N == 0;
 }
 
-// Vectors of a row that one block may keep on the chip, less those in registers, so that all are of one part.
+// Vectors of a row that one block may keep in shared memory: those in registers follow, and all are of one part.
 template <class T, int kInRegisters>
 int64_t vectors_in_slots(int64_t n) {
   const int64_t each = part_classes<T>(n);
@@ -305,7 +305,8 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
   launch_1d<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a,
                                                      static_cast<int>(slots));
 }
-// The same with clusters, where the row has parts, all rows start on 16 bytes and the device has clusters.
+// The same with clusters, where the row has parts, all rows start on 16 bytes and the device has clusters; else
+// false, and nothing is launched.
 template <class Loss, class T>
 bool launch_clusters_of_parts(const RowArgs& a, cudaStream_t stream) {
   constexpr int kTeam = 1024;
