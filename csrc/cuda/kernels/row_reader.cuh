@@ -76,7 +76,8 @@ struct RowReader {
   static constexpr int kInFlight = Loss::kSideStreams ? 2 : 4;  // loads in flight before the first use
   static constexpr int kHold = kHeld<Loss, T, kTeam, kBackward>;
   static constexpr bool kStay = kStays<Loss, T, kTeam, kBackward>;
-  static constexpr int kKeep = kKept<Loss, T, kTeam, kBackward>;
+  // One less in a cluster, whose threads need registers for more, unless the loss needs few.
+  static constexpr int kKeep = kKept<Loss, T, kTeam, kBackward> - (kCluster && Loss::kSaved > 1);
   static constexpr bool kParts = kParted<Loss, T, kTeam, kBackward>;
   const RowArgs& a;
   const Loss loss;
@@ -96,9 +97,10 @@ struct RowReader {
   int slots;     // vectors in cache; 0: none
   bool more;     // this block has another row,
   int64_t next;  //   which starts so many elements further on
-  // The classes from x on that this block has: the row's, or in a cluster those of its part, as if they were a
-  // row. t is the target among them.
-  int64_t n;
+  // In a cluster, the classes from x on that this block has, as if they were the row. t is the target among them.
+  int64_t part;
+
+  __device__ __forceinline__ int64_t classes() const { return kCluster ? part : a.n; }
 
   __device__ __forceinline__ bool in_tile() const { return kTiles<Loss, kTeam> && slots; }
   // Whether a part of the row stays on the chip. Then it starts on 16 bytes, and so does its gradient.
@@ -261,7 +263,7 @@ struct RowReader {
   template <class To>
   __device__ __forceinline__ void write_target(const Slope& s, const To& to, int64_t head,
                                                int64_t body) const {
-    if (Loss::kOutputs || t < 0 || t >= n) return;  // none, or in another part of the row
+    if (Loss::kOutputs || t < 0 || t >= classes()) return;  // none, or in another part of the row
     const int64_t turn = t < head ? t : t < body ? (t - head) / N : t - body;
     if (kTeam == 1 || turn % kTeam == lane) to[t] = narrow<T>(s.at_target);
   }
@@ -274,7 +276,7 @@ struct RowReader {
     }
   }
   __device__ __forceinline__ void write_zeros(T* dx) const {
-    for (int64_t j = lane; j < n; j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
+    for (int64_t j = lane; j < classes(); j += kTeam) dx[j * dx_stride()] = narrow<T>(R(0));
   }
   // NaN for a class that does not exist
   __device__ __forceinline__ R logit_of_class(int64_t j) const {

@@ -8,7 +8,7 @@ namespace fastloss::cuda {
 template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
 struct SweptRow : HeldRow<Loss, T, kTeam, kBackward, kCluster> {
   using Base = HeldRow<Loss, T, kTeam, kBackward, kCluster>;
-  using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit, Base::n;
+  using Base::a, Base::x, Base::t, Base::lane, Base::slots, Base::unit, Base::classes;
   using Base::add, Base::column, Base::in_tile, Base::stays, Base::x_stride, Base::dx_stride,
       Base::sweep_kept, Base::write_kept, Base::grad, Base::grads, Base::put, Base::write, Base::write_target;
   using Base::N, Base::kInFlight, Base::kHold, Base::kStay, Base::kParts, Base::u_of, Base::add_one,
@@ -74,7 +74,8 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward, kCluster> {
   __device__ __forceinline__ Online<Loss, R> sweep(Kept& kept, int64_t begin, int64_t end) const {
     Online<Loss, R> o;
     if constexpr (kTeam == 1) {  // larger teams have contiguous rows
-      if (in_tile()) return n <= 32 ? sweep_parts<1>(column(), o, 0, n) : sweep_parts<32>(column(), o, 0, n);
+      if (in_tile())
+        return end <= 32 ? sweep_parts<1>(column(), o, 0, end) : sweep_parts<32>(column(), o, 0, end);
       return sweep_parts<1024>(typename Base::template Strided<const T>{x, x_stride()}, o, begin, end);
     }
     // by index, not by address: the order of sums must not depend on alignment
@@ -134,7 +135,7 @@ struct SweptRow : HeldRow<Loss, T, kTeam, kBackward, kCluster> {
   }
   __device__ __forceinline__ void write(const Slope& s, T* dx, const Kept& kept) const {
     using Strided = typename Base::template Strided<T>;
-    const int64_t from = x_stride(), to = dx_stride();
+    const int64_t n = classes(), from = x_stride(), to = dx_stride();
     if constexpr (kTeam == 1) {
       if (in_tile()) return write_each(s, column(), column());
       return write_each(s, typename Base::template Strided<const T>{x, from}, Strided{dx, to});

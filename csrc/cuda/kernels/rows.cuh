@@ -21,24 +21,23 @@
 // row_tile.cuh      rows with strided classes by way of shared memory
 // row_sweeps.cuh    sweeps over device memory
 // row_extras.cuh    several outputs, log-probabilities of chosen classes, number tokens
+// row_parts.cuh     the sums of a row in parts, by one block or by a cluster
 // here              a row from its first load to its gradient, and the choice of a team for it
 #pragma once
-#include "../cluster.cuh"
-#include "row_extras.cuh"
+#include "row_parts.cuh"
 #include "row_tile.cuh"
 
 namespace fastloss::cuda {
 
-// kCluster: the block has one part of the row, the others of its cluster have the rest.
 template <class Loss, class T, int kTeam, bool kBackward, bool kCluster>
-struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward, kCluster> {
-  using Base = RowWithExtras<Loss, T, kTeam, kBackward, kCluster>;
+struct RowTeam : RowOfParts<Loss, T, kTeam, kBackward, kCluster> {
+  using Base = RowOfParts<Loss, T, kTeam, kBackward, kCluster>;
   using Base::a, Base::loss, Base::x, Base::r, Base::t, Base::lane, Base::scale, Base::slots, Base::unit;
   using Base::add_small, Base::write_row, Base::write_zeros, Base::number_term, Base::number_gradient;
+  using Base::classes, Base::kParts, Base::before, Base::of_team, Base::sweep_each_part, Base::sweep_cluster;
   using Base::in_tile, Base::stays, Base::x_stride, Base::outputs, Base::upstream, Base::write_index_logps,
       Base::write_index_gradient, Base::refill_all;
   using Base::kHold, Base::kStay, Base::u_of, Base::hold, Base::sums_of, Base::sums_in_turn, Base::sweep;
-  using Base::n, Base::kParts;
   using typename Base::R, typename Base::Slope, typename Base::Kept, typename Base::Held;
 
   __device__ __forceinline__ R
@@ -49,49 +48,8 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward, kCluster> {
     if (in_tile()) return const_cast<T*>(x);
     return static_cast<T*>(a.dx) + a.dx_layout.start(r) + before();
   }
-  // Classes of the row before this block's.
-  __device__ __forceinline__ int64_t before() const {
-    return kCluster ? part_classes<T>(a.n) * cluster_rank() : 0;
-  }
   // Computed where it is needed: an address kept for later would take two registers.
   __device__ __forceinline__ R* state() const { return static_cast<R*>(a.state) + r * a.state_width; }
-  // The team's sums, for all threads, from those of each.
-  __device__ __forceinline__ Online<Loss, R> of_team(Online<Loss, R> o) const {
-    if constexpr (kTeam == 1) return o;
-    o.follow(team_max<kTeam>(o.m), unit);
-    return team_sum<kTeam>(o);
-  }
-  // The sums of a row in parts, merged in order.
-  __device__ __forceinline__ Online<Loss, R> sweep_each_part(Kept& kept) const {
-    Online<Loss, R> o;
-    const int64_t each = part_classes<T>(a.n);
-#pragma unroll 1
-    for (int64_t begin = 0; begin < a.n; begin += each) {
-      const auto part = of_team(sweep(kept, begin, begin + each < a.n ? begin + each : a.n));
-      o.merge(part.m, part.s, unit);
-    }
-    return o;
-  }
-  // The same where every block of the cluster has one part: it writes its sums into the shared memory of all.
-  // Rows alternate between two places, so that one barrier is enough: when a block writes to a place again, the
-  // barrier of the row between has told it that all have read what was there. No block is written to after the
-  // last barrier, so that it may return.
-  __device__ __forceinline__ Online<Loss, R> sweep_cluster(Kept& kept, int turn) const {
-    struct alignas(2 * sizeof(R)) Part {
-      R m, s;
-    };
-    FL_SHARED(Part, parts, 2 * kMostParts);
-    Part* const place = parts + turn * kMostParts;
-    const auto mine = of_team(sweep(kept, 0, n));
-    const int blocks = static_cast<int>(cluster_size());
-    if (lane < blocks) *peer_shared(place + cluster_rank(), lane) = Part{mine.m, mine.s};
-    cluster_sync();
-    Online<Loss, R> o;
-#pragma unroll
-    for (int p = 0; p < kMostParts; ++p)
-      if (p < blocks) o.merge(place[p].m, place[p].s, unit);
-    return o;
-  }
   // `turn`: where a cluster exchanges sums, 0 or 1. Says whether it did; all of its blocks say the same.
   __device__ __forceinline__ bool run(int turn) {
     const bool leader = lane == 0 && (!kCluster || cluster_rank() == 0);
@@ -169,7 +127,7 @@ struct RowTeam : RowWithExtras<Loss, T, kTeam, kBackward, kCluster> {
       } else if constexpr (kHold > 0 && kTeam <= 32) {
         o = sums_of(held);
       } else {
-        o = of_team(holds ? sums_in_turn(held) : sweep(kept, 0, n));
+        o = of_team(holds ? sums_in_turn(held) : sweep(kept, 0, classes()));
       }
       if (a.target && add_small(o, before())) {
         if constexpr (kCluster) cluster_sync();  // hazard in place: other blocks overwrite what was read
@@ -249,8 +207,9 @@ __device__ __forceinline__ void take_rows(const RowArgs& a, int slots) {
   int64_t r = (int64_t{blockIdx.x} * kBlock + threadIdx.x) / kTeam, n = a.n, before = 0;
   int64_t step = int64_t{gridDim.x} * (kBlock / kTeam);
   if constexpr (kCluster) {
-    r = blockIdx.x / cluster_size();
-    step = gridDim.x / cluster_size();
+    const unsigned blocks = parts_of(a.n * int64_t{sizeof(T)});
+    r = blockIdx.x / blocks;
+    step = gridDim.x / blocks;
     const int64_t each = part_classes<T>(a.n);
     before = each * cluster_rank();
     n = each < a.n - before ? each : a.n - before;
@@ -332,7 +291,7 @@ bool on_vectors(const void* start, const RowLayout& l) {
          l.inner_stride % N == 0;
 }
 
-// Vectors of a row that one block may keep on the chip, less those in registers, so that all are of one part.
+// Vectors of a row that one block may keep in shared memory: those in registers follow, and all are of one part.
 template <class T, int kInRegisters>
 int64_t vectors_in_slots(int64_t n) {
   const int64_t each = part_classes<T>(n);
@@ -360,7 +319,8 @@ void launch_team(const RowArgs& a, cudaStream_t stream) {
   launch_1d<&rows_kernel<Loss, T, kTeam, kBackward>>(blocks, block, shared, stream, a,
                                                      static_cast<int>(slots));
 }
-// The same with clusters, where the row has parts, all rows start on 16 bytes and the device has clusters.
+// The same with clusters, where the row has parts, all rows start on 16 bytes and the device has clusters; else
+// false, and nothing is launched.
 template <class Loss, class T>
 bool launch_clusters_of_parts(const RowArgs& a, cudaStream_t stream) {
   constexpr int kTeam = 1024;
