@@ -180,7 +180,7 @@ struct LogCosh : Regression {
   }
   template <class F>
   FL_FN F operator()(const F* v, const F* t, F* d, F& more) const {
-    const F e = v[0] - v[1], size = abs(e), down = t[0], u = 1 + down, square = u * u;
+    const F e = v[0] - v[1], size = abs(e), down = t[0], u = 1 + down, square = alone(u, u);
     d[0] = copysign(-down * (2 + down) / (1 + square), e);
     d[1] = -d[0];
     const auto near = size < 1;

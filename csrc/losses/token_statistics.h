@@ -36,11 +36,6 @@ struct TokenStats : RowLossDefaults {
       top += e - below;
       ed += e * bounded(d);
     }
-    // A class that is less than the maximum.
-    FL_FN void add_lower(F e, F d) {
-      others += e;
-      ed += e * bounded(d);
-    }
     FL_FN void move(F shift, F factor, F s) {
       others = (others + top) * factor;
       top = F{};
@@ -57,13 +52,6 @@ struct TokenStats : RowLossDefaults {
       others = few.others;
       top = few.top;
       ed = few.ed;
-      e2 += e * e;
-      d += d_;
-      count += 1;
-    }
-    FL_FN void add_lower(F e, F d_) {
-      others += e;
-      ed += e * bounded(d_);
       e2 += e * e;
       d += d_;
       count += 1;

@@ -12,3 +12,24 @@
 #include "vector_pair.h"
 #endif
 #include "logit.h"
+
+namespace fastloss::inline FL_ISA {
+
+// a * b that a GPU rounds for itself, so that all copies of a loop give the same bits: its assembler folds a
+// product into a sum in one copy and not in another. Elsewhere, and for vectors, a plain product.
+template <class F>
+FL_FN F alone(F a, F b) {
+  return a * b;
+}
+#ifdef __CUDA_ARCH__
+template <>
+FL_FN float alone(float a, float b) {
+  return __fmul_rn(a, b);
+}
+template <>
+FL_FN double alone(double a, double b) {
+  return __dmul_rn(a, b);
+}
+#endif
+
+}  // namespace fastloss::inline FL_ISA

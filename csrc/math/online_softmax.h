@@ -36,11 +36,12 @@ struct OnlineSoftmax {
     sum = sum * exp(top - to) + (exp(a - to) + exp(b - to));
     top = joint;
   }
-  // Adds the elements of another accumulator.
+  // Adds the elements of another accumulator. The products are rounded alone, so that both sides of an
+  // exchange get the same bits.
   FL_FN void merge(const OnlineSoftmax& o) {
     const R joint = max(o.top, top), to = softmax_base(joint);
-    sum = sum * (top == -INFINITY ? R(1) : exp(top - to)) +
-          o.sum * (o.top == -INFINITY ? R(1) : exp(o.top - to));
+    sum = product(sum, top == -INFINITY ? R(1) : exp(top - to)) +
+          product(o.sum, o.top == -INFINITY ? R(1) : exp(o.top - to));
     top = joint;
   }
   // The same where this maximum is already that of both.

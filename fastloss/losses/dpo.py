@@ -102,7 +102,7 @@ def _sorted_pairs(kind: str, pc: Tensor, pr: Tensor, rc: Tensor, rr: Tensor) -> 
         raise ValueError("policy_chosen_logps: expected at least one dimension to sort along")
     zero = zeros_like(pc)
     pairs = (pc - pr, rc - rr) if kind == "aot" else (pc - rc, pr - rr)
-    first, second = (x.sort(0)[0] for x in pairs)
+    first, second = (x.sort(dim=0, stable=True)[0] for x in pairs)
     return [first, zero, second, zero] if kind == "aot" else [first, second, zero, zero]
 
 

@@ -3,6 +3,7 @@
 #include "../../csrc/cuda/kernels/row_sums.cuh"
 #include "../../csrc/losses/classification.h"
 #include "../../csrc/losses/distillation.h"
+#include "../../csrc/math/online_softmax.h"
 
 namespace fastloss {
 
@@ -44,6 +45,14 @@ __global__ void divergence(const R* x, R* y, LogitDivergence<R, kKind> loss) {
   y[1] = s.v;
 }
 
+// Two sums of exponentials, which both sides of an exchange merge.
+template <class R>
+__global__ void online_softmax(R* x) {
+  OnlineSoftmax<R> o{x[0], x[1]};
+  o.merge({x[2], x[3]});
+  x[4] = o.sum;
+}
+
 // The sums of two parts of a row, as in cuda/kernels/rows.cuh.
 template <class R>
 __global__ void parts(R* x, cuda::Unit<R> unit) {
@@ -61,6 +70,7 @@ template __global__ void parts<float>(float*, cuda::Unit<float>);
   template __global__ void with_product<R>(R*);                                       \
   template __global__ void with_rounded<R>(R*);                                       \
   template __global__ void with_alone<R>(R*);                                         \
+  template __global__ void online_softmax<R>(R*);                                     \
   template __global__ void cross_entropy<R>(const R*, R*, CrossEntropy<R, kHard>);    \
   template __global__ void cross_entropy<R>(const R*, R*, CrossEntropy<R, kSmooth>);  \
   template __global__ void cross_entropy<R>(const R*, R*, CrossEntropy<R, kSoft>);    \

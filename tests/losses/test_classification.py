@@ -36,6 +36,7 @@ def both(x, target, *args, **kwargs):
         if target.is_floating_point():
             leaves.append(target.detach().to(device).requires_grad_())
         options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        args = [v.to(device) if isinstance(v, torch.Tensor) else v for v in args]
         value = function(leaf, leaves[-1] if len(leaves) > 1 else target.to(device), *args, **options)
         up = torch.linspace(0.5, 1.5, value.numel(), device=device, dtype=value.dtype).view(value.shape)
         answers.append([value.detach(), *torch.autograd.grad(value, leaves, up)])

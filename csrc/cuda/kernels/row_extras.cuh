@@ -18,24 +18,33 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward, kCluster> {
   __device__ __forceinline__ const R* distances_of_label() const {
     return static_cast<const R*>(a.number_table) + a.number_position[r] * a.num_number_tokens;
   }
-  // The number token that a lane of a warp looks at first. Loaded before the sweep over the row, which the
-  // latency of these dependent loads overlaps with; only vocabularies with more than a warp's number tokens
-  // load more afterwards.
+  // The number token that a lane of the team's first warp looks at first. Loaded before the sweep over the row,
+  // which the latency of these dependent loads overlaps with; only vocabularies with more than a warp's number
+  // tokens load more afterwards.
   struct FirstToken {
     R weight = 0;  // of the row's term
-    int64_t id = -1;
     R logit = -INFINITY, distance = 0;
-    bool again = false, repeats = false;  // the next token is the same class, the previous one is
   };
   static constexpr int kTokens = kTeam < 32 ? kTeam : 32;
+  __device__ __forceinline__ FirstToken load_first_token() const {
+    FirstToken first;
+    if (lane >= kTokens) return first;
+    first.weight = static_cast<const R*>(a.number_weight)[r];
+    if (first.weight != 0 && lane < a.num_number_tokens) {  // only then is the label's position valid
+      first.distance = distances_of_label()[lane];
+      first.logit = logit_of_class(a.number_ids[lane]);
+    }
+    return first;
+  }
+  // What the row keeps of its number tokens: a block has it in shared memory, since registers limit the number
+  // of its threads.
   struct Number {
     FirstToken first[kTeam > 32 ? kTokens : 1];
+    R weight, pivot, rest, top, total;  // as in NumberTerm
+    R log_sum, g;                       // of the row, and the gradient of its term
     NumberTerm<R> term;
-    R log_sum, g;  // of the row, and the gradient of its term
   };
   Number own;
-  // What the row keeps of its number tokens from one sweep to the next: a block has it in shared memory, since
-  // registers limit the number of its threads.
   __device__ __forceinline__ Number& kept_number() {
     if constexpr (kTeam > 32) {
       FL_SHARED(Number, of_block, 1);
@@ -44,53 +53,48 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward, kCluster> {
       return own;
     }
   }
-  __device__ __forceinline__ const FirstToken& first_token() {
-    return kept_number().first[kTeam > 32 ? lane % kTokens : 0];
-  }
-  // Visible to a block after its next barrier.
-  __device__ __forceinline__ void load_first_token() {
+  // Keeps the token and the sums over all; by the first warp of a block, of which the others see it after its
+  // next barrier.
+  __device__ __forceinline__ void keep_number(const FirstToken& first) {
     if (lane >= kTokens) return;
-    FirstToken first;
-    const int64_t k = lane;
-    first.weight = static_cast<const R*>(a.number_weight)[r];
-    if (first.weight != 0 && k < a.num_number_tokens) {  // only then is the label's position valid
-      first.id = a.number_ids[k];
-      first.again = k + 1 < a.num_number_tokens && a.number_ids[k + 1] == first.id;
-      first.repeats = k && a.number_ids[k - 1] == first.id;
-      first.distance = distances_of_label()[k];
-      first.logit = logit_of_class(first.id);
-    }
-    kept_number().first[kTeam > 32 ? lane : 0] = first;
-  }
-  // The row's term of the loss; keeps what the gradient needs. Returns the term and its dense_coef.
-  struct TermAndCoef {
-    R value, dense_coef;
-  };
-  __device__ __forceinline__ TermAndCoef number_term(const RowState<R>& row) {
-    const FirstToken first = first_token();
-    if (first.weight == 0) return {0, 0};  // the same for the whole team
+    Number& kept = kept_number();
+    kept.first[kTeam > 32 ? lane : 0] = first;
+    kept.weight = first.weight;
+    if (first.weight == 0) return;  // the same for the whole team
     const unsigned mask = team_mask<kTeam>();
     const R* distances = distances_of_label();
     const auto logit = [&](int64_t k) { return k < kTokens ? first.logit : logit_of_class(a.number_ids[k]); };
     const auto distance = [&](int64_t k) { return k < kTokens ? first.distance : distances[k]; };
     R top = -INFINITY, pivot = -INFINITY, sums[2] = {0, 0}, &total = sums[0], &rest = sums[1];
-    for (int64_t k = lane % kTokens; k < a.num_number_tokens; k += kTokens) top = max(logit(k), top);
+    for (int64_t k = lane; k < a.num_number_tokens; k += kTokens) top = max(logit(k), top);
     top = warp_reduce<kTokens>(top, Max{}, mask);
-    for (int64_t k = lane % kTokens; k < a.num_number_tokens; k += kTokens)
+    for (int64_t k = lane; k < a.num_number_tokens; k += kTokens)
       if (logit(k) == top) pivot = max(distance(k), pivot);
     pivot = warp_reduce<kTokens>(pivot, Max{}, mask);
     if (pivot == -INFINITY) pivot = 0;  // all logits are NaN
     top = softmax_base(top);
-    for (int64_t k = lane % kTokens; k < a.num_number_tokens; k += kTokens) {
+    for (int64_t k = lane; k < a.num_number_tokens; k += kTokens) {
       const R e = exp(logit(k) - top);
       total += e;
       rest += e * (distance(k) - pivot);
     }
     warp_reduce_all<kTokens>(sums, Sum{}, mask);
+    kept.pivot = pivot;
+    kept.rest = rest / total;
+    kept.top = top;
+    kept.total = total;
+  }
+  // The row's term of the loss and its dense_coef; keeps what the gradient needs.
+  struct TermAndCoef {
+    R value, dense_coef;
+  };
+  __device__ __forceinline__ TermAndCoef number_term(const RowState<R>& row) {
+    Number& kept = kept_number();
+    if (kept.weight == 0) return {0, 0};
     const NumberTerm<R> term =
-        loss.number_tokens.term(first.weight, *static_cast<const R*>(a.number_max_distance), pivot,
-                                rest / total, top, total, row.m, row.log_sum);
-    if (kTeam <= 32 || lane == 0) kept_number().term = term;
+        loss.number_tokens.term(kept.weight, *static_cast<const R*>(a.number_max_distance), kept.pivot,
+                                kept.rest, kept.top, kept.total, row.m, row.log_sum);
+    if (kTeam <= 32 || lane == 0) kept.term = term;
     return {term.value, term.dense_coef};
   }
   // Keeps what number_gradient will need; before `write`.
@@ -103,23 +107,21 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward, kCluster> {
   __device__ __forceinline__ void number_gradient(const Slope& s, T* dx) {
     if constexpr (kTeam > 1 && kTeam <= 32) __syncwarp(team_mask<kTeam>());
     if constexpr (kTeam > 32) __syncthreads();  // after `write`, whose values are overwritten
-    const FirstToken first = first_token();
-    if (first.weight == 0) return;
-    const NumberTerm<R> term = kept_number().term;
-    const R m = product(s.top, unit.of_z), log_sum = kept_number().log_sum, g = kept_number().g;
+    const Number& kept = kept_number();
+    if (kept.weight == 0) return;
+    const FirstToken first = kept.first[kTeam > 32 ? lane % kTokens : 0];
+    const R m = product(s.top, unit.of_z);
     const R* distances = distances_of_label();
     for (int64_t k = lane; k < a.num_number_tokens; k += kTeam) {
+      const int64_t j = a.number_ids[k];
+      if (j < 0 || j >= a.n || (k && a.number_ids[k - 1] == j)) continue;
       const bool known = k < kTokens;
-      const int64_t j = known ? first.id : a.number_ids[k];
-      if (j < 0 || j >= a.n || (known ? first.repeats : a.number_ids[k - 1] == j)) continue;
-      const R z = known ? first.logit : logit_of_class(j), d = z - m, p = exp(d - log_sum),
-              e = exp(z - term.top);
+      const R z = known ? first.logit : logit_of_class(j), d = z - m, p = exp(d - kept.log_sum),
+              e = exp(z - kept.term.top);
       R dz = j == t ? s.at_target : loss.grad(p, d, R(1), R(0), s.coef);
-      dz += loss.number_tokens.self_term(term, e, p, known ? first.distance : distances[k]) * g;
       // a token may occur more than once: one thread adds all its terms
-      if (!known || first.again)
-        for (int64_t same = k + 1; same < a.num_number_tokens && a.number_ids[same] == j; ++same)
-          dz += loss.number_tokens.self_term(term, e, p, distances[same]) * g;
+      for (int64_t same = k; same < a.num_number_tokens && a.number_ids[same] == j; ++same)
+        dz += loss.number_tokens.self_term(kept.term, e, p, distances[same]) * kept.g;
       dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
     }
   }

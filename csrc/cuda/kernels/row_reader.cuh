@@ -34,9 +34,11 @@ template <class Loss, class T, int kTeam, bool kBackward>
 constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 &&
                         !Loss::kSoftcap && !Loss::kOutputs;
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
-// multiprocessor.
+// multiprocessor, or half of it where registers are short.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kKept = kStays<Loss, T, kTeam, kBackward> ? 2 * 1024 / kResident<Loss, kBackward> : 0;
+constexpr int kKept = !kStays<Loss, T, kTeam, kBackward> ? 0
+                      : Loss::kNumberTokens              ? 1
+                                                         : 2 * 1024 / kResident<Loss, kBackward>;
 
 // The rows of a team of 1024 consist of parts, each no longer than what a block keeps of it if it has 227 KB of
 // shared memory, as far as kMostParts suffice. Each part has sums of its own, which are merged in order: a
@@ -186,16 +188,6 @@ struct RowReader {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) top = larger(u[k], top);
     o.follow(top, unit);
-    if constexpr (Online<Loss, R>::kAddsLower) {
-      if (top < o.m) {
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-          const R d = unit.distance(u[k] - o.m);
-          o.extra.add_lower(exp(d), d);
-        }
-        return;
-      }
-    }
     add_classes(o, j, u);
   }
   template <int kCount>

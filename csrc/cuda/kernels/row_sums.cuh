@@ -39,8 +39,6 @@ struct Online {
 
   // Whether the loss's sums include the sum of exponentials: then s is not used.
   static constexpr bool kHasTotal = requires(const Sums& sums) { sums.total(); };
-  // Whether they add a class that is known to be less than the maximum with fewer instructions.
-  static constexpr bool kAddsLower = requires(Sums& sums, R e) { sums.add_lower(e, e); };
 
   __device__ __forceinline__ R base() const { return softmax_base(m); }
   __device__ __forceinline__ void follow(R top, const Unit<R>& unit) {

@@ -102,7 +102,8 @@ struct RowTeam : RowOfParts<Loss, T, kTeam, kBackward, kCluster> {
       if (a.class_weight) target.weight = static_cast<const R*>(a.class_weight)[t];
     }
     t -= before();
-    if constexpr (Loss::kNumberTokens) this->load_first_token();
+    typename Base::FirstToken token;
+    if constexpr (Loss::kNumberTokens) token = this->load_first_token();
     RowState<R> row;
     [[maybe_unused]] R dense_coef = 0;  // of number tokens
     R g = 1;
@@ -114,6 +115,7 @@ struct RowTeam : RowOfParts<Loss, T, kTeam, kBackward, kCluster> {
       row.m = m_of(top);
       target.d = unit.distance(ut - top);
       if constexpr (Loss::kNumberTokens) {
+        this->keep_number(token);
         if constexpr (kTeam > 32) __syncthreads();  // there has been no reduction
         dense_coef = number_term(row).dense_coef;
       }
@@ -127,7 +129,9 @@ struct RowTeam : RowOfParts<Loss, T, kTeam, kBackward, kCluster> {
       } else if constexpr (kHold > 0 && kTeam <= 32) {
         o = sums_of(held);
       } else {
-        o = of_team(holds ? sums_in_turn(held) : sweep(kept, 0, classes()));
+        o = holds ? sums_in_turn(held) : sweep(kept, 0, classes());
+        if constexpr (Loss::kNumberTokens) this->keep_number(token);
+        o = of_team(o);
       }
       if (a.target && add_small(o, before())) {
         if constexpr (kCluster) cluster_sync();  // hazard in place: other blocks overwrite what was read
@@ -325,7 +329,7 @@ template <class Loss, class T>
 bool launch_clusters_of_parts(const RowArgs& a, cudaStream_t stream) {
   constexpr int kTeam = 1024;
   const int parts = parts_of(a.n * int64_t{sizeof(T)});
-  if (parts == 1 || !on_vectors<T>(a.x, a.x_layout) || (a.dx && !on_vectors<T>(a.dx, a.dx_layout)))
+  if (parts == 1 || !a.dx || !on_vectors<T>(a.x, a.x_layout) || !on_vectors<T>(a.dx, a.dx_layout))
     return false;
   const int64_t last = (a.n - (parts - 1) * part_classes<T>(a.n)) / Vec<T>::kSize,  // the shortest part
       capacity = shared_for_rows<Loss>(1) / 16, slots = (last < capacity ? last : capacity) / kTeam * kTeam;
