@@ -32,7 +32,7 @@ enum class RowPass : int {
 
 // Sums over rows on a GPU: one block adds up to kRowsOfBlock rows. More rows are added by several blocks,
 // which leave at most kRowPartials partial sums.
-inline constexpr int64_t kRowsOfBlock = 32768, kRowPartials = 256;
+inline constexpr int64_t kRowsOfBlock = 4096, kRowPartials = 256;
 
 struct RowArgs {
   RowPass pass;

@@ -337,9 +337,9 @@ def test_in_training(device):
     torch.testing.assert_close(*finals)
 
 
-@pytest.mark.parametrize("rows", [4097, 32768, 32769, 100_000])
+@pytest.mark.parametrize("rows", [4096, 4097, 100_000])
 def test_sums_over_rows(rows, device):
-    """On CUDA one block adds up to 32,768 rows, and several blocks add more: the norm, and the losses."""
+    """On CUDA one block adds up to 4096 rows, and several blocks add more: the norm, and the losses."""
     x = torch.randn(rows, 2, generator=torch.Generator().manual_seed(0)).to(device)
     target = torch.arange(rows, device=device) % 2
     target[::3] = -100

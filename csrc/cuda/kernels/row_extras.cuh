@@ -119,8 +119,9 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward, kCluster> {
       const R z = known ? first.logit : logit_of_class(j), d = z - m, p = exp(d - kept.log_sum),
               e = exp(z - kept.term.top);
       R dz = j == t ? s.at_target : loss.grad(p, d, R(1), R(0), s.coef);
+      dz += loss.number_tokens.self_term(kept.term, e, p, known ? first.distance : distances[k]) * kept.g;
       // a token may occur more than once: one thread adds all its terms
-      for (int64_t same = k; same < a.num_number_tokens && a.number_ids[same] == j; ++same)
+      for (int64_t same = k + 1; same < a.num_number_tokens && a.number_ids[same] == j; ++same)
         dz += loss.number_tokens.self_term(kept.term, e, p, distances[same]) * kept.g;
       dx[j * a.dx_layout.class_stride] = narrow<T>(dz);
     }

@@ -40,15 +40,16 @@ constexpr int kKept = !kStays<Loss, T, kTeam, kBackward> ? 0
                       : Loss::kNumberTokens              ? 1
                                                          : 2 * 1024 / kResident<Loss, kBackward>;
 
-// The rows of a team of 1024 consist of parts, each no longer than what a block keeps of it if it has 227 KB of
+// Long rows of a team of 1024 consist of parts, each no longer than what a block keeps of it if it has 227 KB of
 // shared memory, as far as kMostParts suffice. Each part has sums of its own, which are merged in order: a
-// cluster of blocks takes a part each, a single block one after the other, with the same result.
-constexpr int64_t kPartBytes = 256 << 10;
+// cluster of blocks takes a part each, a single block one after the other, with the same result. Rows of which
+// a block keeps two thirds are still one part: reading the rest again costs less than blocks that wait.
+constexpr int64_t kWholeBytes = 384 << 10, kPartBytes = 256 << 10;
 constexpr int kMostParts = 4;
 template <class Loss, class T, int kTeam, bool kBackward>
 constexpr bool kParted = kStays<Loss, T, kTeam, kBackward> && kTeam == 1024 && !Loss::kNumberTokens;
 __host__ __device__ __forceinline__ int parts_of(int64_t bytes) {
-  return bytes <= kPartBytes ? 1 : bytes <= 2 * kPartBytes ? 2 : kMostParts;
+  return bytes <= kWholeBytes ? 1 : bytes <= 2 * kPartBytes ? 2 : kMostParts;
 }
 // Classes of every part but the last, which has the others: whole lines of 128 bytes.
 template <class T>

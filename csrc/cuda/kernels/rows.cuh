@@ -5,9 +5,9 @@
 // registers. Longer rows go to persistent blocks: what fits of a row stays in shared memory, a little in
 // registers, and while its gradient is written asynchronous copies bring the next row into the slots that
 // become free; only what does not fit is read twice, the second time from L2. The most common losses divide
-// a row that is longer than that, 256 KB, into 2 or 4 parts, and a cluster of as many persistent blocks keeps
-// a part in each; a device without clusters takes one part after the other in one block, and so do rows that
-// do not start on 16 bytes.
+// a row of more than 384 KB into 2 or 4 parts, and a cluster of as many persistent blocks keeps a part in each;
+// a device without clusters takes one part after the other in one block, and so do rows that do not start on
+// 16 bytes, or whose gradient is not written.
 //
 // Each thread has a running maximum and sums; they are merged, first within a part, in an order that depends
 // on the row's length alone, so results depend neither on the batch nor on alignment nor on the device. No
