@@ -17,7 +17,12 @@ from fastloss.functional import cross_entropy, poly1_cross_entropy, softmax_foca
 BYTES = 256 << 10  # of a part, at most; a row of half as much again is still whole
 # bytes of a row: two parts, the second of which is shorter; two whole ones; four; four longer than what stays on the
 # chip
-LENGTHS = {"two": BYTES * 3 // 2 + 1008, "two_whole": 2 * BYTES, "four": 2 * BYTES + 16, "long": 4 * BYTES + 20000}
+LENGTHS = {
+    "two": BYTES * 3 // 2 + 1008,
+    "two_whole": 2 * BYTES,
+    "four": 2 * BYTES + 16,
+    "long": 4 * BYTES + 20000,
+}
 CLUSTERS = (2, 1, 0)  # at once; 0: a device without
 LOSSES = (cross_entropy, softmax_focal_loss, poly1_cross_entropy)
 
