@@ -58,8 +58,9 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward, kCluster> {
   __device__ __forceinline__ void keep_number(const FirstToken& first) {
     if (lane >= kTokens) return;
     Number& kept = kept_number();
+    const bool writes = kTeam <= 32 || lane == 0;
     kept.first[kTeam > 32 ? lane : 0] = first;
-    kept.weight = first.weight;
+    if (writes) kept.weight = first.weight;
     if (first.weight == 0) return;  // the same for the whole team
     const unsigned mask = team_mask<kTeam>();
     const R* distances = distances_of_label();
@@ -79,6 +80,7 @@ struct RowWithExtras : SweptRow<Loss, T, kTeam, kBackward, kCluster> {
       rest += e * (distance(k) - pivot);
     }
     warp_reduce_all<kTokens>(sums, Sum{}, mask);
+    if (!writes) return;
     kept.pivot = pivot;
     kept.rest = rest / total;
     kept.top = top;

@@ -115,6 +115,7 @@ struct RowTeam : RowOfParts<Loss, T, kTeam, kBackward, kCluster> {
       row.m = m_of(top);
       target.d = unit.distance(ut - top);
       if constexpr (Loss::kNumberTokens) {
+        if constexpr (kTeam > 32) __syncthreads();  // hazard: others may still read what the last row kept
         this->keep_number(token);
         if constexpr (kTeam > 32) __syncthreads();  // there has been no reduction
         dense_coef = number_term(row).dense_coef;
