@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support import same_bits
 from support.operators import Operators, past_the_dispatcher
 
 from fastloss import reference
@@ -263,3 +264,16 @@ def test_few_kernels_of_torch(options, most, simt_library):
     assert forward.launches.total() <= most, forward.launches
     # the upstream gradient in float32; where it lies on the CPU it is read instead
     assert backward.launches.keys() <= {"_to_copy", "_local_scalar_dense"}
+
+
+def test_more_rows_than_blocks_of_a_backward_pass(device):
+    """A backward pass may have fewer blocks than rows: each block takes several, one after the other."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1100, 1040, generator=g).to(device).requires_grad_()
+    labels = torch.randint(12, (1100,), generator=g).to(device)
+    labels[::5] = -100
+    ids, values = torch.arange(3, 10, device=device), torch.arange(7.0, device=device)
+    loss = cross_entropy_with_number_token_loss(logits, labels, ids, values)
+    (once,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (twice,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 2.0))
+    assert same_bits(twice, 2 * once)
