@@ -64,13 +64,13 @@ __global__ void parts(R* x, cuda::Unit<R> unit) {
   x[5] = o.s;
 }
 template __global__ void parts<float>(float*, cuda::Unit<float>);
+template __global__ void online_softmax<float>(float*);
 
 #define FOR_TYPE(R)                                                                   \
   template __global__ void plain<R>(R*);                                              \
   template __global__ void with_product<R>(R*);                                       \
   template __global__ void with_rounded<R>(R*);                                       \
   template __global__ void with_alone<R>(R*);                                         \
-  template __global__ void online_softmax<R>(R*);                                     \
   template __global__ void cross_entropy<R>(const R*, R*, CrossEntropy<R, kHard>);    \
   template __global__ void cross_entropy<R>(const R*, R*, CrossEntropy<R, kSmooth>);  \
   template __global__ void cross_entropy<R>(const R*, R*, CrossEntropy<R, kSoft>);    \

@@ -210,9 +210,12 @@ struct ElementThread {
 };
 
 // Minimum of resident blocks, for __launch_bounds__: more threads are not needed to keep memory busy, and
-// some losses would not fit into fewer registers.
+// some losses would not fit into fewer registers: those of three inputs, and those of logits with all gradients.
 template <class Loss, class T>
-constexpr int kFewBlocks = Loss::kInputs > 2 || sizeof(T) == 8 ? 2 : 3;
+constexpr int kFewBlocks = Loss::kInputs > 2 || sizeof(T) == 8 ||
+                                   (kStepsOf<Loss> > 0 && (Loss::kWrt & (Loss::kWrt - 1)))
+                               ? 2
+                               : 3;
 
 template <class Loss, class T>
 __global__ void __launch_bounds__(kElementThreads, kFewBlocks<Loss, T>) elements_kernel(ElementArgs a) {

@@ -36,9 +36,10 @@ constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBack
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
 // multiprocessor, or half of it where registers are short.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kKept = !kStays<Loss, T, kTeam, kBackward> ? 0
-                      : Loss::kNumberTokens              ? 1
-                                                         : 2 * 1024 / kResident<Loss, kBackward>;
+constexpr int kKept = !kStays<Loss, T, kTeam, kBackward>       ? 0
+                      : Loss::kNumberTokens                    ? 1
+                      : Loss::kSideStreams || Loss::kSaved > 1 ? 1024 / kResident<Loss, kBackward>
+                                                               : 2 * 1024 / kResident<Loss, kBackward>;
 
 // Long rows of a team of 1024 consist of parts, each no longer than what a block keeps of it if it has 227 KB of
 // shared memory, as far as kMostParts suffice. Each part has sums of its own, which are merged in order: a
@@ -79,8 +80,7 @@ struct RowReader {
   static constexpr int kInFlight = Loss::kSideStreams ? 2 : 4;  // loads in flight before the first use
   static constexpr int kHold = kHeld<Loss, T, kTeam, kBackward>;
   static constexpr bool kStay = kStays<Loss, T, kTeam, kBackward>;
-  // One less in a cluster, whose threads need registers for more, unless the loss needs few.
-  static constexpr int kKeep = kKept<Loss, T, kTeam, kBackward> - (kCluster && Loss::kSaved > 1);
+  static constexpr int kKeep = kKept<Loss, T, kTeam, kBackward>;
   static constexpr bool kParts = kParted<Loss, T, kTeam, kBackward>;
   const RowArgs& a;
   const Loss loss;

@@ -191,8 +191,9 @@ struct RowTeam : RowOfParts<Loss, T, kTeam, kBackward, kCluster> {
 // Minimum of resident blocks on a multiprocessor, for __launch_bounds__. Number tokens need more registers; in
 // the kernels of the longest rows the compiler gets by.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward>      ? (kTeam > 32 ? 768 / kTeam : 6)
-                        : kTeam <= 32                         ? 4
+constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward>
+                            ? (kTeam <= 32 ? 6 : (kResident<Loss, kBackward> == 1024 ? 768 : 640) / kTeam)
+                        : kTeam <= 32 ? (Loss::kNumberTokens && sizeof(T) == 8 ? 2 : 4)
                         : Loss::kNumberTokens && kTeam < 1024 ? 512 / kTeam
                                                               : kResident<Loss, kBackward> / kTeam;
 
