@@ -34,12 +34,12 @@ template <class Loss, class T, int kTeam, bool kBackward>
 constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBackward> && sizeof(T) < 8 &&
                         !Loss::kSoftcap && !Loss::kOutputs;
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
-// multiprocessor, or half of it where registers are short.
+// multiprocessor, or less of it where registers are short.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kKept = !kStays<Loss, T, kTeam, kBackward>       ? 0
-                      : Loss::kNumberTokens                    ? 1
-                      : Loss::kSideStreams || Loss::kSaved > 1 ? 1024 / kResident<Loss, kBackward>
-                                                               : 2 * 1024 / kResident<Loss, kBackward>;
+constexpr int kKept = !kStays<Loss, T, kTeam, kBackward>          ? 0
+                      : Loss::kNumberTokens || Loss::kSideStreams ? 1
+                      : Loss::kSaved > 1                          ? 1024 / kResident<Loss, kBackward>
+                                                                  : 2 * 1024 / kResident<Loss, kBackward>;
 
 // Long rows of a team of 1024 consist of parts, each no longer than what a block keeps of it if it has 227 KB of
 // shared memory, as far as kMostParts suffice. Each part has sums of its own, which are merged in order: a
