@@ -9,138 +9,7 @@
 // v3  a cluster of blocks a row, each of which keeps its part
 // v4  the row in registers
 // v5  clusters that stay: v2 and v3 together
-#include <cooperative_groups.h>
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
-namespace cg = cooperative_groups;
-constexpr float kLog2e = 1.4426950408889634f;
-#define D __device__ __forceinline__
-D float ex2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-D float ex2n(float x) {
-  float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-D void unpack(uint4 q, float* z) {
-  const unsigned w[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    z[2 * i] = __uint_as_float(w[i] << 16);
-    z[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
-  }
-}
-D unsigned pack2(float a, float b) {
-  unsigned r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-  return r;
-}
-template <int kHint>
-D uint4 ld(const uint4* p) {
-  uint4 v;
-  if (kHint == 0)
-    v = *p;
-  else if (kHint == 1)
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-  else
-    v = __ldcs(p);
-  return v;
-}
-template <int kHint>
-D void st(uint4* p, uint4 v) {
-  if (kHint == 0)
-    *p = v;
-  else
-    __stcs(p, v);
-}
-
-struct State {
-  float m = -INFINITY, s = 0;
-};
-D void addv(State& o, uint4 q, int hit) {
-  float z[8];
-  unpack(q, z);
-  float top = fmaxf(fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])), fmaxf(fmaxf(z[4], z[5]), fmaxf(z[6], z[7])));
-  if (top > o.m) {
-    o.s *= o.m == -INFINITY ? 0.f : ex2((o.m - top) * kLog2e);
-    o.m = top;
-  }
-  const float b = o.m;
-  if (static_cast<unsigned>(hit) < 8u) {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) o.s += k == hit ? 0.f : ex2((z[k] - b) * kLog2e);
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) o.s += ex2((z[k] - b) * kLog2e);
-  }
-}
-D uint4 gradv(uint4 q, float m, float L, float coef, float ct, int hit) {
-  float z[8];
-  unpack(q, z);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) z[k] = coef * ex2(fmaf(z[k] - m, kLog2e, -L));
-  if (static_cast<unsigned>(hit) < 8u) {
-#pragma unroll
-    for (int k = 0; k < 8; ++k)
-      if (k == hit) z[k] = ct;
-  }
-  return make_uint4(pack2(z[0], z[1]), pack2(z[2], z[3]), pack2(z[4], z[5]), pack2(z[6], z[7]));
-}
-template <int kTeam>
-D State team(State o, float* sm) {
-  float top = o.m;
-#pragma unroll
-  for (int f = 16; f; f /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, f));
-  constexpr int W = kTeam / 32;
-  if (W > 1) {
-    if (threadIdx.x % 32 == 0) sm[threadIdx.x / 32] = top;
-    __syncthreads();
-    top = sm[threadIdx.x % W];
-#pragma unroll
-    for (int f = W / 2; f; f /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, f));
-  }
-  float s = o.s * (o.m == -INFINITY ? 0.f : ex2((o.m - top) * kLog2e));
-#pragma unroll
-  for (int f = 16; f; f /= 2) s += __shfl_xor_sync(~0u, s, f);
-  if (W > 1) {
-    if (threadIdx.x % 32 == 0) sm[32 + threadIdx.x / 32] = s;
-    __syncthreads();
-    s = sm[32 + threadIdx.x % W];
-#pragma unroll
-    for (int f = W / 2; f; f /= 2) s += __shfl_xor_sync(~0u, s, f);
-  }
-  return {top, s};
-}
-struct Args {
-  const uint4* x;
-  uint4* dx;
-  const int64_t* t;
-  float* loss;
-  int64_t rows;
-  int n;
-  int slots;
-  float g;
-};
-
-D void finish(const Args& a, int64_t r, State o, float xt, float& L, float& coef, float& ct, bool leader) {
-  const float e = ex2((xt - o.m) * kLog2e), sum = o.s + e, ls = logf(sum);
-  L = ls * kLog2e;
-  coef = a.g;
-  ct = -a.g * (o.s / sum);
-  if (leader) a.loss[r] = ls - (xt - o.m);
-}
+#include "cuda_variants.cuh"
 
 // V0: one row a block; first slots in shared memory, the rest read again
 template <int kTeam, int kBlocks, int kLd, int kSt, int F>
@@ -402,27 +271,6 @@ __global__ void copyk(const uint4* x, uint4* y, int64_t n) {
        i += int64_t(gridDim.x) * blockDim.x)
     __stcs(y + i, ld<1>(x + i));
 }
-__global__ void init(__nv_bfloat16* x, int64_t n) {
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    uint64_t h = i * 0x9E3779B97F4A7C15ull;
-    h ^= h >> 29;
-    h *= 0xBF58476D1CE4E5B9ull;
-    h ^= h >> 32;
-    h *= 0x94D049BB133111EBull;
-    h ^= h >> 29;
-    const float u = ((h & 0xffffff) + 0.5f) / 16777216.f, w = ((h >> 24 & 0xffffff) + 0.5f) / 16777216.f;
-    x[i] = __float2bfloat16(sqrtf(-2 * logf(u)) * cospif(2 * w));
-  }
-}
-#define OK(e)                                        \
-  do {                                               \
-    cudaError_t q = (e);                             \
-    if (q != cudaSuccess) {                          \
-      printf("  ERROR %s\n", cudaGetErrorString(q)); \
-      cudaGetLastError();                            \
-    }                                                \
-  } while (0)
 __nv_bfloat16 *X, *Y;
 float* loss;
 int64_t* T;
@@ -470,39 +318,28 @@ template <class K>
 void smem(K k, int bytes) {
   OK(cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
+// Launches so many clusters of C blocks, or as many as run at once if that is 0.
 template <class K>
-void cluster(K k, int C, int64_t rows, int threads, int bytes, Args a) {
+void cluster(K k, int C, int64_t clusters, int threads, int bytes, Args a, bool say = false) {
   smem(k, bytes);
   if (C > 8) OK(cudaFuncSetAttribute(k, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   cudaLaunchConfig_t c = {};
-  c.gridDim = dim3(rows * C);
-  c.blockDim = dim3(threads);
-  c.dynamicSmemBytes = bytes;
-  cudaLaunchAttribute at;
-  at.id = cudaLaunchAttributeClusterDimension;
-  at.val.clusterDim.x = C;
-  at.val.clusterDim.y = at.val.clusterDim.z = 1;
-  c.attrs = &at;
-  c.numAttrs = 1;
-  OK(cudaLaunchKernelEx(&c, k, a));
-}
-template <class K>
-void stay(K k, int C, int64_t rows, int threads, int bytes, Args a, bool say) {
-  smem(k, bytes);
-  cudaLaunchConfig_t c = {};
-  c.blockDim = dim3(threads);
-  c.dynamicSmemBytes = bytes;
-  cudaLaunchAttribute at;
-  at.id = cudaLaunchAttributeClusterDimension;
-  at.val.clusterDim.x = C;
-  at.val.clusterDim.y = at.val.clusterDim.z = 1;
-  c.attrs = &at;
-  c.numAttrs = 1;
   c.gridDim = dim3(C);
-  int active = 0;
-  OK(cudaOccupancyMaxActiveClusters(&active, k, &c));
-  if (say) printf("  %d clusters of %d: %d blocks\n", active, C, active * C);
-  c.gridDim = dim3(std::min<int64_t>(rows, active) * C);
+  c.blockDim = dim3(threads);
+  c.dynamicSmemBytes = bytes;
+  cudaLaunchAttribute at;
+  at.id = cudaLaunchAttributeClusterDimension;
+  at.val.clusterDim.x = C;
+  at.val.clusterDim.y = at.val.clusterDim.z = 1;
+  c.attrs = &at;
+  c.numAttrs = 1;
+  if (!clusters) {
+    int active = 0;
+    OK(cudaOccupancyMaxActiveClusters(&active, k, &c));
+    if (say) printf("  %d clusters of %d: %d blocks\n", active, C, active * C);
+    clusters = std::min<int64_t>(a.rows, active);
+  }
+  c.gridDim = dim3(clusters * C);
   OK(cudaLaunchKernelEx(&c, k, a));
 }
 int slots(int bytes, int team) { return bytes / (16 * team) * team; }
@@ -549,9 +386,9 @@ int slots(int bytes, int team) { return bytes / (16 * team) * team; }
     int per = (n / 8 + C - 1) / C;                                                             \
     if (b.slots > per) b.slots = (per + team - 1) / team * team;                               \
     if (b.slots + R * team >= per) {                                                           \
-      stay(v5<team, blocks, R, C, S>, C, rows, team, b.slots * 16, b, true);                   \
+      cluster(v5<team, blocks, R, C, S>, C, 0, team, b.slots * 16, b, true);                   \
       timeit("v5 " #team " x" #blocks " " #kb "KB R" #R " C" #C " st" #S, rows, n,             \
-             [&] { stay(v5<team, blocks, R, C, S>, C, rows, team, b.slots * 16, b, false); }); \
+             [&] { cluster(v5<team, blocks, R, C, S>, C, 0, team, b.slots * 16, b, false); }); \
     } else                                                                                     \
       printf("v5 " #team " C" #C " row too long\n");                                           \
   }
