@@ -14,8 +14,8 @@ constexpr int kThreads = 128;  // of a block with several teams
 // where none is written.
 template <class Loss, bool kBackward>
 constexpr int kResident =
-    (Loss::kProportional && !(Loss::kNumberTokens && kBackward)) || (Loss::kOutputs && !kBackward) ? 1024
-                                                                                                   : 512;
+    (kBackward ? Loss::kProportional && !Loss::kNumberTokens : Loss::kProportional || Loss::kOutputs) ? 1024
+                                                                                                      : 512;
 
 // Vectors of a short row that each thread of a team holds in its registers, so that nothing is read again for
 // the gradient. Not where a logit is expensive to compute twice, nor for the rarer losses.
@@ -36,10 +36,13 @@ constexpr bool kStays = !kBackward && kTeam > 32 && !kHeld<Loss, T, kTeam, kBack
 // Vectors of such a row that each thread keeps in registers, after those in shared memory: 32 KB of a
 // multiprocessor, or less of it where registers are short.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kKept = !kStays<Loss, T, kTeam, kBackward>          ? 0
-                      : Loss::kNumberTokens || Loss::kSideStreams ? 1
-                      : Loss::kSaved > 1                          ? 1024 / kResident<Loss, kBackward>
-                                                                  : 2 * 1024 / kResident<Loss, kBackward>;
+consteval int vectors_kept() {
+  if (!kStays<Loss, T, kTeam, kBackward>) return 0;
+  if (Loss::kNumberTokens || Loss::kSideStreams) return 1;
+  return (Loss::kSaved > 1 ? 1024 : 2048) / kResident<Loss, kBackward>;
+}
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr int kKept = vectors_kept<Loss, T, kTeam, kBackward>();
 
 // Long rows of a team of 1024 consist of parts, each no longer than what a block keeps of it if it has 227 KB of
 // shared memory, as far as kMostParts suffice. Each part has sums of its own, which are merged in order: a

@@ -191,11 +191,14 @@ struct RowTeam : RowOfParts<Loss, T, kTeam, kBackward, kCluster> {
 // Minimum of resident blocks on a multiprocessor, for __launch_bounds__. Number tokens need more registers; in
 // the kernels of the longest rows the compiler gets by.
 template <class Loss, class T, int kTeam, bool kBackward>
-constexpr int kBlocks = kHeld<Loss, T, kTeam, kBackward>
-                            ? (kTeam <= 32 ? 6 : (kResident<Loss, kBackward> == 1024 ? 768 : 640) / kTeam)
-                        : kTeam <= 32 ? (Loss::kNumberTokens && sizeof(T) == 8 ? 2 : 4)
-                        : Loss::kNumberTokens && kTeam < 1024 ? 512 / kTeam
-                                                              : kResident<Loss, kBackward> / kTeam;
+consteval int min_blocks() {
+  constexpr int kThreadsOfAll = kResident<Loss, kBackward>;
+  if (kHeld<Loss, T, kTeam, kBackward>) return kTeam <= 32 ? 6 : (kThreadsOfAll == 1024 ? 768 : 640) / kTeam;
+  if (kTeam <= 32) return Loss::kNumberTokens && sizeof(T) == 8 ? 2 : 4;
+  return (Loss::kNumberTokens && kTeam < 1024 ? 512 : kThreadsOfAll) / kTeam;
+}
+template <class Loss, class T, int kTeam, bool kBackward>
+constexpr int kBlocks = min_blocks<Loss, T, kTeam, kBackward>();
 
 // With `slots` > 0 blocks are persistent: each takes another row as soon as it has written one. With kCluster
 // each cluster does.
