@@ -73,6 +73,11 @@ def dpo_element(pc, pr, rc, rr, type, beta, label_smoothing, divergence, alpha, 
     return formula()
 
 
+def ascending(x: Tensor) -> Tensor:
+    """Sort a batch; equal entries keep their order, which says where their gradients go."""
+    return x.sort(dim=0, stable=True).values
+
+
 def dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -114,9 +119,9 @@ def dpo_loss(
         elif kind in ("ipo", "sigmoid_norm") and n is not None:
             inputs = pc / n.clamp(min=1), pr / m.clamp(min=1), rc / n.clamp(min=1), rr / m.clamp(min=1)
         elif kind == "aot":
-            inputs = (pc - pr).sort(dim=0, stable=True)[0], 0.0, (rc - rr).sort(dim=0, stable=True)[0], 0.0
+            inputs = ascending(pc - pr), 0.0, ascending(rc - rr), 0.0
         elif kind == "aot_unpaired":
-            inputs = (pc - rc).sort(dim=0, stable=True)[0], (pr - rr).sort(dim=0, stable=True)[0], 0.0, 0.0
+            inputs = ascending(pc - rc), ascending(pr - rr), 0.0, 0.0
         loss = loss + loss_weight * dpo_element(
             *inputs, formula, beta, label_smoothing, divergence, f_alpha, discopop_tau,
             math.inf if exponent_clamp is None else exponent_clamp,
